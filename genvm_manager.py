@@ -1,0 +1,5346 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "attrs>=23.2",
+#     "cattrs>=24.1",
+#     "klein>=24.8",
+#     "PyYAML>=6.0",
+#     "treq>=24.9",
+#     "twisted[tls,websocket]>=26.4",
+# ]
+# ///
+"""GenVM Manager: runs GenVM executors for blockchain nodes, behind an HTTP API.
+
+A node (the *host*) posts an execution; the manager picks the executor version, waits for permits,
+starts the executor as a process, captures what it says, enforces its deadline, and hands the
+result back. ``python genvm_manager.py serve`` runs it, ``twistd -ny twistd.tac`` runs it as a
+Twisted application, ``python genvm_manager.py demo`` shows it at work; ``README.md`` has the API
+by example.
+
+The file is one module in sections, each of which uses only what stands above it:
+
+1.  Errors and constants: what can go wrong, with stable codes.
+2.  Text, schemas and configuration: from text and plain data to typed values.
+3.  Logging: JSON lines, levels, redaction.
+4.  Calldata: the binary values that contracts exchange.
+5.  Versions and manifest: which executor a deployment time selects.
+6.  Contracts: how a contract's code lies in storage.
+7.  Permits: how many executions run at once.
+8.  Child processes: spawning, output, killing, reaping; nothing outlives us.
+9.  Executions: one record each, from request to the end of its retention.
+10. Embedded host: the host's side of the protocol that executors speak.
+14. HTTP API: routes, access, errors as JSON.
+15. Practice executor: a stand-in for GenVM that interprets small scripts.
+16. Demo: a host, a manager and a contract at work.
+17. Assembly and command line: the only section that constructs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import base64
+import binascii
+import codecs
+import contextlib
+import ctypes
+import enum
+from enum import IntEnum
+import errno
+import functools
+import hashlib
+import hmac
+import inspect
+import io
+import ipaddress
+import itertools
+import json
+import math
+import os
+import re
+import resource
+import secrets
+import select
+import shlex
+import signal
+import socket
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import typing
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import (
+    IO,
+    Any,
+    ClassVar,
+    Final,
+    Generic,
+    Literal,
+    NoReturn,
+    Self,
+    TypeAlias,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+)
+
+import attrs
+import cattrs
+import treq
+import werkzeug.exceptions
+import yaml
+from attrs import define, field, frozen
+from klein import Klein
+from twisted.application.service import Application, IServiceCollection, Service
+from twisted.internet.base import DelayedCall
+from twisted.internet.address import UNIXAddress
+from twisted.internet.defer import (
+    CancelledError,
+    Deferred,
+    DeferredLock,
+    DeferredSemaphore,
+    maybeDeferred,
+)
+from twisted.internet.error import CannotListenError, ProcessExitedAlready, ProcessTerminated
+from twisted.internet.interfaces import IAddress, IPushProducer, IReadDescriptor
+from twisted.internet.process import reapProcessHandlers
+from twisted.internet.protocol import ProcessProtocol, Protocol, ServerFactory, connectionDone
+from twisted.internet.task import LoopingCall, deferLater
+from twisted.internet.threads import deferToThreadPool
+from twisted.logger import ILogObserver, LogEvent, Logger, formatEvent, globalLogBeginner
+from twisted.protocols.basic import LineReceiver
+from twisted.python.failure import Failure
+from twisted.python.logfile import LogFile
+from twisted.web.client import Agent
+from twisted.web.http import RESPONSES, HTTPChannel
+from twisted.web.resource import Resource
+from twisted.web.server import Request, Site
+from werkzeug.exceptions import HTTPException
+from zope.interface import implementer
+
+__version__ = "0.1.0"
+__all__ = ["Config", "ManagerService", "load_config", "main", "makeApplication", "makeService"]
+
+
+# =============================================================================
+# 1. Errors and constants
+# =============================================================================
+#
+# Owns every error that a client or an operator can meet, each with a stable
+# code. Uses nothing but the standard library. Never knows an HTTP status: the
+# table that maps codes to statuses is in section 14.
+
+
+class ManagerError(Exception):
+    """An error with a stable code and a message that says what is wrong and what to do.
+
+    ``code`` is snake_case and never changes once released; ``retryable`` tells a client whether
+    the same request can succeed later without a change; ``genvm_id`` names the execution that is
+    concerned, if any.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, genvm_id: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.genvm_id = genvm_id
+
+
+class InvalidRequest(ManagerError):
+    """A request does not have the form that its endpoint documents."""
+
+    code = "invalid_request"
+
+
+class EndpointNotFound(ManagerError):
+    """No endpoint has this path."""
+
+    code = "endpoint_not_found"
+
+
+class MethodNotAllowed(ManagerError):
+    """The endpoint exists, but not for this HTTP method."""
+
+    code = "method_not_allowed"
+
+    def __init__(self, message: str, *, allowed: Iterable[str]) -> None:
+        super().__init__(message)
+        self.allowed = tuple(allowed)
+
+
+class BodyTooLarge(ManagerError):
+    """A request body is larger than ``max_body_bytes``."""
+
+    code = "body_too_large"
+
+
+class Unauthorized(ManagerError):
+    """The Bearer token is missing or wrong."""
+
+    code = "unauthorized"
+
+
+class CrossSiteRequest(ManagerError):
+    """``Host`` or ``Origin`` shows that a web page of another site made the request."""
+
+    code = "cross_site_request"
+
+
+class ConfigError(ManagerError):
+    """Configuration, command line or environment is wrong."""
+
+    code = "config_invalid"
+
+
+class ManifestError(ManagerError):
+    """The manifest cannot be read or breaks its format."""
+
+    code = "manifest_invalid"
+
+
+class VersionNotAvailable(ManagerError):
+    """No executor version fits the major version and the timestamp."""
+
+    code = "version_not_available"
+
+
+class SpawnFailed(ManagerError):
+    """The operating system refused to start an executor."""
+
+    code = "spawn_failed"
+
+
+class ExecutionNotFound(ManagerError):
+    """No execution with this id exists, or its retention has ended."""
+
+    code = "execution_not_found"
+
+
+class ExecutionCancelled(ManagerError):
+    """The execution was cancelled before its process was started."""
+
+    code = "execution_cancelled"
+
+
+class ShutdownTimeout(ManagerError):
+    """An execution did not end in time on request and was killed."""
+
+    code = "shutdown_timeout"
+
+
+class QueueFull(ManagerError):
+    """As many executions wait for permits as the queue may hold."""
+
+    code = "queue_full"
+    retryable = True
+
+
+class Draining(ManagerError):
+    """The manager refuses new executions because it drains or shuts down."""
+
+    code = "draining"
+    retryable = True
+
+
+class EnvironmentRefused(ManagerError):
+    """The environment variable cannot be set, or may not be."""
+
+    code = "environment_refused"
+
+
+class CalldataError(ManagerError):
+    """Bytes are not calldata, or a value has no calldata form."""
+
+    code = "calldata_invalid"
+
+
+class HostProtocolError(ManagerError):
+    """The peer of a host connection broke the host protocol."""
+
+    code = "host_protocol_error"
+
+
+# =============================================================================
+# 2. Text, schemas and configuration
+# =============================================================================
+#
+# Owns how text and plain data become typed values: timestamps, durations,
+# ${...} templates, request schemas, the settings and their precedence (flag,
+# environment, file). Uses errors. Never touches the reactor.
+
+TIMESTAMP = re.compile(
+    r"(\d{4})-(\d{2})-(\d{2})[Tt ](\d{2}):(\d{2}):(\d{2})(?:\.(\d+))?([Zz]|[+-]\d{2}:\d{2})"
+)
+DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?")
+DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+TEMPLATE = re.compile(r"\$\{(?:ENV\[([A-Za-z0-9_]*)\]|([A-Za-z0-9_]*))\}")
+
+
+def parse_timestamp(text: str) -> datetime:
+    """Return the instant that an RFC 3339 timestamp names, in UTC.
+
+    Digits beyond microseconds are dropped, a leap second counts as the last moment of its minute.
+    Raises ``ValueError`` with a message for the user.
+    """
+    match = TIMESTAMP.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f"expected an RFC 3339 timestamp such as 2025-01-01T00:00:00Z, got {shown(text)}"
+        )
+    year, month, day, hour, minute, second = (int(group) for group in match.groups()[:6])
+    fraction, zone = match.group(7) or "", match.group(8)
+    micros = int(fraction[:6].ljust(6, "0"))
+    if second == 60:
+        second, micros = 59, 999_999
+    offset = timedelta(0)
+    try:
+        if zone not in "Zz":
+            hours, minutes = int(zone[1:3]), int(zone[4:6])
+            if hours > 23 or minutes > 59:
+                raise ValueError("the offset is out of range")
+            offset = timedelta(hours=hours, minutes=minutes) * (-1 if zone[0] == "-" else 1)
+        return datetime(year, month, day, hour, minute, second, micros, UTC) - offset
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{shown(text)} is not a valid timestamp: {error}") from None
+
+
+def format_timestamp(moment: datetime) -> str:
+    """Return an instant as RFC 3339 text in UTC with milliseconds."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def timestamp_of(seconds: float) -> str:
+    """Return seconds since the epoch as RFC 3339 text in UTC with milliseconds."""
+    return format_timestamp(datetime.fromtimestamp(seconds, UTC))
+
+
+def parse_duration(value: object) -> float:
+    """Return seconds from a number of seconds or from text such as ``500ms``, ``10s``, ``5m``.
+
+    Raises ``ValueError`` with a message for the user.
+    """
+    if isinstance(value, str) and (match := DURATION.fullmatch(value.strip())):
+        return float(match.group(1)) * DURATION_UNITS[match.group(2)]
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e12:
+        return float(value)
+    raise ValueError(f"expected seconds or a duration such as 500ms, 10s or 5m, got {shown(value)}")
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """Return a short JSON rendering of a value for an error message."""
+    if isinstance(value, str):
+        value = value[: limit + 1]
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def expand_template(text: str, variables: Mapping[str, str], environ: Mapping[str, str]) -> str:
+    """Replace ``${NAME}`` and ``${ENV[NAME]}`` in one pass; inserted text is not expanded again.
+
+    An unset environment variable is empty. Raises ``ConfigError`` for any other unknown name.
+    """
+
+    def value_of(match: re.Match[str]) -> str:
+        variable, name = match.group(1), match.group(2)
+        if variable is not None:
+            return environ.get(variable, "")
+        if name not in variables:
+            known = ", ".join(sorted(variables))
+            raise ConfigError(
+                f"unknown variable ${{{name}}}; known are {known} and ${{ENV[NAME]}}"
+            )
+        return variables[name]
+
+    return TEMPLATE.sub(value_of, text)
+
+
+# --- schemas ---
+
+
+class JsonObject(dict[str, Any]):
+    """A JSON object that keeps the text it was read from, so that it can be passed on unchanged."""
+
+    text: str
+
+
+class JsonText(str):
+    """The text of a JSON object inside a request, exactly as the client sent it."""
+
+
+class SecretText(str):
+    """Text from a request that no error message may show."""
+
+
+class Timestamp(datetime):
+    """A schema type: an RFC 3339 timestamp, as an instant in UTC."""
+
+
+class PositiveMinutes(float):
+    """A schema type: a number of minutes above zero, fractions allowed, at most 24 hours."""
+
+
+class NonNegativeInt(int):
+    """A schema type: an integer of at least zero."""
+
+
+MAX_EXECUTION_MINUTES = 24 * 60
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_json_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+# Two steps of the standard parser that its type stubs do not mention.
+_scan_value: Callable[[str, int], tuple[Any, int]] = cast(Any, _json_decoder).scan_once
+_scan_string: Callable[[str, int, bool], tuple[str, int]] = cast(Any, json.decoder).scanstring
+_json_space = re.compile(r"[ \t\n\r]*")
+
+
+def parse_json_object(data: bytes) -> JsonObject:
+    """Return the JSON object in a request body; objects directly inside it keep their text too.
+
+    Raises ``InvalidRequest`` for anything else, naming the place.
+    """
+    if not data.strip():
+        raise InvalidRequest("body: expected a JSON object, got nothing")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"body: not UTF-8 at byte {error.start}") from None
+    try:
+        return _parse_members(text)
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(
+            f"body: not JSON: {error.msg} at line {error.lineno} column {error.colno}"
+        ) from None
+    except RecursionError:
+        raise InvalidRequest("body: JSON nested too deeply") from None
+    except ValueError as error:
+        raise InvalidRequest(f"body: not JSON: {error}") from None
+
+
+def _parse_members(text: str) -> JsonObject:
+    """Read one object member by member, which gives other threads a turn between members."""
+
+    def skip(at: int) -> int:
+        match = _json_space.match(text, at)
+        return match.end() if match else at
+
+    def value_at(at: int) -> tuple[Any, int]:
+        try:
+            value, end = _scan_value(text, at)
+        except StopIteration as error:
+            raise json.JSONDecodeError("expected a value", text, error.value) from None
+        if isinstance(value, dict):
+            value = JsonObject(value)
+            value.text = text[at:end]
+        return value, end
+
+    start = skip(0)
+    if text[start : start + 1] != "{":
+        value, end = value_at(start)
+        if skip(end) != len(text):
+            raise json.JSONDecodeError("unexpected text after the value", text, skip(end))
+        raise ValueError(f"expected an object, got {shown(value)}")
+    members = JsonObject()
+    members.text = text
+    at = skip(start + 1)
+    if text[at : at + 1] == "}":
+        at += 1
+    else:
+        while True:
+            if text[at : at + 1] != '"':
+                raise json.JSONDecodeError("expected a key in double quotes", text, at)
+            key, at = _scan_string(text, at + 1, True)
+            at = skip(at)
+            if text[at : at + 1] != ":":
+                raise json.JSONDecodeError('expected ":"', text, at)
+            members[key], at = value_at(skip(at + 1))
+            at = skip(at)
+            separator = text[at : at + 1]
+            if separator not in ("}", ","):
+                raise json.JSONDecodeError('expected "," or "}"', text, at)
+            at = skip(at + 1)
+            if separator == "}":
+                break
+    if skip(at) != len(text):
+        raise json.JSONDecodeError("unexpected text after the object", text, at)
+    return members
+
+
+def _structure_bool(value: object, _: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"expected true or false, got {shown(value)}")
+    return value
+
+
+def _structure_int(value: object, _: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"expected an integer, got {shown(value)}")
+    return value
+
+
+def _structure_non_negative(value: object, _: object) -> NonNegativeInt:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"expected an integer of at least 0, got {shown(value)}")
+    return NonNegativeInt(value)
+
+
+def _structure_text(value: object, _: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, got {shown(value)}")
+    return value
+
+
+def _structure_secret(value: object, _: object) -> SecretText:
+    if not isinstance(value, str):
+        raise ValueError("expected text")
+    return SecretText(value)
+
+
+def _structure_json_text(value: object, _: object) -> JsonText:
+    if not isinstance(value, JsonObject):
+        raise ValueError(f"expected an object, got {shown(value)}")
+    return JsonText(value.text)
+
+
+def _structure_timestamp(value: object, _: object) -> datetime:
+    return parse_timestamp(_structure_text(value, _))
+
+
+def _structure_minutes(value: object, _: object) -> PositiveMinutes:
+    if (
+        not isinstance(value, (int, float))
+        or isinstance(value, bool)
+        or not 0 < value <= MAX_EXECUTION_MINUTES
+    ):
+        raise ValueError(
+            f"expected a number of minutes above 0 and at most {MAX_EXECUTION_MINUTES}, "
+            f"got {shown(value)}"
+        )
+    return PositiveMinutes(value)
+
+
+def _structure_list(value: object, kind: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"expected an array, got {shown(value)}")
+    (item_type,) = get_args(kind)
+    items: list[Any] = []
+    for index, item in enumerate(value):
+        try:
+            items.append(_converter.structure(item, item_type))
+        except ValueError as error:
+            raise ValueError(f"[{index}]: {error}") from None
+    return items
+
+
+def _is_list(kind: Any) -> bool:
+    return get_origin(kind) is list
+
+
+_converter = cattrs.Converter(detailed_validation=True)
+for _kind, _hook in (
+    (bool, _structure_bool),
+    (int, _structure_int),
+    (NonNegativeInt, _structure_non_negative),
+    (str, _structure_text),
+    (SecretText, _structure_secret),
+    (JsonText, _structure_json_text),
+    (Timestamp, _structure_timestamp),
+    (PositiveMinutes, _structure_minutes),
+):
+    _converter.register_structure_hook(_kind, _hook)
+_converter.register_structure_hook_func(_is_list, _structure_list)
+
+Schema = TypeVar("Schema")
+
+
+def structure(data: object, schema: type[Schema], *, path: str = "") -> Schema:
+    """Return plain data as an instance of an attrs class; unknown keys are ignored.
+
+    Raises ``InvalidRequest`` that names the path and the reason of everything that is wrong.
+    """
+    try:
+        return _converter.structure(data, schema)
+    except (cattrs.BaseValidationError, ValueError, KeyError) as error:
+        raise InvalidRequest("; ".join(_problems(error, path))) from None
+
+
+def _problems(error: BaseException, path: str) -> Iterator[str]:
+    """Yield ``path: reason`` for every leaf of a validation error."""
+    if isinstance(error, cattrs.ClassValidationError):
+        for inner in error.exceptions:
+            notes = [n for n in getattr(inner, "__notes__", ()) if hasattr(n, "name")]
+            name = notes[0].name if notes else ""
+            yield from _problems(inner, f"{path}.{name}" if path and name else path or name)
+    elif isinstance(error, KeyError):
+        name = str(error.args[0])
+        missing = path if path.rpartition(".")[2] == name else f"{path}.{name}".lstrip(".")
+        yield f"{missing}: required, but missing"
+    else:
+        reason = str(error)
+        separator = "" if reason.startswith("[") else ": "
+        yield f"{path}{separator}{reason}" if path else reason
+
+
+# --- settings ---
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+LOG_LEVELS = {"trace": 5, "debug": 10, "info": 20, "warn": 30, "error": 40, "critical": 50}
+ENVIRONMENT_PREFIX = "GENVM_MANAGER_"
+LEGACY_SETTINGS = ("threads", "blocking_threads", "log_disable")
+
+
+def parse_log_level(text: object) -> str:
+    """Return the canonical name of a log level; any letter case, ``warning`` means ``warn``."""
+    name = text.strip().lower() if isinstance(text, str) else ""
+    name = "warn" if name == "warning" else name
+    if name not in LOG_LEVELS or name == "critical":
+        raise ValueError(f"expected trace, debug, info, warn or error, got {shown(text)}")
+    return name
+
+
+def _setting_text(value: object) -> str:
+    text = _structure_text(value, None)
+    if not text or "\0" in text:
+        raise ValueError("expected text that is not empty and has no NUL")
+    return text
+
+
+def _setting_count(value: object) -> int:
+    return int(_structure_non_negative(value, None))
+
+
+def _setting_permits(value: object) -> int | None:
+    return None if value is None else check_permits(value)
+
+
+def check_permits(value: object) -> int:
+    """Return a number of permits; raises ``ValueError`` outside 0 to 1000000."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 1_000_000:
+        raise ValueError(f"expected an integer from 0 to 1000000, got {shown(value)}")
+    return value
+
+
+def _setting_port(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 65535:
+        raise ValueError(f"expected a port from 0 (any free one) to 65535, got {shown(value)}")
+    return value
+
+
+def _setting_path(value: object) -> Path:
+    return Path(os.path.abspath(_setting_text(value)))
+
+
+def _setting_format(value: object) -> str:
+    if value not in ("json", "text"):
+        raise ValueError(f"expected json or text, got {shown(value)}")
+    return str(value)
+
+
+def _setting_names(value: object) -> tuple[str, ...]:
+    return tuple(_setting_text(item) for item in _structure_list(value, list[str]))
+
+
+@frozen
+class SettingKind:
+    """How a setting is read: ``parse`` takes plain data, ``from_text`` makes it of a flag."""
+
+    parse: Callable[[object], object]
+    metavar: str
+    from_text: Callable[[str], object] = str
+
+
+def _plain_scalar(text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+TEXT = SettingKind(_setting_text, "TEXT")
+FLAG = SettingKind(lambda value: _structure_bool(value, None), "BOOL", _plain_scalar)
+COUNT = SettingKind(_setting_count, "N", _plain_scalar)
+PERMITS = SettingKind(_setting_permits, "N", _plain_scalar)
+PORT = SettingKind(_setting_port, "PORT", _plain_scalar)
+PATH = SettingKind(_setting_path, "PATH")
+SECONDS = SettingKind(parse_duration, "DURATION")
+LEVEL = SettingKind(parse_log_level, "LEVEL")
+FORMAT = SettingKind(_setting_format, "FORMAT")
+NAMES = SettingKind(
+    _setting_names, "NAME,…", lambda text: [part.strip() for part in text.split(",")]
+)
+
+
+def _setting(kind: SettingKind, default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"kind": kind, "help": help_text})
+
+
+@frozen(kw_only=True)
+class Config:
+    """Every setting of the manager, as in force.
+
+    Each one is a flag (``--queue-limit``), an environment variable (``GENVM_MANAGER_QUEUE_LIMIT``)
+    and a key of the YAML file (``queue_limit``). ``notes`` are sentences for the log about what
+    was accepted without effect; ``explicit_manifest`` tells that the manifest must exist.
+    """
+
+    host: str = _setting(TEXT, "127.0.0.1", "address to listen on")
+    port: int | None = _setting(PORT, None, "port to listen on (default 3999; 0 = any free one)")
+    socket: Path | None = _setting(PATH, None, "unix socket to listen on, instead of a port")
+    root: Path = _setting(PATH, Path("."), "GenVM root, which holds executor/, config/ and data/")
+    manifest_path: Path = _setting(PATH, Path("manifest.yaml"), "manifest of executor versions")
+    reroute_to: str | None = _setting(TEXT, None, "executor directory used for every version")
+    die_with_parent: bool = _setting(FLAG, False, "shut down when the parent process ends")
+    log_level: str = _setting(LEVEL, "info", "trace, debug, info, warn or error")
+    log_format: str = _setting(FORMAT, "json", "json (one object per line) or text (for people)")
+    log_file: Path | None = _setting(PATH, None, "log to this file instead of stdout")
+    log_file_max_bytes: int = _setting(COUNT, 100 * MIB, "size at which the log file is rotated")
+    log_file_backups: int = _setting(COUNT, 5, "rotated log files to keep")
+    permits: int | None = _setting(PERMITS, None, "execution permits (default: from memory)")
+    queue_limit: int = _setting(COUNT, 1024, "executions that may wait for permits")
+    max_body_bytes: int = _setting(COUNT, 64 * MIB, "largest request body")
+    execution_retention: float = _setting(SECONDS, 300.0, "how long a result can be read")
+    retention_max_bytes: int = _setting(COUNT, 256 * MIB, "captured output kept in all")
+    capture_max_bytes: int = _setting(COUNT, 4 * MIB, "captured output kept per stream")
+    shutdown_grace: float = _setting(SECONDS, 0.7, "time from SIGTERM to SIGKILL at shutdown")
+    env_allow: tuple[str, ...] = _setting(NAMES, (), "protected variables that POST /env may set")
+    allowed_hosts: tuple[str, ...] = _setting(NAMES, (), "further names accepted in Host")
+    auth_token_file: Path | None = _setting(PATH, None, "file with the Bearer token to require")
+    allow_unauthenticated: bool = _setting(FLAG, False, "listen beyond loopback without a token")
+    notes: tuple[str, ...] = field(default=())
+    explicit_manifest: bool = field(default=False)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What ``${NAME}`` stands for in configuration texts."""
+        return template_variables(self.root)
+
+
+DEFAULT_PORT = 3999
+SETTINGS: dict[str, SettingKind] = {
+    item.name: item.metadata["kind"] for item in attrs.fields(Config) if "kind" in item.metadata
+}
+
+
+def template_variables(root: Path) -> dict[str, str]:
+    """Return the variables that configuration texts may use."""
+    return {"exeDir": str(root / "bin"), "genvmRoot": str(root), "genvmVersion": __version__}
+
+
+def default_root(environ: Mapping[str, str], file: Path) -> Path:
+    """Return ``GENVMROOT``, else the parent of the ``bin`` that holds the file, else the cwd."""
+    if environ.get("GENVMROOT"):
+        return Path(os.path.abspath(environ["GENVMROOT"]))
+    folder = file.resolve().parent
+    return folder.parent if folder.name == "bin" else Path.cwd()
+
+
+def load_config(
+    flags: Mapping[str, str],
+    environ: Mapping[str, str],
+    *,
+    file: Path | None = None,
+) -> Config:
+    """Return the settings in force: flags over environment over file over defaults.
+
+    ``flags`` and ``environ`` hold texts; ``flags`` may name the YAML file as ``config``. Raises
+    ``ConfigError`` naming source, key and reason of everything that is wrong.
+    """
+    notes: list[str] = []
+    problems: list[str] = []
+    given: dict[str, object] = {}
+    sources = [("flag --", {key: flags[key] for key in flags if key != "config"}, "-")]
+    from_environ = {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for name, value in environ.items()
+        if name.startswith(ENVIRONMENT_PREFIX)
+    }
+    config_path = flags.get("config") or from_environ.pop("config", None)
+    from_environ.pop("config", None)
+    for name in sorted(set(from_environ) - set(SETTINGS)):
+        notes.append(f"environment variable {ENVIRONMENT_PREFIX}{name.upper()} is unknown: ignored")
+        del from_environ[name]
+    sources.append((f"environment variable {ENVIRONMENT_PREFIX}", from_environ, "_"))
+    for label, texts, joiner in reversed(sources):
+        for name, text in texts.items():
+            shown_name = name.upper() if joiner == "_" else name.replace("_", joiner)
+            try:
+                kind = SETTINGS[name]
+                given[name] = kind.parse(kind.from_text(text))
+            except ValueError as error:
+                problems.append(f"{label}{shown_name}: {error}")
+    root = cast(Path, given.get("root") or default_root(environ, file or Path(__file__)))
+    path = Path(config_path) if config_path else root / "config" / "genvm-manager.yaml"
+    if config_path or path.exists():
+        found, file_notes, file_problems = _read_settings(path, root, environ)
+        notes += file_notes
+        problems += file_problems
+        given = {**found, **given}
+        root = cast(Path, given.get("root", root))
+    else:
+        notes.append(f"no configuration file at {path}: using the defaults")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    given["root"] = root
+    explicit = "manifest_path" in given
+    given.setdefault("manifest_path", root / "data" / "manifest.yaml")
+    typed = cast(dict[str, Any], given)  # each value was parsed by its setting's kind
+    config = Config(**typed, notes=tuple(notes), explicit_manifest=explicit)
+    _check_together(config)
+    return config
+
+
+def _read_settings(
+    path: Path, root: Path, environ: Mapping[str, str]
+) -> tuple[dict[str, object], list[str], list[str]]:
+    """Return (settings, notes, problems) of a YAML file."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {shown(data)}")
+    settings: dict[str, object] = {}
+    notes: list[str] = []
+    problems: list[str] = []
+    variables = template_variables(root)
+    for key, value in data.items():
+        if key in LEGACY_SETTINGS:
+            notes.append(f"{path}: {key} has no effect in this manager: ignored")
+        elif key not in SETTINGS:
+            problems.append(f"{path}: {key}: unknown key; known are {', '.join(SETTINGS)}")
+        elif value is None:
+            continue
+        else:
+            try:
+                if isinstance(value, str):
+                    value = expand_template(value, variables, environ)
+                settings[key] = SETTINGS[key].parse(value)
+            except (ValueError, ConfigError) as error:
+                problems.append(f"{path}: {key}: {error}")
+    return settings, notes, problems
+
+
+def _check_together(config: Config) -> None:
+    """Refuse settings that are each valid but not together."""
+    if config.explicit_manifest and not config.manifest_path.exists():
+        raise ConfigError(f"manifest_path: {config.manifest_path} does not exist")
+    if config.reroute_to is not None:
+        folder = config.root / "executor" / config.reroute_to
+        if not folder.is_dir():
+            raise ConfigError(f"reroute_to: {folder} is not a directory")
+    listens_on_port = config.socket is None or config.port is not None
+    if (
+        listens_on_port
+        and not is_loopback(config.host)
+        and config.auth_token_file is None
+        and not config.allow_unauthenticated
+    ):
+        raise ConfigError(
+            f"host: {config.host} is reachable from other machines; set auth_token_file, or pass "
+            "--allow-unauthenticated if everybody who can reach it may run contracts"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host name or IP literal stands for this machine only."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower().rstrip(".") == "localhost"
+
+
+def read_token(path: Path) -> str:
+    """Return the Bearer token in a file; raises ``ConfigError`` if there is none."""
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"auth_token_file: {path} cannot be read: {error}") from None
+    if not token:
+        raise ConfigError(f"auth_token_file: {path} is empty")
+    return token
+
+
+def automatic_permits(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the permits that memory allows: (available to us + free swap) / 4 GiB, at least 2.
+
+    What a control group (version 2 or 1) leaves us counts where it is less than what the machine
+    has. Where nothing can be read, the answer is 2.
+    """
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+    except OSError:
+        return 2
+    fields = {line.split(":")[0]: int(line.split()[1]) * KIB for line in lines if ":" in line}
+    memory, swap = fields.get("MemAvailable", 0), fields.get("SwapFree", 0)
+    for folder in _control_groups(proc, cgroups):
+        limit, used = _cgroup_number(folder, "memory.max"), _cgroup_number(folder, "memory.current")
+        if limit is None:
+            limit = _cgroup_number(folder, "memory.limit_in_bytes")
+            used = _cgroup_number(folder, "memory.usage_in_bytes")
+        if limit is not None:
+            reclaimable = _cgroup_stat(folder, "inactive_file")
+            memory = min(memory, max(0, limit - (used or 0) + reclaimable))
+        swap_limit = _cgroup_number(folder, "memory.swap.max")
+        if swap_limit is not None:
+            swap_used = _cgroup_number(folder, "memory.swap.current") or 0
+            swap = min(swap, max(0, swap_limit - swap_used))
+    return max(2, (memory + swap) // (4 * GIB))
+
+
+def _control_groups(proc: Path, cgroups: Path) -> Iterator[Path]:
+    """Yield the control groups that hold this process, from the innermost outwards."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base = cgroups / "memory" if controllers else cgroups
+        folder = base / path.lstrip("/")
+        while True:
+            yield folder
+            if folder == base:
+                break
+            folder = folder.parent
+
+
+def _cgroup_number(folder: Path, name: str) -> int | None:
+    try:
+        text = (folder / name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _cgroup_stat(folder: Path, name: str) -> int:
+    """Return one figure of ``memory.stat``: page cache that the kernel gives up on demand."""
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
+
+
+# =============================================================================
+# 3. Logging
+# =============================================================================
+#
+# Owns where log events go: one JSON object (or line of text) each, the level
+# that can change at any time, the redaction of secrets, and a writer that
+# never makes the reactor wait for a slow reader. Uses configuration. Never
+# decides what is worth logging.
+
+LOG_BACKLOG_BYTES = 4 * MIB
+LOG_FLUSH_SECONDS = 0.2
+_EVENT_FIELDS_LEFT_OUT = frozenset(
+    ("isError", "failure", "why", "format", "time", "system", "message", "text", "level_name")
+)
+
+
+class Redactor:
+    """Replaces known secrets in texts that leave the process."""
+
+    MASK: ClassVar[str] = "[redacted]"
+    #: Shorter texts are too likely to be ordinary words.
+    SHORTEST: ClassVar[int] = 6
+
+    def __init__(self) -> None:
+        self._secrets: set[str] = set()
+        self._pattern: re.Pattern[str] | None = None
+
+    def add(self, secret: str) -> None:
+        """Never let this text pass again."""
+        if len(secret) >= self.SHORTEST and secret not in self._secrets:
+            self._secrets.add(secret)
+            longest_first = sorted(self._secrets, key=len, reverse=True)
+            self._pattern = re.compile("|".join(map(re.escape, longest_first)))
+
+    def scrub(self, text: str) -> str:
+        """Return the text with every known secret masked."""
+        return text if self._pattern is None else self._pattern.sub(self.MASK, text)
+
+
+class LogWriter:
+    """Writes lines from a thread of its own, so that a reader who stops never stops the reactor.
+
+    At most ``LOG_BACKLOG_BYTES`` wait; what comes on top is dropped, and the number of dropped
+    lines is logged as soon as there is room. Until ``start`` is called, lines are written at once
+    (a daemon forks between the two, and threads do not survive a fork).
+    """
+
+    def __init__(self, write: Callable[[bytes], object], flush_seconds: float) -> None:
+        self._write = write
+        self._flush_seconds = flush_seconds
+        self._lines: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._dropped = 0
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+
+    def start(self) -> None:
+        """Write from a thread from now on."""
+        self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, line: bytes) -> None:
+        """Write a line, or drop it where too many wait."""
+        if self._thread is None:
+            self._write_safely(line)
+            return
+        with self._wake:
+            if self._waiting_bytes + len(line) > LOG_BACKLOG_BYTES:
+                self._dropped += 1
+                return
+            self._lines.append(line)
+            self._waiting_bytes += len(line)
+            self._wake.notify()
+
+    def stop(self) -> None:
+        """Write what waits, for a bounded time, and end the thread."""
+        thread, self._closing = self._thread, True
+        if thread is not None:
+            with self._wake:
+                self._wake.notify()
+            thread.join(self._flush_seconds)
+            self._thread = None
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._lines and not self._closing:
+                    self._wake.wait()
+                if not self._lines:
+                    return
+                batch = b"".join(self._lines)
+                self._lines.clear()
+                self._waiting_bytes = 0
+                dropped, self._dropped = self._dropped, 0
+            self._write_safely(batch)
+            if dropped:
+                note = {"level": "warn", "message": "log lines dropped: the log is not being read"}
+                self._write_safely(json.dumps({**note, "dropped": dropped}).encode() + b"\n")
+
+    def _write_safely(self, data: bytes) -> None:
+        # A log that nobody can read any more (closed pipe, full disk) is no reason to stop serving.
+        with contextlib.suppress(OSError, ValueError):
+            self._write(data)
+
+
+def _stdout_write(data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(1, view) :]
+
+
+@implementer(ILogObserver)
+class LogObserver:
+    """The one observer of the process: formats events and hands them to the writer."""
+
+    def __init__(self, config: Config, write: Callable[[bytes], object] | None = None) -> None:
+        self._config = config
+        self.redactor = Redactor()
+        self.set_level(config.log_level)
+        self._as_text = config.log_format == "text"
+        if write is None:
+            write = _stdout_write if config.log_file is None else self._file_write(config.log_file)
+        self._writer = LogWriter(write, LOG_FLUSH_SECONDS)
+
+    def _file_write(self, path: Path) -> Callable[[bytes], object]:
+        try:
+            # twisted's LogFile rotates by size and keeps the given number of old files.
+            target = LogFile(
+                path.name,
+                str(path.parent),
+                rotateLength=self._config.log_file_max_bytes or None,
+                maxRotatedFiles=self._config.log_file_backups or None,
+                defaultMode=0o640,
+            )
+        except (OSError, AssertionError) as error:
+            raise ConfigError(f"log_file: {path} cannot be opened: {error}") from None
+        return lambda data: target.write(data.decode())
+
+    def use_file(self, path: Path) -> None:
+        """Write to a rotated file from now on."""
+        self._writer = LogWriter(self._file_write(path), LOG_FLUSH_SECONDS)
+
+    def set_level(self, level: str) -> None:
+        """Let only events of this level or above pass, from now on."""
+        self.level = level
+        self._threshold = LOG_LEVELS[level]
+
+    def enabled(self, level: str) -> bool:
+        """Tell whether events of a level pass, to save the work of making them."""
+        return LOG_LEVELS[level] >= self._threshold
+
+    def start(self) -> None:
+        """Write from a thread from now on."""
+        self._writer.start()
+
+    def stop(self) -> None:
+        """Write what waits and end the thread; later lines are written at once."""
+        self._writer.stop()
+
+    def __call__(self, event: LogEvent) -> None:
+        """Log one event; see ``ILogObserver``."""
+        level = event_level(event)
+        if LOG_LEVELS[level] < self._threshold:
+            return
+        scrub = self.redactor.scrub
+        record: dict[str, object] = {
+            "time": timestamp_of(event.get("log_time", 0.0)),
+            "level": level,
+            "message": scrub(formatEvent(event)),
+        }
+        for key, value in event.items():
+            if key.startswith("log_") or key in _EVENT_FIELDS_LEFT_OUT:
+                continue
+            if isinstance(value, str):
+                record[key] = scrub(value)
+            elif isinstance(value, (int, float)) or value is None:
+                record[key] = value
+            elif isinstance(value, (dict, list)):
+                record[key] = json.loads(scrub(json.dumps(value, default=str)))
+        if "log_failure" in event:
+            record["traceback"] = scrub(event["log_failure"].getTraceback())
+        self._writer.put(self._line(record))
+
+    def _line(self, record: dict[str, object]) -> bytes:
+        if not self._as_text:
+            return json.dumps(record).encode() + b"\n"
+        time_, level, message = record.pop("time"), record.pop("level"), record.pop("message")
+        traceback = record.pop("traceback", None)
+        details = "".join(f" {key}={shown(value, 200)}" for key, value in record.items())
+        line = f"{time_} {str(level):<5} {message}{details}\n"
+        return (line + (f"{traceback}\n" if traceback else "")).encode("utf-8", "backslashreplace")
+
+
+def event_level(event: LogEvent) -> str:
+    """Return our level for an event: ``level_name`` where set, else from Twisted's level."""
+    if "level_name" in event:
+        name = str(event["level_name"])
+        return name if name in LOG_LEVELS else "info"
+    name = str(event["log_level"].name) if "log_level" in event else "info"
+    if name == "info" and str(event.get("log_namespace", "")).startswith(("twisted.", "-", "log_")):
+        return "debug"  # the framework's own chatter about factories and connections
+    return name
+
+
+# =============================================================================
+# 4. Calldata
+# =============================================================================
+#
+# Owns the binary value format that executors, hosts and modules exchange:
+# encoding and decoding, both without recursion and in linear time. Uses the
+# standard library and CalldataError. Never does I/O, and never imports attrs:
+# the practice executor carries this section under a bare Python.
+
+
+CALLDATA_MAX_DEPTH: Final = 128
+"""How many arrays and maps may be nested in one value."""
+
+CALLDATA_MAX_VALUES: Final = 1_000_000
+"""How many values one decoded value may hold in all. An empty array is one byte on the wire and
+some 60 in memory, so a limit on bytes alone would not bound memory."""
+
+ADDRESS_BYTES: Final = 20
+
+_TAG_SPECIAL, _TAG_INT, _TAG_NEGATIVE, _TAG_BYTES, _TAG_TEXT, _TAG_ARRAY, _TAG_MAP = range(7)
+_CONSTANTS: Final = {0: None, 8: False, 16: True}
+_CONSTANT_HEADERS: Final = {value: header for header, value in _CONSTANTS.items()}
+_HEADER_ADDRESS: Final = 24
+_FOLDS: Final = (
+    (1, "007f" * 4, "7f00" * 4),
+    (2, "00003fff" * 2, "3fff0000" * 2),
+    (4, "000000000fffffff", "0fffffff00000000"),
+)
+_ULEB128_END: Final = re.compile(rb"[\x80-\xff]*+[\x00-\x7f]")
+_SHOWN_KEY_CHARACTERS: Final = 40
+
+
+class Address(bytes):
+    """The 20 bytes of an account, which calldata keeps apart from other bytes.
+
+    It equals plain bytes of the same content. Raises CalldataError for any other length.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, raw: bytes) -> Address:
+        """Return the address that ``raw`` holds."""
+        if len(raw) != ADDRESS_BYTES:
+            raise CalldataError(f"an address has {ADDRESS_BYTES} bytes, not {len(raw)}")
+        return super().__new__(cls, raw)
+
+    def __repr__(self) -> str:
+        return f"Address(0x{self.hex()})"
+
+
+CalldataValue: TypeAlias = (
+    "None | bool | int | bytes | str | Address | list[CalldataValue] | dict[str, CalldataValue]"
+)
+"""What calldata can hold. A bool is not an int, an Address is not just bytes; no floats."""
+
+
+def encode_calldata(value: CalldataValue, *, max_depth: int = CALLDATA_MAX_DEPTH) -> bytes:
+    """Return ``value`` in the calldata format (PROTOCOLS.md section 3); map keys are sorted.
+
+    Raises CalldataError, with the path to the culprit, for a value that has no calldata form (a
+    float, a lone surrogate, a key that is not a string) or for nesting deeper than ``max_depth``,
+    which a value that contains itself always is.
+    """
+    return _Encoder(max_depth).encode(value)
+
+
+def decode_calldata(
+    data: bytes,
+    *,
+    max_depth: int = CALLDATA_MAX_DEPTH,
+    max_values: int = CALLDATA_MAX_VALUES,
+) -> CalldataValue:
+    """Return the one value that ``data`` holds; safe for hostile bytes.
+
+    Time is linear in the length of ``data``, memory too, and bounded by ``max_depth`` nested
+    containers and ``max_values`` values. Raises CalldataError, with the offset of the culprit, for
+    everything that the format forbids: see PROTOCOLS.md section 3.
+    """
+    return _Decoder(data, max_depth, max_values).decode()
+
+
+def _join_groups(groups: bytes) -> int:
+    """Return the number whose 7-bit groups, least significant first, are ``groups``.
+
+    Shifting group by group into one integer is quadratic in its length. Instead all lanes of eight
+    groups are folded at once (8 x 7 bits, 4 x 14, 2 x 28, 1 x 56), and the empty eighth byte of
+    each lane is dropped: a fixed number of passes over the bytes.
+    """
+    lanes = -(-len(groups) // 8)
+    bits = int.from_bytes(groups, "little") & _lanes("7f" * 8, lanes)
+    for shift, low, high in _FOLDS:
+        bits = bits & _lanes(low, lanes) | (bits & _lanes(high, lanes)) >> shift
+    packed = bytearray(bits.to_bytes(8 * lanes, "little"))
+    del packed[7::8]
+    return int.from_bytes(packed, "little")
+
+
+def _uleb128(number: int) -> bytes:
+    """Return ``number`` (0 or more) as ULEB128, in linear time: ``_join_groups`` backwards."""
+    if number < 0x80:
+        return bytes((number,))
+    length = -(-number.bit_length() // 7)
+    lanes = -(-length // 8)
+    packed = number.to_bytes(7 * lanes, "little")
+    spread = bytearray(8 * lanes)
+    for column in range(7):
+        spread[column::8] = packed[column::7]
+    bits = int.from_bytes(spread, "little")
+    for shift, low, high in reversed(_FOLDS):
+        bits = bits & _lanes(low, lanes) | (bits << shift) & _lanes(high, lanes)
+    groups = bytearray((bits | _lanes("80" * 8, lanes)).to_bytes(8 * lanes, "little")[:length])
+    groups[-1] &= 0x7F
+    return bytes(groups)
+
+
+def _lanes(pattern: str, count: int) -> int:
+    """Return ``count`` copies of an 8-byte big-endian pattern, in hex, as one number."""
+    return int.from_bytes(bytes.fromhex(pattern) * count, "big")
+
+
+class _Encoder:
+    """The bytes of one encoding so far, and the containers that are open."""
+
+    def __init__(self, max_depth: int) -> None:
+        self._max_depth = max_depth
+        self._out = bytearray()
+        self._path: list[str | int] = []
+        self._open: list[Iterator[tuple[str | int, CalldataValue]]] = []
+
+    def encode(self, value: CalldataValue) -> bytes:
+        self._put(value)
+        while self._open:
+            entry = next(self._open[-1], None)
+            if entry is None:
+                self._open.pop()
+                self._path.pop()
+                continue
+            self._path[-1], item = entry
+            if isinstance(entry[0], str):
+                key = self._text(entry[0])
+                self._out += _uleb128(len(key)) + key
+            self._put(item)
+        return bytes(self._out)
+
+    def _put(self, value: CalldataValue) -> None:
+        if value is None or isinstance(value, bool):
+            self._out.append(_CONSTANT_HEADERS[value])
+        elif isinstance(value, int):
+            self._header(*((value, _TAG_INT) if value >= 0 else (-1 - value, _TAG_NEGATIVE)))
+        elif isinstance(value, Address):
+            self._out.append(_HEADER_ADDRESS)
+            self._out += value
+        elif isinstance(value, (bytes, str)):
+            raw = self._text(value) if isinstance(value, str) else value
+            self._header(len(raw), _TAG_TEXT if isinstance(value, str) else _TAG_BYTES)
+            self._out += raw
+        elif isinstance(value, (list, dict)):
+            self._enter(value)
+        else:
+            raise self._error(f"a {type(value).__name__} has no calldata form")
+
+    def _header(self, number: int, tag: int) -> None:
+        self._out += _uleb128(number << 3 | tag)
+
+    def _enter(self, value: list[CalldataValue] | dict[str, CalldataValue]) -> None:
+        if len(self._open) >= self._max_depth:
+            raise self._error(f"nested more than {self._max_depth} deep")
+        self._header(len(value), _TAG_ARRAY if isinstance(value, list) else _TAG_MAP)
+        if isinstance(value, list):
+            self._open.append(enumerate(value))
+        else:
+            for key in value:
+                if not isinstance(key, str):
+                    raise self._error(f"map keys are strings, not {type(key).__name__}")
+            # The format orders keys by their UTF-8 bytes. Python compares strings by code points,
+            # which is the same order.
+            self._open.append(iter(sorted(value.items(), key=lambda item: item[0])))
+        self._path.append("")
+
+    def _text(self, text: str) -> bytes:
+        try:
+            return text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise self._error(f"character {error.start} is a lone surrogate") from None
+
+    def _error(self, problem: str) -> CalldataError:
+        parts = (
+            f"[{part}]" if isinstance(part, int) else f"[{part[:_SHOWN_KEY_CHARACTERS]!a}]"
+            for part in self._path
+        )
+        return CalldataError(f"value{''.join(parts)}: {problem}")
+
+
+class _OpenContainer:
+    """An array or map whose entries are still being decoded, and how many are left."""
+
+    def __init__(self, items: list[CalldataValue] | dict[str, CalldataValue], left: int) -> None:
+        self.items, self.left = items, left
+        self.last_key: bytes | None = None
+
+
+class _Decoder:
+    """The state of one decoding: the bytes and the offset of the next one."""
+
+    def __init__(self, data: bytes, max_depth: int, max_values: int) -> None:
+        self._data = data
+        self._at = 0
+        self._max_depth = max_depth
+        self._values_left = max_values
+
+    def decode(self) -> CalldataValue:
+        root: list[CalldataValue] = []
+        stack = [_OpenContainer(root, 1)]
+        while stack:
+            top = stack[-1]
+            if top.left == 0:
+                stack.pop()
+                continue
+            top.left -= 1
+            key = self._key(top) if isinstance(top.items, dict) else ""
+            value, entries = self._value(len(stack))
+            if isinstance(top.items, dict):
+                top.items[key] = value
+            else:
+                top.items.append(value)
+            if isinstance(value, (list, dict)):
+                stack.append(_OpenContainer(value, entries))
+        if self._at != len(self._data):
+            raise self._error(self._at, f"{len(self._data) - self._at} bytes after the value")
+        return root[0]
+
+    def _value(self, depth: int) -> tuple[CalldataValue, int]:
+        """Return the next value; a container is still empty and comes with its entry count."""
+        start = self._at
+        header = self._uleb128()
+        number, tag = header >> 3, header & 7
+        self._values_left -= 1
+        if self._values_left < 0:
+            raise self._error(start, "more values than the limit allows")
+        if tag == _TAG_INT:
+            return number, 0
+        if tag == _TAG_NEGATIVE:
+            return -1 - number, 0
+        if tag == _TAG_BYTES:
+            return self._take(number), 0
+        if tag == _TAG_TEXT:
+            return self._text(number)[1], 0
+        if tag in (_TAG_ARRAY, _TAG_MAP):
+            if depth > self._max_depth:
+                raise self._error(start, f"nested more than {self._max_depth} deep")
+            if number * (2 if tag == _TAG_MAP else 1) > len(self._data) - self._at:
+                raise self._error(start, "more entries than bytes that follow")
+            return {} if tag == _TAG_MAP else [], number
+        if header == _HEADER_ADDRESS:
+            return Address(self._take(ADDRESS_BYTES)), 0
+        if header not in _CONSTANTS:
+            raise self._error(start, "a type that does not exist")
+        return _CONSTANTS[header], 0
+
+    def _key(self, container: _OpenContainer) -> str:
+        start = self._at
+        raw, text = self._text(self._uleb128())
+        if container.last_key is not None and raw <= container.last_key:
+            raise self._error(start, "map keys are not strictly ascending")
+        container.last_key = raw
+        return text
+
+    def _uleb128(self) -> int:
+        start = self._at
+        if start < len(self._data) and self._data[start] < 0x80:
+            self._at += 1
+            return self._data[start]
+        found = _ULEB128_END.match(self._data, start)
+        if found is None:
+            raise self._error(start, "the bytes end inside a number")
+        self._at = found.end()
+        if self._data[self._at - 1] == 0:
+            raise self._error(start, "a number with a needless zero at its end")
+        return _join_groups(found.group())
+
+    def _take(self, length: int) -> bytes:
+        start = self._at
+        if length > len(self._data) - start:
+            raise self._error(start, "the bytes end inside a value")
+        self._at += length
+        return self._data[start : self._at]
+
+    def _text(self, length: int) -> tuple[bytes, str]:
+        start = self._at
+        raw = self._take(length)
+        try:
+            return raw, raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self._error(start + error.start, "invalid UTF-8") from None
+
+    def _error(self, offset: int, problem: str) -> CalldataError:
+        return CalldataError(f"calldata, byte {offset}: {problem}")
+# =============================================================================
+# 5. Versions and manifest
+# =============================================================================
+#
+# Owns which executor versions exist, their order, which one a deployment time
+# selects, and the atomic reload of the manifest. Uses text, configuration and
+# errors. Never starts an executor, never looks whether one is installed.
+
+VERSION_KEY = re.compile(r"v(\d{1,9})\.(\d{1,9})\.(\d{1,9})(?:-[0-9A-Za-z.-]+)?")
+MANIFEST_MAX_BYTES = 16 * MIB
+_LISTED_VERSIONS = 20
+
+
+@frozen(order=True)
+class Version:
+    """An executor version; ordered by its three numbers, which the prerelease does not change."""
+
+    numbers: tuple[int, int, int]
+    key: str = field(order=False)
+    available_after: datetime = field(order=False)
+
+    @property
+    def major(self) -> int:
+        """The executor line that a request names."""
+        return self.numbers[0]
+
+    def __str__(self) -> str:
+        return f"{self.key} (from {format_timestamp(self.available_after)})"
+
+
+@frozen
+class Manifest:
+    """The executor versions that exist, in ascending order."""
+
+    versions: tuple[Version, ...] = ()
+
+    def resolve(self, major: int, moment: datetime) -> Version:
+        """Return the highest version of a major that was available at a moment.
+
+        A version that is available only later is never taken, whatever its numbers, because all
+        nodes must choose alike. Raises ``VersionNotAvailable``.
+        """
+        for version in reversed(self.versions):
+            if version.major == major and version.available_after <= moment:
+                return version
+        raise VersionNotAvailable(
+            f"no executor of major {major} is available at {format_timestamp(moment)}; "
+            f"the manifest has {self._listed()}"
+        )
+
+    def _listed(self) -> str:
+        if not self.versions:
+            return "no version at all: install executors and name them in the manifest"
+        listed = ", ".join(str(version) for version in self.versions[-_LISTED_VERSIONS:])
+        hidden = len(self.versions) - _LISTED_VERSIONS
+        return f"{listed} and {hidden} older ones" if hidden > 0 else listed
+
+
+def parse_manifest(text: str, source: str) -> Manifest:
+    """Return the manifest in a YAML text.
+
+    The form is ``executor_versions: {v0.2.3: {available_after: "2025-01-01T00:00:00Z"}}``; other
+    top-level keys are ignored. Raises ``ManifestError`` with source, line and reason.
+    """
+    try:
+        # Nodes instead of values: they know their lines, and aliases cost nothing.
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ManifestError(f"{source}{line}: not YAML: {error.problem or error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ManifestError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+
+    def refuse(node: yaml.Node, reason: str) -> NoReturn:
+        raise ManifestError(f"{source}:{node.start_mark.line + 1}: {reason}")
+
+    def members(node: yaml.Node, what: str) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
+        if not isinstance(node, yaml.MappingNode):
+            refuse(node, f"{what}: expected a mapping")
+        seen = set()
+        for key, value in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else "?"
+            if name in seen:
+                refuse(key, f"{what}: {shown(name)} is there twice")
+            seen.add(name)
+            yield name, key, value
+
+    if root is None:
+        raise ManifestError(f"{source}:1: empty; expected executor_versions")
+    found = {name: value for name, _, value in members(root, "manifest")}
+    if "executor_versions" not in found:
+        refuse(root, "executor_versions: required, but missing")
+    node = found["executor_versions"]
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null"):
+        return Manifest()
+    by_numbers: dict[tuple[int, ...], Version] = {}
+    for name, key, value in members(node, "executor_versions"):
+        match = VERSION_KEY.fullmatch(name)
+        if match is None:
+            refuse(key, f"{shown(name)} is no version; expected a key such as v0.2.3 or v0.2.3-rc1")
+        fields = {field_name: item for field_name, _, item in members(value, name)}
+        moment = fields.get("available_after")
+        if not isinstance(moment, yaml.ScalarNode):
+            refuse(moment or key, f"{name}.available_after: expected a timestamp")
+        try:
+            available_after = parse_timestamp(moment.value)
+        except ValueError as error:
+            refuse(moment, f"{name}.available_after: {error}")
+        numbers = (int(match.group(1)), int(match.group(2)), int(match.group(3)))
+        if numbers in by_numbers:
+            refuse(key, f"{name} has the same numbers as {by_numbers[numbers].key}")
+        by_numbers[numbers] = Version(numbers, name, available_after)
+    return Manifest(tuple(sorted(by_numbers.values())))
+
+
+class ManifestStore:
+    """The manifest in force, and where it comes from."""
+
+    log = Logger()
+
+    def __init__(self, config: Config) -> None:
+        self.path = config.manifest_path
+        self.reroute_to = config.reroute_to
+        self.manifest = Manifest()
+        self.problem: str | None = None
+        self._loading = DeferredLock()
+
+    def load(self) -> None:
+        """Read the manifest at the start; raises ``ManifestError``.
+
+        A file that is not there is allowed unless it was named explicitly, which the configuration
+        has checked: the manager then runs without executors and says so.
+        """
+        try:
+            self.manifest = self._read()
+        except FileNotFoundError:
+            self.problem = f"{self.path.name} does not exist: there are no executors to run"
+            if self.reroute_to is None:
+                self.log.warn("{problem}", problem=self.problem, path=str(self.path))
+
+    async def reload(self, reactor: Any) -> None:
+        """Read the manifest again, in a thread; a bad file changes nothing.
+
+        Raises ``ManifestError`` with line and reason.
+        """
+        await self._loading.acquire()
+        try:
+            pool = reactor.getThreadPool()
+            self.manifest = await deferToThreadPool(reactor, pool, self._read)
+        except FileNotFoundError:
+            raise ManifestError(f"{self.path.name} does not exist; the old one stays") from None
+        finally:
+            self._loading.release()
+        self.problem = None
+        self.log.info("manifest reloaded", versions=len(self.manifest.versions))
+
+    def resolve(self, major: int, moment: datetime) -> str:
+        """Return the key of the executor directory for a major at a moment.
+
+        ``reroute_to`` overrides everything. Raises ``VersionNotAvailable``.
+        """
+        if self.reroute_to is not None:
+            return self.reroute_to
+        return self.manifest.resolve(major, moment).key
+
+    def _read(self) -> Manifest:
+        try:
+            with self.path.open("rb") as file:
+                data = file.read(MANIFEST_MAX_BYTES + 1)
+            if len(data) > MANIFEST_MAX_BYTES:
+                raise ManifestError(f"{self.path.name}: larger than {MANIFEST_MAX_BYTES} bytes")
+            return parse_manifest(data.decode("utf-8"), self.path.name)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise ManifestError(f"{self.path.name}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ManifestError(f"{self.path.name}: not UTF-8 at byte {error.start}") from None
+
+
+# =============================================================================
+# 6. Contracts
+# =============================================================================
+#
+# Owns what is known of a contract from its bytes alone: the storage writes
+# that deploy it. Uses the standard library and the errors. Never runs a
+# contract and never does I/O.
+
+
+STORAGE_INDEX_LIMIT: Final = 1 << 32
+"""Storage slots are addressed by 32-bit offsets, so a slot holds fewer than this many bytes."""
+
+CODE_OFFSET: Final = 4
+"""Where the code starts in its slot, after its length (u32le)."""
+
+CODE_SLOT: Final = hashlib.sha3_256(bytes(32) + (1).to_bytes(4, "little")).digest()
+"""The storage slot that holds a contract's code (PROTOCOLS.md section 4)."""
+
+
+def deployment_writes(code: bytes) -> list[tuple[bytes, bytes]]:
+    """Return the storage writes, (key, value), that deploy ``code``.
+
+    A key is the slot (32 bytes) and the offset in it (u32le); the first write is the length of the
+    code, the second the code itself. Raises InvalidRequest for code that is empty or that a slot
+    cannot hold.
+    """
+    if not code:
+        raise InvalidRequest("the contract code is empty: send the code as the request body")
+    if len(code) > STORAGE_INDEX_LIMIT - CODE_OFFSET:
+        raise InvalidRequest("the contract code does not fit in a storage slot (4 GiB)")
+    length = len(code).to_bytes(CODE_OFFSET, "little")
+    return [
+        (CODE_SLOT + (0).to_bytes(4, "little"), length),
+        (CODE_SLOT + CODE_OFFSET.to_bytes(4, "little"), code),
+    ]
+# =============================================================================
+# 7. Permits
+# =============================================================================
+#
+# Owns how many executions run at once: a weighted, resizable FIFO gate, and
+# the one-shot event on which any number of callers wait. Uses Twisted's
+# DeferredSemaphore. Never knows what a permit is used for.
+
+Value = TypeVar("Value")
+
+
+class Event(Generic[Value]):
+    """Something that happens once; everybody who waits gets a Deferred of their own.
+
+    Cancelling a waiter only unsubscribes it, so a client that disconnects never disturbs another.
+    """
+
+    def __init__(self) -> None:
+        self._waiters: list[Deferred[Value]] = []
+        self._outcome: tuple[Value] | Failure | None = None
+
+    @property
+    def happened(self) -> bool:
+        """Whether the event lies in the past."""
+        return self._outcome is not None
+
+    @property
+    def waiters(self) -> int:
+        """How many wait now."""
+        return len(self._waiters)
+
+    def wait(self) -> Deferred[Value]:
+        """Return a Deferred that fires with the event's value, or fails with its error."""
+        waiter: Deferred[Value] = Deferred(self._waiters.remove)
+        if self._outcome is None:
+            self._waiters.append(waiter)
+        elif isinstance(self._outcome, Failure):
+            waiter.errback(self._outcome)
+        else:
+            waiter.callback(self._outcome[0])
+        return waiter
+
+    def fire(self, value: Value) -> None:
+        """Let the event happen; only the first call counts."""
+        if self._outcome is None:
+            self._outcome = (value,)
+            waiters, self._waiters = self._waiters, []
+            for waiter in waiters:
+                waiter.callback(value)
+
+    def fail(self, error: Exception) -> None:
+        """Let the event fail; only the first call counts."""
+        if self._outcome is None:
+            self._outcome = Failure(error)
+            waiters, self._waiters = self._waiters, []
+            for waiter in waiters:
+                waiter.errback(self._outcome)
+
+
+class Lease:
+    """Permits that somebody holds; ``release`` gives them back, once."""
+
+    def __init__(self, gate: PermitGate, weight: int) -> None:
+        self._gate: PermitGate | None = gate
+        self.weight = weight
+
+    def release(self) -> None:
+        """Give the permits back; later calls do nothing."""
+        gate, self._gate = self._gate, None
+        if gate is not None:
+            gate._give_back(self.weight)
+
+
+class _Waiter(Deferred[Lease]):
+    """A place in the queue of the gate."""
+
+    wanted: int
+    since: float
+
+
+class PermitGate(DeferredSemaphore):
+    """A semaphore with weights and a limit that can change at any time; strictly FIFO.
+
+    A waiter gets all of its permits at once or none, so two of them never block each other; and
+    nobody overtakes the head of the queue, so a heavy one is never starved by light ones. Nobody
+    needs more than the limit: with a limit of 1, a weight of 2 takes 1. A limit of 0 pauses.
+    ``tokens`` is below zero while a lowered limit waits for leases to come back.
+    """
+
+    def __init__(self, limit: int, clock: Any) -> None:
+        super().__init__(max(1, limit))
+        self.limit = self.tokens = limit
+        self._clock = clock
+        self._queue: deque[_Waiter] = deque()
+        self._admitting = False
+
+    @property
+    def available(self) -> int:
+        """Permits that could be had now."""
+        return max(0, self.tokens)
+
+    @property
+    def in_use(self) -> int:
+        """Permits that are held now."""
+        return self.limit - self.tokens
+
+    @property
+    def queue_length(self) -> int:
+        """How many wait."""
+        return len(self._queue)
+
+    @property
+    def oldest_wait(self) -> float:
+        """Seconds that the head of the queue has waited; 0 for an empty queue."""
+        return self._clock.seconds() - self._queue[0].since if self._queue else 0.0
+
+    def would_wait(self, weight: int) -> bool:
+        """Tell whether a lease could not be had at once."""
+        return bool(self._queue) or self.limit == 0 or min(weight, self.limit) > self.tokens
+
+    def reserve(self, weight: int) -> Deferred[Lease]:
+        """Return a Deferred for a lease of some permits; cancelling it leaves the queue."""
+        waiter = _Waiter(self._leave)
+        waiter.wanted, waiter.since = weight, self._clock.seconds()
+        self._queue.append(waiter)
+        self._admit()
+        return waiter
+
+    def acquire(self) -> Deferred[Self]:
+        """Take one permit as a plain semaphore does; give it back with ``release``."""
+        return self.reserve(1).addCallback(lambda _: self)
+
+    def release(self) -> None:
+        """Give back one permit that ``acquire`` took."""
+        self._give_back(1)
+
+    def resize(self, limit: int) -> None:
+        """Change the limit: a higher one admits at once, a lower one takes effect as leases end."""
+        self.tokens += limit - self.limit
+        self.limit = limit
+        self._admit()
+
+    def _give_back(self, weight: int) -> None:
+        self.tokens += weight
+        self._admit()
+
+    def _leave(self, waiter: Deferred[Any]) -> None:
+        self._queue.remove(cast(_Waiter, waiter))
+        self._admit()  # who stood behind a heavy one may fit now
+
+    def _admit(self) -> None:
+        # A waiter's callback can give permits back or reserve more: one loop serves all of that,
+        # instead of a recursion as deep as the queue.
+        if self._admitting:
+            return
+        self._admitting = True
+        try:
+            while self._queue and self.limit > 0:
+                weight = min(self._queue[0].wanted, self.limit)
+                if weight > self.tokens:
+                    return
+                waiter = self._queue.popleft()
+                self.tokens -= weight
+                waiter.callback(Lease(self, weight))
+        finally:
+            self._admitting = False
+
+
+# =============================================================================
+# 8. Child processes
+# =============================================================================
+#
+# Owns every process that the manager starts: spawning, the bytes that come
+# back, TERM then KILL, reaping, and the promise that none outlives us or its
+# parent run. Uses errors and logging. Never knows what a child is for.
+
+#: Seconds between a child's exit and the moment its pipes are closed on whoever else holds them.
+DRAIN_SECONDS = 0.5
+#: Seconds between looks at orphans that were killed but are not reaped yet.
+ORPHAN_RETRY_SECONDS = 0.02
+GUARDIAN_RESTART_SECONDS = 1.0
+PARENT_POLL_SECONDS = 0.2
+#: The environment variable by which the guardian knows our descendants.
+MARKER = "GENVM_MANAGED_BY"
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+
+@frozen
+class ExitStatus:
+    """How a process ended: an exit code, or the number of the signal that killed it."""
+
+    code: int | None
+    signal: int | None
+
+    @classmethod
+    def of(cls, reason: Failure) -> ExitStatus:
+        """Return the status in the reason that Twisted gives for the end of a process."""
+        error = reason.value
+        if isinstance(error, ProcessTerminated):
+            return cls(None if error.signal is not None else error.exitCode, error.signal)
+        return cls(0, None)
+
+
+class BoundedTail:
+    """The last bytes of a stream, in memory that never exceeds the limit by much."""
+
+    SLACK: ClassVar[int] = 256 * KIB
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.content = bytearray()
+        self.truncated = False
+
+    def add(self, data: bytes) -> None:
+        """Append bytes, forgetting the oldest where there are too many."""
+        self.content += data
+        if len(self.content) > self._limit + self.SLACK:
+            self.trim()
+
+    def trim(self) -> None:
+        """Cut ``content`` to the limit."""
+        if len(self.content) > self._limit:
+            del self.content[: len(self.content) - self._limit]
+            self.truncated = True
+
+
+class LineSplitter:
+    """Cuts a stream into lines; of a line longer than the limit only the head is kept.
+
+    ``on_line`` gets each line without its newline, and whether it was cut.
+    """
+
+    def __init__(self, limit: int, on_line: Callable[[bytes, bool], None]) -> None:
+        self._limit = limit
+        self._on_line = on_line
+        self._line = bytearray()
+        self._cut = False
+
+    def add(self, data: bytes) -> None:
+        """Take the next bytes of the stream."""
+        start = 0
+        while (end := data.find(b"\n", start)) >= 0:
+            self._keep(data[start:end])
+            self._finish()
+            start = end + 1
+        self._keep(data[start:])
+
+    def end(self) -> None:
+        """Give out a last line that has no newline."""
+        if self._line:
+            self._finish()
+
+    def _keep(self, part: bytes) -> None:
+        room = self._limit - len(self._line)
+        self._cut = self._cut or len(part) > room
+        self._line += part[:room]
+
+    def _finish(self) -> None:
+        line, cut = bytes(self._line), self._cut
+        self._line, self._cut = bytearray(), False
+        self._on_line(line, cut)
+
+
+class ChildListener(typing.Protocol):
+    """What the owner of a child hears: started, data, exited, closed; each end exactly once."""
+
+    def child_started(self, child: Child) -> None:
+        """The process exists; ``child`` is how to reach it."""
+
+    def child_data(self, fd: int, data: bytes) -> None:
+        """Bytes came from one of the child's descriptors."""
+
+    def child_exited(self, status: ExitStatus) -> None:
+        """The process has been reaped; data that is still in its pipes follows."""
+
+    def child_closed(self) -> None:
+        """All pipes are closed; nothing follows."""
+
+
+class Child(ProcessProtocol):
+    """One child process: forwards its events, and owns its timers.
+
+    ``force_killed`` tells that it did not end within the grace of ``terminate``.
+    """
+
+    transport: Any = None
+
+    def __init__(
+        self, reactor: Any, listener: ChildListener, gone: Callable[[Child], None]
+    ) -> None:
+        self._reactor = reactor
+        self._listener = listener
+        self._gone = gone
+        self._kill_timer: DelayedCall | None = None
+        self._drain_timer: DelayedCall | None = None
+        self.pid = 0
+        self.exited = False
+        self.force_killed = False
+
+    def terminate(self, grace: float) -> None:
+        """Send SIGTERM now and SIGKILL after ``grace`` seconds; a shorter grace wins."""
+        if self.exited:
+            return
+        kill_at = self._reactor.seconds() + grace
+        if grace > 0:
+            self._signal("TERM")
+        if self._kill_timer is not None and self._kill_timer.getTime() > kill_at:
+            self._kill_timer.cancel()
+            self._kill_timer = None
+        if grace <= 0:
+            self._force()
+        elif self._kill_timer is None:
+            self._kill_timer = self._reactor.callLater(grace, self._force)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self._signal("KILL")
+
+    def _force(self) -> None:
+        self._kill_timer = None
+        self.force_killed = True
+        self.kill()
+
+    def _signal(self, name: str) -> None:
+        # It may have exited without having been reaped; its end is reported in any case.
+        with contextlib.suppress(ProcessExitedAlready):
+            if self.transport is not None:
+                self.transport.signalProcess(name)
+
+    def _close_pipes(self) -> None:
+        self._drain_timer = None
+        if self.transport is not None:
+            for fd in list(self.transport.pipes):
+                self.transport.closeChildFD(fd)
+
+    # --- ProcessProtocol ---
+
+    def connectionMade(self) -> None:
+        """The process was started; see ``ProcessProtocol``."""
+        self.pid = self.transport.pid
+        self._listener.child_started(self)
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:
+        """Forward what the child wrote; see ``ProcessProtocol``."""
+        self._listener.child_data(childFD, data)
+
+    def processExited(self, reason: Failure) -> None:
+        """The process is reaped; its pipes may still be held by others."""
+        self.exited = True
+        if self._kill_timer is not None:
+            self._kill_timer.cancel()
+            self._kill_timer = None
+        self._drain_timer = self._reactor.callLater(DRAIN_SECONDS, self._close_pipes)
+        self._gone(self)
+        self._listener.child_exited(ExitStatus.of(reason))
+
+    def processEnded(self, reason: Failure) -> None:
+        """The process is reaped and its pipes are closed; the last event."""
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
+            self._drain_timer = None
+        self._listener.child_closed()
+
+
+class Spawner:
+    """Starts children and makes sure that none is left behind.
+
+    With ``owns_process`` the manager is alone in its process: it becomes the reaper of its
+    descendants, so that what an executor leaves behind comes to us and is killed; and it keeps a
+    guardian process, which kills every descendant when the manager itself is killed.
+    """
+
+    log = Logger()
+
+    def __init__(self, reactor: Any, boot_id: str, *, owns_process: bool) -> None:
+        self._reactor = reactor
+        self._owns_process = owns_process
+        self._devnull: int | None = None
+        self._guardian: Guardian | None = None
+        self._children: set[Child] = set()
+        self._sweep_call: DelayedCall | None = None
+        self._siblings = Path(f"/proc/self/task/{os.getpid()}/children")
+        self._boot_id = boot_id
+
+    def start(self) -> None:
+        """Get ready; after a fork by the daemon, before the first ``spawn``."""
+        self._devnull = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        if not self._owns_process:
+            return
+        os.environ[MARKER] = self._boot_id
+        if sys.platform != "linux":
+            self.log.warn("executors may outlive a killed manager: no guardian on this platform")
+            return
+        prctl = ctypes.CDLL(None, use_errno=True).prctl
+        if prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0 or not self._siblings.exists():
+            self._owns_process = False
+            self.log.warn("what executors leave behind is not killed: the kernel does not tell us")
+        self._guardian = Guardian(self._reactor, self._boot_id)
+        self._guardian.start()
+
+    def stop(self) -> None:
+        """Kill what is left and end; nothing can be spawned afterwards."""
+        self.kill_all()
+        if self._sweep_call is not None:
+            self._sweep_call.cancel()
+            self._sweep_call = None
+        if self._guardian is not None:
+            self._guardian.stop()
+        if self._devnull is not None:
+            os.close(self._devnull)
+            self._devnull = None
+
+    def kill_all(self) -> None:
+        """Send SIGKILL to every child."""
+        for child in list(self._children):
+            child.kill()
+
+    def spawn(
+        self,
+        listener: ChildListener,
+        argv: Sequence[str],
+        *,
+        pipes: Iterable[int],
+        nulls: Iterable[int],
+    ) -> None:
+        """Start a process that inherits our environment and working directory.
+
+        ``pipes`` are the descriptors of the child that we read, ``nulls`` those that are
+        ``/dev/null``. Everything else comes through the listener, possibly before this returns.
+        Raises ``SpawnFailed``.
+        """
+        if self._devnull is None:
+            raise SpawnFailed("the manager is not running")
+        child = Child(self._reactor, listener, self._forget)
+        descriptors: dict[int, int | str] = {
+            **dict.fromkeys(nulls, self._devnull),
+            **dict.fromkeys(pipes, "r"),
+        }
+        try:
+            # No path, uid or gid: they would make Twisted fork instead of posix_spawn.
+            self._reactor.spawnProcess(child, argv[0], argv, env=None, childFDs=descriptors)
+        except OSError as error:
+            raise SpawnFailed(_spawn_problem(error)) from None
+        if not child.exited:
+            self._children.add(child)
+
+    def _forget(self, child: Child) -> None:
+        self._children.discard(child)
+        if self._owns_process and self._sweep_call is None:
+            self._sweep_call = self._reactor.callLater(0, self._sweep)
+
+    def _sweep(self) -> None:
+        """Kill and reap what ended children left behind: it has become our own child by now."""
+        self._sweep_call = None
+        try:
+            ours = self._siblings.read_text().split()
+        except OSError:
+            return
+        left = False
+        for pid in map(int, ours):
+            # Twisted knows every process that was started on purpose.
+            if pid not in reapProcessHandlers:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+                    left = os.waitpid(pid, os.WNOHANG)[0] == 0 or left
+        if left:
+            self._sweep_call = self._reactor.callLater(ORPHAN_RETRY_SECONDS, self._sweep)
+
+
+def _spawn_problem(error: OSError) -> str:
+    """Return what the user can do about an error of ``posix_spawn``."""
+    reasons = {
+        errno.ENOENT: "not found; install this version, or check root and manifest",
+        errno.EACCES: "not executable; check its permissions",
+        errno.EPERM: "not permitted",
+        errno.ENOEXEC: "not an executable of this machine",
+        errno.E2BIG: "arguments too long for the kernel; shorten message, host_data or extra_args",
+        errno.ENOMEM: "not enough memory",
+        errno.EAGAIN: "too many processes",
+        errno.EMFILE: "too many open files in the manager",
+        errno.ENFILE: "too many open files on this machine",
+    }
+    return reasons.get(error.errno or 0, error.strerror or str(error))
+
+
+class Guardian(ProcessProtocol):
+    """A tiny process that outlives the manager by a moment and kills what it left behind.
+
+    It waits for the end of the manager at the end-of-file of a pipe, and finds descendants by the
+    marker in their environment. Other than a wrapper around each executor it costs a run nothing,
+    and there is no moment at which a new executor is unknown to it. It is started again when it
+    dies.
+    """
+
+    log = Logger()
+    transport: Any = None
+
+    def __init__(self, reactor: Any, boot_id: str) -> None:
+        self._reactor = reactor
+        self._boot_id = boot_id
+        self._stopping = False
+        self._restart: DelayedCall | None = None
+
+    def start(self) -> None:
+        """Start the process."""
+        self._restart = None
+        script = f"{inspect.getsource(guard_descendants)}\nguard_descendants({MARKER + '='!r})"
+        argv = [sys.executable, "-I", "-S", "-c", script.replace("'''", '"""'), self._boot_id]
+        try:
+            self._reactor.spawnProcess(self, argv[0], argv, env={}, childFDs={0: "w", 1: 1, 2: 2})
+        except OSError as error:
+            self.log.error("executors may outlive a killed manager: {reason}", reason=str(error))
+
+    def stop(self) -> None:
+        """Let the process go; it makes a last round on its way out."""
+        self._stopping = True
+        if self._restart is not None:
+            self._restart.cancel()
+        if self.transport is not None:
+            self.transport.loseConnection()
+
+    def processEnded(self, reason: Failure) -> None:
+        """See ``ProcessProtocol``."""
+        if not self._stopping:
+            self.log.warn("the guardian process died; starting another")
+            self._restart = self._reactor.callLater(GUARDIAN_RESTART_SECONDS, self.start)
+
+
+def guard_descendants(prefix: str) -> None:
+    """Wait for end-of-file on stdin, then kill every process whose environment has the marker.
+
+    This function runs alone, under a bare Python: it uses nothing but its own imports.
+    """
+    import os
+    import signal
+    import sys
+    import time
+
+    # Signals to the manager's process group are not for us, and neither is its terminal.
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    while os.read(0, 4096):
+        pass
+    marker = (prefix + sys.argv[1]).encode()
+    clean_rounds = 0
+    last_round = time.monotonic() + 5
+    # A process that is just being started shows our marker only after its exec: look again.
+    while clean_rounds < 3 and time.monotonic() < last_round:
+        clean_rounds += 1
+        for name in os.listdir("/proc"):
+            if not name.isdigit():
+                continue
+            try:
+                with open(f"/proc/{name}/environ", "rb") as file:
+                    if marker in file.read().split(b"\0"):
+                        os.kill(int(name), signal.SIGKILL)
+                        clean_rounds = 0
+            except OSError:
+                continue
+        time.sleep(0.02)
+
+
+@implementer(IReadDescriptor)
+class ParentWatch:
+    """Calls back once when the process that started us ends."""
+
+    def __init__(self, reactor: Any, parent_ended: Callable[[], object]) -> None:
+        self._reactor = reactor
+        self._parent_ended = parent_ended
+        self._parent = os.getppid()
+        self._fd: int | None = None
+        self._poll: LoopingCall | None = None
+
+    def start(self) -> None:
+        """Begin to watch."""
+        try:
+            self._fd = os.pidfd_open(self._parent)
+        except (OSError, AttributeError):
+            # No pidfd here, or the parent is gone: its number changes then, which polling sees.
+            self._poll = LoopingCall(self._check)
+            self._poll.clock = self._reactor
+            self._poll.start(PARENT_POLL_SECONDS)
+        else:
+            self._reactor.addReader(self)
+            self._check()
+
+    def stop(self) -> None:
+        """End watching."""
+        if self._poll is not None and self._poll.running:
+            self._poll.stop()
+        if self._fd is not None:
+            self._reactor.removeReader(self)
+            os.close(self._fd)
+            self._fd = None
+
+    def _check(self) -> None:
+        if os.getppid() != self._parent:
+            self.doRead()
+
+    def doRead(self) -> None:
+        """The parent has ended; see ``IReadDescriptor``."""
+        self.stop()
+        self._parent_ended()
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable; see ``IFileDescriptor``."""
+        return -1 if self._fd is None else self._fd
+
+    def connectionLost(self, reason: Failure) -> None:
+        """See ``IFileDescriptor``."""
+        self.stop()
+
+    def logPrefix(self) -> str:
+        """See ``ILoggingContext``."""
+        return "parent"
+
+
+# =============================================================================
+# 9. Executions
+# =============================================================================
+#
+# Owns each execution from request to the end of its retention: its state,
+# permits, process, captured output, deadline, waiters and result. Uses
+# permits, children and the manifest. Never knows HTTP.
+
+STDIN, STDOUT, STDERR, LOG_FD = 0, 1, 2, 3
+#: The kernel's MAX_ARG_STRLEN (32 pages), less the NUL at the end.
+ARGUMENT_MAX_BYTES = 131_071
+LOG_MAX_RECORDS = 10_000
+LOG_MAX_BYTES = 16 * MIB
+LOG_LINE_MAX_BYTES = 12 * MIB
+LISTED_FINISHED = 1000
+#: What a finished execution is reckoned to cost beyond its output.
+RECORD_BYTES = 2 * KIB
+#: Seconds after SIGKILL in which the kernel must have ended a process.
+KILL_SECONDS = 5.0
+#: Seconds that starting processes may hold the reactor before others get a turn.
+SPAWN_SLICE_SECONDS = 0.01
+_PIECE_BYTES = 64 * KIB
+
+
+@frozen
+class RunRequest:
+    """What a client asks to run; the fields are those of ``POST /genvm/run``."""
+
+    major: NonNegativeInt
+    message: JsonText
+    is_sync: bool
+    capture_output: bool
+    host_data: str
+    timestamp: Timestamp
+    host: str
+    max_execution_minutes: PositiveMinutes = PositiveMinutes(20)
+    extra_args: list[str] = field(factory=list)
+
+    def arguments(self, cookie: str) -> list[str]:
+        """Return the executor's command line without the program.
+
+        Raises ``InvalidRequest`` for text that cannot be an argument of a process.
+        """
+        texts = {f"extra_args[{i}]": text for i, text in enumerate(self.extra_args)}
+        texts |= {"host_data": self.host_data, "host": self.host, "message": self.message}
+        for path, text in texts.items():
+            if "\0" in text:
+                raise InvalidRequest(f"{path}: NUL characters cannot be passed to an executor")
+            try:
+                size = len(text.encode())
+            except UnicodeEncodeError:
+                raise InvalidRequest(f"{path}: half a surrogate pair is not text") from None
+            if size > ARGUMENT_MAX_BYTES:
+                raise InvalidRequest(
+                    f"{path}: {size} bytes; the kernel passes at most {ARGUMENT_MAX_BYTES} bytes "
+                    "in one argument"
+                )
+        sync = ["--sync"] if self.is_sync else []
+        return [
+            *(f"--log-fd={LOG_FD}", "run", *self.extra_args, *sync),
+            *("--host-data", self.host_data, "--host", self.host),
+            *("--message", str(self.message), f"--cookie={cookie}"),
+        ]
+
+
+class State(enum.Enum):
+    """Where an execution stands; ``TRANSITIONS`` says what may follow."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    EXITED = "exited"
+    FINISHED = "finished"
+
+
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.WAITING: frozenset((State.RUNNING, State.FINISHED)),
+    State.RUNNING: frozenset((State.STOPPING, State.EXITED)),
+    State.STOPPING: frozenset((State.EXITED,)),
+    State.EXITED: frozenset((State.FINISHED,)),
+    State.FINISHED: frozenset(),
+}
+
+
+class Cause(enum.Enum):
+    """Why an execution ended."""
+
+    EXITED = "exited"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    SHUTDOWN = "shutdown"
+
+
+class LogRecords:
+    """The last log records of an executor, each as the text of a JSON object."""
+
+    def __init__(self) -> None:
+        self._records: deque[bytes] = deque()
+        self.size = 0
+        self.truncated = False
+
+    def add(self, line: bytes, cut: bool) -> None:
+        """Take a line of the log pipe."""
+        if not line.strip():
+            return
+        record = parse_log_line(line)
+        text = line.strip() if record is not None and "level" in record else None
+        if text is None:
+            fallback = {"message": "genvm log", "line": line.decode("utf-8", "replace")}
+            text = json.dumps({"level": "info", **(record or fallback)}).encode()
+        self.truncated = self.truncated or cut
+        self._records.append(text)
+        self.size += len(text)
+        while len(self._records) > LOG_MAX_RECORDS or self.size > LOG_MAX_BYTES:
+            if len(self._records) == 1:
+                break  # one record is never lost whole
+            self.size -= len(self._records.popleft())
+            self.truncated = True
+
+    def json_pieces(self) -> Iterator[bytes]:
+        """Yield the JSON array of the records."""
+        separator = b"["
+        for record in self._records:
+            yield separator
+            yield record
+            separator = b","
+        yield b"]" if self._records else b"[]"
+
+
+def parse_log_line(line: bytes) -> dict[str, Any] | None:
+    """Return the JSON object on a line of the log pipe, or nothing if it is something else."""
+    try:
+        record = _json_decoder.decode(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+class Capture:
+    """What an execution wrote: the ends of its streams and its log records."""
+
+    def __init__(self, limit: int) -> None:
+        self._tails = {STDOUT: BoundedTail(limit), STDERR: BoundedTail(limit)}
+        self._records = LogRecords()
+        self._lines = LineSplitter(LOG_LINE_MAX_BYTES, self._records.add)
+
+    def add(self, fd: int, data: bytes) -> None:
+        """Take bytes from one of the executor's descriptors."""
+        if fd == LOG_FD:
+            self._lines.add(data)
+        else:
+            self._tails[fd].add(data)
+
+    def end(self) -> None:
+        """Nothing follows."""
+        self._lines.end()
+        for tail in self._tails.values():
+            tail.trim()
+
+    @property
+    def size(self) -> int:
+        """Bytes that are kept."""
+        return self._records.size + sum(len(tail.content) for tail in self._tails.values())
+
+    @property
+    def truncated(self) -> list[str]:
+        """Names of what was cut."""
+        cut = {
+            "stdout": self._tails[STDOUT].truncated,
+            "stderr": self._tails[STDERR].truncated,
+            "genvm_log": self._records.truncated,
+        }
+        return [name for name, is_cut in cut.items() if is_cut]
+
+    def json_pieces(self) -> Iterator[bytes]:
+        """Yield the JSON members ``stdout``, ``stderr`` and ``genvm_log`` in small pieces."""
+        for name, fd in (("stdout", STDOUT), ("stderr", STDERR)):
+            yield f'"{name}":"'.encode()
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            data = self._tails[fd].content
+            start = _first_character(data) if self._tails[fd].truncated else 0
+            for at in range(start, len(data), _PIECE_BYTES):
+                yield json.dumps(decoder.decode(data[at : at + _PIECE_BYTES]))[1:-1].encode()
+            yield json.dumps(decoder.decode(b"", True))[1:-1].encode() + b'",'
+        yield b'"genvm_log":'
+        yield from self._records.json_pieces()
+
+
+def _first_character(data: bytearray) -> int:
+    """Return where the first whole UTF-8 character of a cut stream starts."""
+    return next((i for i, byte in enumerate(data[:3]) if byte & 0xC0 != 0x80), min(3, len(data)))
+
+
+NO_CAPTURE = b'"stdout":"","stderr":"","genvm_log":[]'
+
+
+@define(eq=False)
+class Execution:
+    """One execution; times are seconds since the epoch, ``ended`` fires once the result is there."""
+
+    id: int
+    request: RunRequest
+    version: str
+    idempotency_key: str | None
+    wanted_permits: int
+    started: Event[None] = field(factory=Event)
+    ended: Event[None] = field(factory=Event)
+    state: State = State.WAITING
+    cause: Cause | None = None
+    place: Deferred[Lease] | None = None
+    lease: Lease | None = None
+    child: Child | None = None
+    exit: ExitStatus | None = None
+    capture: Capture | None = None
+    deadline_timer: DelayedCall | None = None
+    started_at: float | None = None
+    finished_at: float | None = None
+    summary: bytes = b""
+
+    def move(self, state: State) -> None:
+        """Go to another state; only what ``TRANSITIONS`` allows happens."""
+        assert state in TRANSITIONS[self.state], f"{self.state} -> {state}"
+        self.state = state
+
+    @property
+    def deadline(self) -> float | None:
+        """When the execution is killed, once it runs."""
+        if self.started_at is None:
+            return None
+        return self.started_at + self.request.max_execution_minutes * 60
+
+    @property
+    def was_forced(self) -> bool:
+        """Whether it had to be killed because it ignored a request to stop."""
+        return self.child is not None and self.child.force_killed
+
+    def summary_json(self) -> bytes:
+        """Return the entry of ``GET /status``."""
+        if self.summary:
+            return self.summary
+        entry = {
+            "state": self.state.value,
+            "version": self.version,
+            "is_sync": self.request.is_sync,
+            "started_at": None if self.started_at is None else timestamp_of(self.started_at),
+            "strict_deadline": None if self.deadline is None else timestamp_of(self.deadline),
+            "result": self._outcome() if self.state is State.FINISHED else None,
+        }
+        text = json.dumps(entry).encode()
+        if self.state is State.FINISHED:
+            self.summary = text
+        return text
+
+    def result_pieces(self) -> Iterator[bytes]:
+        """Yield the JSON of ``status`` in ``GET /genvm/{id}``; ``null`` before the end."""
+        if self.state is not State.FINISHED:
+            yield b"null"
+            return
+        yield json.dumps(self._outcome()).encode()[:-1] + b","
+        yield from (NO_CAPTURE,) if self.capture is None else self.capture.json_pieces()
+        yield b"}"
+
+    def _outcome(self) -> dict[str, object]:
+        assert self.cause is not None and self.finished_at is not None
+        return {
+            "finished_at": int(self.finished_at * 1000),
+            "exit_code": None if self.exit is None else self.exit.code,
+            "signal": None if self.exit is None else self.exit.signal,
+            "cause": self.cause.value,
+            "started_at": None if self.started_at is None else timestamp_of(self.started_at),
+            "version": self.version,
+            "truncated": [] if self.capture is None else self.capture.truncated,
+        }
+
+
+class LogForwarder:
+    """Passes an executor's log lines on to the manager's log."""
+
+    log = Logger()
+
+    def __init__(self, genvm_id: int) -> None:
+        self._genvm_id = genvm_id
+        self._lines = LineSplitter(LOG_LINE_MAX_BYTES, self._forward)
+
+    def add(self, _fd: int, data: bytes) -> None:
+        """Take bytes of the log pipe, the only one that is read."""
+        self._lines.add(data)
+
+    def end(self) -> None:
+        """Nothing follows."""
+        self._lines.end()
+
+    def _forward(self, line: bytes, cut: bool) -> None:
+        if not line.strip():
+            return
+        record = parse_log_line(line)
+        if record is None:
+            record = {"message": "genvm log", "line": line.decode("utf-8", "replace")}
+        try:
+            level = parse_log_level(record.pop("level", "info"))
+        except ValueError:
+            level = "info"
+        message = record.pop("message", "genvm log")
+        text = message if isinstance(message, str) else json.dumps(message)
+        details: dict[str, Any] = {"record": record} if record else {}
+        if cut:
+            details["truncated"] = True
+        self.log.info("{text}", text=text, level_name=level, genvm_id=self._genvm_id, **details)
+
+
+@define(eq=False)
+class _RunListener:
+    """Tells the executions what happens to the process of one of them."""
+
+    owner: Executions
+    execution: Execution
+    sink: Capture | LogForwarder
+
+    def child_started(self, child: Child) -> None:
+        self.execution.child = child
+
+    def child_data(self, fd: int, data: bytes) -> None:
+        self.sink.add(fd, data)
+
+    def child_exited(self, status: ExitStatus) -> None:
+        self.owner.process_exited(self.execution, status)
+
+    def child_closed(self) -> None:
+        self.sink.end()
+        self.owner.process_closed(self.execution)
+
+
+class Executions:
+    """All executions: admission, start, supervision, results, retention."""
+
+    log = Logger()
+
+    def __init__(
+        self,
+        config: Config,
+        reactor: Any,
+        gate: PermitGate,
+        manifest: ManifestStore,
+        spawner: Spawner,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._reactor = reactor
+        self._gate = gate
+        self._manifest = manifest
+        self._spawner = spawner
+        self._now = now
+        self._records: dict[int, Execution] = {}
+        self._by_key: dict[str, Execution] = {}
+        self._finished: deque[Execution] = deque()
+        self._kept_bytes = 0
+        self._last_id = 0
+        self._expiry: DelayedCall | None = None
+        self._ready: deque[Execution] = deque()
+        self._pacer: DelayedCall | None = None
+        self._spawning = False
+        self._slice_start = self._slice_spent = 0.0
+        self.draining = False
+        self._closed = False
+        self._all_ended: Event[None] = Event()
+
+    # --- what clients ask for ---
+
+    async def run(self, request: RunRequest, key: str | None = None) -> Execution:
+        """Return an execution once its process exists.
+
+        With the idempotency ``key`` of an earlier request that one's execution is returned. Raises
+        the reason why it cannot be started. Cancelling it while it waits removes it, unless
+        somebody else waits for the same execution.
+        """
+        execution = self._known(request, key) or self._enqueue(request, key)
+        try:
+            await execution.started.wait()
+        except CancelledError:
+            if execution.state is State.WAITING and execution.started.waiters == 0:
+                self._withdraw(execution)
+                self._forget(execution)
+            raise
+        return execution
+
+    def get(self, genvm_id: int) -> Execution:
+        """Return an execution; raises ``ExecutionNotFound``."""
+        execution = self._records.get(genvm_id)
+        if execution is None:
+            raise ExecutionNotFound(
+                f"no execution {genvm_id}: it never existed, or its result was kept long enough",
+                genvm_id=genvm_id,
+            )
+        return execution
+
+    async def wait(self, execution: Execution, seconds: float) -> None:
+        """Return when an execution has ended, or after some seconds."""
+        if seconds > 0 and not execution.ended.happened:
+            await self._ends_within(execution, seconds)
+
+    async def stop(self, genvm_id: int, grace: float) -> None:
+        """End an execution: SIGTERM, and SIGKILL after ``grace`` seconds; return once it is over.
+
+        Raises ``ShutdownTimeout`` if it had to be killed, ``ExecutionNotFound``.
+        """
+        execution = self.get(genvm_id)
+        if execution.state is State.WAITING:
+            self._withdraw(execution)
+            self._finish(execution, Cause.CANCELLED)
+            execution.started.fail(
+                ExecutionCancelled("cancelled while waiting for permits", genvm_id=genvm_id)
+            )
+        elif execution.state is not State.FINISHED:
+            self._terminate(execution, Cause.CANCELLED, grace)
+            ended = await self._ends_within(execution, grace + KILL_SECONDS)
+            if execution.was_forced or not ended:
+                raise ShutdownTimeout("timeout during shutdown", genvm_id=genvm_id)
+
+    def close(self, grace: float) -> Deferred[None]:
+        """Refuse new executions, end all others, and fire when none is left."""
+        self._closed = True
+        for execution in [*self._records.values()]:
+            if execution.state is State.WAITING:
+                self._withdraw(execution)
+                self._finish(execution, Cause.SHUTDOWN)
+                execution.started.fail(
+                    Draining("the manager is shutting down", genvm_id=execution.id)
+                )
+            elif execution.state is not State.FINISHED:
+                self._terminate(execution, Cause.SHUTDOWN, grace)
+        self._check_all_ended()
+        return self._all_ended.wait()
+
+    def dispose(self) -> None:
+        """Cancel the timers that are left; the last call."""
+        for timer in (self._expiry, self._pacer):
+            if timer is not None:
+                timer.cancel()
+        self._expiry = self._pacer = None
+
+    def resize(self, permits: int) -> None:
+        """Change the number of permits."""
+        self._gate.resize(permits)
+
+    def active(self) -> Iterator[Execution]:
+        """Yield executions that have not finished, newest first."""
+        return (e for e in reversed(self._records.values()) if e.state is not State.FINISHED)
+
+    def listed(self) -> Iterator[Execution]:
+        """Yield what ``GET /status`` lists, newest first."""
+        yield from self.active()
+        yield from itertools.islice(reversed(self._finished), LISTED_FINISHED)
+
+    # --- admission ---
+
+    def _known(self, request: RunRequest, key: str | None) -> Execution | None:
+        execution = self._by_key.get(key) if key is not None else None
+        if execution is not None and execution.request != request:
+            raise InvalidRequest(
+                "Idempotency-Key: was used with a different request; use a new key",
+                genvm_id=execution.id,
+            )
+        return execution
+
+    def _enqueue(self, request: RunRequest, key: str | None) -> Execution:
+        if self._closed or self.draining:
+            reason = "shutting down" if self._closed else "draining"
+            raise Draining(f"the manager is {reason} and starts no new executions")
+        version = self._manifest.resolve(request.major, request.timestamp)
+        request.arguments("0")
+        weight = 1 if request.is_sync else 2
+        if self._gate.queue_length >= self._config.queue_limit and self._gate.would_wait(weight):
+            raise QueueFull(
+                f"{self._gate.queue_length} executions wait for permits already; try again later"
+            )
+        self._last_id += 1
+        execution = Execution(self._last_id, request, version, key, weight)
+        self._records[execution.id] = execution
+        if key is not None:
+            self._by_key[key] = execution
+        execution.place = self._gate.reserve(weight)
+        execution.place.addCallback(self._admitted, execution)
+        execution.place.addErrback(lambda failure: failure.trap(CancelledError))
+        return execution
+
+    def _withdraw(self, execution: Execution) -> None:
+        """Take a waiting execution off the queue."""
+        if execution.lease is None:
+            assert execution.place is not None
+            execution.place.cancel()
+        else:
+            self._ready.remove(execution)
+            self._release(execution)
+
+    def _forget(self, execution: Execution) -> None:
+        del self._records[execution.id]
+        if execution.idempotency_key is not None:
+            del self._by_key[execution.idempotency_key]
+
+    # --- start ---
+
+    def _admitted(self, lease: Lease, execution: Execution) -> None:
+        execution.lease = lease
+        self._ready.append(execution)
+        self._spawn_ready()
+
+    def _spawn_ready(self) -> None:
+        """Start what has its permits, leaving the reactor time for others in between."""
+        if self._spawning or self._closed or self._pacer is not None:
+            return
+        self._spawning = True
+        try:
+            while self._ready:
+                begin = time.perf_counter()
+                if begin - self._slice_start > 2 * SPAWN_SLICE_SECONDS:
+                    self._slice_start, self._slice_spent = begin, 0.0
+                if self._slice_spent > SPAWN_SLICE_SECONDS:
+                    self._pacer = self._reactor.callLater(0, self._next_slice)
+                    return
+                self._spawn(self._ready.popleft())
+                self._slice_spent += time.perf_counter() - begin
+        finally:
+            self._spawning = False
+
+    def _next_slice(self) -> None:
+        self._pacer = None
+        self._slice_start = 0.0
+        self._spawn_ready()
+
+    def _spawn(self, execution: Execution) -> None:
+        request = execution.request
+        program = self._config.root / "executor" / execution.version / "bin" / "genvm"
+        sink: Capture | LogForwarder
+        if request.capture_output:
+            sink = execution.capture = Capture(self._config.capture_max_bytes)
+            pipes, nulls = {STDOUT, STDERR, LOG_FD}, {STDIN}
+        else:
+            sink = LogForwarder(execution.id)
+            pipes, nulls = {LOG_FD}, {STDIN, STDOUT, STDERR}
+        execution.move(State.RUNNING)
+        execution.started_at = self._now()
+        execution.deadline_timer = self._reactor.callLater(
+            request.max_execution_minutes * 60, self._deadline, execution
+        )
+        try:
+            argv = [str(program), *request.arguments(str(execution.id))]
+            listener = _RunListener(self, execution, sink)
+            self._spawner.spawn(listener, argv, pipes=pipes, nulls=nulls)
+        except ManagerError as error:
+            self._stop_deadline(execution)
+            self._forget(execution)
+            self._release(execution)
+            reason = f"executor {execution.version} cannot be started: {error.message}"
+            self.log.error("{reason}", reason=reason, genvm_id=execution.id, program=str(program))
+            execution.started.fail(SpawnFailed(reason))
+        else:
+            self.log.debug("execution started", genvm_id=execution.id, version=execution.version)
+            execution.started.fire(None)
+
+    # --- end ---
+
+    def _deadline(self, execution: Execution) -> None:
+        execution.deadline_timer = None
+        if execution.cause is None:
+            execution.cause = Cause.DEADLINE
+        if execution.state is State.RUNNING:
+            execution.move(State.STOPPING)
+        assert execution.child is not None
+        execution.child.kill()
+
+    def _terminate(self, execution: Execution, cause: Cause, grace: float) -> None:
+        if execution.state is State.EXITED:
+            return
+        if execution.state is State.RUNNING:
+            execution.move(State.STOPPING)
+            execution.cause = cause
+        assert execution.child is not None
+        execution.child.terminate(grace)
+
+    def process_exited(self, execution: Execution, status: ExitStatus) -> None:
+        """The process is reaped: its permits are free from now on."""
+        execution.exit = status
+        execution.move(State.EXITED)
+        self._stop_deadline(execution)
+        self._release(execution)
+
+    def process_closed(self, execution: Execution) -> None:
+        """The output is complete: the result can be read from now on."""
+        self._finish(execution, execution.cause or Cause.EXITED)
+
+    def _finish(self, execution: Execution, cause: Cause) -> None:
+        execution.move(State.FINISHED)
+        execution.cause = cause
+        execution.finished_at = self._now()
+        self._retain(execution)
+        self.log.info(
+            "execution finished",
+            genvm_id=execution.id,
+            cause=cause.value,
+            exit_code=None if execution.exit is None else execution.exit.code,
+            signal=None if execution.exit is None else execution.exit.signal,
+            ran_s=round(execution.finished_at - (execution.started_at or execution.finished_at), 3),
+        )
+        execution.ended.fire(None)
+        self._check_all_ended()
+
+    def _check_all_ended(self) -> None:
+        if self._closed and len(self._finished) == len(self._records):
+            self._all_ended.fire(None)
+
+    def _release(self, execution: Execution) -> None:
+        if execution.lease is not None:
+            execution.lease.release()
+
+    def _stop_deadline(self, execution: Execution) -> None:
+        if execution.deadline_timer is not None:
+            execution.deadline_timer.cancel()
+            execution.deadline_timer = None
+
+    def _ends_within(self, execution: Execution, seconds: float) -> Deferred[bool]:
+        waiting = execution.ended.wait().addCallback(lambda _: True)
+        return waiting.addTimeout(seconds, self._reactor, lambda _result, _seconds: False)
+
+    # --- retention ---
+
+    def _retain(self, execution: Execution) -> None:
+        self._finished.append(execution)
+        self._kept_bytes += self._cost(execution)
+        while self._kept_bytes > self._config.retention_max_bytes and len(self._finished) > 1:
+            self._drop_oldest()
+        self._schedule_expiry()
+
+    def _cost(self, execution: Execution) -> int:
+        return RECORD_BYTES + (0 if execution.capture is None else execution.capture.size)
+
+    def _drop_oldest(self) -> None:
+        execution = self._finished.popleft()
+        self._kept_bytes -= self._cost(execution)
+        self._forget(execution)
+
+    def _schedule_expiry(self) -> None:
+        if self._expiry is None and self._finished and not self._closed:
+            age = self._now() - (self._finished[0].finished_at or 0.0)
+            delay = max(0.0, self._config.execution_retention - age)
+            self._expiry = self._reactor.callLater(delay, self._expire)
+
+    def _expire(self) -> None:
+        self._expiry = None
+        horizon = self._now() - self._config.execution_retention
+        while self._finished and (self._finished[0].finished_at or 0.0) <= horizon:
+            self._drop_oldest()
+        self._schedule_expiry()
+
+
+# =============================================================================
+# 10. Embedded host
+# =============================================================================
+#
+# Owns the server side of the host protocol (PROTOCOLS.md section 2): contract
+# state in memory, requests from bytes, answers, one outcome per run. Uses
+# calldata, contracts and the errors. Never starts an executor, never listens by
+# itself, and never holds more of a hostile peer's data than its limits say.
+
+
+HOST_BLOB_LIMIT: Final = 64 * 1024 * 1024
+"""Bytes that the blobs of one request may have together, and that one storage read may ask for."""
+
+HOST_STORAGE_LIMIT: Final = 256 * 1024 * 1024
+"""Bytes that a host keeps in its storage before it answers ``OUT_OF_STORAGE_GAS``."""
+
+FUEL_LIMIT: Final = (1 << 53) - 1
+"""The largest fuel that the protocol can state."""
+
+OutcomeKind = Literal["return", "user_error", "vm_error", "internal_error"]
+_OUTCOME_KINDS: Final[tuple[OutcomeKind, ...]] = get_args(OutcomeKind)
+
+
+@frozen
+class HostOutcome:
+    """What a run came to: a return carries calldata, an error calldata or plain text."""
+
+    kind: OutcomeKind
+    data: bytes
+
+
+def describe_outcome(outcome: HostOutcome, *, limit: int = 4000) -> str:
+    """Return ``outcome`` as one text for a person, cut to about ``limit`` characters.
+
+    A return shows its decoded value as JSON; an error its message, whether it came as calldata
+    ``{message, fingerprint}`` or as plain text, and its fingerprint if there is one.
+    """
+    try:
+        value = decode_calldata(outcome.data)
+    except CalldataError as error:
+        if outcome.kind == "return":
+            text = f"{len(outcome.data)} bytes that are not calldata ({error.message})"
+        else:
+            text = outcome.data[: 4 * limit].decode("utf-8", "replace")
+    else:
+        text = _value_text(value)
+        if outcome.kind != "return":
+            text = _error_text(outcome.data[: 4 * limit], value) or text
+    if len(text) > limit:
+        text = f"{text[:limit]}… ({len(text)} characters)"
+    return f"{outcome.kind.replace('_', ' ')}: {text}"
+
+
+def _error_text(data: bytes, value: CalldataValue) -> str | None:
+    """Return the message of an error whose data is calldata, or None if it has none.
+
+    Plain text can happen to be calldata, never a map: then the text is what was meant.
+    """
+    if isinstance(value, dict):
+        message = value.get("message")
+        if not isinstance(message, str):
+            return None
+        fingerprint = value.get("fingerprint")
+        return message if fingerprint is None else f"{message} [{_value_text(fingerprint)}]"
+    text = data.decode("utf-8", "replace")
+    return text if text.isprintable() else None
+
+
+def _value_text(value: CalldataValue) -> str:
+    """Return ``value`` as JSON; the decoder has bounded the depth of the recursion."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value_text, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_value_text(k)}: {_value_text(v)}' for k, v in value.items())}}}"
+    if isinstance(value, bytes):
+        return f'"0x{value.hex()}"'
+    if isinstance(value, int) and value.bit_length() > 1024:
+        # Decimal conversion is quadratic, and Python refuses it beyond 4300 digits.
+        return f'"{value:#x}"'
+    return json.dumps(value, ensure_ascii=False)
+
+
+class HostError(IntEnum):
+    """The error byte that starts an answer."""
+
+    OK = 0
+    ABSENT = 1
+    FORBIDDEN = 2
+    I_AM_LEADER = 3
+    OUT_OF_STORAGE_GAS = 4
+
+
+class HostStorage:
+    """Sparse memory per (account, slot), zero where nothing was written.
+
+    It grows only with what was written, and never beyond ``limit`` bytes, bookkeeping included.
+    Several runs may share one.
+    """
+
+    _PAGE_BYTES: Final = 4096
+    _PAGE_OVERHEAD: Final = 256
+
+    def __init__(self, limit: int = HOST_STORAGE_LIMIT) -> None:
+        self._pages: dict[tuple[bytes, bytes, int], bytearray] = {}
+        self._left = limit
+
+    def write(self, account: bytes, slot: bytes, index: int, data: bytes) -> bool:
+        """Store ``data`` from offset ``index`` on; False, with nothing stored, if it is full."""
+        if len(data) > self._left:
+            return False
+        spans = list(self._spans(index, len(data)))
+        growth = 0
+        for number, _, end, _ in spans:
+            page = self._pages.get((account, slot, number))
+            growth += self._PAGE_OVERHEAD + end if page is None else max(0, end - len(page))
+        if growth > self._left:
+            return False
+        self._left -= growth
+        for number, start, end, at in spans:
+            page = self._pages.setdefault((account, slot, number), bytearray())
+            if len(page) < end:
+                page.extend(bytes(end - len(page)))
+            page[start:end] = data[at : at + end - start]
+        return True
+
+    def read(self, account: bytes, slot: bytes, index: int, length: int) -> bytes:
+        """Return the ``length`` bytes from offset ``index`` on."""
+        found = bytearray(length)
+        for number, start, end, at in self._spans(index, length):
+            part = self._pages.get((account, slot, number), b"")[start:end]
+            found[at : at + len(part)] = part
+        return bytes(found)
+
+    def _spans(self, index: int, length: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (page number, start and end in the page, offset in the data)."""
+        at = 0
+        while at < length:
+            number, start = divmod(index + at, self._PAGE_BYTES)
+            end = min(self._PAGE_BYTES, start + length - at)
+            yield number, start, end, at
+            at += end - start
+
+
+@define
+class HostState:
+    """What a host knows of one run: the contract called, its calldata, its rights and fuel.
+
+    With ``writable`` false, everything that writes or sends is refused. A writable host stores
+    what is written; what is sent is accepted and counted, for there is no chain to send it to.
+    """
+
+    contract: bytes
+    calldata: bytes
+    storage: HostStorage = field(factory=HostStorage)
+    writable: bool = False
+    fuel: int = FUEL_LIMIT
+    requests: Counter[str] = field(factory=Counter)
+
+    def deploy(self, writes: Iterable[tuple[bytes, bytes]]) -> None:
+        """Apply deployment writes (section 6) to the contract's storage.
+
+        Raises HostProtocolError if they exceed the limit of the storage.
+        """
+        for key, value in writes:
+            slot, index = key[:32], int.from_bytes(key[32:], "little")
+            if not self.storage.write(self.contract, slot, index, value):
+                raise HostProtocolError("the contract does not fit in the storage of the host")
+
+
+_HOST_METHODS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
+    ("get_calldata", ()),
+    ("storage_read", ("u8", "account", "slot", "u32", "u32")),
+    ("storage_write", ("slot", "u32", "blob")),
+    ("consume_result", ("blob",)),
+    ("get_leader_nondet_result", ("u32",)),
+    ("post_nondet_result", ("u32", "blob")),
+    ("post_message", ("account", "blob", "blob")),
+    ("post_event", ("topics", "blob")),
+    ("consume_fuel", ("u64",)),
+    ("deploy_contract", ("blob", "blob", "blob")),
+    ("eth_call", ("account", "blob")),
+    ("eth_send", ("account", "blob", "blob")),
+    ("get_balance", ("account",)),
+    ("remaining_fuel_as_gen", ()),
+    ("notify_nondet_disagreement", ("u32",)),
+)
+_FIELD_BYTES: Final = {"u8": 1, "u32": 4, "u64": 8, "account": 20, "slot": 32}
+_TOPIC_BYTES: Final = 32
+_STORAGE_MODES: Final = 3
+_OK: Final = bytes((HostError.OK,))
+_SENDS: Final = ("post_nondet_result", "post_message", "post_event", "deploy_contract", "eth_send")
+_WRITES_AND_SENDS: Final = frozenset((*_SENDS, "storage_write"))
+# A host without a chain: the executor leads, nobody else's contracts exist, every balance is 0.
+_FIXED_ANSWERS: Final = {
+    **dict.fromkeys(_SENDS, _OK),
+    "get_leader_nondet_result": bytes((HostError.I_AM_LEADER,)),
+    "eth_call": bytes((HostError.ABSENT,)),
+    "get_balance": _OK + bytes(32),
+    "notify_nondet_disagreement": b"",
+}
+
+
+@frozen
+class HostRequest:
+    """One request of an executor: the method's name, and its arguments in order."""
+
+    method: str
+    numbers: tuple[int, ...]
+    blobs: tuple[bytes, ...]
+
+
+class HostRequestParser:
+    """Cuts a byte stream, fed into ``buffer``, into requests."""
+
+    def __init__(self, blob_limit: int) -> None:
+        self.buffer = bytearray()
+        self._blob_limit = blob_limit
+        self._consumed = 0
+
+    def next_request(self) -> HostRequest | None:
+        """Return the next request, or None until more bytes are fed.
+
+        Raises HostProtocolError for bytes that are no request, and for a length over the limit as
+        soon as it is seen. An incomplete request costs a few steps, however long it is.
+        """
+        if not self.buffer:
+            return None
+        if self.buffer[0] >= len(_HOST_METHODS):
+            raise HostProtocolError(
+                f"the executor sent unknown method {self.buffer[0]} at byte {self._consumed} "
+                "of the host connection"
+            )
+        method, fields = _HOST_METHODS[self.buffer[0]]
+        with memoryview(self.buffer) as view:
+            spans = self._spans(method, fields, view)
+            if spans is None:
+                return None
+            numbers = [int.from_bytes(view[a:b], "little") for k, a, b in spans if k[0] == "u"]
+            blobs = [bytes(view[a:b]) for kind, a, b in spans if kind[0] != "u"]
+        end = spans[-1][2] if spans else 1
+        del self.buffer[:end]
+        self._consumed += end
+        return HostRequest(method, tuple(numbers), tuple(blobs))
+
+    def _spans(
+        self, method: str, fields: tuple[str, ...], view: memoryview
+    ) -> list[tuple[str, int, int]] | None:
+        """Return (kind, start, end) of each argument, or None if the bytes end before them."""
+        spans = []
+        at, blob_bytes = 1, 0
+        for kind in fields:
+            if kind in _FIELD_BYTES:
+                start, end = at, at + _FIELD_BYTES[kind]
+            else:
+                start = at + (4 if kind == "blob" else 1)
+                if start > len(view):
+                    return None
+                length = int.from_bytes(view[at:start], "little")
+                end = start + length * (1 if kind == "blob" else _TOPIC_BYTES)
+                blob_bytes += end - start
+                if blob_bytes > self._blob_limit:
+                    raise HostProtocolError(
+                        f"the executor announced {blob_bytes} bytes for {method}: "
+                        f"the limit is {self._blob_limit}"
+                    )
+            if end > len(view):
+                return None
+            spans.append((kind, start, end))
+            at = end
+        return spans
+
+
+class HostSession:
+    """The host's side of one connection, without the connection: bytes in, answers out.
+
+    ``outcome`` is None until the executor reports its result; from then on the session ignores
+    whatever comes.
+    """
+
+    _log = Logger()
+
+    def __init__(self, state: HostState, *, blob_limit: int = HOST_BLOB_LIMIT) -> None:
+        self.state = state
+        self.outcome: HostOutcome | None = None
+        self._blob_limit = blob_limit
+        self._parser = HostRequestParser(blob_limit)
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes of the executor."""
+        if self.outcome is None:
+            self._parser.buffer += data
+
+    def step(self) -> bytes | None:
+        """Serve one request and return its answer, which may be empty; None if there is none.
+
+        Raises HostProtocolError if the executor broke the protocol.
+        """
+        request = None if self.outcome else self._parser.next_request()
+        if request is None:
+            return None
+        self.state.requests[request.method] += 1
+        if request.method in _WRITES_AND_SENDS and not self.state.writable:
+            self._log.debug("read-only host refuses {method}", method=request.method)
+            return bytes((HostError.FORBIDDEN,))
+        if request.method in _FIXED_ANSWERS:
+            return _FIXED_ANSWERS[request.method]
+        handler: Callable[[HostRequest], bytes] = getattr(self, f"_on_{request.method}")
+        return handler(request)
+
+    def lost(self) -> HostProtocolError:
+        """Return the error of a connection that ended before a result came."""
+        begun = self._parser.buffer[:1]
+        where = f"inside a {_HOST_METHODS[begun[0]][0]} request" if begun else "without a result"
+        return HostProtocolError(
+            f"the executor closed the host connection {where}, "
+            f"after {self.state.requests.total()} requests"
+        )
+
+    def _on_get_calldata(self, request: HostRequest) -> bytes:
+        return _OK + len(self.state.calldata).to_bytes(4, "little") + self.state.calldata
+
+    def _on_storage_read(self, request: HostRequest) -> bytes:
+        mode, index, length = request.numbers
+        account, slot = request.blobs
+        if mode >= _STORAGE_MODES:
+            raise HostProtocolError(f"the executor asked for unknown storage mode {mode}")
+        if length > self._blob_limit:
+            raise HostProtocolError(
+                f"the executor asked for {length} bytes of storage: the limit is {self._blob_limit}"
+            )
+        return _OK + self.state.storage.read(account, slot, index, length)
+
+    def _on_storage_write(self, request: HostRequest) -> bytes:
+        (index,), (slot, data) = request.numbers, request.blobs
+        if index + len(data) > STORAGE_INDEX_LIMIT:
+            raise HostProtocolError("the executor wrote beyond the end of a storage slot")
+        stored = self.state.storage.write(self.state.contract, slot, index, data)
+        return bytes((HostError.OK if stored else HostError.OUT_OF_STORAGE_GAS,))
+
+    def _on_consume_result(self, request: HostRequest) -> bytes:
+        (result,) = request.blobs
+        if not result or result[0] >= len(_OUTCOME_KINDS):
+            raise HostProtocolError("the executor reported a result without a known result code")
+        self.outcome = HostOutcome(_OUTCOME_KINDS[result[0]], result[1:])
+        self._parser.buffer.clear()
+        return b"\x00"
+
+    def _on_consume_fuel(self, request: HostRequest) -> bytes:
+        self.state.fuel = max(0, self.state.fuel - request.numbers[0])
+        return b""
+
+    def _on_remaining_fuel_as_gen(self, request: HostRequest) -> bytes:
+        return _OK + min(self.state.fuel, FUEL_LIMIT).to_bytes(8, "little")
+
+
+@implementer(IPushProducer)
+class HostProtocol(Protocol):
+    """One connection of an executor: moves bytes between a transport and a HostSession.
+
+    It stops reading while the executor does not take its answers, so neither direction piles up,
+    and serves a limited number of requests per turn, so a flood does not hold the reactor.
+    """
+
+    factory: HostFactory
+    _REQUESTS_PER_TURN: Final = 500
+    _log = Logger()
+
+    def __init__(self, session: HostSession, reactor: Any) -> None:
+        """Serve ``session``; ``reactor`` is an IReactorTime."""
+        self._session = session
+        self._reactor = reactor
+        self._transport: Any = None  # zope's interfaces tell mypy nothing
+        self._ended = False
+        self._blocked = False
+        self._next_turn: DelayedCall | None = None
+
+    def connectionMade(self) -> None:
+        """Become the producer of the answers, which makes the transport say when it is full."""
+        self._transport = self.transport
+        self._transport.registerProducer(self, True)
+
+    def dataReceived(self, data: bytes) -> None:
+        """Take bytes of the executor."""
+        if not self._ended:
+            self._session.feed(data)
+            self._serve()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """End the run: an executor that leaves before its result has broken the protocol."""
+        self._end(self._session.lost())
+
+    def pauseProducing(self) -> None:
+        """Stop serving and reading: the executor does not take its answers."""
+        self._blocked = True
+        self._transport.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        """Go on: the executor has taken its answers."""
+        self._blocked = False
+        self._serve()
+
+    def stopProducing(self) -> None:
+        """Do nothing: ``connectionLost`` follows."""
+
+    def abandon(self, error: HostProtocolError) -> None:
+        """End the run with ``error`` and drop the connection."""
+        self._end(error)
+
+    def _serve(self) -> None:
+        if self._next_turn is not None:
+            return
+        for _ in range(self._REQUESTS_PER_TURN):
+            if self._blocked or self._ended:
+                return
+            try:
+                answer = self._session.step()
+            except HostProtocolError as error:
+                self._end(error)
+                return
+            if answer is None:
+                self._transport.resumeProducing()
+                return
+            self._transport.write(answer)
+            if self._session.outcome is not None:
+                self._end(self._session.outcome)
+        self._transport.pauseProducing()
+        self._next_turn = self._reactor.callLater(0, self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._next_turn = None
+        self._serve()
+
+    def _end(self, result: HostOutcome | HostProtocolError) -> None:
+        """Close the connection and report ``result``, once."""
+        if self._ended:
+            return
+        self._ended = True
+        if self._next_turn is not None:
+            self._next_turn.cancel()
+            self._next_turn = None
+        # A transport does not close as long as a producer is registered.
+        self._transport.unregisterProducer()
+        if isinstance(result, HostOutcome):
+            self._transport.loseConnection()
+        else:
+            self._log.warn("host connection failed: {problem}", problem=result.message)
+            self._transport.abortConnection()
+        self.factory.run_ended(self, result)
+
+
+class HostFactory(ServerFactory[HostProtocol]):
+    """Serves one run: the first connection is the run's, any other is closed at once.
+
+    With ``many`` every connection is a run of its own on the same state, one after the other or
+    at the same time: for demos and tests.
+    """
+
+    noisy = False
+    _log = Logger()
+
+    def __init__(
+        self,
+        state: HostState,
+        reactor: Any,
+        *,
+        many: bool = False,
+        blob_limit: int = HOST_BLOB_LIMIT,
+    ) -> None:
+        """Serve ``state``; ``reactor`` is an IReactorTime."""
+        self._state = state
+        self._reactor = reactor
+        self._many = many
+        self._blob_limit = blob_limit
+        self._connected: set[HostProtocol] = set()
+        self._started = False
+        self._result: HostOutcome | HostProtocolError | None = None
+        self._waiters: list[Deferred[HostOutcome]] = []
+
+    def buildProtocol(self, addr: IAddress | None) -> HostProtocol | None:
+        """Return the protocol of a new connection, or None to have it closed."""
+        if self._started and not self._many:
+            self._log.warn("second connection to a host that serves one run: closed")
+            return None
+        self._started = True
+        session = HostSession(self._state, blob_limit=self._blob_limit)
+        protocol = HostProtocol(session, self._reactor)
+        protocol.factory = self
+        self._connected.add(protocol)
+        return protocol
+
+    def when_done(self) -> Deferred[HostOutcome]:
+        """Return a new Deferred of the run's outcome, or of its HostProtocolError.
+
+        With ``many`` it is the next run to end. Cancelling it only takes it off the list.
+        """
+        waiter: Deferred[HostOutcome] = Deferred(self._forget)
+        self._waiters.append(waiter)
+        if self._result is not None and not self._many:
+            self._fire(self._result)
+        return waiter
+
+    def abandon(self, reason: str) -> None:
+        """Drop the connections and fail the waiters with HostProtocolError(``reason``).
+
+        For an executor that ended without a word, or a caller that waits no longer. It has no
+        effect on a run that has ended.
+        """
+        error = HostProtocolError(reason)
+        self._started = True
+        if not self._connected:
+            self._finish(error)
+        for protocol in list(self._connected):
+            protocol.abandon(error)
+
+    def run_ended(self, protocol: HostProtocol, result: HostOutcome | HostProtocolError) -> None:
+        """Take the end of a run from its connection."""
+        self._connected.discard(protocol)
+        self._finish(result)
+
+    def _finish(self, result: HostOutcome | HostProtocolError) -> None:
+        if self._result is None or self._many:
+            self._result = result
+            self._fire(result)
+
+    def _fire(self, result: HostOutcome | HostProtocolError) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if isinstance(result, HostOutcome):
+                waiter.callback(result)
+            else:
+                waiter.errback(result)
+
+    def _forget(self, waiter: Deferred[HostOutcome]) -> None:
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
+# =============================================================================
+# 14. HTTP API
+# =============================================================================
+#
+# Owns the routes, what a request must look like, who may make one, and how
+# answers and errors are written. The only section that uses Klein and knows
+# status codes. Never constructs what it serves.
+
+JSON_TYPE = "application/json; charset=utf-8"
+#: What an error means in HTTP; everything else is 500, as the API reference has it.
+STATUS_CODES: dict[type[ManagerError], int] = {
+    EndpointNotFound: 404,
+    ExecutionNotFound: 404,
+    MethodNotAllowed: 405,
+    BodyTooLarge: 413,
+    Unauthorized: 401,
+    CrossSiteRequest: 403,
+    Draining: 503,
+    QueueFull: 503,
+}
+RETRY_AFTER_SECONDS = 1
+#: Seconds for a request to arrive whole, and for a connection to stay idle.
+RECEIVE_SECONDS = 60
+#: Seconds in which a client that sends too much may still read why it was refused.
+LINGER_SECONDS = 2.0
+INLINE_BODY_BYTES = 64 * KIB
+SPOOL_BYTES = MIB
+STREAM_PIECE_BYTES = 64 * KIB
+#: A larger result is sent piece by piece, as fast as the client reads.
+STREAMED_RESULT_BYTES = 256 * KIB
+MAX_WAIT_SECONDS = 120.0
+MAX_GRACE_MS = 24 * 3600 * 1000
+DEFAULT_GRACE_MS = 30_000
+#: Variables that decide what code a child loads.
+PROTECTED_VARIABLES = re.compile(
+    r"LD_.*|DYLD_.*|PATH|PYTHON.*|BASH_ENV|ENV|SHELLOPTS|BASHOPTS|BASH_FUNC_.*|IFS|GCONV_PATH"
+    r"|LOCPATH|NLSPATH|PERL5?(LIB|OPT)|PERL5DB|RUBY(LIB|OPT)|NODE_(OPTIONS|PATH)|GLIBC_TUNABLES"
+    r"|MALLOC_.*|HOSTALIASES|RESOLV_HOST_CONF|TMPDIR"
+)
+
+Answer = dict[str, Any] | list[Any] | bytes | None
+
+
+def error_body(error: ManagerError, request_id: str | None = None) -> bytes:
+    """Return the JSON that describes an error to a client."""
+    body: dict[str, object] = {
+        "error": error.message,
+        "code": error.code,
+        "retryable": error.retryable,
+    }
+    if error.genvm_id is not None:
+        body["genvm_id"] = error.genvm_id
+    if isinstance(error, ExecutionNotFound):
+        body["status"] = None
+    if request_id is not None:
+        body["request_id"] = request_id
+    return json.dumps(body).encode()
+
+
+def error_status(error: ManagerError) -> int:
+    """Return the HTTP status of an error."""
+    return next((STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES), 500)
+
+
+class ApiChannel(HTTPChannel):
+    """A connection: bounds the time in which a request must arrive, and refuses in JSON."""
+
+    transport: Any
+    site: ApiSite
+    _fresh = True
+    _refused = False
+    _linger: DelayedCall | None = None
+
+    def dataReceived(self, data: bytes) -> None:
+        """Parse bytes; only the first ones of a request restart the clock: trickling is in vain."""
+        if self._refused:
+            return
+        if self._fresh:
+            self._fresh = False
+            self.resetTimeout()
+        LineReceiver.dataReceived(self, data)
+
+    def rawDataReceived(self, data: bytes) -> None:
+        """Take a piece of a body, unless the request was refused."""
+        if not self._refused:
+            super().rawDataReceived(data)
+
+    def requestDone(self, request: Request) -> None:
+        """A response is complete: the connection may carry another request."""
+        self._fresh = True
+        HTTPChannel.requestDone(self, request)
+
+    def refuse(self, status: int, error: ManagerError) -> None:
+        """Answer before the request is complete, read and forget the rest for a while, close."""
+        if self._refused:
+            return
+        body = error_body(error)
+        head = (
+            f"HTTP/1.1 {status} {RESPONSES[status].decode()}\r\nContent-Type: {JSON_TYPE}\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        self._refused = True
+        self.setTimeout(None)
+        self.transport.writeSequence([head.encode(), body])
+        self._linger = self.callLater(LINGER_SECONDS, self._close)
+
+    def _close(self) -> None:
+        self._linger = None
+        self.loseConnection()
+
+    def _respondToBadRequestAndDisconnect(self) -> None:
+        # Twisted's own answer has no body, which clients that parse every body cannot read.
+        self.refuse(400, InvalidRequest("malformed HTTP request"))
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The connection is gone."""
+        if self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
+        self.site.channels.discard(self)
+        HTTPChannel.connectionLost(self, reason)
+
+
+def _spooled_file() -> IO[bytes]:
+    """Return a file for a body, in memory at first; the request closes it."""
+    return tempfile.SpooledTemporaryFile(SPOOL_BYTES)
+
+
+class ApiRequest(Request):
+    """A request whose body is bounded while it is read, and kept on disk if it is large."""
+
+    channel: ApiChannel
+    content: IO[bytes] | None
+    _received = 0
+
+    def gotLength(self, length: int | None) -> None:
+        """Prepare for a body; ``None`` means that its length is not known."""
+        small = length is not None and length <= INLINE_BODY_BYTES
+        self.content = io.BytesIO() if small else _spooled_file()
+        if length is not None and length > self.channel.site.max_body_bytes:
+            self._refuse_body()
+
+    def handleContentChunk(self, data: bytes) -> None:
+        """Keep a piece of the body."""
+        self._received += len(data)
+        if self._received <= self.channel.site.max_body_bytes:
+            cast(IO[bytes], self.content).write(data)
+        else:
+            self._refuse_body()
+
+    def _refuse_body(self) -> None:
+        # Without this, Twisted would ask a client that waits for "100 Continue" to go on.
+        self.requestHeaders.removeHeader(b"expect")
+        limit = self.channel.site.max_body_bytes
+        self.channel.refuse(413, BodyTooLarge(f"body: larger than {limit} bytes"))
+
+    def getRequestHostname(self) -> bytes:
+        """Return a constant: routes do not depend on ``Host``, which may hold anything."""
+        return b"localhost"
+
+
+class ApiSite(Site):
+    """The connections of the manager's listeners."""
+
+    protocol = ApiChannel  # type: ignore[assignment]  # Twisted wraps its channel for HTTP/2
+    requestFactory = ApiRequest
+    displayTracebacks = False
+
+    def __init__(self, resource: Resource, reactor: Any, max_body_bytes: int) -> None:
+        Site.__init__(
+            self,
+            resource,
+            timeout=RECEIVE_SECONDS,
+            reactor=reactor,
+            parsePOSTFormSubmission=False,
+        )
+        self.max_body_bytes = max_body_bytes
+        self.channels: set[ApiChannel] = set()
+
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        """Return the protocol for a new connection."""
+        channel = Site.buildProtocol(self, addr)
+        self.channels.add(channel)
+        return channel
+
+    def log(self, request: object) -> None:
+        """Write no access log here; the API logs each request once, with its outcome."""
+
+    def close(self) -> None:
+        """Close every connection once what was written to it is sent."""
+        for channel in list(self.channels):
+            if channel.transport is not None:
+                channel.loseConnection()
+
+
+@frozen
+class AccessPolicy:
+    """Who may make requests: holders of the token, and no web page of another site."""
+
+    token: str | None
+    allowed_hosts: frozenset[str]
+
+    def check(self, request: Request) -> None:
+        """Raise ``Unauthorized`` or ``CrossSiteRequest`` unless the request may be served."""
+        host = request.getHeader("host")
+        origin = request.getHeader("origin")
+        if self.token is not None:
+            scheme, _, given = (request.getHeader("authorization") or "").partition(" ")
+            matches = hmac.compare_digest(given.strip().encode(), self.token.encode())
+            if scheme.lower() != "bearer" or not matches:
+                raise Unauthorized("send the manager's token: Authorization: Bearer <token>")
+        elif host is not None and not self._is_ours(host, request):
+            raise CrossSiteRequest(
+                f"Host {shown(host)} is not this manager; add it to allowed_hosts if it is meant"
+            )
+        if origin is not None and not self._same_site(origin, host):
+            raise CrossSiteRequest(
+                f"requests from the site {shown(origin)} are refused; "
+                "add its host to allowed_hosts if it is meant"
+            )
+
+    def _is_ours(self, host: str, request: Request) -> bool:
+        address = request.getHost()
+        name = host_name(host)
+        return (
+            isinstance(address, UNIXAddress)
+            or is_loopback(name)
+            or name == getattr(address, "host", None)
+            or name in self.allowed_hosts
+        )
+
+    def _same_site(self, origin: str, host: str | None) -> bool:
+        _, _, place = origin.partition("://")
+        return place != "" and (
+            place.lower() == (host or "").lower() or host_name(place) in self.allowed_hosts
+        )
+
+
+def host_name(host: str) -> str:
+    """Return the name or IP literal in a ``Host`` header, without port and brackets."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower()
+
+
+class PieceProducer:
+    """Sends an answer piece by piece, as fast as the client reads; see ``IPullProducer``."""
+
+    def __init__(self, request: Request, pieces: Iterator[bytes]) -> None:
+        self._request = request
+        self._pieces = pieces
+        self._done: Deferred[None] = Deferred(lambda _: None)
+
+    def run(self) -> Deferred[None]:
+        """Send everything; fires when the last piece is handed over or the client is gone."""
+        self._request.registerProducer(self, False)
+        return self._done
+
+    def resumeProducing(self) -> None:
+        """Send one piece."""
+        batch = bytearray()
+        while len(batch) < STREAM_PIECE_BYTES:
+            piece = next(self._pieces, None)
+            if piece is None:
+                self._request.write(bytes(batch))
+                self._request.unregisterProducer()
+                self._finish()
+                return
+            batch += piece
+        self._request.write(bytes(batch))
+
+    def stopProducing(self) -> None:
+        """The client is gone."""
+        self._finish()
+
+    def _finish(self) -> None:
+        if not self._done.called:
+            self._done.callback(None)
+
+
+@frozen
+class PermitsBody:
+    """Body of ``POST /permits``."""
+
+    permits: int
+
+
+@frozen
+class LogLevelBody:
+    """Body of ``POST /log/level``."""
+
+    level: str
+
+
+@frozen
+class VariableBody:
+    """Body of ``POST /env``."""
+
+    key: str
+    value: SecretText
+
+
+def _endpoint(
+    app: Klein, method: str, path: str, schema: type[Any] | None = None
+) -> Callable[[Callable[..., Awaitable[Answer]]], Callable[..., Any]]:
+    """Make a method the handler of a route.
+
+    It gets the request, what stands in the path, and the body as an instance of ``schema``; what
+    it returns is sent as JSON, and what it raises as an error in JSON.
+    """
+
+    def decorate(handler: Callable[..., Awaitable[Answer]]) -> Callable[..., Any]:
+        @functools.wraps(handler)
+        async def route(api: Api, request: Request, **arguments: Any) -> bytes | None:
+            try:
+                if schema is not None:
+                    arguments["body"] = structure(await api.read_json(request), schema)
+                return api.reply(request, 200, await handler(api, request, **arguments))
+            except CancelledError:
+                raise  # the client is gone; Klein knows
+            except Exception as error:
+                return api.reply_error(request, error)
+
+        app.route(path, methods=[method])(route)
+        return route
+
+    return decorate
+
+
+class Api:
+    """The HTTP interface; each route is its path, its body, one call, its answer."""
+
+    app = Klein()
+    log = Logger()
+
+    def __init__(
+        self,
+        config: Config,
+        reactor: Any,
+        observer: LogObserver,
+        gate: PermitGate,
+        manifest: ManifestStore,
+        executions: Executions,
+        boot_id: str,
+    ) -> None:
+        self._config = config
+        self._reactor = reactor
+        self._observer = observer
+        self._gate = gate
+        self._manifest = manifest
+        self._executions = executions
+        self._boot_id = boot_id
+        self._started = reactor.seconds()
+        self._last_request = 0
+
+    # --- status ---
+
+    @_endpoint(app, "GET", "/status")
+    async def status(self, request: Request) -> Answer:
+        """Answer what is going on; never waits for anything."""
+        module = dict.fromkeys(("pid", "address", "since", "last_error"))
+        head = {
+            "llm_module": "stopped",
+            "web_module": "stopped",
+            "permits": {
+                "max": self._gate.limit,
+                "current": self._gate.available,
+                "in_use": self._gate.in_use,
+                "waiting": self._gate.queue_length,
+            },
+            "queue": {
+                "length": self._gate.queue_length,
+                "oldest_wait_ms": int(self._gate.oldest_wait * 1000),
+            },
+            "modules": {
+                name: {"state": "stopped", "generation": 0, "restarts": 0, **module}
+                for name in ("llm", "web")
+            },
+            "manifest": {
+                "versions": len(self._manifest.manifest.versions),
+                "problem": self._manifest.problem,
+            },
+            "version": __version__,
+            "boot_id": self._boot_id,
+            "uptime_s": round(self._reactor.seconds() - self._started, 3),
+            "draining": self._executions.draining,
+        }
+        entries = (b'"%d":%s' % (e.id, e.summary_json()) for e in self._executions.listed())
+        body = json.dumps(head).encode()[:-1]
+        return body + b', "executions": {' + b",".join(entries) + b"}}"
+
+    # --- executions ---
+
+    @_endpoint(app, "POST", "/genvm/run", RunRequest)
+    async def run(self, request: Request, body: RunRequest) -> Answer:
+        """Start an execution."""
+        execution = await self._executions.run(body, request.getHeader("idempotency-key"))
+        return {"result": "started", "id": execution.id}
+
+    @_endpoint(app, "GET", "/genvm/<int:genvm_id>")
+    async def result(self, request: Request, genvm_id: int) -> Answer:
+        """Answer the result of an execution, waiting for it if asked to."""
+        execution = self._executions.get(genvm_id)
+        await self._executions.wait(execution, wait_seconds(request))
+        pieces = itertools.chain(
+            (b'{"genvm_id": %d, "status": ' % genvm_id,), execution.result_pieces(), (b"}",)
+        )
+        if execution.capture is None or execution.capture.size <= STREAMED_RESULT_BYTES:
+            return b"".join(pieces)
+        request.setHeader("content-type", JSON_TYPE)
+        await PieceProducer(request, pieces).run()
+        return None
+
+    @_endpoint(app, "DELETE", "/genvm/<int:genvm_id>")
+    async def stop(self, request: Request, genvm_id: int) -> Answer:
+        """End an execution."""
+        grace_ms = query_int(request, "wait_timeout_ms", DEFAULT_GRACE_MS, MAX_GRACE_MS)
+        await self._executions.stop(genvm_id, grace_ms / 1000)
+        return {"result": "shutdown_completed", "genvm_id": genvm_id}
+
+    @_endpoint(app, "POST", "/drain")
+    async def drain(self, request: Request) -> Answer:
+        """Refuse new executions from now on and finish those that were accepted."""
+        self._executions.draining = True
+        return {"result": "draining"}
+
+    @_endpoint(app, "POST", "/undrain")
+    async def undrain(self, request: Request) -> Answer:
+        """Accept executions again."""
+        self._executions.draining = False
+        return {"result": "accepting"}
+
+    # --- permits ---
+
+    @_endpoint(app, "GET", "/permits")
+    async def permits(self, request: Request) -> Answer:
+        """Answer how many executions may run; ``permits`` is the total."""
+        return {
+            "permits": self._gate.limit,
+            "available": self._gate.available,
+            "in_use": self._gate.in_use,
+            "waiting": self._gate.queue_length,
+        }
+
+    @_endpoint(app, "POST", "/permits", PermitsBody)
+    async def set_permits(self, request: Request, body: PermitsBody) -> Answer:
+        """Change how many executions may run."""
+        with _naming("permits"):
+            self._gate.resize(check_permits(body.permits))
+        return {"result": "permits_set", "permits": body.permits}
+
+    # --- configuration ---
+
+    @_endpoint(app, "POST", "/log/level", LogLevelBody)
+    async def log_level(self, request: Request, body: LogLevelBody) -> Answer:
+        """Change what is logged."""
+        with _naming("level"):
+            self._observer.set_level(parse_log_level(body.level))
+        return {"result": "log_level_set", "level": self._observer.level}
+
+    @_endpoint(app, "POST", "/manifest/reload")
+    async def reload_manifest(self, request: Request) -> Answer:
+        """Read the manifest again; a bad one changes nothing."""
+        await self._manifest.reload(self._reactor)
+        return {"result": "manifest_reloaded"}
+
+    @_endpoint(app, "POST", "/env", VariableBody)
+    async def set_variable(self, request: Request, body: VariableBody) -> Answer:
+        """Set a variable in our environment, which children inherit."""
+        key, value = body.key, body.value
+        if not key or "=" in key or "\0" in key + value:
+            raise EnvironmentRefused("key, value: must have no NUL; key: not empty and without =")
+        if key == MARKER or (
+            PROTECTED_VARIABLES.fullmatch(key) and key not in self._config.env_allow
+        ):
+            raise EnvironmentRefused(
+                f"key: {shown(key)} changes what code a child loads; "
+                "list it in env_allow in the configuration if it is meant"
+            )
+        try:
+            os.environ[key] = value
+        except UnicodeEncodeError:
+            raise EnvironmentRefused("key, value: half a surrogate pair is not text") from None
+        self.log.info("environment variable set", key=key)
+        return {"result": "env_var_set", "key": key}
+
+    # --- reading and writing ---
+
+    async def read_json(self, request: Request) -> JsonObject:
+        """Return the JSON object in a request's body; a large one is parsed in a thread."""
+        content = request.content
+        assert content is not None  # Klein calls handlers before a disconnect closes the body
+        if isinstance(content, io.BytesIO):
+            return parse_json_object(content.getvalue())
+
+        def read() -> JsonObject:
+            return parse_json_object(content.read())
+
+        # The body must outlive a client that disconnects meanwhile: the request would close it.
+        request.content = None
+        try:
+            return await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), read)
+        finally:
+            content.close()
+
+    def reply(self, request: Request, status: int, answer: Answer) -> bytes | None:
+        """Return an answer as JSON and set its headers; ``None`` was already sent."""
+        if answer is None:
+            return None
+        body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        request.setResponseCode(status)
+        request.setHeader("content-type", JSON_TYPE)
+        request.setHeader("content-length", str(len(body)))
+        if self._observer.enabled("debug"):
+            target = (request.method + b" " + request.path).decode("ascii", "replace")
+            self.log.debug("{target} {status}", target=target, status=status)
+        return body
+
+    def reply_error(self, request: Request, error: Exception) -> bytes | None:
+        """Return an error as JSON; one that nobody foresaw is logged and not shown."""
+        self._last_request += 1
+        request_id = None
+        if not isinstance(error, ManagerError):
+            request_id = f"{self._boot_id[:8]}-{self._last_request}"
+            self.log.failure("a request failed unexpectedly", Failure(error), request_id=request_id)
+            error = ManagerError(f"internal error; the log of the manager has it as {request_id}")
+        status = error_status(error)
+        if isinstance(error, MethodNotAllowed):
+            request.setHeader("allow", ", ".join(error.allowed))
+        if status == 503:
+            request.setHeader("retry-after", str(RETRY_AFTER_SECONDS))
+        if status == 401:
+            request.setHeader("www-authenticate", "Bearer")
+        error.message = self._observer.redactor.scrub(error.message)
+        return self.reply(request, status, error_body(error, request_id))
+
+    @app.handle_errors(HTTPException)
+    def routing_failed(self, request: Request, failure: Failure) -> bytes | None:
+        """Answer a request that no route fits."""
+        error: ManagerError = EndpointNotFound("no such endpoint; see the API reference")
+        if isinstance(failure.value, werkzeug.exceptions.MethodNotAllowed):
+            allowed = sorted(failure.value.valid_methods or ())
+            error = MethodNotAllowed(f"use {' or '.join(allowed)} here", allowed=allowed)
+        return self.reply_error(request, error)
+
+
+class ApiResource(Resource):
+    """The root of the site: lets a request reach the routes if it may."""
+
+    isLeaf = True
+
+    def __init__(self, api: Api, policy: AccessPolicy) -> None:
+        Resource.__init__(self)
+        self._api = api
+        self._policy = policy
+        self._routes: Any = api.app.resource()
+
+    def render(self, request: Request) -> Any:
+        """Answer a request; see ``IResource``."""
+        try:
+            self._policy.check(request)
+            if not is_utf8(request.method + b"".join(request.postpath or ())):
+                raise EndpointNotFound("no such endpoint: its path is not UTF-8")
+        except ManagerError as error:
+            return self._api.reply_error(request, error)
+        return self._routes.render(request)
+
+
+def is_utf8(data: bytes) -> bool:
+    """Tell whether bytes are UTF-8 text."""
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Turn a ``ValueError`` into an error of the request that names the path."""
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidRequest(f"{path}: {error}") from None
+
+
+def query_text(request: Request, name: str) -> str | None:
+    """Return the last value of a query parameter."""
+    values = request.args.get(name.encode()) if request.args else None
+    return values[-1].decode("utf-8", "replace") if values else None
+
+
+def query_int(request: Request, name: str, default: int, largest: int) -> int:
+    """Return a query parameter as a whole number; a larger one counts as ``largest``.
+
+    Raises ``InvalidRequest``.
+    """
+    text = query_text(request, name)
+    if text is None:
+        return default
+    if not text.isascii() or not text.isdigit():
+        raise InvalidRequest(f"{name}: expected an integer of at least 0, got {shown(text)}")
+    return largest if len(text) > len(str(largest)) else min(int(text), largest)
+
+
+def wait_seconds(request: Request) -> float:
+    """Return how long a request for a result may wait: ``?wait=10s`` or ``?wait_ms=10000``."""
+    text = query_text(request, "wait")
+    if text is None:
+        return query_int(request, "wait_ms", 0, int(MAX_WAIT_SECONDS * 1000)) / 1000
+    with _naming("wait"):
+        return min(parse_duration(text), MAX_WAIT_SECONDS)
+
+
+# =============================================================================
+# 15. Practice executor
+# =============================================================================
+#
+# Owns an executor that is not GenVM, for demos and tests: here its outcomes, its
+# cancellation and its end of the host protocol (PROTOCOLS.md section 2). Uses the
+# errors and the standard library. Never uses Twisted, attrs or another package:
+# sections 15 to 15c also run alone, under a bare Python, to start fast.
+
+
+_RETURN, _USER_ERROR, _VM_ERROR = range(3)
+_FAREWELL_S: Final = 0.5
+"""How long a cancelled executor tries to tell the host: the manager kills after 0.7 s."""
+_CONNECT_S: Final = 10.0
+_VALUE_LIMIT: Final = 64 * 1024 * 1024
+_POLL_S: Final = 0.01
+
+
+class _UsageError(Exception):
+    """The command line is wrong: exit status 2."""
+
+
+class _SetupError(Exception):
+    """The run cannot come to an outcome: exit status 1."""
+
+
+class _Cancelled(Exception):
+    """SIGTERM or SIGINT arrived."""
+
+
+class _Exit(Exception):
+    """The script asked for this exit status, without a report to the host."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class _Outcome(Exception):
+    """The run came to this result code and data."""
+
+    def __init__(self, code: int, data: bytes) -> None:
+        super().__init__(code)
+        self.code = code
+        self.data = data
+
+    @classmethod
+    def vm_error(cls, text: str) -> _Outcome:
+        """Return a VM error, which carries plain text."""
+        return cls(_VM_ERROR, text.encode("utf-8", "replace"))
+
+
+class _Cancellation:
+    """Turns SIGTERM and SIGINT into something that every wait sees.
+
+    Nothing is raised out of a signal handler, where it could tear a frame apart: the signal makes
+    a pipe readable, and each wait watches that pipe beside what it waits for.
+    """
+
+    def __init__(self) -> None:
+        self._reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._armed = True
+
+    def disarm(self) -> None:
+        """Let later waits, those of the farewell, run to their end."""
+        self._armed = False
+
+    def wait(self, fd: int = -1, event: int = 0, deadline: float = math.inf) -> bool:
+        """Wait until ``fd`` (none if -1) has ``event``; False if ``deadline`` comes first.
+
+        Deadlines are times of ``time.monotonic``. Raises _Cancelled.
+        """
+        poll = select.poll()
+        if self._armed:
+            poll.register(self._reader, select.POLLIN)
+        if fd >= 0:
+            poll.register(fd, event)
+        while True:
+            left = max(0.0, min(deadline - time.monotonic(), 3600.0))
+            ready = dict(poll.poll(math.ceil(left * 1000)))
+            if self._reader in ready:
+                raise _Cancelled
+            if ready or time.monotonic() >= deadline:
+                return bool(ready)
+
+
+class _HostConnection:
+    """The executor's side of the host protocol. Raises _SetupError if the connection fails."""
+
+    def __init__(self, uri: str, cancellation: _Cancellation) -> None:
+        self._cancellation = cancellation
+        self._unsent = bytearray()
+        self._owed = 0
+        self._in_step = True
+        self._reported = False
+        try:
+            self._socket = _connect(uri, cancellation)
+        except (OSError, ValueError) as error:
+            raise _SetupError(f"cannot reach the host {uri}: {error}") from None
+
+    def close(self) -> None:
+        """Close this process's end."""
+        self._socket.close()
+
+    def ask(self, method: str, number: int, arguments: bytes, length: int | None) -> bytes:
+        """Make a request; return the ``length`` bytes of its answer, or its blob if None.
+
+        Raises _Outcome, a VM error, if the host answers an error.
+        """
+        self._skip_owed()
+        self._in_step = False
+        self._send(bytes((number,)) + arguments)
+        error = self._receive(1)[0]
+        if error == 0:
+            answer = self._receive(self._receive_length() if length is None else length)
+        self._in_step = True
+        if error:
+            raise _Outcome.vm_error(f"the host answered {method} with error {error}")
+        return answer
+
+    def report(self, outcome: _Outcome) -> None:
+        """Report the outcome and wait for its acknowledgement."""
+        self._skip_owed()
+        self._reported = True
+        self._send(_result_frame(outcome))
+        if self._receive(1) != b"\x00":
+            raise _SetupError("the host did not acknowledge the result")
+
+    def farewell(self, outcome: _Outcome) -> None:
+        """Report ``outcome`` from wherever a cancellation interrupted the conversation, in time.
+
+        Requests are served in the order of the stream, so the report may follow a request whose
+        answer is still due: the rest of that request goes out first, and answers are thrown away
+        until the host, having taken the report, closes. Only after raw bytes it is not tried.
+        """
+        deadline = time.monotonic() + _FAREWELL_S
+        if not self._reported and self._owed >= 0:
+            self._unsent += _result_frame(outcome)
+        self._send(b"", deadline)
+        if self._in_step and not self._owed:
+            self._receive(1, deadline)
+        else:
+            while self._receive_some(1 << 16, deadline):
+                pass
+
+    def flood(self, count: int) -> None:
+        """Ask for the calldata ``count`` times without reading an answer."""
+        self._owed += count
+        self._send(bytes(count))
+
+    def send_garbage(self, data: bytes) -> None:
+        """Send bytes that are no request; the conversation makes no sense afterwards."""
+        self._owed = -1
+        self._send(data)
+
+    def _skip_owed(self) -> None:
+        while self._owed > 0:
+            if self._receive(1) == b"\x00":
+                self._receive(self._receive_length())
+            self._owed -= 1
+
+    def _send(self, data: bytes, deadline: float = math.inf) -> None:
+        self._unsent += data
+        while self._unsent:
+            if not self._cancellation.wait(self._socket.fileno(), select.POLLOUT, deadline):
+                raise _SetupError("the host does not read")
+            try:
+                del self._unsent[: self._socket.send(self._unsent)]
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise _SetupError(f"the host connection broke: {error}") from None
+
+    def _receive_length(self) -> int:
+        length = int.from_bytes(self._receive(4), "little")
+        if length > _VALUE_LIMIT:
+            raise _SetupError(f"the host answered with {length} bytes: too many")
+        return length
+
+    def _receive(self, length: int, deadline: float = math.inf) -> bytes:
+        data = bytearray()
+        while len(data) < length:
+            part = self._receive_some(length - len(data), deadline)
+            if not part:
+                raise _SetupError("the host closed the connection")
+            data += part
+        return bytes(data)
+
+    def _receive_some(self, limit: int, deadline: float) -> bytes:
+        if not self._cancellation.wait(self._socket.fileno(), select.POLLIN, deadline):
+            raise _SetupError("the host does not answer")
+        try:
+            return self._socket.recv(min(limit, 1 << 20))
+        except OSError as error:
+            raise _SetupError(f"the host connection broke: {error}") from None
+
+
+def _result_frame(outcome: _Outcome) -> bytes:
+    result = bytes((outcome.code,)) + outcome.data
+    return b"\x03" + len(result).to_bytes(4, "little") + result
+
+
+def _connect(uri: str, cancellation: _Cancellation) -> socket.socket:
+    """Return a non-blocking socket connected to ``unix://path`` or ``host:port``."""
+    if uri.startswith("unix://"):
+        path = uri.removeprefix("unix://")
+        return _connect_to(socket.AF_UNIX, path, cancellation)
+    name, _, port = uri.rpartition(":")
+    name = name.removeprefix("[").removesuffix("]")
+    if not name or not port.isdigit():
+        raise ValueError("expected unix://path or host:port")
+    failure: OSError | None = None
+    for family, _, _, _, address in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM):
+        try:
+            return _connect_to(family, address, cancellation)
+        except OSError as error:
+            failure = error
+    raise failure or OSError("no address")
+
+
+def _connect_to(
+    family: int, address: str | tuple[object, ...], cancellation: _Cancellation
+) -> socket.socket:
+    deadline = time.monotonic() + _CONNECT_S
+    peer = socket.socket(family, socket.SOCK_STREAM)
+    peer.setblocking(False)
+    status = peer.connect_ex(address)
+    # A unix socket whose backlog is full says "try again" and gives nothing to wait for.
+    while status == errno.EAGAIN and time.monotonic() < deadline:
+        cancellation.wait(deadline=time.monotonic() + _POLL_S)
+        status = peer.connect_ex(address)
+    if status == errno.EINPROGRESS:
+        if cancellation.wait(peer.fileno(), select.POLLOUT, deadline):
+            status = peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        else:
+            status = errno.ETIMEDOUT
+    if status:
+        peer.close()
+        raise OSError(status, os.strerror(status))
+    return peer
+
+
+# =============================================================================
+# 15b. Practice executor: scripts
+# =============================================================================
+#
+# Owns the script language of practice contracts and its interpreter. Uses the
+# section above, calldata and CODE_SLOT. Never does what could block without also
+# waiting for a cancellation.
+#
+# A script is UTF-8 text, one step a line. Blank lines and lines that begin with
+# "#" are skipped; the first line may be the version comment ("# v0.1.0"). Steps
+# stand in blocks: "on init" (deploying), "on method NAME", "on schema" (the call
+# "#get-schema"; its "return" must be a string). A block that ends without an
+# outcome returns null. The README has the table of steps.
+#
+# VALUE is JSON without fractions. In it, the strings "$last", "$args.0",
+# "$kwargs.name", "$storage.name" and "$message.field" stand for what they name,
+# and "$$" at the start of a string for a plain "$". TEXT is the rest of the line;
+# PATH and NAME are one word. A stored value that was never stored is null.
+# Whatever is wrong in a script is a VM error that names the line.
+#
+# The prelude: if --host-data is a JSON object with a string "practice", its steps
+# run before the executor connects to the host; steps that need the host, or that
+# would report an outcome, end it there with status 1.
+
+
+_PERMISSIONS: Final = "rwscn"
+_LOG_LEVELS: Final = ("trace", "debug", "info", "warn", "error")
+_PIPE_ATOM: Final = 4096
+"""A pipe that is ready takes this much without blocking (PIPE_BUF)."""
+
+
+class _Step:
+    """One line of a script: its number, the step's name and the rest of the line."""
+
+    def __init__(self, line: int, name: str, rest: str) -> None:
+        self.line, self.name, self.rest = line, name, rest
+
+    def error(self, problem: object) -> _Outcome:
+        """Return the VM error that names this line."""
+        return _Outcome.vm_error(f"line {self.line}: {self.name}: {problem}")
+
+
+def _parse_steps(text: str) -> list[_Step]:
+    """Return the steps of a script; raises _Outcome for a step that does not exist."""
+    steps = []
+    for number, line in enumerate(text.splitlines(), 1):
+        name, _, rest = line.strip().partition(" ")
+        if name and not name.startswith("#"):
+            step = _Step(number, name, rest.strip())
+            if not hasattr(_PracticeRun, _handler_name(name)):
+                raise step.error("no such step")
+            steps.append(step)
+    return steps
+
+
+def _parse_blocks(text: str) -> dict[str, list[_Step]]:
+    """Return the blocks of a script by what follows ``on``; raises _Outcome for a wrong one."""
+    blocks: dict[str, list[_Step]] = {}
+    block: list[_Step] | None = None
+    for step in _parse_steps(text):
+        if step.name == "on":
+            title = " ".join(step.rest.split())
+            if title not in ("init", "schema") and not (
+                title.startswith("method ") and title.count(" ") == 1
+            ):
+                raise step.error("expected init, schema or method NAME")
+            if title in blocks:
+                raise step.error(f"a second block {title}")
+            block = blocks[title] = []
+        elif block is None:
+            raise step.error("a step before the first block")
+        else:
+            block.append(step)
+    return blocks
+
+
+def _handler_name(step: str) -> str:
+    return "step_" + step.replace("-", "_")
+
+
+class _PracticeRun:
+    """One run: its options, its connection, and a method per step of the script language."""
+
+    def __init__(self, log_fd: int, options: dict[str, str]) -> None:
+        self._cancellation = _Cancellation()
+        self._log_fd = log_fd
+        self._options = options
+        self._connection: _HostConnection | None = None
+        self._permissions = options.get("--permissions", _PERMISSIONS)
+        self._last: CalldataValue = None
+        self._call: dict[str, CalldataValue] = {}
+        self._message: dict[str, CalldataValue] = {}
+        self._account = b""
+
+    def run(self) -> int:
+        """Run to the end and return the exit status; raises _SetupError."""
+        try:
+            self._check_options()
+            self._run_prelude()
+            self._connection = _HostConnection(self._options["--host"], self._cancellation)
+            outcome = self._execute()
+            self._connection.report(outcome)
+            self._print_outcome(outcome)
+        except _Exit as request:
+            return request.status
+        except _Cancelled:
+            self._cancellation.disarm()
+            self._say_farewell()
+        except _SetupError as error:
+            self._log("error", str(error))
+            raise
+        return 0
+
+    def _check_options(self) -> None:
+        try:
+            os.fstat(self._log_fd)
+        except OSError as error:
+            raise _SetupError(f"log descriptor {self._log_fd}: {error}") from None
+        if not set(self._permissions) <= set(_PERMISSIONS):
+            raise _SetupError(f"bad permissions {self._permissions!r}: letters of {_PERMISSIONS}")
+        try:
+            message = json.loads(self._options["--message"])
+            self._account = Address(
+                binascii.a2b_base64(message["contract_address"], strict_mode=True)
+            )
+            if not isinstance(message["is_init"], bool):
+                raise TypeError("is_init is not true or false")
+        except (ValueError, TypeError, KeyError, RecursionError, CalldataError) as error:
+            raise _SetupError(f"bad message: {type(error).__name__}: {error}") from None
+        self._message = message
+
+    def _run_prelude(self) -> None:
+        try:
+            host_data = json.loads(self._options["--host-data"])
+        except (ValueError, RecursionError):
+            return
+        text = host_data.get("practice", "") if isinstance(host_data, dict) else ""
+        if not isinstance(text, str):
+            raise _SetupError("host data: practice is not a string of steps")
+        try:
+            early = self._run_steps(_parse_steps(text))
+        except _Outcome as outcome:
+            early = outcome
+        if early is not None:
+            problem = early.data.decode("utf-8", "replace") if early.code == _VM_ERROR else ""
+            raise _SetupError(f"prelude: an outcome before the host is connected: {problem}")
+
+    def _say_farewell(self) -> None:
+        try:
+            if self._connection is None:
+                self._connection = _HostConnection(self._options["--host"], self._cancellation)
+            self._connection.farewell(_Outcome.vm_error("timeout"))
+        except _SetupError as error:
+            self._log("warn", "cancelled, and the host did not confirm it", problem=str(error))
+
+    def _execute(self) -> _Outcome:
+        """Return the outcome of the call, whatever it is."""
+        self._log("debug", "practice run begins", cookie=self._options["--cookie"])
+        try:
+            return self._interpret()
+        except _Outcome as outcome:
+            return outcome
+        except (CalldataError, UnicodeDecodeError) as error:
+            return _Outcome.vm_error(f"not a practice script, or not its calldata: {error}")
+
+    def _interpret(self) -> _Outcome:
+        """Fetch calldata and code and run the block that is called."""
+        call = decode_calldata(self._host.ask("get_calldata", 0, b"", None))
+        if not isinstance(call, dict):
+            return _Outcome.vm_error("the calldata is not a map")
+        self._call = call
+        title = self._called_block()
+        blocks = _parse_blocks(self._read_blob(CODE_SLOT).decode("utf-8"))
+        if title not in blocks and title != "init":
+            return _Outcome.vm_error(f"the contract has no {title}")
+        outcome = self._run_steps(blocks.get(title, []))
+        if outcome is None:
+            outcome = _Outcome(_RETURN, encode_calldata(None))
+        returned = outcome.code == _RETURN
+        if title == "schema" and returned and not isinstance(decode_calldata(outcome.data), str):
+            return _Outcome.vm_error("the schema is not a string")
+        return outcome
+
+    def _called_block(self) -> str:
+        if self._message["is_init"]:
+            return "init"
+        method = self._call.get("method")
+        return "schema" if method == "#get-schema" else f"method {method!s:.200}"
+
+    def _run_steps(self, steps: list[_Step]) -> _Outcome | None:
+        """Run ``steps`` and return the outcome that they come to, if any."""
+        for step in steps:
+            try:
+                getattr(self, _handler_name(step.name))(step.rest)
+            except _Outcome as outcome:
+                return outcome
+            except (CalldataError, LookupError, OSError, RecursionError, ValueError) as error:
+                return step.error(error)
+        return None
+
+    def _print_outcome(self, outcome: _Outcome) -> None:
+        wanted = self._options.get("--print")
+        frame = bytes((outcome.code,)) + outcome.data
+        if wanted == "result":
+            self._emit(1, f"result {frame.hex()}\n".encode())
+        elif wanted == "fingerprint":
+            self._emit(1, f"fingerprint {hashlib.sha3_256(frame).hexdigest()}\n".encode())
+
+    # Output. A full pipe must not hold up a cancellation, so nothing writes without waiting.
+
+    def _emit(self, fd: int, data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                self._cancellation.wait(fd, select.POLLOUT)
+                view = view[os.write(fd, view[:_PIPE_ATOM]) :]
+        except BrokenPipeError:
+            return
+
+    def _log(self, level: str, message: str, **fields: str | int) -> None:
+        record = {"level": level, "message": message, "target": "practice", **fields}
+        self._emit(self._log_fd, f"{json.dumps(record)}\n".encode())
+
+    # State.
+
+    @property
+    def _host(self) -> _HostConnection:
+        if self._connection is None:
+            raise _SetupError("prelude: this step needs the host, which is not connected yet")
+        return self._connection
+
+    def _read(self, slot: bytes, index: int, length: int) -> bytes:
+        place = slot + index.to_bytes(4, "little") + length.to_bytes(4, "little")
+        return self._host.ask("storage_read", 1, b"\x00" + self._account + place, length)
+
+    def _read_blob(self, slot: bytes) -> bytes:
+        """Return what a slot holds: its length (u32le), then the bytes."""
+        length = int.from_bytes(self._read(slot, 0, 4), "little")
+        if length > _VALUE_LIMIT:
+            raise _Outcome.vm_error(f"a slot that holds {length} bytes: too many")
+        return self._read(slot, 4, length)
+
+    def _load(self, name: str) -> CalldataValue:
+        self._require("r", "storage read")
+        data = self._read_blob(_named_slot(name))
+        return decode_calldata(data) if data else None
+
+    def _require(self, letter: str, action: str) -> None:
+        if letter not in self._permissions:
+            raise _Outcome.vm_error(f"forbidden: {action} without permission {letter!r}")
+
+    def _value(self, text: str) -> CalldataValue:
+        return self._fill(json.loads(text))
+
+    def _fill(self, value: CalldataValue) -> CalldataValue:
+        """Return ``value`` with its references replaced."""
+        if isinstance(value, list):
+            return [self._fill(item) for item in value]
+        if isinstance(value, dict):
+            return {key: self._fill(item) for key, item in value.items()}
+        if isinstance(value, str) and value.startswith("$"):
+            return value[1:] if value.startswith("$$") else self._reference(value)
+        return value
+
+    def _reference(self, text: str) -> CalldataValue:
+        root, _, name = text[1:].partition(".")
+        if root == "last" and not name:
+            return self._last
+        if root == "storage" and name:
+            return self._load(name)
+        place = self._message if root == "message" else self._call.get(root)
+        if root == "args" and isinstance(place, list) and name.isdigit():
+            place = {str(index): item for index, item in enumerate(place)}
+        if root in ("args", "kwargs", "message") and isinstance(place, dict) and name in place:
+            return place[name]
+        raise ValueError(f"there is no {text}")
+
+    # Steps, in the order of the table in the README; each gets the rest of its line.
+
+    def step_on(self, rest: str) -> None:
+        raise ValueError("the prelude has no blocks")
+
+    def step_log(self, rest: str) -> None:
+        level, _, text = rest.partition(" ")
+        if level not in _LOG_LEVELS:
+            raise ValueError(f"expected one of {', '.join(_LOG_LEVELS)}, then a text")
+        self._log(level, text)
+
+    def step_log_raw(self, rest: str) -> None:
+        self._emit(self._log_fd, f"{rest}\n".encode())
+
+    def step_log_big(self, rest: str) -> None:
+        self._log("info", "x" * _count(rest))
+
+    def step_print(self, rest: str) -> None:
+        self._emit(1, f"{rest}\n".encode())
+
+    def step_print_err(self, rest: str) -> None:
+        self._emit(2, f"{rest}\n".encode())
+
+    def step_print_hex(self, rest: str) -> None:
+        self._emit(1, bytes.fromhex(rest))
+
+    def step_spam(self, rest: str) -> None:
+        target, _, size = rest.partition(" ")
+        line = b"." * 99 + b"\n"
+        if target == "log":
+            line = b'{"level": "info", "message": "spam"}\n'
+        elif target not in ("stdout", "stderr"):
+            raise ValueError("expected stdout, stderr or log, then a number of bytes")
+        fd = {"stdout": 1, "stderr": 2, "log": self._log_fd}[target]
+        lines, left = divmod(_count(size), len(line))
+        for _ in range(lines):
+            self._emit(fd, line)
+        self._emit(fd, b"." * (left - 1) + b"\n" if left else b"")
+
+    def step_store(self, rest: str) -> None:
+        self._require("w", "storage write")
+        name, _, text = rest.partition(" ")
+        data = encode_calldata(self._value(text))
+        blob = len(data).to_bytes(4, "little") + data
+        place = _named_slot(name) + bytes(4) + len(blob).to_bytes(4, "little")
+        self._host.ask("storage_write", 2, place + blob, 0)
+
+    def step_load(self, rest: str) -> None:
+        self._last = self._load(rest)
+
+    def step_set(self, rest: str) -> None:
+        self._last = self._value(rest)
+
+    def step_return(self, rest: str) -> None:
+        raise _Outcome(_RETURN, encode_calldata(self._value(rest)))
+
+    def step_error(self, rest: str) -> None:
+        raise _Outcome(_USER_ERROR, encode_calldata({"message": rest, "fingerprint": None}))
+
+    def step_vm_error(self, rest: str) -> None:
+        raise _Outcome.vm_error(rest)
+
+    def step_sleep(self, rest: str) -> None:
+        self._cancellation.wait(deadline=time.monotonic() + _seconds(rest))
+
+    def step_wait_file(self, rest: str) -> None:
+        while not os.path.exists(rest):
+            self._cancellation.wait(deadline=time.monotonic() + _POLL_S)
+
+    def step_touch(self, rest: str) -> None:
+        with open(rest, "w", encoding="utf-8") as file:
+            file.write(f"{os.getpid()}\n")
+
+    def step_append(self, rest: str) -> None:
+        path, _, text = rest.partition(" ")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+
+    def step_exit(self, rest: str) -> None:
+        raise _Exit(_count(rest))
+
+    def step_die(self, rest: str) -> None:
+        number = int(rest) if rest.isdigit() else signal.Signals[f"SIG{rest.removeprefix('SIG')}"]
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    def step_ignore_sigterm(self, rest: str) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def step_grandchild(self, rest: str) -> None:
+        self._leave_grandchild(_seconds(rest), own_session=False)
+
+    def step_grandchild_session(self, rest: str) -> None:
+        self._leave_grandchild(_seconds(rest), own_session=True)
+
+    def step_flood_host(self, rest: str) -> None:
+        self._host.flood(_count(rest))
+
+    def step_garbage_host(self, rest: str) -> None:
+        self._host.send_garbage(bytes.fromhex(rest))
+
+    def _leave_grandchild(self, seconds: float, *, own_session: bool) -> None:
+        """Fork a process that keeps stdout, stderr and the log open, and log its pid."""
+        ready, begun = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            # A child of ours is a grandchild of whoever started us.
+            try:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                if own_session:
+                    os.setsid()
+                if self._connection is not None:
+                    self._connection.close()
+                os.close(begun)
+                time.sleep(seconds)
+            finally:
+                os._exit(0)
+        os.close(begun)
+        os.read(ready, 1)
+        os.close(ready)
+        self._log("info", "grandchild", pid=pid)
+
+
+def _named_slot(name: str) -> bytes:
+    if not name:
+        raise ValueError("expected a name")
+    return hashlib.sha3_256(b"practice:" + name.encode()).digest()
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError("expected a number that is not negative")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise ValueError("expected seconds")
+    return number
+
+
+# =============================================================================
+# 15c. Practice executor: command line and installation
+# =============================================================================
+#
+# Owns the executor's command line (PROTOCOLS.md section 1), and how the executor
+# becomes a program of its own. Uses the two sections above. Never starts one.
+
+
+_NOTICE: Final = "this is not GenVM: it interprets practice scripts"
+_STATUS_SETUP: Final = 1
+_STATUS_USAGE: Final = 2
+_PRINTS: Final = ("result", "fingerprint", "stderr-full")
+_FLAGS: Final = ("--sync", "--debug-mode", "--allow-latest")
+_REQUIRED: Final = ("--host-data", "--host", "--message", "--cookie")
+_OPTIONAL: Final = ("--permissions", "--print")
+_SHEBANG_LIMIT: Final = 127
+
+
+def run_practice_executor(argv: Sequence[str]) -> int:
+    """Run the practice executor with the arguments after the program name; return the exit status.
+
+    It takes over SIGTERM and SIGINT and must run in the main thread. The status is 0 for any
+    outcome, 1 for a set-up error, 2 for a wrong command line, or what the script asks for.
+    """
+    _say(_NOTICE)
+    try:
+        log_fd, command, options = _parse_command_line(argv)
+        if command == "parse-version-pattern":
+            os.write(1, f"{_version_pattern(sys.stdin.buffer.read())}\n".encode())
+        elif command == "run":
+            return _PracticeRun(log_fd, options).run()
+    except _UsageError as error:
+        _say(str(error))
+        return _STATUS_USAGE
+    except _SetupError as error:
+        _say(str(error))
+        return _STATUS_SETUP
+    return 0
+
+
+def _say(text: str) -> None:
+    """Tell a person on stderr, if anyone still reads it."""
+    try:
+        os.write(2, f"practice executor: {text}\n".encode("utf-8", "replace"))
+    except OSError:
+        return
+
+
+def _parse_command_line(argv: Sequence[str]) -> tuple[int, str, dict[str, str]]:
+    """Return the log descriptor, the command and the options of ``run``."""
+    words = iter(argv)
+    found: dict[str, str] = {}
+    command = ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word in ("run", "parse-version-pattern", "precompile") and not command:
+            command = word
+        elif word in _FLAGS and command:
+            found[word] = ""
+        elif name == "--log-fd" or (name in (*_REQUIRED, *_OPTIONAL) and command):
+            found[name] = value if equals else next(words, "")
+        else:
+            raise _UsageError(f"unexpected argument {word!r}")
+    if not command:
+        raise _UsageError("expected a command: run, parse-version-pattern or precompile")
+    missing = [name for name in _REQUIRED if command == "run" and name not in found]
+    if missing:
+        raise _UsageError(f"missing {', '.join(missing)}")
+    if found.get("--print", "result") not in _PRINTS:
+        raise _UsageError(f"--print: expected one of {', '.join(_PRINTS)}")
+    log_fd = found.pop("--log-fd", "2")
+    if not (log_fd.isascii() and log_fd.isdigit() and len(log_fd) < 10):
+        raise _UsageError(f"--log-fd: expected a file descriptor, got {log_fd!r}")
+    return int(log_fd), command, found
+
+
+def _version_pattern(code: bytes) -> str:
+    """Return the version that the first comment of a contract states, or ``v*.*.*``."""
+    line = code.partition(b"\n")[0].decode("utf-8", "replace")
+    for mark in ("//", "#", "--"):
+        if line.startswith(mark):
+            text = line[len(mark) :].strip()
+            return text if text.startswith("v") else "v*.*.*"
+    return "v*.*.*"
+
+
+def practice_executor_source() -> str:
+    """Return the practice executor as a Python script that needs nothing but the interpreter.
+
+    It is cut out of this file: ``run_practice_executor``, every top-level definition that it
+    needs, directly or not, and their imports. So the script starts without what the rest imports.
+    """
+    source = Path(__file__).read_text(encoding="utf-8")
+    lines = source.splitlines()
+    homes: dict[str, ast.stmt] = {}
+    for node in ast.parse(source).body:
+        homes.update(dict.fromkeys(_defined_names(node), node))
+    names = ["run_practice_executor", "sys"]
+    parts: dict[int, str] = {}
+    for name in names:
+        home = homes.get(name)
+        if home is None:
+            continue
+        decorators: list[ast.expr] = getattr(home, "decorator_list", [])
+        start = min([home.lineno, *(item.lineno for item in decorators)])
+        parts[start] = "\n".join(lines[start - 1 : home.end_lineno])
+        if not isinstance(home, (ast.Import, ast.ImportFrom)):
+            names.extend(_needed_names(home) - set(names))
+    body = "\n\n".join(part for _, part in sorted(parts.items()))
+    return (
+        "# The practice executor of GenVM Manager, written by it. This is not GenVM.\n"
+        f"from __future__ import annotations\n\n{body}\n"
+        "sys.exit(run_practice_executor(sys.argv[1:]))\n"
+    )
+
+
+def _defined_names(node: ast.stmt) -> list[str]:
+    """Return the names that a top-level statement binds."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [alias.asname or alias.name.partition(".")[0] for alias in node.names]
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+    return []
+
+
+def _needed_names(node: ast.stmt) -> set[str]:
+    """Return the names that a statement takes from its module when it runs.
+
+    Annotations are not evaluated, and what is assigned anywhere inside counts as local.
+    """
+    inside = list(ast.walk(node))
+    hints = [getattr(part, field, None) for part in inside for field in ("annotation", "returns")]
+    unused = {id(part) for hint in hints if isinstance(hint, ast.AST) for part in ast.walk(hint)}
+    names = [part for part in inside if isinstance(part, ast.Name) and id(part) not in unused]
+    local = {part.id for part in names if isinstance(part.ctx, ast.Store)}
+    local.update(part.arg for part in inside if isinstance(part, ast.arg))
+    return {part.id for part in names} - local
+
+
+def install_practice_executor(root: Path, version: str) -> Path:
+    """Write ``<root>/executor/<version>/bin/genvm``, mode 0755, and return its path."""
+    path = root / "executor" / version / "bin" / "genvm"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first = f"#!{sys.executable} -IS\n"
+    if " " in sys.executable or len(first) > _SHEBANG_LIMIT:
+        # The kernel would split or cut such a line. To sh, the next line is an exec; to Python,
+        # a string over two lines.
+        first = f"#!/bin/sh\n'''exec' {shlex.quote(sys.executable)} -IS \"$0\" \"$@\"\n' '''\n"
+    draft = path.with_suffix(".new")
+    draft.write_text(first + practice_executor_source(), encoding="utf-8")
+    draft.chmod(0o755)
+    draft.replace(path)
+    return path
+# =============================================================================
+# 16. Demo
+# =============================================================================
+#
+# Owns the demonstration: a temporary GenVM root with the practice executor, a
+# manager as a process of its own, and a tiny host that deploys a contract and
+# calls it. Uses the host, the practice executor and treq. Never runs in a
+# manager that serves.
+
+DEMO_VERSION = "v0.1.0"
+DEMO_SECONDS = 60.0
+DEMO_CONTRACT = """\
+# v0.1.0
+on init
+    store greeting "$args.0"
+    log info greeting stored
+on method greet
+    print somebody calls
+    load greeting
+    return {"greeting": "$last", "name": "$kwargs.name"}
+"""
+DEMO_ACCOUNT = bytes(19) + b"\x01"
+
+
+class _DemoManager(ProcessProtocol):
+    """The manager's process: fires ``listening`` with its address."""
+
+    transport: Any = None
+
+    def __init__(self) -> None:
+        self.listening: Event[str] = Event()
+        self.ended: Event[ExitStatus] = Event()
+        self._lines = LineSplitter(MIB, self._line)
+
+    def outReceived(self, data: bytes) -> None:
+        self._lines.add(data)
+
+    def errReceived(self, data: bytes) -> None:
+        sys.stderr.buffer.write(data)
+
+    def _line(self, line: bytes, _cut: bool) -> None:
+        record = parse_log_line(line) or {}
+        if record.get("message") == "listening":
+            self.listening.fire(str(record["address"]))
+
+    def processEnded(self, reason: Failure) -> None:
+        self.listening.fail(ConfigError("the manager did not start"))
+        self.ended.fire(ExitStatus.of(reason))
+
+
+class Demo:
+    """Deploys and calls a contract through a manager, printing each request and reply."""
+
+    def __init__(self, reactor: Any, folder: Path, say: Callable[[str], object] = print) -> None:
+        self._reactor = reactor
+        self._folder = folder
+        self._say = say
+        self._http = treq.client.HTTPClient(cast(Any, Agent(reactor, connectTimeout=DEMO_SECONDS)))
+        self._base = ""
+
+    async def run(self) -> CalldataValue:
+        """Return what the contract returned; raises ``ManagerError`` if anything fails."""
+        install_practice_executor(self._folder, DEMO_VERSION)
+        manifest = self._folder / "data" / "manifest.yaml"
+        manifest.parent.mkdir()
+        manifest.write_text(
+            f'executor_versions: {{{DEMO_VERSION}: {{available_after: "2025-01-01T00:00:00Z"}}}}\n'
+        )
+        manager = _DemoManager()
+        argv = [sys.executable, os.path.abspath(__file__), "serve", "--port", "0"]
+        argv += ["--root", str(self._folder), "--die-with-parent"]
+        self._reactor.spawnProcess(manager, argv[0], argv, env=None)
+        try:
+            self._base = f"http://{await self._soon(manager.listening.wait())}"
+            return await self._deploy_and_call()
+        finally:
+            if not manager.ended.happened:
+                manager.transport.signalProcess("TERM")
+                await self._soon(manager.ended.wait())
+
+    async def _deploy_and_call(self) -> CalldataValue:
+        self._say(f"The contract:\n\n{textwrap.indent(DEMO_CONTRACT, '    ')}")
+        state = HostState(DEMO_ACCOUNT, b"", writable=True)
+        state.deploy(deployment_writes(DEMO_CONTRACT.encode()))
+        self._say("1. Deploy it: the constructor gets the argument 'Hello'.")
+        state.calldata = encode_calldata({"args": ["Hello"], "kwargs": {}})
+        await self._execute(state, is_init=True)
+        self._say("2. Call its method 'greet' with name='world'.")
+        call: CalldataValue = {"method": "greet", "args": [], "kwargs": {"name": "world"}}
+        state.calldata = encode_calldata(call)
+        value = await self._execute(state, is_init=False)
+        self._say(f"The contract returned: {value!r}")
+        return value
+
+    async def _execute(self, state: HostState, *, is_init: bool) -> CalldataValue:
+        """Run one message through the manager and return what came to the host."""
+        path = self._folder / "host.sock"
+        factory = HostFactory(state, self._reactor)
+        port = self._reactor.listenUNIX(str(path), factory, mode=0o600)
+        try:
+            account = base64.b64encode(DEMO_ACCOUNT).decode()
+            message = {f"{who}_address": account for who in ("contract", "sender", "origin")}
+            body = {
+                "major": 0,
+                "message": {**message, "chain_id": "1", "value": None, "is_init": is_init},
+                "is_sync": True,
+                "capture_output": True,
+                "max_execution_minutes": 1,
+                "host_data": "{}",
+                "timestamp": "2025-06-01T00:00:00Z",
+                "host": f"unix://{path}",
+            }
+            answer = await self._request("POST", "/genvm/run", body)
+            result = await self._request("GET", f"/genvm/{answer['id']}?wait=30s")
+            factory.abandon(f"the executor ended without a result: {result['status']['stderr']}")
+            outcome = await self._soon(factory.when_done())
+        finally:
+            await port.stopListening()
+        if outcome.kind != "return":
+            raise HostProtocolError(f"the execution failed: {describe_outcome(outcome)}")
+        return decode_calldata(outcome.data)
+
+    async def _request(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+        self._say(f"   > {method} {path}")
+        if body is not None:
+            self._say(f"   > {json.dumps(body)}")
+        data = None if body is None else json.dumps(body).encode()
+        response = await self._soon(self._http.request(method, self._base + path, data=data))
+        text = await self._soon(response.text())
+        self._say(f"   < {response.code} {text}\n")
+        answer: dict[str, Any] = json.loads(text)
+        if response.code != 200:
+            raise HostProtocolError(f"{method} {path} failed: {answer['error']}")
+        return answer
+
+    def _soon(self, waiting: Deferred[Any]) -> Deferred[Any]:
+        return waiting.addTimeout(DEMO_SECONDS, self._reactor)
+
+
+def run_demo() -> int:
+    """Run the demonstration; returns the exit status of the command."""
+    from twisted.internet import reactor
+
+    failures: list[Failure] = []
+
+    async def show() -> None:
+        with tempfile.TemporaryDirectory(prefix="genvm-demo-") as folder:
+            await Demo(reactor, Path(folder)).run()
+
+    def start() -> None:
+        running = Deferred.fromCoroutine(show())
+        running.addErrback(failures.append)
+        running.addBoth(lambda _: cast(Any, reactor).stop())
+
+    reactor_ = cast(Any, reactor)
+    reactor_.callWhenRunning(start)
+    reactor_.run()
+    if failures:
+        print(f"genvm-manager: the demo failed: {failures[0].getErrorMessage()}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+# =============================================================================
+# 17. Assembly and command line
+# =============================================================================
+#
+# Owns how everything above is put together: the service, the listeners, the
+# order of start and shutdown, signals, and the commands. The only section
+# that constructs.
+
+#: Seconds in which clients that wait at shutdown get their answers.
+FAREWELL_SECONDS = 0.1
+DAEMON_LOG = "genvm-manager.log"
+
+
+class ManagerService(Service):
+    """The manager as a Twisted service.
+
+    ``owns_process`` tells that nothing else lives in this process: then signals, orphans and the
+    log are ours. Starting raises ``ManagerError`` with what the operator can do.
+    """
+
+    name = "genvm-manager"
+    log = Logger()
+
+    def __init__(
+        self, config: Config, reactor: Any, observer: LogObserver, *, owns_process: bool
+    ) -> None:
+        self.config = config
+        self.observer = observer
+        self._reactor = reactor
+        self._owns_process = owns_process
+        self.boot_id = secrets.token_hex(16)
+        self.manifest = ManifestStore(config)
+        permits = automatic_permits() if config.permits is None else config.permits
+        self.gate = PermitGate(permits, reactor)
+        self.spawner = Spawner(reactor, self.boot_id, owns_process=owns_process)
+        self.executions = Executions(config, reactor, self.gate, self.manifest, self.spawner)
+        self.api = Api(
+            config,
+            reactor,
+            observer,
+            self.gate,
+            self.manifest,
+            self.executions,
+            self.boot_id,
+        )
+        token = None if config.auth_token_file is None else read_token(config.auth_token_file)
+        if token is not None:
+            observer.redactor.add(token)
+        hosts = frozenset(name.lower() for name in config.allowed_hosts)
+        root = ApiResource(self.api, AccessPolicy(token, hosts))
+        self.site = ApiSite(root, reactor, config.max_body_bytes)
+        self._ports: list[Any] = []
+        self._parent: ParentWatch | None = None
+        self._stopping: Deferred[None] | None = None
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where the manager listens: ``host:port`` or ``unix://path``."""
+        return [_address_text(port.getHost()) for port in self._ports]
+
+    def privilegedStartService(self) -> None:
+        """Read the manifest and bind the listeners; raises ``ManagerError``."""
+        self.manifest.load()
+        config = self.config
+        try:
+            if config.socket is not None:
+                self._ports.append(self._listen_unix(config.socket))
+            if config.socket is None or config.port is not None:
+                number = DEFAULT_PORT if config.port is None else config.port
+                port = self._reactor.listenTCP(number, self.site, interface=config.host)
+                self._ports.append(port)
+        except CannotListenError as error:
+            place = config.socket if error.interface == "unix" else f"{config.host}:{error.port}"
+            raise ConfigError(
+                f"cannot listen on {place or error.port}: {error.socketError}; "
+                "stop what uses it, or choose another --port or --socket"
+            ) from None
+
+    def _listen_unix(self, path: Path) -> Any:
+        """Listen on a socket that only our user can reach; a dead one is replaced."""
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX) as probe:
+                try:
+                    probe.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink()
+                except OSError as error:
+                    raise ConfigError(f"socket: {path} cannot be used: {error.strerror}") from None
+        previous = os.umask(0o177)
+        try:
+            return self._reactor.listenUNIX(str(path), self.site, mode=0o600)
+        finally:
+            os.umask(previous)
+
+    def startService(self) -> None:
+        """Start serving."""
+        Service.startService(self)
+        if self._owns_process:
+            self._own_process()
+        self.spawner.start()
+        if self.config.die_with_parent:
+            self._parent = ParentWatch(self._reactor, self._parent_ended)
+            self._parent.start()
+        for note in self.config.notes:
+            self.log.info("{note}", note=note)
+        for address in self.addresses:
+            self.log.info(
+                "listening",
+                address=address,
+                version=__version__,
+                pid=os.getpid(),
+                permits=self.gate.limit,
+                executors=len(self.manifest.manifest.versions),
+            )
+
+    def _own_process(self) -> None:
+        """Take over what belongs to the process: descriptors, log, signals."""
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        self.observer.start()
+        # The reactor installs its own handlers when it starts: ours come after them.
+        self._reactor.callWhenRunning(self._take_signals)
+
+    def _take_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._reactor.callFromThread(self._asked_to_end))
+        signal.signal(
+            signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._asked_to_reload)
+        )
+
+    def _asked_to_end(self) -> None:
+        if self._stopping is None:
+            self._reactor.stop()
+        else:
+            self.spawner.kill_all()  # the second signal
+
+    def _asked_to_reload(self) -> None:
+        def failed(failure: Failure) -> None:
+            self.log.error("{reason}", reason=failure.getErrorMessage())
+
+        Deferred.fromCoroutine(self.manifest.reload(self._reactor)).addErrback(failed)
+
+    def _parent_ended(self) -> None:
+        self.log.info("the parent process ended: shutting down")
+        self._reactor.stop()
+
+    def stopService(self) -> Deferred[None]:
+        """Shut down in order; fires when no child is left."""
+        if self._stopping is None:
+            self._stopping = Deferred.fromCoroutine(self._shut_down())
+        return self._stopping
+
+    async def _shut_down(self) -> None:
+        await maybeDeferred(Service.stopService, self)
+        self.log.info("shutting down")
+        for port in self._ports:
+            await maybeDeferred(port.stopListening)
+        await self.executions.close(self.config.shutdown_grace)
+        self.executions.dispose()
+        if self._parent is not None:
+            self._parent.stop()
+        self.spawner.stop()
+        # Clients that waited for a result have their answers by now: let them be sent.
+        self.site.close()
+        if self.site.channels:
+            await deferLater(self._reactor, FAREWELL_SECONDS)
+        self.log.info("stopped")
+        if self._owns_process:
+            self.observer.stop()
+
+
+def _address_text(address: Any) -> str:
+    if isinstance(address, UNIXAddress):
+        return f"unix://{os.fsdecode(address.name or b'')}"
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return f"{host}:{address.port}"
+
+
+def makeService(config: Config, reactor: Any = None) -> ManagerService:
+    """Return the manager as a service.
+
+    Without a ``reactor`` it takes the global one and owns the process: signals, orphans, log.
+    """
+    owns_process = reactor is None
+    if reactor is None:
+        from twisted.internet import reactor
+    return ManagerService(config, reactor, LogObserver(config), owns_process=owns_process)
+
+
+def makeApplication(environ: Mapping[str, str] = os.environ) -> Any:
+    """Return the manager as an application for ``twistd``, configured by environment and file."""
+    try:
+        service = makeService(load_config({}, environ))
+    except ManagerError as error:
+        raise SystemExit(f"genvm-manager: {error.message}") from None
+    application = Application("genvm-manager")
+    application.setComponent(ILogObserver, service.observer)
+    service.setServiceParent(IServiceCollection(application))
+    return application
+
+
+def serve(config: Config) -> int:
+    """Run the manager until it is told to end; returns the exit status of the command."""
+    from twisted.internet import reactor
+
+    try:
+        service = makeService(config)
+        observer = cast(ILogObserver, service.observer)
+        globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
+        service.privilegedStartService()
+        service.startService()
+    except ManagerError as error:
+        print(f"genvm-manager: {error.message}", file=sys.stderr)
+        return 1
+    cast(Any, reactor).addSystemEventTrigger("before", "shutdown", service.stopService)
+    cast(Any, reactor).run()
+    return 0
+
+
+def check_config(config: Config) -> int:
+    """Say whether configuration and manifest are valid; returns the exit status of the command."""
+    store = ManifestStore(config)
+    store.load()
+    for note in (*config.notes, *((store.problem,) if store.problem else ())):
+        print(f"note: {note}")
+    print(f"configuration is valid; {len(store.manifest.versions)} executor versions")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="genvm-manager", description="Runs GenVM executors for blockchain nodes."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    settings = argparse.ArgumentParser(add_help=False)
+    settings.add_argument("--config", metavar="FILE", help="YAML file with settings")
+    for item in attrs.fields(Config):
+        if "kind" not in item.metadata:
+            continue
+        kind: SettingKind = item.metadata["kind"]
+        optional: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is FLAG else {}
+        settings.add_argument(
+            f"--{item.name.replace('_', '-')}",
+            metavar=kind.metavar,
+            help=item.metadata["help"],
+            **optional,
+        )
+    commands.add_parser("serve", parents=[settings], help="run the manager")
+    commands.add_parser("manager", parents=[settings], help="the same, as genvm-modules names it")
+    commands.add_parser("check-config", parents=[settings], help="check the settings and end")
+    commands.add_parser("demo", help="deploy and call a contract, with everything that it takes")
+    commands.add_parser("executor", add_help=False, help="the practice executor (not GenVM)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["executor"]:
+        return run_practice_executor(words[1:])
+    options = vars(_parser().parse_args(words))
+    command = options.pop("command")
+    if command == "demo":
+        return run_demo()
+    flags = {name: text for name, text in options.items() if text is not None}
+    try:
+        config = load_config(flags, os.environ)
+        return check_config(config) if command == "check-config" else serve(config)
+    except ManagerError as error:
+        print(f"genvm-manager: {error.message}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+from genvm_manager import makeApplication
+
+application = makeApplication()
