@@ -21,17 +21,20 @@ by example.
 The file is one module in sections, each of which uses only what stands above it:
 
 1.  Errors and constants: what can go wrong, with stable codes.
-2.  Text, schemas and configuration: from text and plain data to typed values.
+2.  Text and schemas: from text and plain data to typed values.
+2b. Configuration: settings from flags, environment and file.
 3.  Logging: JSON lines, levels, redaction.
 4.  Calldata: the binary values that contracts exchange.
 5.  Versions and manifest: which executor a deployment time selects.
 6.  Contracts: how a contract's code lies in storage.
 7.  Permits: how many executions run at once.
 8.  Child processes: spawning, output, killing, reaping; nothing outlives us.
-9.  Executions: one record each, from request to the end of its retention.
+9.  Execution records: one each, with its output and result.
+9b. Executions: from request to the end of retention.
 10. Embedded host: the host's side of the protocol that executors speak.
-14. HTTP API: routes, access, errors as JSON.
-15. Practice executor: a stand-in for GenVM that interprets small scripts.
+14. HTTP connections: limits, access, errors as JSON.
+14b. HTTP API: the routes.
+15. Practice executor: a stand-in for GenVM that interprets small scripts (15, 15b, 15c).
 16. Demo: a host, a manager and a contract at work.
 17. Assembly and command line: the only section that constructs.
 """
@@ -46,7 +49,6 @@ import codecs
 import contextlib
 import ctypes
 import enum
-from enum import IntEnum
 import errno
 import functools
 import hashlib
@@ -74,6 +76,7 @@ import typing
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from enum import IntEnum
 from pathlib import Path
 from typing import (
     IO,
@@ -99,8 +102,8 @@ import yaml
 from attrs import define, field, frozen
 from klein import Klein
 from twisted.application.service import Application, IServiceCollection, Service
-from twisted.internet.base import DelayedCall
 from twisted.internet.address import UNIXAddress
+from twisted.internet.base import DelayedCall
 from twisted.internet.defer import (
     CancelledError,
     Deferred,
@@ -270,12 +273,12 @@ class HostProtocolError(ManagerError):
 
 
 # =============================================================================
-# 2. Text, schemas and configuration
+# 2. Text and schemas
 # =============================================================================
 #
 # Owns how text and plain data become typed values: timestamps, durations,
-# ${...} templates, request schemas, the settings and their precedence (flag,
-# environment, file). Uses errors. Never touches the reactor.
+# ${...} templates, JSON bodies, request schemas. Uses errors. Never touches
+# the reactor.
 
 TIMESTAMP = re.compile(
     r"(\d{4})-(\d{2})-(\d{2})[Tt ](\d{2}):(\d{2}):(\d{2})(?:\.(\d+))?([Zz]|[+-]\d{2}:\d{2})"
@@ -358,9 +361,7 @@ def expand_template(text: str, variables: Mapping[str, str], environ: Mapping[st
             return environ.get(variable, "")
         if name not in variables:
             known = ", ".join(sorted(variables))
-            raise ConfigError(
-                f"unknown variable ${{{name}}}; known are {known} and ${{ENV[NAME]}}"
-            )
+            raise ConfigError(f"unknown variable ${{{name}}}; known are {known} and ${{ENV[NAME]}}")
         return variables[name]
 
     return TEMPLATE.sub(value_of, text)
@@ -596,7 +597,13 @@ def _problems(error: BaseException, path: str) -> Iterator[str]:
         yield f"{path}{separator}{reason}" if path else reason
 
 
-# --- settings ---
+# =============================================================================
+# 2b. Configuration
+# =============================================================================
+#
+# Owns the settings, their defaults and their precedence (flag, environment,
+# file), and the automatic number of permits. Uses text and schemas. Never
+# touches the reactor.
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 LOG_LEVELS = {"trace": 5, "debug": 10, "info": 20, "warn": 30, "error": 40, "critical": 50}
@@ -827,13 +834,11 @@ def _read_settings(
             notes.append(f"{path}: {key} has no effect in this manager: ignored")
         elif key not in SETTINGS:
             problems.append(f"{path}: {key}: unknown key; known are {', '.join(SETTINGS)}")
-        elif value is None:
-            continue
-        else:
+        elif value is not None:
             try:
-                if isinstance(value, str):
-                    value = expand_template(value, variables, environ)
-                settings[key] = SETTINGS[key].parse(value)
+                is_text = isinstance(value, str)
+                plain = expand_template(value, variables, environ) if is_text else value
+                settings[key] = SETTINGS[key].parse(plain)
             except (ValueError, ConfigError) as error:
                 problems.append(f"{path}: {key}: {error}")
     return settings, notes, problems
@@ -1132,7 +1137,7 @@ class LogObserver:
         time_, level, message = record.pop("time"), record.pop("level"), record.pop("message")
         traceback = record.pop("traceback", None)
         details = "".join(f" {key}={shown(value, 200)}" for key, value in record.items())
-        line = f"{time_} {str(level):<5} {message}{details}\n"
+        line = f"{time_} {level!s:<5} {message}{details}\n"
         return (line + (f"{traceback}\n" if traceback else "")).encode("utf-8", "backslashreplace")
 
 
@@ -1444,6 +1449,8 @@ class _Decoder:
 
     def _error(self, offset: int, problem: str) -> CalldataError:
         return CalldataError(f"calldata, byte {offset}: {problem}")
+
+
 # =============================================================================
 # 5. Versions and manifest
 # =============================================================================
@@ -1659,6 +1666,8 @@ def deployment_writes(code: bytes) -> list[tuple[bytes, bytes]]:
         (CODE_SLOT + (0).to_bytes(4, "little"), length),
         (CODE_SLOT + CODE_OFFSET.to_bytes(4, "little"), code),
     ]
+
+
 # =============================================================================
 # 7. Permits
 # =============================================================================
@@ -2278,12 +2287,11 @@ class ParentWatch:
 
 
 # =============================================================================
-# 9. Executions
+# 9. Execution records
 # =============================================================================
 #
-# Owns each execution from request to the end of its retention: its state,
-# permits, process, captured output, deadline, waiters and result. Uses
-# permits, children and the manifest. Never knows HTTP.
+# Owns what one execution is: the request, the states, the captured output,
+# the result as JSON. Uses permits and children. Never starts or ends one.
 
 STDIN, STDOUT, STDERR, LOG_FD = 0, 1, 2, 3
 #: The kernel's MAX_ARG_STRLEN (32 pages), less the NUL at the end.
@@ -2475,7 +2483,7 @@ NO_CAPTURE = b'"stdout":"","stderr":"","genvm_log":[]'
 
 @define(eq=False)
 class Execution:
-    """One execution; times are seconds since the epoch, ``ended`` fires once the result is there."""
+    """One execution; times are seconds since the epoch, ``ended`` fires when it has a result."""
 
     id: int
     request: RunRequest
@@ -2585,6 +2593,15 @@ class LogForwarder:
         if cut:
             details["truncated"] = True
         self.log.info("{text}", text=text, level_name=level, genvm_id=self._genvm_id, **details)
+
+
+# =============================================================================
+# 9b. Executions
+# =============================================================================
+#
+# Owns every execution from its request to the end of its retention: the
+# queue, the start, the deadline, the end, who waits for it. Uses records,
+# permits, children and the manifest. Never knows HTTP.
 
 
 @define(eq=False)
@@ -3466,13 +3483,15 @@ class HostFactory(ServerFactory[HostProtocol]):
     def _forget(self, waiter: Deferred[HostOutcome]) -> None:
         if waiter in self._waiters:
             self._waiters.remove(waiter)
+
+
 # =============================================================================
-# 14. HTTP API
+# 14. HTTP connections
 # =============================================================================
 #
-# Owns the routes, what a request must look like, who may make one, and how
-# answers and errors are written. The only section that uses Klein and knows
-# status codes. Never constructs what it serves.
+# Owns how requests arrive and answers leave: status codes, limits of size and
+# time, who may make a request, errors as JSON, large answers piece by piece.
+# Uses errors and text. Never knows what a request is about.
 
 JSON_TYPE = "application/json; charset=utf-8"
 #: What an error means in HTTP; everything else is 500, as the API reference has it.
@@ -3744,6 +3763,14 @@ class PieceProducer:
     def _finish(self) -> None:
         if not self._done.called:
             self._done.callback(None)
+
+
+# =============================================================================
+# 14b. HTTP API
+# =============================================================================
+#
+# Owns the routes: the path, the form of the body, the call, the answer. The
+# only section that uses Klein. Never constructs what it serves.
 
 
 @frozen
@@ -4905,6 +4932,8 @@ def install_practice_executor(root: Path, version: str) -> Path:
     draft.chmod(0o755)
     draft.replace(path)
     return path
+
+
 # =============================================================================
 # 16. Demo
 # =============================================================================
@@ -5194,9 +5223,7 @@ class ManagerService(Service):
     def _take_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._reactor.callFromThread(self._asked_to_end))
-        signal.signal(
-            signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._asked_to_reload)
-        )
+        signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._asked_to_reload))
 
     def _asked_to_end(self) -> None:
         if self._stopping is None:
