@@ -407,7 +407,7 @@ _json_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
 # Two steps of the standard parser that its type stubs do not mention.
 _scan_value: Callable[[str, int], tuple[Any, int]] = cast(Any, _json_decoder).scan_once
 _scan_string: Callable[[str, int, bool], tuple[str, int]] = cast(Any, json.decoder).scanstring
-_json_space = re.compile(r"[ \t\n\r]*")
+_json_spaces = frozenset(" \t\n\r")
 
 
 def parse_json_object(data: bytes) -> JsonObject:
@@ -437,8 +437,9 @@ def _parse_members(text: str) -> JsonObject:
     """Read one object member by member, which gives other threads a turn between members."""
 
     def skip(at: int) -> int:
-        match = _json_space.match(text, at)
-        return match.end() if match else at
+        while text[at : at + 1] in _json_spaces:
+            at += 1
+        return at
 
     def value_at(at: int) -> tuple[Any, int]:
         try:
@@ -1589,7 +1590,7 @@ class ManifestStore:
         except FileNotFoundError:
             self.problem = f"{self.path.name} does not exist: there are no executors to run"
             if self.reroute_to is None:
-                self.log.warn("{problem}", problem=self.problem, path=str(self.path))
+                self.log.warn("{text}", text=self.problem, path=str(self.path))
 
     async def reload(self, reactor: Any) -> None:
         """Read the manifest again, in a thread; a bad file changes nothing.
@@ -2049,15 +2050,17 @@ class Spawner:
         self._guardian: Guardian | None = None
         self._children: set[Child] = set()
         self._sweep_call: DelayedCall | None = None
-        self._siblings = Path(f"/proc/self/task/{os.getpid()}/children")
+        self._siblings = Path()
         self._boot_id = boot_id
+        self._environment: dict[bytes, bytes] | None = None
 
     def start(self) -> None:
         """Get ready; after a fork by the daemon, before the first ``spawn``."""
         self._devnull = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        self._siblings = Path(f"/proc/self/task/{os.getpid()}/children")
         if not self._owns_process:
             return
-        os.environ[MARKER] = self._boot_id
+        self.set_variable(MARKER, self._boot_id)
         if sys.platform != "linux":
             self.log.warn("executors may outlive a killed manager: no guardian on this platform")
             return
@@ -2079,6 +2082,14 @@ class Spawner:
         if self._devnull is not None:
             os.close(self._devnull)
             self._devnull = None
+
+    def set_variable(self, key: str, value: str) -> None:
+        """Set a variable in our environment, which later children inherit.
+
+        Raises ``ValueError`` for what the operating system cannot hold.
+        """
+        os.environ[key] = value
+        self._environment = None
 
     def kill_all(self) -> None:
         """Send SIGKILL to every child."""
@@ -2106,9 +2117,14 @@ class Spawner:
             **dict.fromkeys(nulls, self._devnull),
             **dict.fromkeys(pipes, "r"),
         }
+        if self._environment is None:
+            # os.environ decodes each variable whenever it is read; a run should not pay for that.
+            self._environment = dict(os.environb)
         try:
             # No path, uid or gid: they would make Twisted fork instead of posix_spawn.
-            self._reactor.spawnProcess(child, argv[0], argv, env=None, childFDs=descriptors)
+            self._reactor.spawnProcess(
+                child, argv[0], argv, env=self._environment, childFDs=descriptors
+            )
         except OSError as error:
             raise SpawnFailed(_spawn_problem(error)) from None
         if not child.exited:
@@ -2488,6 +2504,7 @@ class Execution:
     id: int
     request: RunRequest
     version: str
+    arguments: list[str]
     idempotency_key: str | None
     wanted_permits: int
     started: Event[None] = field(factory=Event)
@@ -2763,14 +2780,14 @@ class Executions:
             reason = "shutting down" if self._closed else "draining"
             raise Draining(f"the manager is {reason} and starts no new executions")
         version = self._manifest.resolve(request.major, request.timestamp)
-        request.arguments("0")
+        arguments = request.arguments(str(self._last_id + 1))
         weight = 1 if request.is_sync else 2
         if self._gate.queue_length >= self._config.queue_limit and self._gate.would_wait(weight):
             raise QueueFull(
                 f"{self._gate.queue_length} executions wait for permits already; try again later"
             )
         self._last_id += 1
-        execution = Execution(self._last_id, request, version, key, weight)
+        execution = Execution(self._last_id, request, version, arguments, key, weight)
         self._records[execution.id] = execution
         if key is not None:
             self._by_key[key] = execution
@@ -2825,7 +2842,7 @@ class Executions:
 
     def _spawn(self, execution: Execution) -> None:
         request = execution.request
-        program = self._config.root / "executor" / execution.version / "bin" / "genvm"
+        program = f"{self._config.root}/executor/{execution.version}/bin/genvm"
         sink: Capture | LogForwarder
         if request.capture_output:
             sink = execution.capture = Capture(self._config.capture_max_bytes)
@@ -2839,7 +2856,7 @@ class Executions:
             request.max_execution_minutes * 60, self._deadline, execution
         )
         try:
-            argv = [str(program), *request.arguments(str(execution.id))]
+            argv = [program, *execution.arguments]
             listener = _RunListener(self, execution, sink)
             self._spawner.spawn(listener, argv, pipes=pipes, nulls=nulls)
         except ManagerError as error:
@@ -2847,7 +2864,7 @@ class Executions:
             self._forget(execution)
             self._release(execution)
             reason = f"executor {execution.version} cannot be started: {error.message}"
-            self.log.error("{reason}", reason=reason, genvm_id=execution.id, program=str(program))
+            self.log.error("{text}", text=reason, genvm_id=execution.id, program=program)
             execution.started.fail(SpawnFailed(reason))
         else:
             self.log.debug("execution started", genvm_id=execution.id, version=execution.version)
@@ -3652,6 +3669,7 @@ class ApiSite(Site):
     protocol = ApiChannel  # type: ignore[assignment]  # Twisted wraps its channel for HTTP/2
     requestFactory = ApiRequest
     displayTracebacks = False
+    noisy = False
 
     def __init__(self, resource: Resource, reactor: Any, max_body_bytes: int) -> None:
         Site.__init__(
@@ -3835,12 +3853,14 @@ class Api:
         observer: LogObserver,
         gate: PermitGate,
         manifest: ManifestStore,
+        spawner: Spawner,
         executions: Executions,
         boot_id: str,
     ) -> None:
         self._config = config
         self._reactor = reactor
         self._observer = observer
+        self._spawner = spawner
         self._gate = gate
         self._manifest = manifest
         self._executions = executions
@@ -3973,7 +3993,7 @@ class Api:
                 "list it in env_allow in the configuration if it is meant"
             )
         try:
-            os.environ[key] = value
+            self._spawner.set_variable(key, value)
         except UnicodeEncodeError:
             raise EnvironmentRefused("key, value: half a surrogate pair is not text") from None
         self.log.info("environment variable set", key=key)
@@ -4008,7 +4028,7 @@ class Api:
         request.setHeader("content-length", str(len(body)))
         if self._observer.enabled("debug"):
             target = (request.method + b" " + request.path).decode("ascii", "replace")
-            self.log.debug("{target} {status}", target=target, status=status)
+            self.log.debug("{text}", text=target, status=status)
         return body
 
     def reply_error(self, request: Request, error: Exception) -> bytes | None:
@@ -4958,6 +4978,16 @@ on method greet
 DEMO_ACCOUNT = bytes(19) + b"\x01"
 
 
+def make_practice_root(root: Path, version: str = DEMO_VERSION) -> None:
+    """Make a GenVM root: a manifest with one version, and the practice executor for it."""
+    install_practice_executor(root, version)
+    manifest = root / "data" / "manifest.yaml"
+    manifest.parent.mkdir(exist_ok=True)
+    manifest.write_text(
+        f'executor_versions: {{{version}: {{available_after: "2025-01-01T00:00:00Z"}}}}\n'
+    )
+
+
 class _DemoManager(ProcessProtocol):
     """The manager's process: fires ``listening`` with its address."""
 
@@ -4996,12 +5026,7 @@ class Demo:
 
     async def run(self) -> CalldataValue:
         """Return what the contract returned; raises ``ManagerError`` if anything fails."""
-        install_practice_executor(self._folder, DEMO_VERSION)
-        manifest = self._folder / "data" / "manifest.yaml"
-        manifest.parent.mkdir()
-        manifest.write_text(
-            f'executor_versions: {{{DEMO_VERSION}: {{available_after: "2025-01-01T00:00:00Z"}}}}\n'
-        )
+        make_practice_root(self._folder)
         manager = _DemoManager()
         argv = [sys.executable, os.path.abspath(__file__), "serve", "--port", "0"]
         argv += ["--root", str(self._folder), "--die-with-parent"]
@@ -5138,6 +5163,7 @@ class ManagerService(Service):
             observer,
             self.gate,
             self.manifest,
+            self.spawner,
             self.executions,
             self.boot_id,
         )
@@ -5200,7 +5226,7 @@ class ManagerService(Service):
             self._parent = ParentWatch(self._reactor, self._parent_ended)
             self._parent.start()
         for note in self.config.notes:
-            self.log.info("{note}", note=note)
+            self.log.info("{text}", text=note)
         for address in self.addresses:
             self.log.info(
                 "listening",
@@ -5216,6 +5242,9 @@ class ManagerService(Service):
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        if self.parent is not None and self.config.log_file is None and _stdout_is_devnull():
+            # twistd went into the background and took stdout with it: say things where they last.
+            self.observer.use_file(Path(DAEMON_LOG).absolute())
         self.observer.start()
         # The reactor installs its own handlers when it starts: ours come after them.
         self._reactor.callWhenRunning(self._take_signals)
@@ -5233,7 +5262,7 @@ class ManagerService(Service):
 
     def _asked_to_reload(self) -> None:
         def failed(failure: Failure) -> None:
-            self.log.error("{reason}", reason=failure.getErrorMessage())
+            self.log.error("{text}", text=failure.getErrorMessage())
 
         Deferred.fromCoroutine(self.manifest.reload(self._reactor)).addErrback(failed)
 
@@ -5264,6 +5293,13 @@ class ManagerService(Service):
         self.log.info("stopped")
         if self._owns_process:
             self.observer.stop()
+
+
+def _stdout_is_devnull() -> bool:
+    try:
+        return os.path.samestat(os.fstat(1), os.stat(os.devnull))
+    except OSError:
+        return True
 
 
 def _address_text(address: Any) -> str:
@@ -5347,6 +5383,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("manager", parents=[settings], help="the same, as genvm-modules names it")
     commands.add_parser("check-config", parents=[settings], help="check the settings and end")
     commands.add_parser("demo", help="deploy and call a contract, with everything that it takes")
+    root = commands.add_parser("practice-root", help="make a GenVM root to try the manager with")
+    root.add_argument("folder", type=Path)
     commands.add_parser("executor", add_help=False, help="the practice executor (not GenVM)")
     return parser
 
@@ -5360,6 +5398,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = options.pop("command")
     if command == "demo":
         return run_demo()
+    if command == "practice-root":
+        make_practice_root(options["folder"].resolve())
+        return 0
     flags = {name: text for name, text in options.items() if text is not None}
     try:
         config = load_config(flags, os.environ)

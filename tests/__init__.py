@@ -1,0 +1,1 @@
+"""Tests of GenVM Manager; one module for each section of the file."""

@@ -1,0 +1,544 @@
+"""What the integration tests share: the daemon as a process, a GenVM root, a test host.
+
+Everything here blocks, and every wait has a limit. Processes are known by a marker in their
+environment, which executors and what they start inherit, so what is left behind is found and
+killed by its pid.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Self, TypeVar
+
+import genvm_manager
+from genvm_manager import HostOutcome, HostSession, HostState, decode_calldata, deployment_writes
+
+PROJECT = Path(genvm_manager.__file__).resolve().parent
+SOURCE = PROJECT / "genvm_manager.py"
+VERSION = "v0.1.0"
+TIMESTAMP = "2025-06-01T00:00:00Z"
+NO_HOST = "unix:///nonexistent/host.sock"
+ACCOUNT = bytes(19) + b"\x07"
+MARKER = "GENVM_TEST_MARKER"
+MEMORY_LIMIT = 150 << 20
+WAIT = 20.0
+"""Seconds that any wait lasts at most, unless a test is about a shorter time."""
+
+Value = TypeVar("Value")
+
+
+def eventually(
+    predicate: Callable[[], Value], timeout: float = WAIT, what: str = "condition"
+) -> Value:
+    """Return what ``predicate`` returns once it is true; fail after ``timeout`` seconds.
+
+    The only place that sleeps: for what gives no event to wait for, such as the end of a process
+    that is not a child of ours.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        value = predicate()
+        if value:
+            return value
+        if time.monotonic() >= deadline:
+            raise AssertionError(f"{what}: not within {timeout} s, last value {value!r}")
+        time.sleep(0.005)
+
+
+def report(text: str) -> None:
+    """Print a measured figure, for people who run pytest with -s or -rP."""
+    print(f"[figure] {text}")
+
+
+# --- processes ---
+
+
+def processes_with(marker: str) -> list[int]:
+    """Return the pids of live processes whose environment has the marker."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                if marker.encode() in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+                    found.append(int(name))
+    return [pid for pid in found if alive(pid)]
+
+
+def alive(pid: int) -> bool:
+    """Tell whether a process exists and is more than a zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the pids of the children of a process, zombies included."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(word) for word in path.read_text().split()]
+    return found
+
+
+def command_of(pid: int) -> str:
+    """Return the command line of a process; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def memory_of(pid: int, name: str = "VmHWM") -> int:
+    """Return a figure of ``/proc/<pid>/status`` in bytes: VmHWM (the peak) or VmRSS."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"no {name} of process {pid}")
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    """Send a signal to a process that may be gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+# --- a GenVM root ---
+
+
+class Root:
+    """A GenVM root in a folder with a short name, since socket paths are limited."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="gm-", ignore_cleanup_errors=True)
+        self.path = Path(self._folder.name)
+        (self.path / "data").mkdir()
+        (self.path / "config").mkdir()
+        self.write_manifest({VERSION: "2025-01-01T00:00:00Z"})
+
+    def close(self) -> None:
+        """Remove the folder."""
+        self._folder.cleanup()
+
+    @property
+    def manifest(self) -> Path:
+        """Where the manifest is."""
+        return self.path / "data" / "manifest.yaml"
+
+    def write_manifest(self, versions: Mapping[str, str]) -> None:
+        """Write a manifest with these versions and the times from which they are available."""
+        lines = [f'  {key}: {{available_after: "{time_}"}}\n' for key, time_ in versions.items()]
+        self.manifest.write_text("executor_versions:\n" + "".join(lines))
+
+    def practice(self, version: str = VERSION) -> Path:
+        """Install the practice executor as a version."""
+        return genvm_manager.install_practice_executor(self.path, version)
+
+    def script(self, text: str, version: str = VERSION) -> Path:
+        """Install a shell script as the executor of a version; it finds ``$id`` and ``$sync``."""
+        prologue = (
+            "#!/bin/sh\nid=\nsync=\n"
+            'for word; do case "$word" in\n'
+            "--cookie=*) id=${word#--cookie=} ;;\n--sync) sync=yes ;;\nesac; done\n"
+        )
+        path = self.path / "executor" / version / "bin" / "genvm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(prologue + text)
+        path.chmod(0o755)
+        return path
+
+
+def message(*, is_init: bool = False) -> dict[str, Any]:
+    """Return the ``message`` of a run."""
+    account = base64.b64encode(ACCOUNT).decode()
+    addresses = {f"{who}_address": account for who in ("contract", "sender", "origin")}
+    return {**addresses, "chain_id": "1", "value": None, "is_init": is_init}
+
+
+def run_body(*steps: str, **changes: Any) -> dict[str, Any]:
+    """Return the body of ``POST /genvm/run``; the practice executor runs the steps first."""
+    body: dict[str, Any] = {
+        "major": 0,
+        "message": message(),
+        "is_sync": True,
+        "capture_output": True,
+        "max_execution_minutes": 1,
+        "host_data": json.dumps({"practice": "\n".join(steps)}),
+        "timestamp": TIMESTAMP,
+        "host": NO_HOST,
+        "extra_args": [],
+    }
+    return {**body, **changes}
+
+
+# --- HTTP ---
+
+
+class Reply(NamedTuple):
+    """An HTTP response; ``json`` is its parsed body."""
+
+    status: int
+    headers: Mapping[str, str]
+    json: Any
+    raw: bytes
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class Pending:
+    """A request that was sent and whose response may come later."""
+
+    def __init__(
+        self,
+        address: str,
+        method: str,
+        path: str,
+        body: object = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = WAIT,
+    ) -> None:
+        if address.startswith("unix://"):
+            socket_path = address.removeprefix("unix://")
+            self._connection: http.client.HTTPConnection = _UnixConnection(socket_path, timeout)
+        else:
+            self._connection = http.client.HTTPConnection(address, timeout=timeout)
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        self._connection.request(method, path, body=data, headers=dict(headers or {}))
+
+    def reply(self) -> Reply:
+        """Wait for the response and close the connection."""
+        try:
+            response = self._connection.getresponse()
+            raw = response.read()
+        finally:
+            self._connection.close()
+        kind = response.headers.get("Content-Type")
+        assert kind == "application/json; charset=utf-8", f"{response.status} {kind}: {raw[:500]!r}"
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        return Reply(response.status, headers, json.loads(raw), raw)
+
+    def close(self) -> None:
+        """Disconnect without waiting for a response."""
+        self._connection.close()
+
+
+# --- the daemon ---
+
+
+class Daemon:
+    """The manager as a process; its log lines are collected by a thread."""
+
+    def __init__(
+        self,
+        argv: Iterable[str],
+        *,
+        environ: Mapping[str, str] | None = None,
+        cwd: Path = PROJECT,
+        read_log: bool = True,
+    ) -> None:
+        self.marker = f"{MARKER}={uuid.uuid4()}"
+        self.records: list[dict[str, Any]] = []
+        self.text = ""
+        self._changed = threading.Condition()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the daemon
+        clean = {key: text for key, text in os.environ.items() if not key.startswith("GENVM")}
+        self.process = subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env={**clean, **dict((self.marker.split("=", 1),)), **(environ or {})},
+            cwd=cwd,
+        )
+        self._ended = self._log_ended = False
+        self._read_log = read_log
+        self._reader = threading.Thread(target=self._collect, daemon=True)
+        self._reader.start()
+        self.address = ""
+
+    @classmethod
+    def serve(
+        cls,
+        root: Root,
+        *flags: str,
+        command: str = "serve",
+        listen: Iterable[str] = ("--port", "0"),
+        environ: Mapping[str, str] | None = None,
+        read_log: bool = True,
+    ) -> Self:
+        """Start ``genvm_manager.py serve`` for a root and wait until it listens."""
+        argv = [sys.executable, str(SOURCE), command, "--root", str(root.path), *listen, *flags]
+        daemon = cls(argv, environ=environ, read_log=read_log)
+        daemon.wait_until_listening()
+        return daemon
+
+    @property
+    def pid(self) -> int:
+        """The process id of the manager."""
+        return self.process.pid
+
+    @property
+    def errors(self) -> str:
+        """What the daemon wrote to stderr."""
+        self._stderr.seek(0)
+        return self._stderr.read().decode(errors="replace")
+
+    # Log.
+
+    def _collect(self) -> None:
+        stream: IO[bytes] = self.process.stdout  # type: ignore[assignment]
+        for line in stream:
+            with self._changed:
+                self.text += line.decode(errors="replace")
+                with contextlib.suppress(ValueError):
+                    self.records.append(json.loads(line))
+                self._changed.notify_all()
+                if not self._read_log and self.records[-1].get("message") == "listening":
+                    return
+        with self._changed:
+            self._log_ended = True
+            self._changed.notify_all()
+
+    def wait_log(
+        self, predicate: Callable[[dict[str, Any]], bool], timeout: float = WAIT
+    ) -> dict[str, Any]:
+        """Return the first log record, past or future, for which ``predicate`` holds."""
+
+        def find() -> dict[str, Any] | None:
+            return next((record for record in self.records if predicate(record)), None)
+
+        with self._changed:
+            self._changed.wait_for(lambda: self._log_ended or find() is not None, timeout)
+            found = find()
+        assert found is not None, f"no such log record in:\n{self.text}\n{self.errors}"
+        return found
+
+    def wait_until_listening(self) -> None:
+        """Wait for the log line that tells the address."""
+        try:
+            record = self.wait_log(lambda record: record["message"] == "listening")
+        except BaseException:
+            self.close()
+            raise
+        self.address = record["address"]
+
+    # HTTP.
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = WAIT,
+    ) -> Pending:
+        """Send a request without waiting for its response."""
+        return Pending(self.address, method, path, body, headers, timeout)
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = WAIT,
+    ) -> Reply:
+        """Make a request on a connection of its own; the answer must be JSON."""
+        return self.send(method, path, body, headers, timeout).reply()
+
+    def get(self, path: str) -> Any:
+        """Return the body of a GET that must succeed."""
+        reply = self.request("GET", path, timeout=150)
+        assert reply.status == 200, reply.raw[:1000]
+        return reply.json
+
+    def post(self, path: str, body: object = None) -> Any:
+        """Return the body of a POST that must succeed."""
+        reply = self.request("POST", path, body)
+        assert reply.status == 200, reply.raw[:1000]
+        return reply.json
+
+    def connect(self, timeout: float = WAIT) -> socket.socket:
+        """Return a bare connection, for what no HTTP client does."""
+        host, _, port = self.address.rpartition(":")
+        return socket.create_connection((host, int(port)), timeout)
+
+    # Executions.
+
+    def run(self, *steps: str, **changes: Any) -> int:
+        """Start an execution that must start, and return its id."""
+        answer = self.post("/genvm/run", run_body(*steps, **changes))
+        assert answer == {"result": "started", "id": answer["id"]}
+        return int(answer["id"])
+
+    def result(self, genvm_id: int, wait: str = "60s") -> dict[str, Any]:
+        """Return the result of an execution, waiting for its end."""
+        answer = self.get(f"/genvm/{genvm_id}?wait={wait}")
+        assert answer["genvm_id"] == genvm_id
+        status = answer["status"]
+        assert status is not None, "the execution goes on"
+        return dict(status)
+
+    def permits(self) -> dict[str, int]:
+        """Return the answer of ``GET /permits``."""
+        return dict(self.get("/permits"))
+
+    def idle(self) -> bool:
+        """Tell whether no permit is in use and nobody waits."""
+        permits = self.permits()
+        return permits["in_use"] == 0 and permits["waiting"] == 0
+
+    def waiting(self, count: int) -> None:
+        """Wait until this many runs wait for permits."""
+        eventually(lambda: self.permits()["waiting"] == count, what=f"{count} runs wait")
+
+    # Processes.
+
+    def descendants(self) -> list[int]:
+        """Return the pids of live executors and of what they started."""
+        return [pid for pid in processes_with(self.marker) if pid != self.pid]
+
+    def guardian(self) -> int:
+        """Return the pid of the guardian process."""
+
+        def find() -> int | None:
+            pids = [pid for pid in children_of(self.pid) if alive(pid)]
+            return next((pid for pid in pids if "guard_descendants" in command_of(pid)), None)
+
+        return eventually(find, what="a guardian") or 0
+
+    def peak_memory(self) -> int:
+        """Return the largest resident size that the manager ever had."""
+        return memory_of(self.pid)
+
+    # End.
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the manager."""
+        self.process.send_signal(number)
+
+    def wait(self, timeout: float = WAIT) -> int:
+        """Wait for the end of the manager, and of its log; returns the exit status."""
+        status = self.process.wait(timeout)
+        if self._read_log:
+            self._reader.join(timeout)
+        return status
+
+    def stop(self) -> int:
+        """End the manager with SIGTERM; returns the exit status."""
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def close(self) -> None:
+        """Make sure that nothing of the daemon is left."""
+        if self._ended:
+            return
+        self._ended = True
+        guardians = [pid for pid in children_of(self.pid) if "guard_desc" in command_of(pid)]
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for pid in (*guardians, *processes_with(self.marker)):
+            kill(pid)
+        if self._read_log:
+            self._reader.join(WAIT)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self._stderr.close()
+
+
+# --- a host ---
+
+
+class Host:
+    """A host in threads: serves contract state to every executor that connects to it."""
+
+    def __init__(self, address: str | Path, code: str) -> None:
+        """Listen on a unix socket (a path) or on TCP (a host); ``code`` is the contract."""
+        self.state = HostState(ACCOUNT, b"", writable=True)
+        self.state.deploy(deployment_writes(code.encode()))
+        self.outcomes: list[HostOutcome] = []
+        self._lock = threading.Condition()
+        if isinstance(address, Path):
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(str(address))
+            self.uri = f"unix://{address}"
+        else:
+            self._listener = socket.create_server((address, 0))
+            self.uri = "{}:{}".format(*self._listener.getsockname()[:2])
+        self._listener.listen(64)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def calls(self, value: Any) -> None:
+        """Let the next run get this calldata."""
+        self.state.calldata = genvm_manager.encode_calldata(value)
+
+    def outcome(self, index: int = 0, timeout: float = WAIT) -> tuple[str, Any]:
+        """Return the kind and the decoded data (text for a VM error) of a run."""
+        with self._lock:
+            assert self._lock.wait_for(lambda: len(self.outcomes) > index, timeout), "no outcome"
+            outcome = self.outcomes[index]
+        is_text = outcome.kind == "vm_error"
+        return outcome.kind, outcome.data.decode() if is_text else decode_calldata(outcome.data)
+
+    def close(self) -> None:
+        """Stop listening."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                peer, _ = self._listener.accept()
+            except OSError:
+                return
+            peer.settimeout(WAIT)
+            threading.Thread(target=self._serve, args=(peer,), daemon=True).start()
+
+    def _serve(self, peer: socket.socket) -> None:
+        session = HostSession(self.state)
+        with peer, contextlib.suppress(OSError):
+            while data := peer.recv(65536):
+                session.feed(data)
+                while (answer := session.step()) is not None:
+                    peer.sendall(answer)
+                if session.outcome is not None:
+                    break
+        if session.outcome is not None:
+            with self._lock:
+                self.outcomes.append(session.outcome)
+                self._lock.notify_all()
+
+
+@contextlib.contextmanager
+def serving(host: Host) -> Iterator[Host]:
+    """Close a host at the end."""
+    try:
+        yield host
+    finally:
+        host.close()

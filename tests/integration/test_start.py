@@ -1,0 +1,464 @@
+"""How the manager is started and configured: commands, listeners, refusals to start."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import Start
+from .support import (
+    PROJECT,
+    SOURCE,
+    VERSION,
+    Daemon,
+    Root,
+    alive,
+    children_of,
+    command_of,
+    eventually,
+    kill,
+    report,
+    run_body,
+)
+
+TWISTD = Path(sys.executable).with_name("twistd")
+
+
+def command(*words: str, cwd: Path = PROJECT, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the file to its end."""
+    clean = {key: text for key, text in os.environ.items() if not key.startswith("GENVM")}
+    return subprocess.run(
+        [sys.executable, str(cwd / SOURCE.name), *words],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=cwd,
+        env={**clean, **environ},
+        check=False,
+    )
+
+
+def runs_an_execution(daemon: Daemon) -> None:
+    """Show that a daemon does its main job."""
+    assert daemon.get("/status")["executions"] == {}
+    result = daemon.result(daemon.run("print it works", "exit 3"))
+    assert (result["stdout"], result["exit_code"], result["cause"]) == ("it works\n", 3, "exited")
+
+
+# --- serve, twistd, manager ---
+
+
+def test_serve_over_tcp(start: Start) -> None:
+    daemon = start()
+    assert daemon.address.startswith("127.0.0.1:")
+    runs_an_execution(daemon)
+    assert daemon.stop() == 0
+    assert daemon.errors == ""
+    for record in daemon.records:
+        assert {"time", "level", "message"} <= set(record)
+    assert len(daemon.text.splitlines()) == len(daemon.records), "every line is JSON"
+
+
+def test_serve_over_a_unix_socket(root: Root, start: Start) -> None:
+    path = root.path / "m.sock"
+    daemon = start(listen=("--socket", str(path)))
+    assert daemon.address == f"unix://{path}"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    runs_an_execution(daemon)
+    assert daemon.stop() == 0
+    assert not path.exists()
+
+
+def test_serve_over_both(root: Root, start: Start) -> None:
+    path = root.path / "m.sock"
+    daemon = start("--socket", str(path))
+    tcp = daemon.wait_log(lambda r: r["message"] == "listening" and "://" not in r["address"])
+    boot_ids = set()
+    for address in (f"unix://{path}", tcp["address"]):
+        daemon.address = address
+        boot_ids.add(daemon.get("/status")["boot_id"])
+    assert len(boot_ids) == 1
+
+
+def test_a_stale_socket_is_replaced(root: Root, start: Start) -> None:
+    path = root.path / "m.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    daemon = start(listen=("--socket", str(path)))
+    runs_an_execution(daemon)
+
+
+def test_a_stale_socket_of_a_killed_manager_is_replaced(root: Root, start: Start) -> None:
+    path = root.path / "m.sock"
+    first = start(listen=("--socket", str(path)))
+    first.process.kill()
+    first.wait()
+    second = start(listen=("--socket", str(path)))
+    runs_an_execution(second)
+
+
+def test_a_live_socket_is_refused(root: Root, start: Start) -> None:
+    path = root.path / "m.sock"
+    first = start(listen=("--socket", str(path)))
+    done = command("serve", "--root", str(root.path), "--socket", str(path))
+    assert done.returncode == 1
+    assert str(path) in done.stderr
+    assert "--socket" in done.stderr
+    assert "Traceback" not in done.stderr
+    runs_an_execution(first)
+
+
+def test_a_file_in_the_place_of_the_socket_is_kept(root: Root) -> None:
+    path = root.path / "precious"
+    path.write_text("keep me")
+    done = command("serve", "--root", str(root.path), "--socket", str(path))
+    assert done.returncode == 1
+    assert str(path) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert path.read_text() == "keep me"
+
+
+@pytest.mark.parametrize("listener", ["tcp", "unix"])
+def test_twistd(root: Root, listener: str) -> None:
+    listen = {"PORT": "0"} if listener == "tcp" else {"SOCKET": str(root.path / "m.sock")}
+    environ = {"ROOT": str(root.path), "PERMITS": "3", **listen}
+    argv = [str(TWISTD), f"--pidfile={root.path}/twistd.pid", "-ny", "twistd.tac"]
+    daemon = Daemon(
+        argv, environ={f"GENVM_MANAGER_{name}": text for name, text in environ.items()}
+    )
+    try:
+        daemon.wait_until_listening()
+        assert daemon.address.startswith("127.0.0.1:" if listener == "tcp" else "unix://")
+        assert daemon.get("/permits")["permits"] == 3
+        runs_an_execution(daemon)
+        running = daemon.run("sleep 60")
+        assert daemon.stop() == 0
+        assert daemon.descendants() == []
+        assert running
+        assert not (root.path / "m.sock").exists()
+        assert len(daemon.text.splitlines()) == len(daemon.records), daemon.text
+    finally:
+        daemon.close()
+
+
+def test_twistd_with_a_bad_configuration(root: Root) -> None:
+    environ = {"GENVM_MANAGER_ROOT": str(root.path), "GENVM_MANAGER_PERMITS": "many"}
+    argv = [str(TWISTD), f"--pidfile={root.path}/twistd.pid", "-ny", "twistd.tac"]
+    daemon = Daemon(argv, environ=environ)
+    try:
+        assert daemon.wait() == 1
+        assert "GENVM_MANAGER_PERMITS" in daemon.text + daemon.errors
+        assert "many" in daemon.text + daemon.errors
+    finally:
+        daemon.close()
+
+
+def test_twistd_with_a_port_in_use(root: Root) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        environ = {"GENVM_MANAGER_ROOT": str(root.path), "GENVM_MANAGER_PORT": port}
+        argv = [str(TWISTD), f"--pidfile={root.path}/twistd.pid", "-ny", "twistd.tac"]
+        daemon = Daemon(argv, environ=environ)
+        try:
+            assert daemon.wait() == 1
+            assert f"127.0.0.1:{port}" in daemon.text + daemon.errors
+        finally:
+            daemon.close()
+
+
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen(sys.argv[1:])
+print(child.pid, file=sys.stderr, flush=True)
+child.wait()
+"""
+
+
+def test_die_with_parent(root: Root) -> None:
+    """As nodes start it: ``manager --port N --die-with-parent``; then the node is killed."""
+    arguments = ["manager", "--port", "0", "--die-with-parent", "--root", str(root.path)]
+    parent = Daemon([sys.executable, "-c", PARENT, sys.executable, str(SOURCE), *arguments])
+    manager = guardian = 0
+    try:
+        parent.wait_until_listening()
+        manager = eventually(lambda: children_of(parent.pid))[0]
+        assert "--die-with-parent" in command_of(manager)
+        guardians = [pid for pid in children_of(manager) if "guard_desc" in command_of(pid)]
+        guardian = guardians[0]
+        for _ in range(5):
+            parent.run("ignore-sigterm", "touch " + str(root.path / "up"), "sleep 60")
+        eventually(lambda: len(parent.descendants()) == 6)
+        parent.process.kill()
+        killed = time.monotonic()
+        eventually(lambda: not parent.descendants(), 1.0, "manager and executors are gone")
+        report(f"--die-with-parent: everything gone {time.monotonic() - killed:.3f} s after it")
+        eventually(lambda: not alive(guardian), 1.0, "the guardian is gone")
+    finally:
+        for pid in (manager, guardian):
+            if pid:
+                kill(pid)
+        parent.close()
+
+
+def test_without_die_with_parent_it_lives_on(root: Root) -> None:
+    arguments = ["serve", "--port", "0", "--root", str(root.path)]
+    parent = Daemon([sys.executable, "-c", PARENT, sys.executable, str(SOURCE), *arguments])
+    manager = 0
+    try:
+        parent.wait_until_listening()
+        manager = children_of(parent.pid)[0]
+        parent.process.kill()
+        parent.process.wait()
+        runs_an_execution(parent)
+    finally:
+        if manager:
+            kill(manager, signal.SIGTERM)
+            eventually(lambda: not alive(manager))
+        parent.close()
+
+
+# --- refusals to start ---
+
+
+def test_port_in_use(root: Root) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = command("serve", "--root", str(root.path), "--port", str(port))
+    assert done.returncode == 1
+    assert f"127.0.0.1:{port}" in done.stderr
+    assert "in use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_beyond_loopback_needs_a_token_or_consent(root: Root, host: str) -> None:
+    done = command("serve", "--root", str(root.path), "--port", "0", "--host", host)
+    assert done.returncode == 1
+    assert host in done.stderr
+    assert "auth_token_file" in done.stderr
+    assert "--allow-unauthenticated" in done.stderr
+
+
+def test_beyond_loopback_with_consent(start: Start) -> None:
+    daemon = start("--host", "0.0.0.0", "--allow-unauthenticated")
+    daemon.address = daemon.address.replace("0.0.0.0", "127.0.0.1")
+    runs_an_execution(daemon)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("permits: many", ["permits", '"many"']),
+        ("permits: true", ["permits", "true"]),
+        ("permits: -1", ["permits", "-1"]),
+        ("permits: 1.5", ["permits", "1.5"]),
+        ("permits: 1000001", ["permits", "1000001"]),
+        ("port: 65536", ["port", "65536"]),
+        ("log_level: loud", ["log_level", '"loud"']),
+        ("log_format: xml", ["log_format", '"xml"']),
+        ("execution_retention: soon", ["execution_retention", '"soon"']),
+        ("shutdown_grace: -1", ["shutdown_grace", "-1"]),
+        ("env_allow: PATH", ["env_allow", '"PATH"']),
+        ("no_such_key: 1", ["no_such_key", "unknown"]),
+        ("1: 2", ["1", "unknown"]),
+        ("root: ${NOPE}", ["root", "NOPE"]),
+        ("manifest_path: /nonexistent/m.yaml", ["manifest_path", "/nonexistent/m.yaml"]),
+        ("reroute_to: v9", ["reroute_to", "v9"]),
+        ("auth_token_file: /nonexistent/token", ["auth_token_file", "/nonexistent/token"]),
+        ("- a\n- b", ["mapping"]),
+        ("a: [", ["YAML"]),
+        ("just text", ["mapping"]),
+    ],
+)
+@pytest.mark.parametrize("subcommand", ["serve", "check-config"])
+def test_bad_configuration(root: Root, subcommand: str, text: str, expected: list[str]) -> None:
+    """Exit 1 with file, key and reason; nothing is started."""
+    path = root.path / "config" / "genvm-manager.yaml"
+    path.write_text(text)
+    listen = ("--port", "0") if subcommand == "serve" and "port:" not in text else ()
+    done = command(subcommand, "--root", str(root.path), *listen)
+    assert done.returncode == 1, done.stdout
+    for part in (str(path), *expected):
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "expected"),
+    [
+        (["--permits", "x"], {}, ["--permits", '"x"']),
+        (["--queue-limit", "-1"], {}, ["--queue-limit", "-1"]),
+        (["--die-with-parent=perhaps"], {}, ["--die-with-parent", "perhaps"]),
+        (["--config", "/nonexistent.yaml"], {}, ["/nonexistent.yaml"]),
+        (["--manifest-path", "/nonexistent.yaml"], {}, ["/nonexistent.yaml"]),
+        ([], {"GENVM_MANAGER_PORT": "none"}, ["GENVM_MANAGER_PORT", "none"]),
+        ([], {"GENVM_MANAGER_CONFIG": "/nonexistent.yaml"}, ["/nonexistent.yaml"]),
+    ],
+)
+def test_bad_flags_and_environment(
+    root: Root, flags: list[str], environ: dict[str, str], expected: list[str]
+) -> None:
+    done = command("check-config", "--root", str(root.path), *flags, **environ)
+    assert done.returncode == 1
+    for part in expected:
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["nonsense"], ["serve", "--nonsense"], ["serve", "--port"]])
+def test_bad_command_lines(words: list[str]) -> None:
+    done = command(*words)
+    assert done.returncode == 2
+    assert "usage:" in done.stderr
+
+
+def test_a_bad_manifest_stops_the_start(root: Root) -> None:
+    root.manifest.write_text("executor_versions:\n  v0.1.0: {available_after: soon}\n")
+    for subcommand in ("serve", "check-config"):
+        done = command(subcommand, "--root", str(root.path))
+        assert done.returncode == 1
+        assert "manifest.yaml:2" in done.stderr
+        assert "soon" in done.stderr
+
+
+# --- configuration in force ---
+
+
+def test_precedence_flag_environment_file(root: Root, start: Start) -> None:
+    (root.path / "config" / "genvm-manager.yaml").write_text(
+        "permits: 3\nqueue_limit: 0\nlog_level: warn\n"
+    )
+    environ = {"GENVM_MANAGER_PERMITS": "4", "GENVM_MANAGER_LOG_LEVEL": "info"}
+    daemon = start("--permits", "5", environ=environ)
+    assert daemon.get("/permits")["permits"] == 5
+    assert daemon.post("/log/level", {"level": "info"})["level"] == "info"
+    daemon.post("/permits", {"permits": 0})
+    assert daemon.request("POST", "/genvm/run", run_body()).json["code"] == "queue_full"
+
+
+def test_existing_configuration_files_load(root: Root, start: Start) -> None:
+    path = root.path / "elsewhere.yaml"
+    manifest = root.path / "other-manifest.yaml"
+    root.manifest.rename(manifest)
+    path.write_text(
+        "threads: 4\nblocking_threads: 16\nlog_disable: tracing*,polling*\nlog_level: info\n"
+        "manifest_path: ${genvmRoot}/other-manifest.yaml\npermits: null\n"
+    )
+    daemon = start("--config", str(path))
+    for key in ("threads", "blocking_threads", "log_disable"):
+        notes = [r for r in daemon.records if f"{key} has no effect" in r["message"]]
+        assert len(notes) == 1
+    assert daemon.get("/permits")["permits"] >= 2
+    runs_an_execution(daemon)
+
+
+def test_nothing_configured(tmp_path: Path, root: Root, start: Start) -> None:
+    """It starts, says in the log and in /status that there is no executor, and refuses runs."""
+    root.manifest.unlink()
+    daemon = start()
+    daemon.wait_log(lambda r: r["level"] == "warn" and "manifest.yaml" in r["message"])
+    assert "manifest.yaml" in daemon.get("/status")["manifest"]["problem"]
+    reply = daemon.request("POST", "/genvm/run", run_body())
+    assert (reply.status, reply.json["code"]) == (500, "version_not_available")
+    assert "no version at all" in reply.json["error"]
+
+
+def test_root_from_the_environment(root: Root) -> None:
+    done = command("check-config", GENVMROOT=str(root.path))
+    assert done.returncode == 0
+    assert "1 executor versions" in done.stdout
+
+
+def test_root_is_the_parent_of_bin(root: Root) -> None:
+    (root.path / "bin").mkdir()
+    shutil.copy(SOURCE, root.path / "bin")
+    done = command("check-config", cwd=root.path / "bin")
+    assert done.returncode == 0, done.stderr
+    assert "1 executor versions" in done.stdout
+
+
+def test_text_log(root: Root) -> None:
+    argv = [sys.executable, str(SOURCE), "serve", "--port", "0", "--root", str(root.path)]
+    daemon = Daemon([*argv, "--log-format", "text"])
+    try:
+        eventually(lambda: "listening address=" in daemon.text or "listening" in daemon.text)
+        assert daemon.stop() == 0
+        assert not daemon.records
+        assert " info  listening" in daemon.text
+    finally:
+        daemon.close()
+
+
+def test_log_file(root: Root, start: Start) -> None:
+    path = root.path / "log" / "manager.log"
+    path.parent.mkdir()
+    argv = [sys.executable, str(SOURCE), "serve", "--root", str(root.path)]
+    socket_path = root.path / "m.sock"
+    daemon = Daemon([*argv, "--socket", str(socket_path), "--log-file", str(path)])
+    try:
+        eventually(lambda: path.exists() and "listening" in path.read_text())
+        daemon.address = f"unix://{socket_path}"
+        runs_an_execution(daemon)
+        assert daemon.stop() == 0
+        messages = [json.loads(line)["message"] for line in path.read_text().splitlines()]
+        assert "execution finished" in messages
+        assert "stopped" in messages
+        assert daemon.text == ""
+    finally:
+        daemon.close()
+
+
+# --- check-config, demo, the file alone ---
+
+
+def test_check_config(root: Root) -> None:
+    done = command("check-config", "--root", str(root.path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "configuration is valid; 1 executor versions" in done.stdout
+
+
+def test_demo() -> None:
+    begin = time.monotonic()
+    done = command("demo")
+    elapsed = time.monotonic() - begin
+    report(f"demo: {elapsed:.2f} s")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert elapsed < 10
+    assert done.stdout.count("> POST /genvm/run") == 2
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("The contract returned:")
+    assert "Hello" in last
+    assert "world" in last
+
+
+def test_the_file_alone(tmp_path: Path) -> None:
+    """Copied into an empty folder it checks its configuration and runs the demo."""
+    shutil.copy(SOURCE, tmp_path)
+    checked = command("check-config", cwd=tmp_path)
+    assert checked.returncode == 0, checked.stderr
+    assert "does not exist" in checked.stdout
+    demo = command("demo", cwd=tmp_path)
+    assert demo.returncode == 0, demo.stderr
+    assert "The contract returned:" in demo.stdout
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == [SOURCE.name]
+
+
+def test_reroute(root: Root, start: Start) -> None:
+    """The version directory is replaced; it needs no manifest entry."""
+    root.practice("local-build")
+    root.write_manifest({})
+    daemon = start("--reroute-to", "local-build")
+    genvm_id = daemon.run("exit 0", major=7)
+    assert daemon.result(genvm_id)["version"] == "local-build"
+    assert VERSION not in daemon.get("/status")["executions"][str(genvm_id)]["version"]

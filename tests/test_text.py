@@ -1,0 +1,545 @@
+"""Section 2: timestamps, durations, templates, JSON bodies, request schemas."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from attrs import field, frozen
+from genvm_manager import (
+    ConfigError,
+    InvalidRequest,
+    JsonObject,
+    JsonText,
+    NonNegativeInt,
+    PositiveMinutes,
+    RunRequest,
+    SecretText,
+    Timestamp,
+    expand_template,
+    format_timestamp,
+    parse_duration,
+    parse_json_object,
+    parse_timestamp,
+    shown,
+    structure,
+    timestamp_of,
+)
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+# --- timestamps ---
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2025-01-02T03:04:05Z", datetime(2025, 1, 2, 3, 4, 5, 0, UTC)),
+        ("2025-01-02t03:04:05z", datetime(2025, 1, 2, 3, 4, 5, 0, UTC)),
+        ("2025-01-02 03:04:05Z", datetime(2025, 1, 2, 3, 4, 5, 0, UTC)),
+        ("2025-01-02T03:04:05.5Z", datetime(2025, 1, 2, 3, 4, 5, 500_000, UTC)),
+        ("2025-01-02T03:04:05.1234567899Z", datetime(2025, 1, 2, 3, 4, 5, 123_456, UTC)),
+        ("2025-01-02T03:04:05+02:30", datetime(2025, 1, 2, 0, 34, 5, 0, UTC)),
+        ("2025-01-01T00:30:00+01:00", datetime(2024, 12, 31, 23, 30, 0, 0, UTC)),
+        ("2025-01-02T03:04:05-23:59", datetime(2025, 1, 3, 3, 3, 5, 0, UTC)),
+        ("2025-01-02T03:04:05-00:00", datetime(2025, 1, 2, 3, 4, 5, 0, UTC)),
+        ("2016-12-31T23:59:60Z", datetime(2016, 12, 31, 23, 59, 59, 999_999, UTC)),
+        ("2024-02-29T00:00:00Z", datetime(2024, 2, 29, 0, 0, 0, 0, UTC)),
+        ("0001-01-01T00:00:00Z", datetime(1, 1, 1, 0, 0, 0, 0, UTC)),
+        ("9999-12-31T23:59:59.999999Z", datetime(9999, 12, 31, 23, 59, 59, 999_999, UTC)),
+    ],
+)
+def test_a_timestamp_is_an_instant_in_utc(text: str, expected: datetime) -> None:
+    moment = parse_timestamp(text)
+    assert moment == expected
+    assert moment.utcoffset() == timedelta(0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "2025-01-02",
+        "2025-01-02T03:04:05",  # no offset: which instant is that?
+        "2025-01-02T03:04Z",
+        "2025-1-2T03:04:05Z",
+        " 2025-01-02T03:04:05Z",
+        "2025-01-02T03:04:05Z\n",
+        "2025-01-02T03:04:05.Z",
+        "2025-01-02T03:04:05,5Z",
+        "2025-01-02T03:04:05+0200",
+        "2025-01-02T03:04:05+02",
+        "2025-01-02T03:04:05 UTC",
+        "+2025-01-02T03:04:05Z",
+        "12025-01-02T03:04:05Z",
+        "2025-13-02T03:04:05Z",
+        "2025-00-02T03:04:05Z",
+        "2025-02-29T03:04:05Z",
+        "2025-01-02T24:00:00Z",
+        "2025-01-02T03:60:00Z",
+        "2025-01-02T03:04:61Z",
+        "2025-01-02T03:04:05+24:00",
+        "2025-01-02T03:04:05+02:60",
+        "0000-01-01T00:00:00Z",
+        "0001-01-01T00:00:00+01:00",  # before the first instant that can be held
+        "9999-12-31T23:59:59-01:00",
+        "1735689600",
+        "now",
+    ],
+)
+def test_what_is_no_timestamp_is_refused_and_shown(text: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_timestamp(text)
+    assert "timestamp" in str(caught.value)
+    assert shown(text) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["２０２５-01-02T03:04:05Z", "2025-01-02T03:04:0٥Z", "2025-01-02T03:04:05.٥Z"]
+)
+def test_a_timestamp_has_ascii_digits_only(text: str) -> None:
+    # Other implementations refuse these; nodes must agree on which executor runs.
+    with pytest.raises(ValueError, match="timestamp"):
+        parse_timestamp(text)
+
+
+@given(
+    st.datetimes(timezones=st.just(UTC)),
+    st.integers(min_value=-23 * 60 - 59, max_value=23 * 60 + 59),
+)
+def test_a_timestamp_that_python_writes_is_read_back(moment: datetime, minutes: int) -> None:
+    zone = timezone(timedelta(minutes=minutes))
+    try:
+        text = moment.astimezone(zone).isoformat()
+    except OverflowError:
+        return
+    assert parse_timestamp(text) == moment
+
+
+@given(st.datetimes(min_value=datetime(1000, 1, 1), timezones=st.just(UTC)))
+def test_formatting_keeps_milliseconds(moment: datetime) -> None:
+    text = format_timestamp(moment)
+    assert len(text) == len("2025-01-01T00:00:00.000Z")
+    assert text.endswith("Z")
+    assert moment - parse_timestamp(text) == timedelta(microseconds=moment.microsecond % 1000)
+
+
+def test_formatting_turns_other_zones_into_utc() -> None:
+    moment = datetime(2025, 1, 1, 1, 0, 0, 7000, timezone(timedelta(hours=2)))
+    assert format_timestamp(moment) == "2024-12-31T23:00:00.007Z"
+    assert timestamp_of(1_735_689_600.25) == "2025-01-01T00:00:00.250Z"
+
+
+# --- durations ---
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (0, 0.0),
+        (3, 3.0),
+        (0.5, 0.5),
+        ("500ms", 0.5),
+        ("10s", 10.0),
+        ("1.5m", 90.0),
+        ("2h", 7200.0),
+        ("7", 7.0),
+        (" 7 s ", 7.0),
+    ],
+)
+def test_durations(value: object, seconds: float) -> None:
+    assert parse_duration(value) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("", "s", "-1s", "+1s", "1e3", "1d", "10 s s", ".5s", "5.", "inf", "nan", "1,5s", "1 S"),
+        *(-1, -0.1, float("inf"), float("nan"), 1e12, True, None, [1], {"s": 1}),
+    ],
+)
+def test_what_is_no_duration_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="duration"):
+        parse_duration(value)
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 13, "9" * 400 + "ms", "1000000000h"])
+def test_a_duration_as_text_has_the_same_limit_as_a_number(text: str) -> None:
+    with pytest.raises(ValueError, match="duration"):
+        parse_duration(text)
+
+
+# --- templates ---
+
+
+def test_templates_know_names_and_variables() -> None:
+    text = "${exeDir}/x:${ENV[HOME]}:${ENV[UNSET]}:$exeDir:${ENV[a]}"
+    result = expand_template(text, {"exeDir": "/r/bin"}, {"HOME": "/h", "a": "low"})
+    assert result == "/r/bin/x:/h::$exeDir:low"
+
+
+def test_templates_are_expanded_once() -> None:
+    result = expand_template("${ENV[A]}${B}", {"B": "${ENV[A]}"}, {"A": "${B}"})
+    assert result == "${B}${ENV[A]}"
+
+
+@pytest.mark.parametrize("text", ["${nope}", "${}", "${ENV}", "a ${exedir}"])
+def test_an_unknown_name_in_a_template_is_an_error_that_lists_the_known(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        expand_template(text, {"exeDir": "/r/bin", "other": ""}, {})
+    assert "exeDir, other" in caught.value.message
+    assert text.removeprefix("a ") in caught.value.message
+
+
+@given(st.text())
+def test_text_without_templates_stays(text: str) -> None:
+    plain = text.replace("$", "")
+    assert expand_template(plain, {}, {}) == plain
+
+
+# --- what is shown of a value ---
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists))
+def test_what_is_shown_is_short(value: object) -> None:
+    assert len(shown(value)) <= 60
+
+
+def test_values_are_shown_as_json() -> None:
+    assert shown("a\n\"") == '"a\\n\\""'
+    assert shown(None) == "null"
+    assert shown({"a": [1, True]}) == '{"a": [1, true]}'
+    assert shown("x" * 10**6) == '"' + "x" * 58 + "…"
+
+
+class _Unreachable:
+    def __repr__(self) -> str:
+        raise AssertionError("all of a large value was rendered, to show 60 characters of it")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param([*range(100_000), _Unreachable()], id="list"),
+        pytest.param({**dict.fromkeys(range(100_000)), "x": _Unreachable()}, id="dict"),
+        pytest.param([["x" * 1000] * 1000, _Unreachable()], id="nested"),
+    ],
+)
+def test_showing_a_large_value_does_not_render_all_of_it(value: object) -> None:
+    # A body may hold 64 MiB, and its errors are made on the reactor's thread.
+    assert len(shown(value)) <= 60
+
+
+# --- JSON bodies ---
+
+json_values: st.SearchStrategy[Any] = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+json_objects = st.dictionaries(st.text(), json_values, max_size=5)
+spaces = st.text(" \t\r\n", max_size=3)
+
+
+@given(json_objects, st.booleans(), st.sampled_from([None, 0, 2, "\t"]), spaces)
+@example({"": {"": {}}, "\ud83d\ude00": "\x00"}, True, None, "\n")
+def test_any_object_is_read_as_the_standard_library_does(
+    data: dict[str, Any], ascii_only: bool, indent: int | str | None, space: str
+) -> None:
+    text = space + json.dumps(data, ensure_ascii=ascii_only, indent=indent) + space
+    try:
+        body = text.encode()
+    except UnicodeEncodeError:
+        return
+    result = parse_json_object(body)
+    assert result == json.loads(body)
+    assert result.text == text
+
+
+@given(st.binary(max_size=40) | st.text(max_size=40).map(lambda text: text.encode("utf-8")))
+@example(b'{"a":1,}')
+@example(b'{"a" 1}')
+@example(b"{,}")
+@example(b"{'a':1}")
+@example(b'{"a":1} x')
+@example(b'{"a":01}')
+@example(b'{"a":"\n"}')
+@example(b"\xef\xbb\xbf{}")
+@example(b'\xa0{"a":1}')
+def test_any_bytes_are_accepted_exactly_where_the_standard_library_accepts_them(
+    data: bytes,
+) -> None:
+    try:
+        expected = json.loads(data.decode("utf-8"), parse_constant=lambda _: 1 / 0)
+    except (ValueError, ZeroDivisionError):
+        expected = None
+    if isinstance(expected, dict):
+        assert parse_json_object(data) == expected
+    else:
+        with pytest.raises(InvalidRequest, match="^body: "):
+            parse_json_object(data)
+
+
+json_like = st.lists(
+    st.sampled_from([*'{}[]:,"\\ \n', '"a"', '"b"', "1", "-", "0", ".5", "e3", "null", "tru"]),
+    max_size=14,
+).map("".join)
+
+
+@given(json_like, json_like)
+def test_near_json_is_accepted_exactly_where_the_standard_library_accepts_it(
+    inside: str, after: str
+) -> None:
+    text = '{"k": ' + inside + "}" + after
+    try:
+        expected = json.loads(text)
+    except ValueError:
+        expected = None
+    if isinstance(expected, dict):
+        assert parse_json_object(text.encode()) == expected
+    else:
+        with pytest.raises(InvalidRequest, match="^body: "):
+            parse_json_object(text.encode())
+
+
+def test_of_two_equal_keys_the_last_counts_as_in_the_standard_library() -> None:
+    assert parse_json_object(b'{"a": 1, "a": {"b": 2}}') == {"a": {"b": 2}}
+
+
+@given(json_objects, st.sampled_from([None, 1]), spaces)
+def test_the_text_of_an_object_inside_is_kept(
+    inner: dict[str, Any], indent: int | None, space: str
+) -> None:
+    raw = json.dumps(inner, indent=indent)
+    text = f'{space}{{"a":{space}1, "message"{space}:{space}{raw}{space}}}{space}'
+    message = parse_json_object(text.encode())["message"]
+    assert isinstance(message, JsonObject)
+    assert message.text == raw
+
+
+def test_the_text_of_a_message_is_kept_byte_for_byte() -> None:
+    raw = '{ "v" : 1.10e2, "big": 123456789012345678901234567890,\r\n "a":"\\u00e9é\\/", "a":2 }'
+    body = parse_json_object(b'{"message": ' + raw.encode() + b"}")
+    assert body["message"].text == raw
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "body: expected a JSON object, got nothing"),
+        (b" \r\n ", "body: expected a JSON object, got nothing"),
+        (b"[1]", "body: not JSON: expected an object, got [1]"),
+        (b'"text"', 'body: not JSON: expected an object, got "text"'),
+        (b"null", "body: not JSON: expected an object, got null"),
+        (b'{"a": \xff}', "body: not UTF-8 at byte 6"),
+        (b'{"a": NaN}', "body: not JSON: NaN is not JSON"),
+        (b'{"a": [-Infinity]}', "body: not JSON: -Infinity is not JSON"),
+        (b'{"a": 1\n"b": 2}', 'body: not JSON: expected "," or "}" at line 2 column 1'),
+        (b'{"a": 1}\n\n x', "body: not JSON: unexpected text after the object at line 3 column 2"),
+        (b'{"a" 1}', 'body: not JSON: expected ":" at line 1 column 6'),
+        (b'{"a": 1, b: 2}', "body: not JSON: expected a key in double quotes at line 1 column 10"),
+        (b'{"a": ', "body: not JSON: expected a value at line 1 column 7"),
+    ],
+)
+def test_a_body_that_is_no_object_is_refused_with_the_place(data: bytes, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_json_object(data)
+    assert caught.value.message == message
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"a":', b'[{"a":'])
+def test_deep_nesting_is_an_error_of_the_request(opening: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="nested too deeply"):
+        parse_json_object(b'{"a":' + opening * 200_000)
+
+
+def test_a_number_with_too_many_digits_is_an_error_of_the_request() -> None:
+    with pytest.raises(InvalidRequest, match="^body: "):
+        parse_json_object(b'{"a": ' + b"9" * 100_000 + b"}")
+
+
+def test_a_deep_value_that_can_be_read_can_be_refused() -> None:
+    # Reading and rendering JSON have different limits of nesting.
+    for depth in range(50, 3000, 25):
+        body = b'{"level": ' + b"[" * depth + b"]" * depth + b"}"
+        try:
+            data = parse_json_object(body)
+        except InvalidRequest:
+            break
+        with pytest.raises(InvalidRequest, match="^level: expected text"):
+            structure(data, _Level)
+    else:
+        pytest.fail("any nesting is read; the limit was expected to be below 3000")
+
+
+# --- request schemas ---
+
+
+@frozen
+class _Level:
+    level: str
+
+
+@frozen
+class _Inner:
+    count: NonNegativeInt
+    names: list[str] = field(factory=list)
+
+
+@frozen
+class _Outer:
+    inner: _Inner
+    flag: bool = False
+    items: list[_Inner] = field(factory=list)
+    grid: list[list[int]] = field(factory=list)
+    secret: SecretText = SecretText("")
+    message: JsonText = JsonText("{}")
+    minutes: PositiveMinutes = PositiveMinutes(1)
+
+
+GOOD_INNER = {"count": 0}
+
+
+@pytest.mark.parametrize(
+    ("data", "problems"),
+    [
+        ({}, "inner: required, but missing"),
+        ({"inner": {}}, "inner.count: required, but missing"),
+        ({"inner": {"count": -1}}, "inner.count: expected an integer of at least 0, got -1"),
+        ({"inner": {"count": True}}, "inner.count: expected an integer of at least 0, got true"),
+        ({"inner": {"count": 1.0}}, "inner.count: expected an integer of at least 0, got 1.0"),
+        ({"inner": {"count": "1"}}, 'inner.count: expected an integer of at least 0, got "1"'),
+        ({"inner": GOOD_INNER, "flag": "yes"}, 'flag: expected true or false, got "yes"'),
+        ({"inner": GOOD_INNER, "flag": 1}, "flag: expected true or false, got 1"),
+        ({"inner": GOOD_INNER, "flag": None}, "flag: expected true or false, got null"),
+        (
+            {"inner": {"count": 1, "names": ["a", 2]}},
+            "inner.names[1]: expected text, got 2",
+        ),
+        ({"inner": {"count": 1, "names": "abc"}}, 'inner.names: expected an array, got "abc"'),
+        ({"inner": {"count": 1, "names": {}}}, "inner.names: expected an array, got {}"),
+        ({"inner": GOOD_INNER, "grid": [[1], [2, None]]}, "grid[1][1]: expected an integer"),
+        ({"inner": GOOD_INNER, "message": []}, "message: expected an object, got []"),
+        ({"inner": GOOD_INNER, "minutes": 0}, "minutes: expected a number of minutes above 0"),
+        ({"inner": GOOD_INNER, "minutes": 1441}, "minutes: expected a number of minutes above 0"),
+        ({"inner": GOOD_INNER, "minutes": "5"}, 'above 0 and at most 1440, got "5"'),
+        ({"inner": GOOD_INNER, "minutes": True}, "minutes: expected a number of minutes"),
+    ],
+)
+def test_what_is_wrong_in_a_request_is_named_by_its_path(
+    data: dict[str, Any], problems: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        structure(data, _Outer)
+    assert problems in caught.value.message
+
+
+@pytest.mark.parametrize("wrong", [5, "text", None, [], True])
+def test_an_object_that_is_something_else_is_named_by_its_path(wrong: object) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        structure({"inner": wrong}, _Outer)
+    assert caught.value.message.startswith("inner: expected an object, got ")
+
+
+def test_what_is_wrong_in_an_object_in_an_array_is_named_by_its_path() -> None:
+    data = {"inner": GOOD_INNER, "items": [GOOD_INNER, {"count": "x"}, {}]}
+    with pytest.raises(InvalidRequest) as caught:
+        structure(data, _Outer)
+    assert "items[1].count: expected an integer of at least 0" in caught.value.message
+
+
+def test_everything_that_is_wrong_is_named_at_once() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        structure({"inner": {"count": -1}, "flag": 3, "minutes": None}, _Outer)
+    for path in ("inner.count: ", "flag: ", "minutes: "):
+        assert path in caught.value.message
+    assert caught.value.message.count("; ") == 2
+
+
+def test_unknown_keys_are_ignored_and_defaults_hold() -> None:
+    result = structure({"inner": {"count": 3, "later": 1}, "newer": {}}, _Outer)
+    assert result == _Outer(_Inner(NonNegativeInt(3)))
+
+
+def test_a_secret_is_not_shown() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        structure({"inner": GOOD_INNER, "secret": ["hunter2hunter2"]}, _Outer)
+    assert caught.value.message == "secret: expected text"
+
+
+def test_a_path_in_front_is_part_of_every_path() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        structure({"inner": {}}, _Outer, path="configs[3]")
+    assert caught.value.message == "configs[3].inner.count: required, but missing"
+
+
+RUN = {
+    "major": 0,
+    "message": {"a": 1},
+    "is_sync": True,
+    "capture_output": False,
+    "host_data": "{}",
+    "timestamp": "2025-06-01T12:00:00+02:00",
+    "host": "unix:///tmp/h",
+}
+
+
+def run_body(**changes: object) -> JsonObject:
+    data = {key: value for key, value in {**RUN, **changes}.items() if value is not ...}
+    return parse_json_object(json.dumps(data).encode())
+
+
+def test_a_run_request_is_read() -> None:
+    request = structure(run_body(max_execution_minutes=0.5, extra_args=["--x"]), RunRequest)
+    assert request.message == '{"a": 1}'
+    assert request.timestamp == datetime(2025, 6, 1, 10, 0, 0, 0, UTC)
+    assert (request.major, request.is_sync, request.capture_output) == (0, True, False)
+    assert (request.max_execution_minutes, request.extra_args) == (0.5, ["--x"])
+    assert structure(run_body(), RunRequest).max_execution_minutes == 20
+
+
+@pytest.mark.parametrize("key", sorted(RUN))
+def test_each_required_field_of_a_run_is_required(key: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        structure(run_body(**{key: ...}), RunRequest)
+    assert caught.value.message == f"{key}: required, but missing"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("major", -1, "expected an integer of at least 0, got -1"),
+        ("major", True, "expected an integer of at least 0, got true"),
+        ("message", "{}", 'expected an object, got "{}"'),
+        ("message", None, "expected an object, got null"),
+        ("is_sync", "yes", 'expected true or false, got "yes"'),
+        ("capture_output", 0, "expected true or false, got 0"),
+        ("host_data", {}, "expected text, got {}"),
+        ("timestamp", "yesterday", "expected an RFC 3339 timestamp"),
+        ("timestamp", 1735689600, "expected text, got 1735689600"),
+        ("host", None, "expected text, got null"),
+        ("max_execution_minutes", 0, "above 0 and at most 1440, got 0"),
+        ("max_execution_minutes", 1440.001, "above 0 and at most 1440, got 1440.001"),
+        ("extra_args", "--x", 'expected an array, got "--x"'),
+    ],
+)
+def test_each_field_of_a_run_is_checked(key: str, value: object, reason: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        structure(run_body(**{key: value}), RunRequest)
+    assert caught.value.message.startswith(f"{key}: ")
+    assert reason in caught.value.message
+
+
+def test_the_structured_timestamp_type_is_an_instant() -> None:
+    assert structure({"moment": "2025-01-01T00:00:00Z"}, _Moment).moment.tzinfo is UTC
+
+
+@frozen
+class _Moment:
+    moment: Timestamp
