@@ -31,7 +31,8 @@ The file is one module in sections, each of which uses only what stands above it
 8.  Child processes: spawning, output, killing, reaping; nothing outlives us.
 9.  Execution records: one each, with its output and result.
 9b. Executions: from request to the end of retention.
-10. Embedded host: the host's side of the protocol that executors speak.
+10. Host state: a contract's storage, calldata and rights in memory.
+10b. Embedded host: the host's side of the protocol that executors speak.
 14. HTTP connections: limits, access, errors as JSON.
 14b. HTTP API: the routes.
 15. Practice executor: a stand-in for GenVM that interprets small scripts (15, 15b, 15c).
@@ -281,9 +282,10 @@ class HostProtocolError(ManagerError):
 # the reactor.
 
 TIMESTAMP = re.compile(
-    r"(\d{4})-(\d{2})-(\d{2})[Tt ](\d{2}):(\d{2}):(\d{2})(?:\.(\d+))?([Zz]|[+-]\d{2}:\d{2})"
+    r"(\d{4})-(\d{2})-(\d{2})[Tt ](\d{2}):(\d{2}):(\d{2})(?:\.(\d+))?([Zz]|[+-]\d{2}:\d{2})",
+    re.ASCII,
 )
-DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?")
+DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?", re.ASCII)
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 TEMPLATE = re.compile(r"\$\{(?:ENV\[([A-Za-z0-9_]*)\]|([A-Za-z0-9_]*))\}")
 
@@ -1204,7 +1206,7 @@ class Address(bytes):
 
 
 CalldataValue: TypeAlias = (
-    "None | bool | int | bytes | str | Address | list[CalldataValue] | dict[str, CalldataValue]"
+    "bool | int | bytes | str | Address | list[CalldataValue] | dict[str, CalldataValue] | None"
 )
 """What calldata can hold. A bool is not an int, an Address is not just bytes; no floats."""
 
@@ -1460,7 +1462,7 @@ class _Decoder:
 # selects, and the atomic reload of the manifest. Uses text, configuration and
 # errors. Never starts an executor, never looks whether one is installed.
 
-VERSION_KEY = re.compile(r"v(\d{1,9})\.(\d{1,9})\.(\d{1,9})(?:-[0-9A-Za-z.-]+)?")
+VERSION_KEY = re.compile(r"v(\d{1,9})\.(\d{1,9})\.(\d{1,9})(?:-[0-9A-Za-z.-]+)?", re.ASCII)
 MANIFEST_MAX_BYTES = 16 * MIB
 _LISTED_VERSIONS = 20
 
@@ -2966,13 +2968,12 @@ class Executions:
 
 
 # =============================================================================
-# 10. Embedded host
+# 10. Host state
 # =============================================================================
 #
-# Owns the server side of the host protocol (PROTOCOLS.md section 2): contract
-# state in memory, requests from bytes, answers, one outcome per run. Uses
-# calldata, contracts and the errors. Never starts an executor, never listens by
-# itself, and never holds more of a hostile peer's data than its limits say.
+# Owns what a host knows of one run: the contract's storage in memory, its
+# calldata, its rights, and what a run came to. Uses calldata and contracts.
+# Never sees a socket.
 
 
 HOST_BLOB_LIMIT: Final = 64 * 1024 * 1024
@@ -3073,8 +3074,6 @@ class HostStorage:
 
     def write(self, account: bytes, slot: bytes, index: int, data: bytes) -> bool:
         """Store ``data`` from offset ``index`` on; False, with nothing stored, if it is full."""
-        if len(data) > self._left:
-            return False
         spans = list(self._spans(index, len(data)))
         growth = 0
         for number, _, end, _ in spans:
@@ -3165,6 +3164,16 @@ _FIXED_ANSWERS: Final = {
     "get_balance": _OK + bytes(32),
     "notify_nondet_disagreement": b"",
 }
+
+
+# =============================================================================
+# 10b. Embedded host
+# =============================================================================
+#
+# Owns the server side of the host protocol (PROTOCOLS.md section 2): requests
+# from bytes, answers, one outcome per run. Uses the host state. Never starts an
+# executor, never listens by itself, and never holds more of a hostile peer's
+# data than its limits say.
 
 
 @frozen
@@ -3276,8 +3285,9 @@ class HostSession:
 
     def lost(self) -> HostProtocolError:
         """Return the error of a connection that ended before a result came."""
-        begun = self._parser.buffer[:1]
-        where = f"inside a {_HOST_METHODS[begun[0]][0]} request" if begun else "without a result"
+        where = "without a result"
+        if self._parser.buffer and self._parser.buffer[0] < len(_HOST_METHODS):
+            where = f"inside a {_HOST_METHODS[self._parser.buffer[0]][0]} request"
         return HostProtocolError(
             f"the executor closed the host connection {where}, "
             f"after {self.state.requests.total()} requests"

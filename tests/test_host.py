@@ -7,6 +7,14 @@ import tracemalloc
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectionDone
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
+
 from genvm_manager import (
     CODE_SLOT,
     HOST_BLOB_LIMIT,
@@ -23,13 +31,6 @@ from genvm_manager import (
     describe_outcome,
     encode_calldata,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.error import ConnectionDone
-from twisted.internet.task import Clock
-from twisted.internet.testing import StringTransport
-from twisted.python.failure import Failure
 
 ME = b"\x01" * 20
 OTHER = b"\x02" * 20

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 from attrs import field, frozen
+from hypothesis import example, given
+from hypothesis import strategies as st
+
 from genvm_manager import (
     ConfigError,
     InvalidRequest,
@@ -27,8 +30,6 @@ from genvm_manager import (
     structure,
     timestamp_of,
 )
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 # --- timestamps ---
 
