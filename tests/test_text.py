@@ -209,7 +209,7 @@ def test_what_is_shown_is_short(value: object) -> None:
 
 
 def test_values_are_shown_as_json() -> None:
-    assert shown("a\n\"") == '"a\\n\\""'
+    assert shown('a\n"') == '"a\\n\\""'
     assert shown(None) == "null"
     assert shown({"a": [1, True]}) == '{"a": [1, true]}'
     assert shown("x" * 10**6) == '"' + "x" * 58 + "…"

@@ -133,9 +133,7 @@ def test_twistd(root: Root, listener: str) -> None:
     listen = {"PORT": "0"} if listener == "tcp" else {"SOCKET": str(root.path / "m.sock")}
     environ = {"ROOT": str(root.path), "PERMITS": "3", **listen}
     argv = [str(TWISTD), f"--pidfile={root.path}/twistd.pid", "-ny", "twistd.tac"]
-    daemon = Daemon(
-        argv, environ={f"GENVM_MANAGER_{name}": text for name, text in environ.items()}
-    )
+    daemon = Daemon(argv, environ={f"GENVM_MANAGER_{name}": text for name, text in environ.items()})
     try:
         daemon.wait_until_listening()
         assert daemon.address.startswith("127.0.0.1:" if listener == "tcp" else "unix://")
@@ -255,43 +253,68 @@ def test_beyond_loopback_with_consent(start: Start) -> None:
     runs_an_execution(daemon)
 
 
+BAD_SETTINGS = {
+    "permits": ["many", '"many"'],
+    "queue_limit": ["true", "true"],
+    "max_body_bytes": ["-1", "-1"],
+    "capture_max_bytes": ["1.5", "1.5"],
+    "retention_max_bytes": ["'10'", '"10"'],
+    "port": ["65536", "65536"],
+    "log_level": ["loud", '"loud"'],
+    "log_format": ["xml", '"xml"'],
+    "execution_retention": ["soon", '"soon"'],
+    "shutdown_grace": ["-1", "-1"],
+    "env_allow": ["PATH", '"PATH"'],
+    "no_such_key": ["1", "unknown"],
+    "1": ["2", "unknown"],
+    "die_with_parent": ["maybe", '"maybe"'],
+    "root": ["${NOPE}", "NOPE"],
+}
+
+
+@pytest.mark.parametrize("subcommand", ["serve", "check-config"])
+def test_bad_settings(root: Root, subcommand: str) -> None:
+    """Exit 1 with file, key and reason of everything that is wrong; nothing is started."""
+    path = root.path / "config" / "genvm-manager.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, (value, _) in BAD_SETTINGS.items()))
+    done = command(subcommand, "--root", str(root.path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback" not in done.stderr
+    problems = done.stderr.removeprefix("genvm-manager: ").split("; ")
+    for key, (_, reason) in BAD_SETTINGS.items():
+        (problem,) = [text for text in problems if text.startswith(f"{path}: {key}: ")]
+        assert reason in problem
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("permits: many", ["permits", '"many"']),
-        ("permits: true", ["permits", "true"]),
-        ("permits: -1", ["permits", "-1"]),
-        ("permits: 1.5", ["permits", "1.5"]),
         ("permits: 1000001", ["permits", "1000001"]),
-        ("port: 65536", ["port", "65536"]),
-        ("log_level: loud", ["log_level", '"loud"']),
-        ("log_format: xml", ["log_format", '"xml"']),
-        ("execution_retention: soon", ["execution_retention", '"soon"']),
-        ("shutdown_grace: -1", ["shutdown_grace", "-1"]),
-        ("env_allow: PATH", ["env_allow", '"PATH"']),
-        ("no_such_key: 1", ["no_such_key", "unknown"]),
-        ("1: 2", ["1", "unknown"]),
-        ("root: ${NOPE}", ["root", "NOPE"]),
         ("manifest_path: /nonexistent/m.yaml", ["manifest_path", "/nonexistent/m.yaml"]),
         ("reroute_to: v9", ["reroute_to", "v9"]),
-        ("auth_token_file: /nonexistent/token", ["auth_token_file", "/nonexistent/token"]),
+        ("host: 0.0.0.0", ["host", "auth_token_file"]),
         ("- a\n- b", ["mapping"]),
         ("a: [", ["YAML"]),
         ("just text", ["mapping"]),
     ],
 )
-@pytest.mark.parametrize("subcommand", ["serve", "check-config"])
-def test_bad_configuration(root: Root, subcommand: str, text: str, expected: list[str]) -> None:
-    """Exit 1 with file, key and reason; nothing is started."""
+def test_bad_configuration_file(root: Root, text: str, expected: list[str]) -> None:
     path = root.path / "config" / "genvm-manager.yaml"
     path.write_text(text)
-    listen = ("--port", "0") if subcommand == "serve" and "port:" not in text else ()
-    done = command(subcommand, "--root", str(root.path), *listen)
-    assert done.returncode == 1, done.stdout
+    done = command("check-config", "--root", str(root.path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback" not in done.stderr
     for part in (str(path), *expected):
         assert part in done.stderr
+
+
+@pytest.mark.parametrize("subcommand", ["serve", "check-config"])
+def test_a_missing_token_file(root: Root, subcommand: str) -> None:
+    flags = ["--root", str(root.path), "--auth-token-file", "/nonexistent/token"]
+    done = command(subcommand, *flags)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "/nonexistent/token" in done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -357,7 +380,7 @@ def test_existing_configuration_files_load(root: Root, start: Start) -> None:
     )
     daemon = start("--config", str(path))
     for key in ("threads", "blocking_threads", "log_disable"):
-        notes = [r for r in daemon.records if f"{key} has no effect" in r["message"]]
+        notes = [r for r in daemon.records if f": {key} has no effect" in r["message"]]
         assert len(notes) == 1
     assert daemon.get("/permits")["permits"] >= 2
     runs_an_execution(daemon)
