@@ -26,13 +26,14 @@ The file is one module in sections, each of which uses only what stands above it
 3.  Logging: JSON lines, levels, redaction.
 4.  Calldata: the binary values that contracts exchange.
 5.  Versions and manifest: which executor a deployment time selects.
-6.  Contracts: how a contract's code lies in storage.
+6.  Contracts: how a contract's code lies in storage, and which version it states.
 7.  Permits: how many executions run at once.
 8.  Child processes: spawning, output, killing, reaping; nothing outlives us.
 9.  Execution records: one each, with its output and result.
 9b. Executions: from request to the end of retention.
 10. Host state: a contract's storage, calldata and rights in memory.
 10b. Embedded host: the host's side of the protocol that executors speak.
+10c. Contract operations: version, deployment writes, schema.
 14. HTTP connections: limits, access, errors as JSON.
 14b. HTTP API: the routes.
 15. Practice executor: a stand-in for GenVM that interprets small scripts (15, 15b, 15c).
@@ -74,6 +75,7 @@ import textwrap
 import threading
 import time
 import typing
+import zipfile
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -259,6 +261,24 @@ class EnvironmentRefused(ManagerError):
     """The environment variable cannot be set, or may not be."""
 
     code = "environment_refused"
+
+
+class UnsupportedMajor(ManagerError):
+    """The contract is of a major version for which this is not known."""
+
+    code = "unsupported_major"
+
+
+class DetectionFailed(ManagerError):
+    """The executor that was asked for a contract's version gave no answer."""
+
+    code = "detection_failed"
+
+
+class ContractFailed(ManagerError):
+    """A read-only run ended without a value: an error of the contract or of the executor."""
+
+    code = "contract_failed"
 
 
 class CalldataError(ManagerError):
@@ -661,6 +681,12 @@ def _setting_format(value: object) -> str:
     return str(value)
 
 
+def _setting_detection(value: object) -> str:
+    if value not in ("native", "executor"):
+        raise ValueError(f"expected native or executor, got {shown(value)}")
+    return str(value)
+
+
 def _setting_names(value: object) -> tuple[str, ...]:
     return tuple(_setting_text(item) for item in _structure_list(value, list[str]))
 
@@ -690,6 +716,7 @@ PATH = SettingKind(_setting_path, "PATH")
 SECONDS = SettingKind(parse_duration, "DURATION")
 LEVEL = SettingKind(parse_log_level, "LEVEL")
 FORMAT = SettingKind(_setting_format, "FORMAT")
+DETECTION = SettingKind(_setting_detection, "HOW")
 NAMES = SettingKind(
     _setting_names, "NAME,…", lambda text: [part.strip() for part in text.split(",")]
 )
@@ -727,6 +754,9 @@ class Config:
     retention_max_bytes: int = _setting(COUNT, 256 * MIB, "captured output kept in all")
     capture_max_bytes: int = _setting(COUNT, 4 * MIB, "captured output kept per stream")
     shutdown_grace: float = _setting(SECONDS, 0.7, "time from SIGTERM to SIGKILL at shutdown")
+    version_detection: str = _setting(
+        DETECTION, "native", "native, or executor to ask the newest executor"
+    )
     env_allow: tuple[str, ...] = _setting(NAMES, (), "protected variables that POST /env may set")
     allowed_hosts: tuple[str, ...] = _setting(NAMES, (), "further names accepted in Host")
     auth_token_file: Path | None = _setting(PATH, None, "file with the Bearer token to require")
@@ -1504,6 +1534,16 @@ class Manifest:
             f"the manifest has {self._listed()}"
         )
 
+    def newest_major(self, moment: datetime) -> int:
+        """Return the highest major available at a moment; raises ``VersionNotAvailable``."""
+        available = [v.major for v in self.versions if v.available_after <= moment]
+        if not available:
+            raise VersionNotAvailable(
+                f"no executor is available at {format_timestamp(moment)}; "
+                f"the manifest has {self._listed()}"
+            )
+        return max(available)
+
     def _listed(self) -> str:
         if not self.versions:
             return "no version at all: install executors and name them in the manifest"
@@ -1619,6 +1659,16 @@ class ManifestStore:
             return self.reroute_to
         return self.manifest.resolve(major, moment).key
 
+    def newest_major(self, moment: datetime) -> int:
+        """Return the highest major at a moment; with ``reroute_to``, without a manifest too.
+
+        Raises ``VersionNotAvailable``.
+        """
+        if self.reroute_to is not None and not self.manifest.versions:
+            match = VERSION_KEY.fullmatch(self.reroute_to)
+            return int(match.group(1)) if match else 0
+        return self.manifest.newest_major(moment)
+
     def _read(self) -> Manifest:
         try:
             with self.path.open("rb") as file:
@@ -1639,8 +1689,8 @@ class ManifestStore:
 # =============================================================================
 #
 # Owns what is known of a contract from its bytes alone: the storage writes
-# that deploy it. Uses the standard library and the errors. Never runs a
-# contract and never does I/O.
+# that deploy it, and the version that it states. Uses the standard library and
+# the errors. Never runs a contract and never does I/O.
 
 
 STORAGE_INDEX_LIMIT: Final = 1 << 32
@@ -1669,6 +1719,120 @@ def deployment_writes(code: bytes) -> list[tuple[bytes, bytes]]:
         (CODE_SLOT + (0).to_bytes(4, "little"), length),
         (CODE_SLOT + CODE_OFFSET.to_bytes(4, "little"), code),
     ]
+
+
+MAX_CENTRAL_DIRECTORY: Final = MIB
+"""Bytes of a zip archive's directory that are read at most: some 15000 members."""
+
+MAX_STATED_BYTES: Final = 256
+"""Bytes of a stated version that are looked at; a major stands at the start."""
+
+_ZIP_END: Final = b"PK\x05\x06"
+_ZIP64_LOCATOR: Final = b"PK\x06\x07"
+_WASM_HEADER: Final = b"\0asm\x01\0\0\0"
+_WASM_VERSION_SECTION: Final = b"genvm.version"
+_STATED_MAJOR: Final = re.compile(r"v([0-9]+)\.")
+
+
+def stated_major(code: bytes, newest: int) -> int:
+    """Return the major version that a contract asks for, never above ``newest``.
+
+    That is the number in the version it states, or ``newest`` where none can be made out: any
+    bytes have an answer. Time and memory are linear in their number at most.
+    """
+    match = _STATED_MAJOR.match(stated_version(code) or "")
+    if match is None:
+        return newest
+    digits = match.group(1).lstrip("0") or "0"
+    return newest if len(digits) > len(str(newest)) else min(int(digits), newest)
+
+
+def stated_version(code: bytes) -> str | None:
+    """Return the version text of a contract (PROTOCOLS.md section 4), or None.
+
+    A zip archive has it in its member ``version``, WebAssembly in its first custom section
+    ``genvm.version``, text in a comment on its first line.
+    """
+    file = io.BytesIO(code)
+    if zipfile.is_zipfile(file):
+        return _zip_version(code, file)
+    if code.startswith(_WASM_HEADER):
+        return _wasm_version(code)
+    return _text_version(code)
+
+
+def _zip_version(code: bytes, file: io.BytesIO) -> str | None:
+    # The size of the directory stands in the last record, found as zipfile finds it.
+    plain_end = code[-22:].startswith(_ZIP_END) and code.endswith(b"\0\0")
+    end = len(code) - 22 if plain_end else code.rfind(_ZIP_END)
+    size = int.from_bytes(code[end + 12 : end + 16], "little")
+    if size > MAX_CENTRAL_DIRECTORY or code[end - 20 : end - 16] == _ZIP64_LOCATOR:
+        return None
+    try:
+        with zipfile.ZipFile(file) as archive:
+            info = archive.getinfo("version")
+            # Other methods unpack more than they are asked for.
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                return None
+            with archive.open(info) as member:
+                return member.read(MAX_STATED_BYTES).decode("utf-8", "replace").strip()
+    except Exception:  # whatever is wrong with the archive, it states no version
+        return None
+
+
+def _wasm_version(code: bytes) -> str | None:
+    at = len(_WASM_HEADER)
+    while at < len(code):
+        kind = code[at]
+        size, start = _uleb32(code, at + 1)
+        at = start + size
+        if size < 0 or at > len(code):
+            return None
+        if kind == 0:
+            name_size, name_start = _uleb32(code, start)
+            name_end = name_start + name_size
+            if name_size < 0 or name_end > at:
+                return None
+            if code[name_start:name_end] == _WASM_VERSION_SECTION:
+                try:
+                    return code[name_end:at].decode("utf-8")
+                except UnicodeDecodeError:
+                    return None
+    return None
+
+
+def _uleb32(code: bytes, at: int) -> tuple[int, int]:
+    """Return an unsigned LEB128 number of 32 bits and where it ends; -1 if it is none."""
+    value = 0
+    for index, byte in enumerate(code[at : at + 5]):
+        value |= (byte & 0x7F) << (7 * index)
+        if byte < 0x80:
+            return (value, at + index + 1) if value < 1 << 32 else (-1, at)
+    return -1, at
+
+
+def _text_version(code: bytes) -> str | None:
+    mark = next((mark for mark in (b"//", b"#", b"--") if code.startswith(mark)), None)
+    if mark is None or not _is_text(code):
+        return None
+    end = code.find(b"\n")
+    line = code[len(mark) : end if end >= 0 else len(code)].strip()
+    return line[:MAX_STATED_BYTES].decode("utf-8", "ignore") if line.startswith(b"v") else None
+
+
+def _is_text(code: bytes) -> bool:
+    """Tell whether bytes are UTF-8, in steps that let other threads run."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for at in range(0, len(code), _TEXT_STEP):
+            decoder.decode(code[at : at + _TEXT_STEP])
+        decoder.decode(b"", True)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+_TEXT_STEP: Final = 64 * KIB
 
 
 # =============================================================================
@@ -1989,6 +2153,11 @@ class Child(ProcessProtocol):
         """Send SIGKILL."""
         self._signal("KILL")
 
+    def feed(self, data: bytes) -> None:
+        """Write everything that the child will read on its stdin."""
+        self.transport.write(data)
+        self.transport.closeStdin()
+
     def _force(self) -> None:
         self._kill_timer = None
         self.force_killed = True
@@ -2105,12 +2274,13 @@ class Spawner:
         *,
         pipes: Iterable[int],
         nulls: Iterable[int],
+        feeds: Iterable[int] = (),
     ) -> None:
         """Start a process that inherits our environment and working directory.
 
-        ``pipes`` are the descriptors of the child that we read, ``nulls`` those that are
-        ``/dev/null``. Everything else comes through the listener, possibly before this returns.
-        Raises ``SpawnFailed``.
+        ``pipes`` are the descriptors of the child that we read, ``feeds`` those that we write,
+        ``nulls`` those that are ``/dev/null``. Everything else comes through the listener, possibly
+        before this returns. Raises ``SpawnFailed``.
         """
         if self._devnull is None:
             raise SpawnFailed("the manager is not running")
@@ -2118,6 +2288,7 @@ class Spawner:
         descriptors: dict[int, int | str] = {
             **dict.fromkeys(nulls, self._devnull),
             **dict.fromkeys(pipes, "r"),
+            **dict.fromkeys(feeds, "w"),
         }
         if self._environment is None:
             # os.environ decodes each variable whenever it is read; a run should not pay for that.
@@ -2368,6 +2539,11 @@ class RunRequest:
         ]
 
 
+def executor_program(root: Path, version: str) -> str:
+    """Return the path of an executor."""
+    return f"{root}/executor/{version}/bin/genvm"
+
+
 class State(enum.Enum):
     """Where an execution stands; ``TRANSITIONS`` says what may follow."""
 
@@ -2476,6 +2652,10 @@ class Capture:
             "genvm_log": self._records.truncated,
         }
         return [name for name, is_cut in cut.items() if is_cut]
+
+    def stderr_tail(self, limit: int) -> bytes:
+        """Return the last bytes of stderr."""
+        return bytes(self._tails[STDERR].content[-limit:])
 
     def json_pieces(self) -> Iterator[bytes]:
         """Yield the JSON members ``stdout``, ``stderr`` and ``genvm_log`` in small pieces."""
@@ -2844,7 +3024,7 @@ class Executions:
 
     def _spawn(self, execution: Execution) -> None:
         request = execution.request
-        program = f"{self._config.root}/executor/{execution.version}/bin/genvm"
+        program = executor_program(self._config.root, execution.version)
         sink: Capture | LogForwarder
         if request.capture_output:
             sink = execution.capture = Capture(self._config.capture_max_bytes)
@@ -3513,6 +3693,255 @@ class HostFactory(ServerFactory[HostProtocol]):
 
 
 # =============================================================================
+# 10c. Contract operations
+# =============================================================================
+#
+# Owns what clients ask about a contract's code: its major version, the writes
+# that deploy it, its schema. Uses contracts, executions and the embedded host.
+# Never knows HTTP.
+
+#: Seconds for an executor to name the version of a contract.
+ASK_SECONDS = 10.0
+#: How many executors are asked for versions at once.
+ASK_CONCURRENCY = 4
+READONLY_SECONDS = 30.0
+#: Seconds for an executor to end by itself once its result is there.
+READONLY_GRACE_SECONDS = 1.0
+STDERR_SHOWN_BYTES = 2000
+#: Work on more code than this is done in a thread.
+INLINE_CODE_BYTES = 64 * KIB
+_BASE64_STEP = 48 * KIB
+
+
+class _Answer:
+    """What a short-lived child says on its stdout."""
+
+    def __init__(self) -> None:
+        self.stdout = BoundedTail(KIB)
+        self.child: Child | None = None
+        self.status: ExitStatus | None = None
+        self.closed: Event[None] = Event()
+
+    def child_started(self, child: Child) -> None:
+        self.child = child
+
+    def child_data(self, _fd: int, data: bytes) -> None:
+        self.stdout.add(data)
+
+    def child_exited(self, status: ExitStatus) -> None:
+        self.status = status
+
+    def child_closed(self) -> None:
+        self.closed.fire(None)
+
+
+class ContractOperations:
+    """Answers questions about the code of a contract."""
+
+    def __init__(
+        self,
+        config: Config,
+        reactor: Any,
+        manifest: ManifestStore,
+        spawner: Spawner,
+        executions: Executions,
+    ) -> None:
+        self._config = config
+        self._reactor = reactor
+        self._manifest = manifest
+        self._spawner = spawner
+        self._executions = executions
+        self._asking = DeferredSemaphore(ASK_CONCURRENCY)
+        self._inspecting = DeferredLock()
+        self._read_only = 0
+        self._closed: Event[None] | None = None
+
+    async def major(self, code: bytes, moment: datetime) -> int:
+        """Return the major version that runs a contract deployed at a moment.
+
+        Raises ``VersionNotAvailable``; asking an executor can raise ``DetectionFailed`` too.
+        """
+        newest = self._manifest.newest_major(moment)
+        if self._config.version_detection == "executor":
+            stated = await self._asking.run(self._ask, code, self._manifest.resolve(newest, moment))
+            return stated_major(b"#" + stated, newest)
+        if len(code) <= INLINE_CODE_BYTES:
+            return stated_major(code, newest)
+        return await self._inspecting.run(
+            deferToThreadPool,
+            self._reactor,
+            self._reactor.getThreadPool(),
+            stated_major,
+            code,
+            newest,
+        )
+
+    async def _ask(self, code: bytes, version: str) -> bytes:
+        """Return what an executor says about a contract's version."""
+        answer = _Answer()
+        program = executor_program(self._config.root, version)
+        try:
+            self._spawner.spawn(
+                answer,
+                [program, "parse-version-pattern"],
+                pipes={STDOUT},
+                nulls={STDERR},
+                feeds={STDIN},
+            )
+        except SpawnFailed as error:
+            raise SpawnFailed(f"executor {version} cannot be started: {error.message}") from None
+        child = cast(Child, answer.child)
+        child.feed(code)
+        try:
+            await answer.closed.wait().addTimeout(ASK_SECONDS, self._reactor)
+        except TimeoutError:
+            raise DetectionFailed(
+                f"executor {version} did not name a version within {ASK_SECONDS:g} s"
+            ) from None
+        finally:
+            if not child.exited:
+                child.kill()
+        if answer.status != ExitStatus(0, None):
+            raise DetectionFailed(f"executor {version} failed to name a version: {answer.status}")
+        return bytes(answer.stdout.content)
+
+    async def deployment_pieces(self, code: bytes, moment: datetime) -> Iterator[bytes]:
+        """Return the JSON of the writes that deploy a contract, in small pieces.
+
+        Raises ``InvalidRequest``, ``UnsupportedMajor``, ``VersionNotAvailable``.
+        """
+        writes = deployment_writes(code)
+        major = await self.major(code, moment)
+        if major != 0:
+            raise UnsupportedMajor(
+                f"the contract is of major {major}; the storage layout is known for major 0 only"
+            )
+        return _writes_json(writes)
+
+    async def schema(self, code: bytes, moment: datetime) -> str:
+        """Return the schema of a contract, by running it with nothing but its own code in storage.
+
+        Takes one permit. Raises ``ContractFailed`` and whatever starting an execution raises.
+        """
+        state = HostState(bytes(ADDRESS_BYTES), encode_calldata({"method": "#get-schema"}))
+        state.deploy(deployment_writes(code))
+        major = await self.major(code, moment)
+        self._read_only += 1
+        try:
+            with tempfile.TemporaryDirectory(prefix="genvm-readonly-") as folder:
+                socket_path = f"{folder}/host.sock"
+                factory = HostFactory(state, self._reactor)
+                port = self._reactor.listenUNIX(socket_path, factory, mode=0o600)
+                try:
+                    outcome, errors = await self._run(
+                        self._request(major, moment, socket_path), factory
+                    )
+                finally:
+                    factory.abandon("the run is over")
+                    await maybeDeferred(port.stopListening)
+        finally:
+            self._read_only -= 1
+            if self._closed is not None and self._read_only == 0:
+                self._closed.fire(None)
+        return _schema_of(outcome, errors)
+
+    def close(self) -> Deferred[None]:
+        """Fire once no read-only run is left; their executions must have been ended."""
+        self._closed = Event()
+        if self._read_only == 0:
+            self._closed.fire(None)
+        return self._closed.wait()
+
+    def _request(self, major: int, moment: datetime, socket_path: str) -> RunRequest:
+        nobody = base64.b64encode(bytes(ADDRESS_BYTES)).decode()
+        message = {
+            "contract_address": nobody,
+            "sender_address": nobody,
+            "origin_address": nobody,
+            "chain_id": "0",
+            "value": None,
+            "is_init": False,
+            "datetime": format_timestamp(moment),
+        }
+        return RunRequest(
+            major=NonNegativeInt(major),
+            message=JsonText(json.dumps(message)),
+            is_sync=True,
+            capture_output=True,
+            host_data="{}",
+            timestamp=cast(Timestamp, moment),
+            host=f"unix://{socket_path}",
+            max_execution_minutes=PositiveMinutes(READONLY_SECONDS / 60),
+            extra_args=["--permissions", "rw"],
+        )
+
+    async def _run(
+        self, request: RunRequest, factory: HostFactory
+    ) -> tuple[HostOutcome | ManagerError, str]:
+        """Return how a run ended, and the end of what its executor wrote to stderr."""
+        execution = await self._executions.run(request)
+        result = factory.when_done()
+        watching = execution.ended.wait()
+        watching.addCallback(lambda _: factory.abandon(_end_without_result(execution)))
+        watching.addErrback(lambda failure: failure.trap(CancelledError))
+        try:
+            outcome: HostOutcome | ManagerError = await result
+        except HostProtocolError as error:
+            outcome = error
+        except CancelledError:  # the client is gone
+            await self._end(execution)
+            raise
+        await self._executions.wait(execution, READONLY_GRACE_SECONDS)
+        await self._end(execution)
+        capture = execution.capture
+        errors = b"" if capture is None else capture.stderr_tail(STDERR_SHOWN_BYTES)
+        return outcome, errors.decode("utf-8", "replace").strip()
+
+    async def _end(self, execution: Execution) -> None:
+        """Make sure that a run is over."""
+        with contextlib.suppress(ShutdownTimeout, ExecutionNotFound):
+            await self._executions.stop(execution.id, 0)
+
+
+def _end_without_result(execution: Execution) -> str:
+    if execution.cause is Cause.DEADLINE:
+        return f"no result within {READONLY_SECONDS:g} s"
+    status = execution.exit
+    if status is None or execution.cause is not Cause.EXITED:
+        return "the run was ended before it had a result"
+    how = f"exit code {status.code}" if status.signal is None else f"signal {status.signal}"
+    return f"the executor ended without a result ({how})"
+
+
+def _schema_of(outcome: HostOutcome | ManagerError, errors: str) -> str:
+    """Return the text that a run returned; raises ``ContractFailed`` for anything else."""
+    tail = f"; the executor's stderr ends: {errors}" if errors else ""
+    if isinstance(outcome, ManagerError):
+        raise ContractFailed(f"{outcome.message}{tail}")
+    if outcome.kind != "return":
+        raise ContractFailed(f"{describe_outcome(outcome)}{tail}")
+    try:
+        value = decode_calldata(outcome.data)
+    except CalldataError as error:
+        raise ContractFailed(f"the schema is not calldata: {error.message}{tail}") from None
+    if not isinstance(value, str):
+        raise ContractFailed(f"the schema is no text but a {type(value).__name__}{tail}")
+    return value
+
+
+def _writes_json(writes: Sequence[tuple[bytes, bytes]]) -> Iterator[bytes]:
+    """Yield ``{"writes": [[key, value], ...]}`` with keys and values in base64."""
+    separator = b'{"writes": ['
+    for key, value in writes:
+        yield separator + b'["' + base64.b64encode(key) + b'", "'
+        for at in range(0, len(value), _BASE64_STEP):
+            yield base64.b64encode(value[at : at + _BASE64_STEP])
+        yield b'"]'
+        separator = b", "
+    yield b"]}"
+
+
+# =============================================================================
 # 14. HTTP connections
 # =============================================================================
 #
@@ -3865,6 +4294,7 @@ class Api:
         manifest: ManifestStore,
         spawner: Spawner,
         executions: Executions,
+        contracts: ContractOperations,
         boot_id: str,
     ) -> None:
         self._config = config
@@ -3874,6 +4304,7 @@ class Api:
         self._gate = gate
         self._manifest = manifest
         self._executions = executions
+        self._contracts = contracts
         self._boot_id = boot_id
         self._started = reactor.seconds()
         self._last_request = 0
@@ -3932,9 +4363,7 @@ class Api:
         )
         if execution.capture is None or execution.capture.size <= STREAMED_RESULT_BYTES:
             return b"".join(pieces)
-        request.setHeader("content-type", JSON_TYPE)
-        await PieceProducer(request, pieces).run()
-        return None
+        return await self.stream(request, pieces)
 
     @_endpoint(app, "DELETE", "/genvm/<int:genvm_id>")
     async def stop(self, request: Request, genvm_id: int) -> Answer:
@@ -3954,6 +4383,29 @@ class Api:
         """Accept executions again."""
         self._executions.draining = False
         return {"result": "accepting"}
+
+    # --- contracts ---
+
+    @_endpoint(app, "POST", "/genvm/run/readonly")
+    async def schema(self, request: Request) -> Answer:
+        """Answer a contract's schema."""
+        moment = deployment_timestamp(request)
+        return {"schema": await self._contracts.schema(await self.read_body(request), moment)}
+
+    @_endpoint(app, "POST", "/contract/detect-version")
+    async def detect_version(self, request: Request) -> Answer:
+        """Answer the major version that a contract asks for."""
+        moment = deployment_timestamp(request)
+        return {
+            "specified_major": await self._contracts.major(await self.read_body(request), moment)
+        }
+
+    @_endpoint(app, "POST", "/contract/pre-deploy-writes")
+    async def pre_deploy_writes(self, request: Request) -> Answer:
+        """Answer the storage writes that deploy a contract."""
+        moment = deployment_timestamp(request)
+        code = await self.read_body(request)
+        return await self.stream(request, await self._contracts.deployment_pieces(code, moment))
 
     # --- permits ---
 
@@ -4013,13 +4465,20 @@ class Api:
 
     async def read_json(self, request: Request) -> JsonObject:
         """Return the JSON object in a request's body; a large one is parsed in a thread."""
-        content = request.content
-        assert content is not None  # Klein calls handlers before a disconnect closes the body
-        if isinstance(content, io.BytesIO):
-            return parse_json_object(content.getvalue())
+        return await self._read(request, parse_json_object)
 
-        def read() -> JsonObject:
-            return parse_json_object(content.read())
+    async def read_body(self, request: Request) -> bytes:
+        """Return a request's body."""
+        return await self._read(request, bytes)
+
+    async def _read(self, request: Request, parse: Callable[[bytes], Value]) -> Value:
+        content = request.content
+        assert content is not None  # handlers are called before a disconnect closes the body
+        if isinstance(content, io.BytesIO):
+            return parse(content.getvalue())
+
+        def read() -> Value:
+            return parse(content.read())
 
         # The body must outlive a client that disconnects meanwhile: the request would close it.
         request.content = None
@@ -4027,6 +4486,12 @@ class Api:
             return await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), read)
         finally:
             content.close()
+
+    async def stream(self, request: Request, pieces: Iterator[bytes]) -> Answer:
+        """Send JSON piece by piece; returns what a handler returns when its answer is sent."""
+        request.setHeader("content-type", JSON_TYPE)
+        await PieceProducer(request, pieces).run()
+        return None
 
     def reply(self, request: Request, status: int, answer: Answer) -> bytes | None:
         """Return an answer as JSON and set its headers; ``None`` was already sent."""
@@ -4107,6 +4572,15 @@ def _naming(path: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise InvalidRequest(f"{path}: {error}") from None
+
+
+def deployment_timestamp(request: Request) -> datetime:
+    """Return the header ``Deployment-Timestamp``; raises ``InvalidRequest``."""
+    text = request.getHeader("deployment-timestamp")
+    if text is None:
+        raise InvalidRequest("Deployment-Timestamp: required header, but missing")
+    with _naming("Deployment-Timestamp"):
+        return parse_timestamp(text)
 
 
 def query_text(request: Request, name: str) -> str | None:
@@ -5167,6 +5641,9 @@ class ManagerService(Service):
         self.gate = PermitGate(permits, reactor)
         self.spawner = Spawner(reactor, self.boot_id, owns_process=owns_process)
         self.executions = Executions(config, reactor, self.gate, self.manifest, self.spawner)
+        self.contracts = ContractOperations(
+            config, reactor, self.manifest, self.spawner, self.executions
+        )
         self.api = Api(
             config,
             reactor,
@@ -5175,6 +5652,7 @@ class ManagerService(Service):
             self.manifest,
             self.spawner,
             self.executions,
+            self.contracts,
             self.boot_id,
         )
         token = None if config.auth_token_file is None else read_token(config.auth_token_file)
@@ -5292,6 +5770,7 @@ class ManagerService(Service):
         for port in self._ports:
             await maybeDeferred(port.stopListening)
         await self.executions.close(self.config.shutdown_grace)
+        await self.contracts.close()
         self.executions.dispose()
         if self._parent is not None:
             self._parent.stop()

@@ -98,7 +98,12 @@ def test_what_is_no_timestamp_is_refused_and_shown(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["２０２５-01-02T03:04:05Z", "2025-01-02T03:04:0٥Z", "2025-01-02T03:04:05.٥Z"]
+    "text",
+    [
+        "\uff12\uff10\uff12\uff15-01-02T03:04:05Z",
+        "2025-01-02T03:04:0\u0665Z",
+        "2025-01-02T03:04:05.\u0665Z",
+    ],
 )
 def test_a_timestamp_has_ascii_digits_only(text: str) -> None:
     # Other implementations refuse these; nodes must agree on which executor runs.
@@ -224,7 +229,7 @@ class _Unreachable:
     "value",
     [
         pytest.param([*range(100_000), _Unreachable()], id="list"),
-        pytest.param({**dict.fromkeys(range(100_000)), "x": _Unreachable()}, id="dict"),
+        pytest.param(dict(enumerate([*range(100_000), _Unreachable()])), id="dict"),
         pytest.param([["x" * 1000] * 1000, _Unreachable()], id="nested"),
     ],
 )
@@ -283,7 +288,7 @@ def test_any_bytes_are_accepted_exactly_where_the_standard_library_accepts_them(
     if isinstance(expected, dict):
         assert parse_json_object(data) == expected
     else:
-        with pytest.raises(InvalidRequest, match="^body: "):
+        with pytest.raises(InvalidRequest, match=r"^body: "):
             parse_json_object(data)
 
 
@@ -305,7 +310,7 @@ def test_near_json_is_accepted_exactly_where_the_standard_library_accepts_it(
     if isinstance(expected, dict):
         assert parse_json_object(text.encode()) == expected
     else:
-        with pytest.raises(InvalidRequest, match="^body: "):
+        with pytest.raises(InvalidRequest, match=r"^body: "):
             parse_json_object(text.encode())
 
 
@@ -361,7 +366,7 @@ def test_deep_nesting_is_an_error_of_the_request(opening: bytes) -> None:
 
 
 def test_a_number_with_too_many_digits_is_an_error_of_the_request() -> None:
-    with pytest.raises(InvalidRequest, match="^body: "):
+    with pytest.raises(InvalidRequest, match=r"^body: "):
         parse_json_object(b'{"a": ' + b"9" * 100_000 + b"}")
 
 
@@ -373,7 +378,7 @@ def test_a_deep_value_that_can_be_read_can_be_refused() -> None:
             data = parse_json_object(body)
         except InvalidRequest:
             break
-        with pytest.raises(InvalidRequest, match="^level: expected text"):
+        with pytest.raises(InvalidRequest, match=r"^level: expected text"):
             structure(data, _Level)
     else:
         pytest.fail("any nesting is read; the limit was expected to be below 3000")
@@ -501,8 +506,8 @@ def test_a_run_request_is_read() -> None:
     assert request.message == '{"a": 1}'
     assert request.timestamp == datetime(2025, 6, 1, 10, 0, 0, 0, UTC)
     assert (request.major, request.is_sync, request.capture_output) == (0, True, False)
-    assert (request.max_execution_minutes, request.extra_args) == (0.5, ["--x"])
-    assert structure(run_body(), RunRequest).max_execution_minutes == 20
+    assert (float(request.max_execution_minutes), request.extra_args) == (0.5, ["--x"])
+    assert float(structure(run_body(), RunRequest).max_execution_minutes) == 20
 
 
 @pytest.mark.parametrize("key", sorted(RUN))

@@ -1,7 +1,7 @@
 """The assembled service inside a reactor that it does not own; run by trial.
 
-pytest cannot run trial's test cases once pytest-twisted runs the reactor, so ``test_under_trial.py``
-starts trial in a process of its own.
+pytest cannot run trial's test cases once pytest-twisted runs the reactor, so
+``test_under_trial.py`` starts trial in a process of its own.
 """
 
 from __future__ import annotations
