@@ -34,6 +34,9 @@ The file is one module in sections, each of which uses only what stands above it
 10. Host state: a contract's storage, calldata and rights in memory.
 10b. Embedded host: the host's side of the protocol that executors speak.
 10c. Contract operations: version, deployment writes, schema.
+11. LLM providers: how each kind of provider is asked, and what it answers.
+11b. LLM client: the exchange with a provider, and what went wrong.
+11c. Availability check: every configuration with every prompt.
 14. HTTP connections: limits, access, errors as JSON.
 14b. HTTP API: the routes.
 15. Practice executor: a stand-in for GenVM that interprets small scripts (15, 15b, 15c).
@@ -80,6 +83,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
+from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import (
     IO,
@@ -96,14 +100,19 @@ from typing import (
     get_args,
     get_origin,
 )
+from urllib.parse import quote
 
 import attrs
 import cattrs
+import hyperlink
 import treq
 import werkzeug.exceptions
 import yaml
 from attrs import define, field, frozen
 from klein import Klein
+from OpenSSL.SSL import Error as SSLError
+from service_identity import VerificationError
+from treq.cookies import IndexableCookieJar
 from twisted.application.service import Application, IServiceCollection, Service
 from twisted.internet.address import UNIXAddress
 from twisted.internet.base import DelayedCall
@@ -112,9 +121,18 @@ from twisted.internet.defer import (
     Deferred,
     DeferredLock,
     DeferredSemaphore,
+    fail,
+    gatherResults,
     maybeDeferred,
 )
-from twisted.internet.error import CannotListenError, ProcessExitedAlready, ProcessTerminated
+from twisted.internet.error import (
+    CannotListenError,
+    DNSLookupError,
+    ProcessExitedAlready,
+    ProcessTerminated,
+    TCPTimedOutError,
+)
+from twisted.internet.error import TimeoutError as ConnectTimeoutError
 from twisted.internet.interfaces import IAddress, IPushProducer, IReadDescriptor
 from twisted.internet.process import reapProcessHandlers
 from twisted.internet.protocol import ProcessProtocol, Protocol, ServerFactory, connectionDone
@@ -124,8 +142,10 @@ from twisted.logger import ILogObserver, LogEvent, Logger, formatEvent, globalLo
 from twisted.protocols.basic import LineReceiver
 from twisted.python.failure import Failure
 from twisted.python.logfile import LogFile
-from twisted.web.client import Agent
-from twisted.web.http import RESPONSES, HTTPChannel
+from twisted.web.client import Agent, HTTPConnectionPool, ResponseDone
+from twisted.web.error import SchemeNotSupported
+from twisted.web.http import RESPONSES, HTTPChannel, PotentialDataLoss
+from twisted.web.http_headers import Headers
 from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 from werkzeug.exceptions import HTTPException
@@ -418,6 +438,18 @@ class NonNegativeInt(int):
     """A schema type: an integer of at least zero."""
 
 
+class PositiveInt(int):
+    """A schema type: an integer above zero."""
+
+
+class Number(float):
+    """A schema type: a number, whole or not."""
+
+
+class AnyObject(dict[str, Any]):
+    """A schema type: an object whose members are checked later."""
+
+
 MAX_EXECUTION_MINUTES = 24 * 60
 
 
@@ -523,6 +555,27 @@ def _structure_non_negative(value: object, _: object) -> NonNegativeInt:
     return NonNegativeInt(value)
 
 
+def _structure_positive(value: object, _: object) -> PositiveInt:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"expected an integer above 0, got {shown(value)}")
+    return PositiveInt(value)
+
+
+def _structure_number(value: object, _: object) -> Number:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise ValueError(f"expected a number, got {shown(value)}")
+    try:
+        return Number(value)
+    except OverflowError:
+        raise ValueError("expected a number that is not that large") from None
+
+
+def _structure_object(value: object, _: object) -> AnyObject:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {shown(value)}")
+    return AnyObject(value)
+
+
 def _structure_text(value: object, _: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"expected text, got {shown(value)}")
@@ -580,6 +633,9 @@ for _kind, _hook in (
     (bool, _structure_bool),
     (int, _structure_int),
     (NonNegativeInt, _structure_non_negative),
+    (PositiveInt, _structure_positive),
+    (Number, _structure_number),
+    (AnyObject, _structure_object),
     (str, _structure_text),
     (SecretText, _structure_secret),
     (JsonText, _structure_json_text),
@@ -757,6 +813,7 @@ class Config:
     version_detection: str = _setting(
         DETECTION, "native", "native, or executor to ask the newest executor"
     )
+    llm_check_concurrency: int = _setting(COUNT, 16, "models that POST /llm/check asks at once")
     env_allow: tuple[str, ...] = _setting(NAMES, (), "protected variables that POST /env may set")
     allowed_hosts: tuple[str, ...] = _setting(NAMES, (), "further names accepted in Host")
     auth_token_file: Path | None = _setting(PATH, None, "file with the Bearer token to require")
@@ -1001,16 +1058,20 @@ class Redactor:
 
     MASK: ClassVar[str] = "[redacted]"
     #: Shorter texts are too likely to be ordinary words.
-    SHORTEST: ClassVar[int] = 6
+    SHORTEST: ClassVar[int] = 4
+    #: Clients that make up keys must not make every log line slower for ever.
+    MOST: ClassVar[int] = 1000
 
     def __init__(self) -> None:
-        self._secrets: set[str] = set()
+        self._secrets: dict[str, None] = {}
         self._pattern: re.Pattern[str] | None = None
 
     def add(self, secret: str) -> None:
-        """Never let this text pass again."""
+        """Never let this text pass again; of more than ``MOST`` the oldest is forgotten."""
         if len(secret) >= self.SHORTEST and secret not in self._secrets:
-            self._secrets.add(secret)
+            self._secrets[secret] = None
+            while len(self._secrets) > self.MOST:
+                del self._secrets[next(iter(self._secrets))]
             longest_first = sorted(self._secrets, key=len, reverse=True)
             self._pattern = re.compile("|".join(map(re.escape, longest_first)))
 
@@ -3942,6 +4003,717 @@ def _writes_json(writes: Sequence[tuple[bytes, bytes]]) -> Iterator[bytes]:
 
 
 # =============================================================================
+# 11. LLM providers
+# =============================================================================
+#
+# Owns how a language model is asked: the requests and answers of each kind of
+# provider (PROTOCOLS.md section 5), and the kinds of errors. Uses text and
+# errors; pure. Never sends anything.
+
+LLM_SECONDS = 60.0
+LLM_ANSWER_MAX_BYTES = 32 * MIB
+PROVIDER_MESSAGE_CHARACTERS = 500
+ANTHROPIC_VERSION = "2023-06-01"
+IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
+OVERLOADED_STATUSES = frozenset((408, 503, 504, 529))
+_HEADER_TEXT = re.compile(r"[\x21-\x7e]*")
+_JSON_TOOL = "json_out"
+
+
+class AnswerMode(enum.Enum):
+    """What a model is asked for."""
+
+    TEXT = "text"
+    JSON = "json"
+    #: JSON whose key ``result`` is the answer.
+    BOOL = "bool"
+
+
+class ErrorKind(enum.Enum):
+    """Why a model gave no answer."""
+
+    CONFIG = "config"
+    DNS = "dns"
+    CONNECT = "connect"
+    TLS = "tls"
+    TIMEOUT = "timeout"
+    AUTH = "auth"
+    NOT_FOUND = "not_found"
+    RATE_LIMITED = "rate_limited"
+    OVERLOADED = "overloaded"
+    BAD_RESPONSE = "bad_response"
+    HTTP = "http"
+
+
+ADVICE = {
+    ErrorKind.DNS: "the provider's name cannot be resolved; check host",
+    ErrorKind.CONNECT: "the provider cannot be reached; check host and network",
+    ErrorKind.TLS: "the provider's certificate or TLS is not acceptable; check host",
+    ErrorKind.TIMEOUT: "the provider did not answer in time",
+    ErrorKind.AUTH: "the provider refused the key; check key and its rights",
+    ErrorKind.NOT_FOUND: "the provider does not know this; check model and host",
+    ErrorKind.RATE_LIMITED: "the provider limits the rate or the quota is used up; try later",
+    ErrorKind.OVERLOADED: "the provider is overloaded; try later",
+    ErrorKind.BAD_RESPONSE: "the provider's answer is not what its API documents",
+    ErrorKind.HTTP: "the provider refused the request",
+}
+
+
+class ProviderError(ManagerError):
+    """A provider gave no answer; ``status`` and ``body`` are those of its reply, if any."""
+
+    code = "provider_error"
+
+    def __init__(
+        self,
+        kind: ErrorKind,
+        detail: str,
+        *,
+        url: str = "",
+        status: int | None = None,
+        body: str = "",
+    ) -> None:
+        advice = ADVICE.get(kind)
+        super().__init__(f"{advice}: {detail}" if advice and detail else advice or detail)
+        self.kind = kind
+        self.url = url
+        self.status = status
+        self.body = body
+
+
+@frozen
+class Image:
+    """An image and its media type."""
+
+    data: bytes
+    media_type: str
+
+    @classmethod
+    def of(cls, data: bytes) -> Image:
+        """Return an image; raises ``ProviderError`` for bytes that are neither PNG nor JPEG."""
+        for signature, media_type in IMAGE_TYPES.items():
+            if data.startswith(signature):
+                return cls(data, media_type)
+        raise ProviderError(ErrorKind.CONFIG, "INVALID_IMAGE: neither PNG nor JPEG")
+
+    def base64(self) -> str:
+        """Return the data as text."""
+        return base64.b64encode(self.data).decode()
+
+
+@frozen
+class Prompt:
+    """What is asked, the same for all providers."""
+
+    user_message: str
+    system_message: str | None = None
+    temperature: float = 0.7
+    images: tuple[Image, ...] = ()
+    max_tokens: int = 1000
+    use_max_completion_tokens: bool = False
+    seed: int | None = None
+
+
+@frozen
+class Backend:
+    """A model at a provider. ``timeout`` is in seconds and covers the whole exchange."""
+
+    host: str
+    provider: str
+    model: str
+    key: str
+    timeout: float = LLM_SECONDS
+
+
+@frozen
+class Usage:
+    """Tokens as the provider counts them."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+
+
+@frozen
+class LlmAnswer:
+    """What a model answered: text, or an object where JSON was asked for."""
+
+    value: str | dict[str, Any]
+    usage: Usage
+
+
+@frozen
+class ProviderRequest:
+    """An HTTP request to a provider."""
+
+    path: str
+    headers: dict[str, str]
+    body: dict[str, Any]
+
+
+class Provider:
+    """One kind of provider: how it is asked and what its answers look like.
+
+    ``answer`` gets the parsed body; it raises ``LookupError``, ``TypeError`` or ``ValueError``
+    where that is not what the API documents.
+    """
+
+    #: Where the answer has its token counts: prompt, completion, total.
+    usage_paths: ClassVar[tuple[tuple[str, ...], ...]]
+
+    def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
+        """Return the request for a prompt."""
+        raise NotImplementedError
+
+    def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
+        """Return the text in an answer, or the object where JSON came as such."""
+        raise NotImplementedError
+
+    def usage(self, data: dict[str, Any]) -> Usage:
+        """Return the token counts in an answer."""
+        return Usage(*(_count_at(data, path) for path in self.usage_paths))
+
+
+def _count_at(data: Any, path: Sequence[str]) -> int | None:
+    for name in path:
+        data = data.get(name) if isinstance(data, dict) else None
+    return data if isinstance(data, int) and not isinstance(data, bool) else None
+
+
+def _without_none(**members: Any) -> dict[str, Any]:
+    return {name: value for name, value in members.items() if value is not None}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, got {shown(value)}")
+    return value
+
+
+class OpenAiCompatible(Provider):
+    """Chat completions, as OpenAI has them and many others do too."""
+
+    usage_paths = (
+        ("usage", "prompt_tokens"),
+        ("usage", "completion_tokens"),
+        ("usage", "total_tokens"),
+    )
+
+    def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
+        """See ``Provider``."""
+        content: list[dict[str, Any]] = [{"type": "text", "text": prompt.user_message}]
+        for image in prompt.images:
+            url = f"data:{image.media_type};base64,{image.base64()}"
+            content.append({"type": "image_url", "image_url": {"url": url}})
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if prompt.system_message is not None:
+            messages.insert(0, {"role": "system", "content": prompt.system_message})
+        limit = "max_completion_tokens" if prompt.use_max_completion_tokens else "max_tokens"
+        body = _without_none(
+            model=backend.model,
+            messages=messages,
+            stream=False,
+            temperature=prompt.temperature,
+            seed=prompt.seed,
+            response_format=None if mode is AnswerMode.TEXT else {"type": "json_object"},
+        )
+        headers = {"Authorization": f"Bearer {backend.key}"}
+        return ProviderRequest("/v1/chat/completions", headers, {**body, limit: prompt.max_tokens})
+
+    def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
+        """See ``Provider``."""
+        choice = data["choices"][0]
+        content = choice["message"].get("content")
+        if content is None and choice.get("finish_reason") == "length":
+            return ""
+        return _text(content)
+
+
+class Anthropic(Provider):
+    """Anthropic's messages."""
+
+    usage_paths = (("usage", "input_tokens"), ("usage", "output_tokens"))
+
+    def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
+        """See ``Provider``."""
+        content: list[dict[str, Any]] = [
+            {
+                "type": "image",
+                "source": {
+                    "type": "base64",
+                    "media_type": image.media_type,
+                    "data": image.base64(),
+                },
+            }
+            for image in prompt.images
+        ]
+        content.append({"type": "text", "text": prompt.user_message})
+        body = _without_none(
+            model=backend.model,
+            messages=[{"role": "user", "content": content}],
+            system=prompt.system_message,
+            max_tokens=prompt.max_tokens,
+            temperature=prompt.temperature,
+            stream=False,
+        )
+        if mode is not AnswerMode.TEXT:
+            schema: dict[str, Any] = {"type": "object"}
+            if mode is AnswerMode.BOOL:
+                schema |= {"properties": {"result": {"type": "boolean"}}, "required": ["result"]}
+            tool = {
+                "name": _JSON_TOOL,
+                "description": "Give the answer as JSON",
+                "input_schema": schema,
+            }
+            body |= {"tools": [tool], "tool_choice": {"type": "tool", "name": _JSON_TOOL}}
+        headers = {"x-api-key": backend.key, "anthropic-version": ANTHROPIC_VERSION}
+        return ProviderRequest("/v1/messages", headers, body)
+
+    def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
+        """See ``Provider``."""
+        first = data["content"][0]
+        if mode is AnswerMode.TEXT:
+            return _text(first["text"])
+        if not isinstance(first["input"], dict):
+            raise TypeError(f"expected an object, got {shown(first['input'])}")
+        return cast(dict[str, Any], first["input"])
+
+
+class Google(Provider):
+    """Google's generateContent."""
+
+    usage_paths = (
+        ("usageMetadata", "promptTokenCount"),
+        ("usageMetadata", "candidatesTokenCount"),
+        ("usageMetadata", "totalTokenCount"),
+    )
+
+    def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
+        """See ``Provider``."""
+        parts: list[dict[str, Any]] = [
+            {"inline_data": {"mime_type": image.media_type, "data": image.base64()}}
+            for image in prompt.images
+        ]
+        parts.append({"text": prompt.user_message})
+        system = prompt.system_message
+        body = _without_none(
+            generationConfig={
+                "responseMimeType": "text/plain" if mode is AnswerMode.TEXT else "application/json",
+                "temperature": prompt.temperature,
+                "maxOutputTokens": prompt.max_tokens,
+                **_without_none(seed=prompt.seed),
+            },
+            system_instruction=None if system is None else {"parts": [{"text": system}]},
+            contents=[{"parts": parts}],
+        )
+        path = f"/v1beta/models/{quote(backend.model, safe='')}:generateContent"
+        return ProviderRequest(path, {"x-goog-api-key": backend.key}, body)
+
+    def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
+        """See ``Provider``."""
+        candidate = data["candidates"][0]
+        parts = (candidate.get("content") or {}).get("parts") or [{}]
+        text = parts[0].get("text")
+        if text is None and candidate.get("finishReason") == "MAX_TOKENS":
+            return ""
+        return _text(text)
+
+
+class Ollama(Provider):
+    """Ollama's generate."""
+
+    usage_paths = (("prompt_eval_count",), ("eval_count",))
+
+    def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
+        """See ``Provider``."""
+        options = {"temperature": prompt.temperature, "num_predict": prompt.max_tokens}
+        body = _without_none(
+            model=backend.model,
+            prompt=prompt.user_message,
+            stream=False,
+            options={**options, **_without_none(seed=prompt.seed)},
+            images=[image.base64() for image in prompt.images],
+            system=prompt.system_message,
+            format=None if mode is AnswerMode.TEXT else "json",
+        )
+        headers = {"Authorization": f"Bearer {backend.key}"} if backend.key else {}
+        return ProviderRequest("/api/generate", headers, body)
+
+    def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
+        """See ``Provider``."""
+        return _text(data["response"])
+
+
+PROVIDERS: dict[str, Provider] = {
+    "openai-compatible": OpenAiCompatible(),
+    "anthropic": Anthropic(),
+    "google": Google(),
+    "ollama": Ollama(),
+}
+
+
+def provider_named(name: str) -> Provider:
+    """Return a kind of provider; raises ``ProviderError`` for an unknown one."""
+    if name not in PROVIDERS:
+        known = ", ".join(PROVIDERS)
+        raise ProviderError(ErrorKind.CONFIG, f"provider: unknown {shown(name)}; known are {known}")
+    return PROVIDERS[name]
+
+
+# =============================================================================
+# 11b. LLM client
+# =============================================================================
+#
+# Owns the exchange with a provider: one pool of connections, limits of time
+# and size, and what went wrong. Uses treq and LLM providers. Never knows who
+# asks, or why.
+
+
+class _BodyReader(Protocol):
+    """Collects a response body up to a limit; cancelling drops the connection."""
+
+    transport: Any = None
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._data = bytearray()
+        self.done: Deferred[bytes] = Deferred(lambda _: self._drop())
+
+    def dataReceived(self, data: bytes) -> None:
+        """See ``Protocol``."""
+        self._data += data
+        if len(self._data) > self._limit:
+            self._drop()
+            if not self.done.called:
+                detail = f"longer than {self._limit} bytes"
+                self.done.errback(ProviderError(ErrorKind.BAD_RESPONSE, detail))
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """See ``Protocol``."""
+        if self.done.called:
+            return
+        if reason.check(ResponseDone, PotentialDataLoss):
+            self.done.callback(bytes(self._data))
+        else:
+            self.done.errback(reason)
+
+    def _drop(self) -> None:
+        self._data.clear()
+        if self.transport is not None:
+            self.transport.loseConnection()
+
+
+def make_http_client(reactor: Any, pool: HTTPConnectionPool) -> treq.client.HTTPClient:
+    """Return an HTTP client that verifies certificates and keeps no cookies."""
+    agent = Agent(reactor, connectTimeout=LLM_SECONDS, pool=pool)
+    refuse_all = DefaultCookiePolicy(allowed_domains=[])
+    return treq.client.HTTPClient(cast(Any, agent), IndexableCookieJar(refuse_all))
+
+
+class LlmClient:
+    """Asks models over HTTP, through one pool of connections."""
+
+    def __init__(self, reactor: Any, http: treq.client.HTTPClient) -> None:
+        self._reactor = reactor
+        self._http = http
+
+    def ask(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> Deferred[LlmAnswer]:
+        """Return the model's answer; raises ``ProviderError``.
+
+        The time limit covers everything from the name's resolution to the body's last byte.
+        Cancelling drops the connection.
+        """
+        try:
+            provider = provider_named(backend.provider)
+            if not _HEADER_TEXT.fullmatch(backend.key):
+                detail = "key: has characters that cannot be sent in a header"
+                raise ProviderError(ErrorKind.CONFIG, detail)
+            request = provider.request(backend, prompt, mode)
+            url = provider_url(backend.host, request.path)
+        except ProviderError as error:
+            return fail(error)
+        answer = Deferred.fromCoroutine(self._exchange(provider, request, url, mode))
+
+        def too_late(_result: object, _seconds: float) -> Failure:
+            detail = f"no complete answer within {backend.timeout:g} s"
+            return Failure(ProviderError(ErrorKind.TIMEOUT, detail, url=url))
+
+        return answer.addTimeout(backend.timeout, self._reactor, too_late)
+
+    async def _exchange(
+        self, provider: Provider, request: ProviderRequest, url: str, mode: AnswerMode
+    ) -> LlmAnswer:
+        try:
+            response = await self._http.request(
+                "POST",
+                url,
+                headers=Headers(
+                    {name: [value] for name, value in request.headers.items()}
+                    | {"Content-Type": ["application/json"]}
+                ),
+                data=json.dumps(request.body).encode(),
+                # A redirect would take the key along to wherever it leads.
+                allow_redirects=False,
+                unbuffered=True,
+                reactor=self._reactor,
+            )
+            reader = _BodyReader(LLM_ANSWER_MAX_BYTES)
+            response.deliverBody(reader)
+            body = await reader.done
+        except (CancelledError, ProviderError):
+            raise
+        except Exception as error:
+            kind, detail = connection_problem(error)
+            raise ProviderError(kind, detail, url=url) from None
+        if response.code != 200:
+            raise status_problem(response.code, url, body)
+        try:
+            data = json.loads(body)
+            return LlmAnswer(provider.answer(data, mode), provider.usage(data))
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            excerpt = body[: 4 * PROVIDER_MESSAGE_CHARACTERS].decode("utf-8", "replace")
+            detail = f"{type(error).__name__} in {excerpt}"
+            raise ProviderError(
+                ErrorKind.BAD_RESPONSE, detail, url=url, status=200, body=excerpt
+            ) from None
+
+
+def provider_url(host: str, path: str) -> str:
+    """Return the URL of an endpoint; a trailing slash on ``host`` is tolerated.
+
+    Raises ``ProviderError`` for a host that is no HTTP URL.
+    """
+    base = host.rstrip("/")
+    try:
+        url = hyperlink.URL.from_text(base)
+        usable = url.scheme in ("http", "https") and url.host != "" and base.isprintable()
+    except (ValueError, TypeError):
+        usable = False
+    if not usable or " " in base:
+        detail = f"host: expected a URL such as https://api.example.com, got {shown(host)}"
+        raise ProviderError(ErrorKind.CONFIG, detail)
+    return base + path
+
+
+def connection_problem(error: BaseException) -> tuple[ErrorKind, str]:
+    """Return what kind of problem an exception of the HTTP client is, and its text."""
+    inner = getattr(error, "reasons", None)
+    if inner:
+        return connection_problem(inner[0].value)
+    if isinstance(error, DNSLookupError):
+        return ErrorKind.DNS, str(error)
+    if isinstance(error, (SSLError, VerificationError)):
+        return ErrorKind.TLS, str(error) or type(error).__name__
+    if isinstance(error, (ConnectTimeoutError, TCPTimedOutError)):
+        return ErrorKind.TIMEOUT, str(error)
+    if isinstance(error, (SchemeNotSupported, UnicodeError, hyperlink.URLParseError)):
+        return ErrorKind.CONFIG, f"host: {error}"
+    return ErrorKind.CONNECT, str(error) or type(error).__name__
+
+
+def status_problem(status: int, url: str, body: bytes) -> ProviderError:
+    """Return the error for a reply whose status is not 200, with the provider's own message."""
+    text = body[: 64 * KIB].decode("utf-8", "replace").strip()
+    if status in (401, 403):
+        kind = ErrorKind.AUTH
+    elif status == 404:
+        kind = ErrorKind.NOT_FOUND
+    elif status == 429:
+        kind = ErrorKind.RATE_LIMITED
+    else:
+        kind = ErrorKind.OVERLOADED if status in OVERLOADED_STATUSES else ErrorKind.HTTP
+    detail = f"status {status}: {_provider_message(text)}" if text else f"status {status}"
+    return ProviderError(kind, detail, url=url, status=status, body=text)
+
+
+def _provider_message(text: str) -> str:
+    """Return the message in an error body: JSON as providers have it, or the text itself."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if isinstance(found, list) and found:
+        found = found[0]
+    error = found.get("error", found) if isinstance(found, dict) else found
+    message = error.get("message") if isinstance(error, dict) else error
+    return message if isinstance(message, str) else text
+
+
+# =============================================================================
+# 11c. Availability check
+# =============================================================================
+#
+# Owns the check of provider configurations: every configuration with every
+# prompt, all at once, each with its own result. Uses LLM providers, templating
+# and redaction. Never knows HTTP's server side.
+
+MAX_CHECKS = 10_000
+MAX_CHECK_MS = 3_600_000
+
+
+@frozen
+class CheckBody:
+    """Body of ``POST /llm/check``; each pair has its own errors, so the items are checked later."""
+
+    configs: list[AnyObject]
+    test_prompts: list[AnyObject]
+
+
+@frozen
+class ProviderConfig:
+    """One of ``configs``."""
+
+    host: str
+    provider: str
+    model: str
+    key: SecretText = SecretText("")
+    timeout_ms: PositiveInt | None = None
+
+
+@frozen
+class TestPrompt:
+    """One of ``test_prompts``; images are in base64."""
+
+    user_message: str
+    system_message: str | None = None
+    temperature: Number = Number(0.7)
+    images: list[str] = field(factory=list)
+    max_tokens: PositiveInt = PositiveInt(1000)
+    use_max_completion_tokens: bool = False
+    seed: int | None = None
+    timeout_ms: PositiveInt | None = None
+
+    def prompt(self) -> Prompt:
+        """Return the prompt; raises ``ProviderError`` for an image that is none."""
+        images = []
+        for index, text in enumerate(self.images):
+            try:
+                images.append(Image.of(base64.b64decode(text, validate=True)))
+            except (ValueError, ProviderError):
+                detail = f"images[{index}]: INVALID_IMAGE: expected a PNG or JPEG in base64"
+                raise ProviderError(ErrorKind.CONFIG, detail) from None
+        return Prompt(
+            user_message=self.user_message,
+            system_message=self.system_message,
+            temperature=self.temperature,
+            images=tuple(images),
+            max_tokens=self.max_tokens,
+            use_max_completion_tokens=self.use_max_completion_tokens,
+            seed=self.seed,
+        )
+
+
+class AvailabilityCheck:
+    """Checks whether models answer."""
+
+    def __init__(self, config: Config, reactor: Any, client: LlmClient, redactor: Redactor) -> None:
+        self._config = config
+        self._reactor = reactor
+        self._client = client
+        self._redactor = redactor
+        self._running = DeferredSemaphore(max(1, config.llm_check_concurrency))
+
+    async def check(self, body: CheckBody) -> list[dict[str, Any]]:
+        """Return one result for each pair, by configuration first; raises ``InvalidRequest``."""
+        count = len(body.configs) * len(body.test_prompts)
+        if count > MAX_CHECKS:
+            raise InvalidRequest(f"configs, test_prompts: {count} pairs; at most {MAX_CHECKS}")
+        for config in body.configs:
+            self._keep_secret(config.get("key"))
+        backends = [
+            self._readable(self._backend, config, f"configs[{index}]")
+            for index, config in enumerate(body.configs)
+        ]
+        prompts = [
+            self._readable(self._prompt, prompt, f"test_prompts[{index}]")
+            for index, prompt in enumerate(body.test_prompts)
+        ]
+        checks = [
+            self._running.run(self._check, backend, prompt)
+            for backend in backends
+            for prompt in prompts
+        ]
+        results = await gatherResults(checks, consumeErrors=True)
+        pairs = itertools.product(range(len(backends)), range(len(prompts)))
+        return [
+            {"config_index": config, "prompt_index": prompt, **result}
+            for (config, prompt), result in zip(pairs, results, strict=True)
+        ]
+
+    def _keep_secret(self, key: object) -> None:
+        """Let no reply and no log show a key, as it stands or as it is expanded."""
+        if isinstance(key, str):
+            self._redactor.add(key)
+            with contextlib.suppress(ConfigError):
+                self._redactor.add(self._expand(key))
+
+    def _expand(self, text: str) -> str:
+        return expand_template(text, self._config.variables, os.environ)
+
+    def _readable(
+        self, read: Callable[[dict[str, Any], str], Value], data: dict[str, Any], path: str
+    ) -> Value | ProviderError:
+        """Return an item as it is meant, or why it cannot be used."""
+        try:
+            return read(data, path)
+        except ProviderError as error:
+            return error
+        except (ConfigError, InvalidRequest) as error:
+            return ProviderError(ErrorKind.CONFIG, error.message)
+
+    def _backend(self, data: dict[str, Any], path: str) -> tuple[Backend, int | None]:
+        expanded = {
+            name: self._expand(value) if isinstance(value, str) else value
+            for name, value in data.items()
+        }
+        found = structure(expanded, ProviderConfig, path=path)
+        provider_named(found.provider)
+        if not found.model:
+            raise ProviderError(ErrorKind.CONFIG, f"{path}.model: expected a name, got nothing")
+        return Backend(found.host, found.provider, found.model, found.key), found.timeout_ms
+
+    def _prompt(self, data: dict[str, Any], path: str) -> tuple[Prompt, int | None]:
+        found = structure(data, TestPrompt, path=path)
+        return found.prompt(), found.timeout_ms
+
+    async def _check(
+        self,
+        backend: tuple[Backend, int | None] | ProviderError,
+        prompt: tuple[Prompt, int | None] | ProviderError,
+    ) -> dict[str, Any]:
+        """Return the result for one pair; only being cancelled makes it fail."""
+        start = self._reactor.seconds()
+        answer: LlmAnswer | None = None
+        problem: ProviderError | None = None
+        try:
+            if isinstance(backend, ProviderError):
+                raise backend
+            if isinstance(prompt, ProviderError):
+                raise prompt
+            limit_ms = prompt[1] or backend[1] or LLM_SECONDS * 1000
+            limited = attrs.evolve(backend[0], timeout=min(limit_ms, MAX_CHECK_MS) / 1000)
+            answer = await self._client.ask(limited, prompt[0], AnswerMode.TEXT)
+        except ProviderError as error:
+            problem = error
+        scrub = self._redactor.scrub
+        return {
+            "available": answer is not None,
+            "error": None if problem is None else self._shown(problem),
+            "response": None if answer is None else scrub(str(answer.value)),
+            "latency_ms": round((self._reactor.seconds() - start) * 1000),
+            "usage": None if answer is None else attrs.asdict(answer.usage),
+            "error_kind": None if problem is None else problem.kind.value,
+            "http_status": 200 if problem is None else problem.status,
+        }
+
+    def _shown(self, problem: ProviderError) -> str:
+        # Masked before it is cut: half a key is a secret too.
+        text = self._redactor.scrub(problem.message)
+        limit = PROVIDER_MESSAGE_CHARACTERS + len(ADVICE.get(problem.kind, "")) + 20
+        return text if len(text) <= limit else text[:limit] + "…"
+
+
+# =============================================================================
 # 14. HTTP connections
 # =============================================================================
 #
@@ -4295,6 +5067,7 @@ class Api:
         spawner: Spawner,
         executions: Executions,
         contracts: ContractOperations,
+        check: AvailabilityCheck,
         boot_id: str,
     ) -> None:
         self._config = config
@@ -4305,6 +5078,7 @@ class Api:
         self._manifest = manifest
         self._executions = executions
         self._contracts = contracts
+        self._check = check
         self._boot_id = boot_id
         self._started = reactor.seconds()
         self._last_request = 0
@@ -4425,6 +5199,13 @@ class Api:
         with _naming("permits"):
             self._gate.resize(check_permits(body.permits))
         return {"result": "permits_set", "permits": body.permits}
+
+    # --- models ---
+
+    @_endpoint(app, "POST", "/llm/check", CheckBody)
+    async def check_models(self, request: Request, body: CheckBody) -> Answer:
+        """Answer which models are available."""
+        return await self._check.check(body)
 
     # --- configuration ---
 
@@ -5505,7 +6286,7 @@ class Demo:
         self._reactor = reactor
         self._folder = folder
         self._say = say
-        self._http = treq.client.HTTPClient(cast(Any, Agent(reactor, connectTimeout=DEMO_SECONDS)))
+        self._http = make_http_client(reactor, HTTPConnectionPool(reactor, persistent=False))
         self._base = ""
 
     async def run(self) -> CalldataValue:
@@ -5644,6 +6425,8 @@ class ManagerService(Service):
         self.contracts = ContractOperations(
             config, reactor, self.manifest, self.spawner, self.executions
         )
+        self._pool = HTTPConnectionPool(reactor)
+        http = make_http_client(reactor, self._pool)
         self.api = Api(
             config,
             reactor,
@@ -5653,6 +6436,7 @@ class ManagerService(Service):
             self.spawner,
             self.executions,
             self.contracts,
+            AvailabilityCheck(config, reactor, LlmClient(reactor, http), observer.redactor),
             self.boot_id,
         )
         token = None if config.auth_token_file is None else read_token(config.auth_token_file)
@@ -5771,6 +6555,7 @@ class ManagerService(Service):
             await maybeDeferred(port.stopListening)
         await self.executions.close(self.config.shutdown_grace)
         await self.contracts.close()
+        await self._pool.closeCachedConnections()
         self.executions.dispose()
         if self._parent is not None:
             self._parent.stop()

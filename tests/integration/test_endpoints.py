@@ -707,7 +707,7 @@ def test_drain(daemon: Daemon, shared_root: Root) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/nothing", "/status/", "/genvm", "/genvm/", "//status", "/a%2fb", "/%ff", "/%00"]
+    "path", ["/", "/nothing", "/status/", "/genvm", "/genvm/", "/a%2fb", "/%ff", "/%00"]
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_unknown_paths(daemon: Daemon, method: str, path: str) -> None:
@@ -765,7 +765,7 @@ def test_retention_bytes(start: Start) -> None:
 
 def test_at_most_1000_finished_executions_are_listed(root: Root, start: Start) -> None:
     root.script("exit 0")
-    daemon = start("--permits", "64", "--log-level", "error")
+    daemon = start("--permits", "64")
     last = 0
     for _ in range(21):
         pending = [daemon.send("POST", "/genvm/run", run_body()) for _ in range(50)]

@@ -1,0 +1,412 @@
+"""Clients that misbehave below the level of requests, and who may make requests at all."""
+
+from __future__ import annotations
+
+import json
+import socket
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import Start
+from .support import (
+    MEMORY_LIMIT,
+    Daemon,
+    Pending,
+    Root,
+    eventually,
+    memory_of,
+    report,
+    run_body,
+)
+
+MIB = 1 << 20
+TOKEN = "correct-horse-battery-staple"
+
+
+def raw(daemon: Daemon, *parts: bytes) -> bytes:
+    """Send bytes on a connection of their own and return everything that is answered."""
+    with daemon.connect() as peer:
+        for part in parts:
+            try:
+                peer.sendall(part)
+            except (BrokenPipeError, ConnectionResetError):
+                break
+        return receive_all(peer)
+
+
+def receive_all(peer: socket.socket) -> bytes:
+    """Return what arrives until the other side closes."""
+    answer = b""
+    try:
+        while data := peer.recv(65536):
+            answer += data
+    except ConnectionResetError:
+        pass
+    return answer
+
+
+def parsed(answer: bytes) -> tuple[int, bytes, dict[str, object]]:
+    """Return status, head and body of a response."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split(b" ")[1]), head, json.loads(body)
+
+
+def latency(daemon: Daemon, count: int = 100) -> float:
+    """Return the 99th percentile of the time that GET /status takes, in seconds."""
+    times = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        daemon.get("/status")
+        times.append(time.perf_counter() - begin)
+    return statistics.quantiles(times, n=100)[-1]
+
+
+# --- HTTP that is not well-formed ---
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET /status\r\n\r\n",
+        b"GET /status HTTP/9.9\r\n\r\n",
+        b"GET /status FTP/1.1\r\n\r\n",
+        b"GET /status HTTP/1.1\r\nno colon here\r\n\r\n",
+        b"GET /status HTTP/1.1\r\nHost : x\r\n\r\n",
+        b"GET /status HTTP/1.1\r\n: empty\r\n\r\n",
+        b"POST /env HTTP/1.1\r\nHost: localhost\r\nContent-Length: nine\r\n\r\n",
+        b"POST /env HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST /env HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"POST /env HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n",
+        b"POST /env HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /env HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /status HTTP/1.1\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
+        b"GET /status HTTP/1.1\r\n" + b"X: y\r\n" * 10_000 + b"\r\n",
+        b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n",
+        bytes(range(256)) * 4 + b"\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500) + b"\r\n\r\n",
+    ],
+    ids=lambda data: repr(data[:60]),
+)
+def test_malformed_http(daemon: Daemon, request_bytes: bytes) -> None:
+    """An error in JSON, then the connection ends."""
+    status, head, body = parsed(raw(daemon, request_bytes))
+    assert 400 <= status <= 500
+    assert b"application/json" in head
+    assert {"error", "code", "retryable"} <= set(body)
+    assert daemon.get("/status")["draining"] is False
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"Host: \xff\xfe",
+        b"Origin: http://\xff",
+        b"Authorization: Bearer \xff",
+        b"Idempotency-Key: \xff\xfe",
+        b"Host: [::1",
+        b"Host: ",
+        b"Host: localhost\r\nHost: evil.example",
+        b"Origin: ",
+    ],
+)
+def test_odd_headers(daemon: Daemon, header: bytes) -> None:
+    """Answered in JSON, whatever the answer is; never an internal error."""
+    body = json.dumps({"level": "info"}).encode()
+    host = b"" if header.startswith(b"Host") else b"Host: localhost\r\n"
+    head = b"POST /log/level HTTP/1.1\r\n%s%s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+    status, top, answer = parsed(raw(daemon, head % (host, header, len(body)) + body))
+    assert b"application/json" in top
+    assert answer.get("code") != "internal_error"
+    assert status in (200, 400, 401, 403, 500)
+
+
+def test_an_idempotency_key_that_is_not_text(daemon: Daemon) -> None:
+    body = json.dumps(run_body("exit 0")).encode()
+    head = b"POST /genvm/run HTTP/1.1\r\nHost: localhost\r\nIdempotency-Key: \xff\r\n"
+    rest = b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    status, _, answer = parsed(raw(daemon, head + rest + body))
+    assert status == 200 or answer["code"] == "invalid_request", answer
+
+
+def test_two_requests_in_one_packet(daemon: Daemon) -> None:
+    one = b"GET /permits HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    last = b"GET /permits HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    answer = raw(daemon, one * 3 + last)
+    assert answer.count(b"HTTP/1.1 200 OK") == 4
+    assert answer.count(b'"permits": 8') == 4
+
+
+def test_a_request_byte_by_byte(daemon: Daemon) -> None:
+    request = b"GET /permits HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with daemon.connect() as peer:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for at in range(len(request)):
+            peer.sendall(request[at : at + 1])
+        assert parsed(receive_all(peer))[0] == 200
+
+
+def test_http_1_0(daemon: Daemon) -> None:
+    assert parsed(raw(daemon, b"GET /permits HTTP/1.0\r\n\r\n"))[0] == 200
+
+
+def test_head(daemon: Daemon) -> None:
+    answer = raw(daemon, b"HEAD /status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    assert body == b""
+
+
+def test_clients_that_hang_up_at_every_moment(daemon: Daemon) -> None:
+    body = json.dumps({"level": "info"}).encode()
+    request = (
+        b"POST /log/level HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+    ) + body
+    for at in range(0, len(request) + 1, 3):
+        with daemon.connect() as peer:
+            peer.sendall(request[:at])
+    assert daemon.get("/status")["draining"] is False
+    assert not [r for r in daemon.records if "traceback" in r]
+
+
+# --- the size of bodies ---
+
+
+def test_a_body_over_the_limit_by_its_length(daemon: Daemon) -> None:
+    head = b"POST /genvm/run HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    status, _, body = parsed(raw(daemon, head % (64 * MIB + 1)))
+    assert (status, body["code"]) == (413, "body_too_large")
+    assert "67108864" in str(body["error"])
+
+
+def test_a_body_over_the_limit_is_not_asked_for(daemon: Daemon) -> None:
+    """A client that sends ``Expect: 100-continue`` is told before it sends anything."""
+    head = (
+        b"POST /genvm/run HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+        b"Content-Length: 999999999999\r\n\r\n"
+    )
+    assert raw(daemon, head).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_flood_of_a_body(start: Start, chunked: bool) -> None:
+    """300 MB that nobody wants: refused while they arrive, and the manager does not grow."""
+    daemon = start("--max-body-bytes", str(8 * MIB))
+    before = daemon.peak_memory()
+    piece = b"x" * MIB
+    with daemon.connect() as peer:
+        kind = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: 314572800"
+        peer.sendall(b"POST /genvm/run HTTP/1.1\r\nHost: localhost\r\n" + kind + b"\r\n\r\n")
+        try:
+            for _ in range(300):
+                peer.sendall(b"%x\r\n%s\r\n" % (MIB, piece) if chunked else piece)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        status, _, body = parsed(receive_all(peer))
+    assert (status, body["code"]) == (413, "body_too_large")
+    grown = daemon.peak_memory() - before
+    report(f"a body of 300 MiB (chunked: {chunked}) grows the manager by {grown / MIB:.1f} MiB")
+    assert grown < 16 * MIB
+
+
+def test_a_body_at_the_limit(start: Start) -> None:
+    daemon = start("--max-body-bytes", "1000")
+    body = json.dumps({"permits": 5}).encode().ljust(1000)
+    assert daemon.request("POST", "/permits", body).status == 200
+    reply = daemon.request("POST", "/permits", body + b" ")
+    assert (reply.status, reply.json["code"]) == (413, "body_too_large")
+
+
+def test_large_bodies_do_not_hold_up_others(start: Start) -> None:
+    """Eight requests of 30 MB of JSON each, while others ask for the status."""
+    daemon = start()
+    body = json.dumps({"permits": "x", "rest": ["some text"] * 2_500_000}).encode()
+    assert len(body) > 30_000_000
+    pending = [Pending(daemon.address, "POST", "/permits", body, timeout=60) for _ in range(4)]
+    worst = latency(daemon, 50)
+    assert {one.reply().json["code"] for one in pending} == {"invalid_request"}
+    report(f"GET /status p99 beside JSON bodies of 30 MB: {worst * 1000:.1f} ms")
+    assert worst < 1
+
+
+# --- slow and idle connections ---
+
+
+def test_slow_loris_and_idle_connections(start: Start) -> None:
+    """1500 connections that do nothing or trickle; the others do not notice."""
+    daemon = start()
+    before = memory_of(daemon.pid, "VmRSS")
+    quiet = latency(daemon)
+    idle = [daemon.connect() for _ in range(1000)]
+    trickling = [daemon.connect() for _ in range(500)]
+    slow_body = [daemon.connect() for _ in range(50)]
+    try:
+        for peer in trickling:
+            peer.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\n")
+        for peer in slow_body:
+            peer.sendall(
+                b"POST /genvm/run HTTP/1.1\r\nHost: localhost\r\nContent-Length: 60000000\r\n\r\n"
+            )
+        for number in range(10):
+            for peer in trickling:
+                peer.sendall(b"X-%d: y\r\n" % number)
+            for peer in slow_body:
+                peer.sendall(b"x" * 1000)
+        busy = latency(daemon)
+        grown = memory_of(daemon.pid, "VmRSS") - before
+        report(f"GET /status p99: {quiet * 1e3:.1f} ms, with 1550 bad ones {busy * 1e3:.1f} ms")
+        report(f"1550 idle and slow connections cost {grown / MIB:.1f} MiB")
+        assert busy < 0.05 + 4 * quiet
+        assert daemon.peak_memory() < MEMORY_LIMIT
+        daemon.result(daemon.run("exit 0"))
+    finally:
+        for peer in (*idle, *trickling, *slow_body):
+            peer.close()
+    eventually(lambda: latency(daemon, 2) < 1)
+
+
+def test_a_client_that_does_not_read_its_answer(start: Start) -> None:
+    """Results of 8 MB that nobody takes are not piled up in memory."""
+    daemon = start()
+    genvm_id = daemon.run("spam stdout 4000000", "spam stderr 4000000", "exit 0")
+    daemon.result(genvm_id)
+    before = daemon.peak_memory()
+    peers = [daemon.connect() for _ in range(40)]
+    for peer in peers:
+        peer.sendall(b"GET /genvm/%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % genvm_id)
+    worst = latency(daemon, 30)
+    grown = daemon.peak_memory() - before
+    report(f"40 clients that do not read 8 MB each: {grown / MIB:.1f} MiB, {worst * 1e3:.1f} ms")
+    assert grown < 40 * MIB
+    for peer in peers:
+        peer.close()
+    assert daemon.result(genvm_id)["exit_code"] == 0
+
+
+def test_a_log_that_nobody_reads(start: Start) -> None:
+    """A full pipe on stdout neither stops the manager nor keeps it from ending."""
+    daemon = start("--log-level", "trace", read_log=False)
+    spam = [daemon.run("spam log 3000000", "exit 0", capture_output=False) for _ in range(3)]
+    for genvm_id in spam:
+        daemon.result(genvm_id)
+    worst = latency(daemon)
+    report(f"GET /status p99 while the log is stuck: {worst * 1000:.1f} ms")
+    assert worst < 1
+    assert daemon.peak_memory() < MEMORY_LIMIT
+    begin = time.monotonic()
+    assert daemon.stop() == 0
+    assert time.monotonic() - begin < 5
+
+
+# --- who may make requests ---
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST:3999", "127.0.0.1", "127.0.0.1:1", "127.8.9.1", "[::1]:80", "[::1]"],
+)
+def test_hosts_that_are_us(daemon: Daemon, host: str) -> None:
+    assert daemon.request("GET", "/status", headers={"Host": host}).status == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "10.0.0.1", "localhost.evil.example", "127.0.0.1.x"]
+)
+def test_hosts_that_are_not_us(daemon: Daemon, host: str) -> None:
+    reply = daemon.request("POST", "/env", {"key": "K", "value": "v"}, {"Host": host})
+    assert (reply.status, reply.json["code"]) == (403, "cross_site_request")
+
+
+def test_allowed_hosts(start: Start) -> None:
+    daemon = start("--allowed-hosts", "manager.internal,other")
+    for host in ("manager.internal", "Manager.Internal:3999", "other"):
+        assert daemon.request("GET", "/status", headers={"Host": host}).status == 200
+    assert daemon.request("GET", "/status", headers={"Host": "third"}).status == 403
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "https://localhost.evil.example", "file://", "x"]
+)
+@pytest.mark.parametrize("path", ["/env", "/genvm/run", "/status", "/nothing"])
+def test_foreign_origins(daemon: Daemon, origin: str, path: str) -> None:
+    reply = daemon.request("POST", path, {"key": "K", "value": "v"}, {"Origin": origin})
+    assert (reply.status, reply.json["code"]) == (403, "cross_site_request")
+    assert "access-control-allow-origin" not in reply.headers
+
+
+def test_our_own_origin(daemon: Daemon) -> None:
+    headers = {"Origin": f"http://{daemon.address}"}
+    assert daemon.request("GET", "/status", headers=headers).status == 200
+
+
+def test_a_foreign_origin_on_another_port_of_this_machine(daemon: Daemon) -> None:
+    reply = daemon.request("GET", "/status", headers={"Origin": "http://127.0.0.1:1"})
+    assert reply.status == 403
+
+
+def test_the_host_rule_does_not_matter_on_a_unix_socket(root: Root, start: Start) -> None:
+    daemon = start(listen=("--socket", str(root.path / "m.sock")))
+    assert daemon.request("GET", "/status", headers={"Host": "anything"}).status == 200
+    reply = daemon.request("GET", "/status", headers={"Origin": "http://evil.example"})
+    assert reply.status == 403
+
+
+@pytest.fixture
+def guarded(root: Root, start: Start, tmp_path: Path) -> Daemon:
+    """A daemon that requires a token."""
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    return start("--auth-token-file", str(tmp_path / "token"), "--log-level", "trace")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(None, "", "Bearer", "Bearer ", "Bearer wrong", f"Bearer {TOKEN}x", f"Basic {TOKEN}"),
+        *(TOKEN, f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN.upper()}", "Bearer \u00e9"),
+    ],
+)
+def test_a_missing_or_wrong_token(guarded: Daemon, value: str | None) -> None:
+    headers = {} if value is None else {"Authorization": value}
+    for method, path in (("GET", "/status"), ("POST", "/genvm/run"), ("GET", "/nothing")):
+        reply = guarded.request(method, path, run_body("exit 0"), headers)
+        assert (reply.status, reply.json["code"]) == (401, "unauthorized")
+        assert reply.headers["www-authenticate"].startswith("Bearer")
+        assert TOKEN not in reply.raw.decode()
+
+
+def test_the_token(guarded: Daemon) -> None:
+    for scheme in ("Bearer", "bearer"):
+        headers = {"Authorization": f"{scheme} {TOKEN}", "Host": "any.name.at.all"}
+        reply = guarded.request("POST", "/genvm/run", run_body(f"log info {TOKEN}"), headers)
+        assert reply.status == 200
+        genvm_id = reply.json["id"]
+        assert guarded.request("GET", f"/genvm/{genvm_id}?wait=10s", headers=headers).status == 200
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    assert guarded.request("POST", f"/{TOKEN}", headers=headers).status == 404
+    assert guarded.request("POST", "/log/level", {"level": TOKEN}, headers).status == 500
+    body = run_body(f"log info {TOKEN}", "exit 0", capture_output=False)
+    genvm_id = guarded.request("POST", "/genvm/run", body, headers).json["id"]
+    guarded.request("GET", f"/genvm/{genvm_id}?wait=10s", headers=headers)
+    guarded.stop()
+    assert TOKEN not in guarded.text + guarded.errors
+
+
+def test_a_token_allows_to_listen_everywhere(root: Root, start: Start, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    daemon = start("--auth-token-file", str(tmp_path / "token"), "--host", "0.0.0.0")
+    daemon.address = daemon.address.replace("0.0.0.0", "127.0.0.1")
+    assert daemon.request("GET", "/status").status == 401
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    assert daemon.request("GET", "/status", headers=headers).status == 200
+
+
+def test_an_empty_token_file_is_refused(root: Root, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(" \n")
+    argv = ["--auth-token-file", str(tmp_path / "token")]
+    with pytest.raises(AssertionError, match="is empty"):
+        Daemon.serve(root, *argv)

@@ -1,0 +1,148 @@
+"""What several test modules share: the real reactor, fakes of a process and of its spawner."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, ParamSpec, cast
+
+import pytest_twisted
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
+from twisted.python.failure import Failure
+
+from genvm_manager import Child, ChildListener, SpawnFailed
+
+#: Seconds after which a test gives up waiting for something real; nothing takes that long.
+PATIENCE = 10.0
+
+Arguments = ParamSpec("Arguments")
+
+
+def async_test(test: Callable[Arguments, Awaitable[None]]) -> Callable[Arguments, None]:
+    """Make a test of a coroutine that runs in the real reactor."""
+    return cast(Callable[Arguments, None], pytest_twisted.ensureDeferred(test))
+
+
+def real_reactor() -> Any:
+    """Return the reactor that pytest-twisted runs."""
+    from twisted.internet import reactor
+
+    return reactor
+
+
+def soon(waiting: Deferred[Any]) -> Deferred[Any]:
+    """Bound a wait for something real."""
+    return waiting.addTimeout(PATIENCE, real_reactor())
+
+
+def outcome(waiting: Deferred[Any]) -> list[Any]:
+    """Return a list that gets the result of a Deferred, or its error."""
+    result: list[Any] = []
+    waiting.addCallbacks(result.append, lambda failure: result.append(failure.value))
+    return result
+
+
+def exit_reason(code: int | None, signal_number: int | None = None) -> Failure:
+    """Return the reason that Twisted gives for the end of a process."""
+    if code == 0:
+        return Failure(ProcessDone(0))
+    return Failure(ProcessTerminated(code, signal_number, 0))
+
+
+class FakeProcess:
+    """The transport of a child that ends only when the test says so."""
+
+    def __init__(self, pid: int, pipes: Iterable[int]) -> None:
+        self.pid = pid
+        self.pipes: dict[int, object] = dict.fromkeys(pipes)
+        self.signals: list[str] = []
+        self.child: Child | None = None
+        self.alive = True
+        self.ended = False
+
+    # --- what a Child asks of it ---
+
+    def signalProcess(self, name: str) -> None:
+        """Record a signal."""
+        if not self.alive:
+            raise ProcessExitedAlready
+        self.signals.append(name)
+
+    def closeChildFD(self, fd: int) -> None:
+        """Close one pipe."""
+        del self.pipes[fd]
+        self._maybe_end()
+
+    # --- what a test lets it do ---
+
+    def write(self, fd: int, data: bytes) -> None:
+        """Let the process write."""
+        assert self.child is not None
+        self.child.childDataReceived(fd, data)
+
+    def exit(self, code: int = 0) -> None:
+        """Let the process exit by itself, or die of the signals that it got."""
+        assert self.child is not None
+        assert self.alive
+        self.alive = False
+        deadly = "KILL" if "KILL" in self.signals else next(iter(self.signals), None)
+        if deadly is None:
+            self.reason = exit_reason(code)
+        else:
+            self.reason = exit_reason(None, signal.Signals[f"SIG{deadly}"])
+        self.child.processExited(self.reason)
+
+    def close(self) -> None:
+        """Let all pipes of the process be closed."""
+        self.pipes.clear()
+        self._maybe_end()
+
+    def end(self, code: int = 0) -> None:
+        """Let the process exit and all its pipes be closed."""
+        self.exit(code)
+        self.close()
+
+    def _maybe_end(self) -> None:
+        if not self.pipes and not self.alive and not self.ended:
+            assert self.child is not None
+            self.ended = True
+            self.child.processEnded(self.reason)
+
+
+class FakeSpawner:
+    """Stands in for ``Spawner``; its processes are in the hands of the test."""
+
+    def __init__(self, clock: Any) -> None:
+        self.clock = clock
+        self.processes: list[FakeProcess] = []
+        self.commands: list[list[str]] = []
+        self.descriptors: list[tuple[set[int], set[int]]] = []
+        self.problem: str | None = None
+        self.on_spawn: Callable[[FakeProcess], object] = lambda process: None
+
+    def spawn(
+        self,
+        listener: ChildListener,
+        argv: Sequence[str],
+        *,
+        pipes: Iterable[int],
+        nulls: Iterable[int],
+        feeds: Iterable[int] = (),
+    ) -> None:
+        """Start nothing; see ``Spawner.spawn``."""
+        self.commands.append(list(argv))
+        self.descriptors.append((set(pipes), set(nulls)))
+        if self.problem is not None:
+            raise SpawnFailed(self.problem)
+        process = FakeProcess(1000 + len(self.processes), [*pipes, *feeds])
+        self.processes.append(process)
+        process.child = child = Child(self.clock, listener, lambda child: None)
+        child.makeConnection(process)
+        self.on_spawn(process)
+
+    def kill_all(self) -> None:
+        """Send SIGKILL to every process."""
+        for process in self.processes:
+            if process.alive:
+                process.signalProcess("KILL")
