@@ -6397,6 +6397,7 @@ def run_demo() -> int:
 #: Seconds in which clients that wait at shutdown get their answers.
 FAREWELL_SECONDS = 0.1
 DAEMON_LOG = "genvm-manager.log"
+THREADS = 32
 
 
 class ManagerService(Service):
@@ -6518,6 +6519,8 @@ class ManagerService(Service):
             # twistd went into the background and took stdout with it: say things where they last.
             self.observer.use_file(Path(DAEMON_LOG).absolute())
         self.observer.start()
+        # Names are resolved in these threads too, and a slow resolver must not hold up the rest.
+        self._reactor.suggestThreadPoolSize(THREADS)
         # The reactor installs its own handlers when it starts: ours come after them.
         self._reactor.callWhenRunning(self._take_signals)
 
