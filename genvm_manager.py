@@ -37,6 +37,8 @@ The file is one module in sections, each of which uses only what stands above it
 11. LLM providers: how each kind of provider is asked, and what it answers.
 11b. LLM client: the exchange with a provider, and what went wrong.
 11c. Availability check: every configuration with every prompt.
+12. Module processes: setup, address, and what one process says.
+12b. Modules: the LLM and Web modules over time.
 14. HTTP connections: limits, access, errors as JSON.
 14b. HTTP API: the routes.
 15. Practice executor: a stand-in for GenVM that interprets small scripts (15, 15b, 15c).
@@ -65,6 +67,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import resource
 import secrets
@@ -124,7 +127,10 @@ from twisted.internet.defer import (
     fail,
     gatherResults,
     maybeDeferred,
+    succeed,
 )
+from twisted.internet.defer import TimeoutError as DeferredTimeout
+from twisted.internet.endpoints import HostnameEndpoint, connectProtocol
 from twisted.internet.error import (
     CannotListenError,
     DNSLookupError,
@@ -301,6 +307,18 @@ class ContractFailed(ManagerError):
     code = "contract_failed"
 
 
+class ModuleAlreadyRunning(ManagerError):
+    """The module runs, or is about to."""
+
+    code = "module_already_running"
+
+
+class ModuleFailed(ManagerError):
+    """A module did not start: its configuration, its address or its process is at fault."""
+
+    code = "module_failed"
+
+
 class CalldataError(ManagerError):
     """Bytes are not calldata, or a value has no calldata form."""
 
@@ -407,6 +425,19 @@ def expand_template(text: str, variables: Mapping[str, str], environ: Mapping[st
         return variables[name]
 
     return TEMPLATE.sub(value_of, text)
+
+
+def expand_templates(
+    value: object, variables: Mapping[str, str], environ: Mapping[str, str]
+) -> object:
+    """Return plain data with every text expanded; see ``expand_template``."""
+    if isinstance(value, str):
+        return expand_template(value, variables, environ)
+    if isinstance(value, dict):
+        return {k: expand_templates(v, variables, environ) for k, v in value.items()}
+    if isinstance(value, list):
+        return [expand_templates(item, variables, environ) for item in value]
+    return value
 
 
 # --- schemas ---
@@ -743,6 +774,23 @@ def _setting_detection(value: object) -> str:
     return str(value)
 
 
+def _setting_modules(value: object) -> dict[str, tuple[str, ...]]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a mapping of modules, got {shown(value)}")
+    commands: dict[str, tuple[str, ...]] = {}
+    for kind, options in value.items():
+        if kind not in ("llm", "web"):
+            raise ValueError(f"expected llm or web, got {shown(kind)}")
+        if not isinstance(options, dict) or set(options) != {"command"}:
+            raise ValueError(f"{kind}: expected a command, got {shown(options)}")
+        commands[kind] = tuple(
+            _setting_text(word) for word in _structure_list(options["command"], list[str])
+        )
+        if not commands[kind]:
+            raise ValueError(f"{kind}.command: expected a program and its arguments")
+    return commands
+
+
 def _setting_names(value: object) -> tuple[str, ...]:
     return tuple(_setting_text(item) for item in _structure_list(value, list[str]))
 
@@ -772,6 +820,7 @@ PATH = SettingKind(_setting_path, "PATH")
 SECONDS = SettingKind(parse_duration, "DURATION")
 LEVEL = SettingKind(parse_log_level, "LEVEL")
 FORMAT = SettingKind(_setting_format, "FORMAT")
+MODULES = SettingKind(_setting_modules, "YAML", _plain_scalar)
 DETECTION = SettingKind(_setting_detection, "HOW")
 NAMES = SettingKind(
     _setting_names, "NAME,…", lambda text: [part.strip() for part in text.split(",")]
@@ -810,6 +859,9 @@ class Config:
     retention_max_bytes: int = _setting(COUNT, 256 * MIB, "captured output kept in all")
     capture_max_bytes: int = _setting(COUNT, 4 * MIB, "captured output kept per stream")
     shutdown_grace: float = _setting(SECONDS, 0.7, "time from SIGTERM to SIGKILL at shutdown")
+    modules: Mapping[str, tuple[str, ...]] = _setting(
+        MODULES, {}, "commands of external modules; default: the built-in ones"
+    )
     version_detection: str = _setting(
         DETECTION, "native", "native, or executor to ask the newest executor"
     )
@@ -926,8 +978,7 @@ def _read_settings(
             problems.append(f"{path}: {key}: unknown key; known are {', '.join(SETTINGS)}")
         elif value is not None:
             try:
-                is_text = isinstance(value, str)
-                plain = expand_template(value, variables, environ) if is_text else value
+                plain = expand_templates(value, variables, environ)
                 settings[key] = SETTINGS[key].parse(plain)
             except (ValueError, ConfigError) as error:
                 problems.append(f"{path}: {key}: {error}")
@@ -1955,6 +2006,13 @@ class Event(Generic[Value]):
                 waiter.errback(self._outcome)
 
 
+def detached(operation: Deferred[Value]) -> Deferred[Value]:
+    """Return a Deferred for the result of an operation that goes on if the caller is cancelled."""
+    done: Event[Value] = Event()
+    operation.addCallbacks(done.fire, lambda failure: done.fail(failure.value))
+    return done.wait()
+
+
 class Lease:
     """Permits that somebody holds; ``release`` gives them back, once."""
 
@@ -2090,6 +2148,9 @@ class ExitStatus:
     code: int | None
     signal: int | None
 
+    def __str__(self) -> str:
+        return f"exit code {self.code}" if self.signal is None else f"signal {self.signal}"
+
     @classmethod
     def of(cls, reason: Failure) -> ExitStatus:
         """Return the status in the reason that Twisted gives for the end of a process."""
@@ -2216,8 +2277,12 @@ class Child(ProcessProtocol):
 
     def feed(self, data: bytes) -> None:
         """Write everything that the child will read on its stdin."""
-        self.transport.write(data)
+        self.write(data)
         self.transport.closeStdin()
+
+    def write(self, data: bytes) -> None:
+        """Write to the child's stdin, which stays open."""
+        self.transport.write(data)
 
     def _force(self) -> None:
         self._kill_timer = None
@@ -2334,14 +2399,16 @@ class Spawner:
         argv: Sequence[str],
         *,
         pipes: Iterable[int],
-        nulls: Iterable[int],
+        nulls: Iterable[int] = (),
         feeds: Iterable[int] = (),
+        inherited: Mapping[int, int] | None = None,
     ) -> None:
         """Start a process that inherits our environment and working directory.
 
         ``pipes`` are the descriptors of the child that we read, ``feeds`` those that we write,
-        ``nulls`` those that are ``/dev/null``. Everything else comes through the listener, possibly
-        before this returns. Raises ``SpawnFailed``.
+        ``nulls`` those that are ``/dev/null``; ``inherited`` maps descriptors of the child to ours.
+        Everything else comes through the listener, possibly before this returns. Raises
+        ``SpawnFailed``.
         """
         if self._devnull is None:
             raise SpawnFailed("the manager is not running")
@@ -2350,6 +2417,7 @@ class Spawner:
             **dict.fromkeys(nulls, self._devnull),
             **dict.fromkeys(pipes, "r"),
             **dict.fromkeys(feeds, "w"),
+            **(inherited or {}),
         }
         if self._environment is None:
             # os.environ decodes each variable whenever it is read; a run should not pay for that.
@@ -2899,9 +2967,11 @@ class Executions:
         manifest: ManifestStore,
         spawner: Spawner,
         now: Callable[[], float] = time.time,
+        modules_down: Callable[[], list[str]] = list,
     ) -> None:
         self._config = config
         self._reactor = reactor
+        self._modules_down = modules_down
         self._gate = gate
         self._manifest = manifest
         self._spawner = spawner
@@ -3086,6 +3156,9 @@ class Executions:
     def _spawn(self, execution: Execution) -> None:
         request = execution.request
         program = executor_program(self._config.root, execution.version)
+        if not request.is_sync and (down := self._modules_down()):
+            text = f"an execution that may need modules starts without: {', '.join(down)}"
+            self.log.warn("{text}", text=text, genvm_id=execution.id)
         sink: Capture | LogForwarder
         if request.capture_output:
             sink = execution.capture = Capture(self._config.capture_max_bytes)
@@ -3855,7 +3928,7 @@ class ContractOperations:
         child.feed(code)
         try:
             await answer.closed.wait().addTimeout(ASK_SECONDS, self._reactor)
-        except TimeoutError:
+        except DeferredTimeout:
             raise DetectionFailed(
                 f"executor {version} did not name a version within {ASK_SECONDS:g} s"
             ) from None
@@ -3970,8 +4043,7 @@ def _end_without_result(execution: Execution) -> str:
     status = execution.exit
     if status is None or execution.cause is not Cause.EXITED:
         return "the run was ended before it had a result"
-    how = f"exit code {status.code}" if status.signal is None else f"signal {status.signal}"
-    return f"the executor ended without a result ({how})"
+    return f"the executor ended without a result ({status})"
 
 
 def _schema_of(outcome: HostOutcome | ManagerError, errors: str) -> str:
@@ -4714,6 +4786,623 @@ class AvailabilityCheck:
 
 
 # =============================================================================
+# 12. Module processes
+# =============================================================================
+#
+# Owns what one process of a module is: its setup, its address, what it says.
+# Uses children, text and configuration. Never knows what a module does inside.
+
+MODULE_KINDS = ("llm", "web")
+MODULE_ADDRESSES = {"llm": "127.0.0.1:3031", "web": "127.0.0.1:3032"}
+#: Seconds for a module to accept connections, and for one that is told to stop.
+MODULE_READY_SECONDS = 10.0
+MODULE_STOP_SECONDS = 5.0
+#: Seconds for the connections of a replaced generation to end: longer than any run may last.
+MODULE_DRAIN_SECONDS = 25 * 3600.0
+#: A module that lives shorter has died quickly; after so many quick deaths it has failed.
+MODULE_QUICK_SECONDS = 10.0
+MODULE_QUICK_DEATHS = 5
+MODULE_BACKOFF_SECONDS = (1.0, 60.0)
+MODULE_PROBE_SECONDS = 0.05
+MODULE_STDERR_BYTES = 4 * KIB
+MODULE_LINE_BYTES = 256 * KIB
+MODULE_BACKLOG = 1024
+_SECRET_NAMES = re.compile(r"key|token|secret|password|authorization|headers", re.IGNORECASE)
+
+
+class ModuleState(enum.Enum):
+    """Where a module stands."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
+class ModuleKind(str):
+    """A schema type: ``llm`` or ``web``, in any letter case."""
+
+
+def _structure_module_kind(value: object, _: object) -> ModuleKind:
+    if not isinstance(value, str) or value.lower() not in MODULE_KINDS:
+        raise ValueError(f"expected llm or web, got {shown(value)}")
+    return ModuleKind(value.lower())
+
+
+_converter.register_structure_hook(ModuleKind, _structure_module_kind)
+
+
+@frozen
+class ModuleSetup:
+    """How a module is to run: its configuration with templates expanded, and its address."""
+
+    config: dict[str, Any]
+    host: str
+    port: int
+    allow_empty_backends: bool
+
+    @classmethod
+    def of(cls, kind: str, config: dict[str, Any], allow_empty_backends: bool) -> ModuleSetup:
+        """Return the setup that a configuration asks for; raises ``ModuleFailed``."""
+        try:
+            if "bind_address" in config or not {"host", "port"} & config.keys():
+                host, port = split_address(config.get("bind_address", MODULE_ADDRESSES[kind]))
+            else:
+                host = _setting_text(config.get("host"))
+                port = _setting_port(config.get("port"))
+        except ValueError as error:
+            raise ModuleFailed(
+                f"the {kind} module's address is wrong: {error}; set bind_address, or host and port"
+            ) from None
+        return cls(config, host, port, allow_empty_backends)
+
+
+def split_address(text: object) -> tuple[str, int]:
+    """Return host and port of ``host:port``; raises ``ValueError``."""
+    host, separator, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
+    if not host or not separator or not port.isascii() or not port.isdigit():
+        raise ValueError(f"expected host:port, got {shown(text)}")
+    return host.strip("[]"), _setting_port(int(port))
+
+
+def bind_listener(host: str, port: int) -> socket.socket:
+    """Return a listening socket; raises ``ModuleFailed`` with what is in the way."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ModuleFailed(f"the address {host}:{port} cannot be used: {error}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setblocking(False)
+        listener.bind(address)
+        listener.listen(MODULE_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ModuleFailed(
+            f"the address {host}:{port} cannot be used: {error.strerror}; "
+            "stop what uses it, or set another bind_address"
+        ) from None
+    return listener
+
+
+def listener_address(listener: socket.socket) -> str:
+    """Return ``host:port`` of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def secrets_in(value: object, *, named: bool = False) -> Iterator[str]:
+    """Yield the texts in a configuration that look like secrets by the names they stand under."""
+    if isinstance(value, dict):
+        for name, member in value.items():
+            yield from secrets_in(member, named=named or bool(_SECRET_NAMES.search(str(name))))
+    elif isinstance(value, list):
+        for member in value:
+            yield from secrets_in(member, named=named)
+    elif named and isinstance(value, str):
+        yield value
+
+
+class Generation:
+    """One process of a module, from its start to its end."""
+
+    log = Logger()
+
+    def __init__(self, kind: str, number: int, ended: Callable[[Generation], None]) -> None:
+        self._kind = kind
+        self._gone = ended
+        self.number = number
+        self.child: Child | None = None
+        self.status: ExitStatus | None = None
+        self.stats: dict[str, Any] = {}
+        self.ready: Event[None] = Event()
+        self.ended: Event[None] = Event()
+        self.ready_at: float | None = None
+        self.config_file: Path | None = None
+        self._errors = BoundedTail(MODULE_STDERR_BYTES)
+        self._lines = {
+            STDOUT: LineSplitter(MODULE_LINE_BYTES, self._control),
+            STDERR: LineSplitter(MODULE_LINE_BYTES, self._forward),
+        }
+
+    @property
+    def stderr(self) -> str:
+        """The end of what the process said on stderr, the messages of log lines only."""
+        text = self._errors.content[-MODULE_STDERR_BYTES:].decode("utf-8", "replace").strip()
+        return text or "(nothing)"
+
+    @property
+    def pid(self) -> int | None:
+        """The process id, while there is one."""
+        return None if self.child is None or self.child.exited else self.child.pid
+
+    def say(self, message: dict[str, Any]) -> None:
+        """Send a line to the process."""
+        if self.child is not None and not self.child.exited:
+            self.child.write(json.dumps(message).encode() + b"\n")
+
+    def child_started(self, child: Child) -> None:
+        self.child = child
+
+    def child_data(self, fd: int, data: bytes) -> None:
+        self._lines[fd].add(data)
+
+    def child_exited(self, status: ExitStatus) -> None:
+        self.status = status
+
+    def child_closed(self) -> None:
+        for lines in self._lines.values():
+            lines.end()
+        if self.config_file is not None:
+            self.config_file.unlink(missing_ok=True)
+            self.config_file.parent.rmdir()
+        self.ended.fire(None)
+        self._gone(self)
+
+    def _control(self, line: bytes, _cut: bool) -> None:
+        """Take a line of the control channel; an external command may print anything there."""
+        message = parse_log_line(line) or {}
+        if message.get("event") == "ready":
+            self.ready.fire(None)
+        elif message.get("event") == "stats" and isinstance(message.get("stats"), dict):
+            self.stats = message["stats"]
+
+    def _forward(self, line: bytes, _cut: bool) -> None:
+        if not line.strip():
+            return
+        record = parse_log_line(line) or {"message": line.decode("utf-8", "replace")}
+        try:
+            level = parse_log_level(record.pop("level", "info"))
+        except ValueError:
+            level = "info"
+        record.pop("time", None)
+        text = str(record.pop("message", ""))
+        self._errors.add(text.encode() + b"\n")
+        known: dict[str, Any] = {
+            name: record.pop(name) for name in ("genvm_id", "cookie") if name in record
+        }
+        details: dict[str, Any] = {**known, "record": record} if record else known
+        self.log.info(
+            "{text}",
+            text=text,
+            level_name=level,
+            module=self._kind,
+            generation=self.number,
+            **details,
+        )
+
+
+# =============================================================================
+# 12b. Modules
+# =============================================================================
+#
+# Owns the LLM and Web modules over time: states, generations, readiness,
+# restarts, what may fail. Uses module processes. Never knows HTTP.
+
+
+class Module:
+    """One module: at most one generation serves, older ones may still end their connections.
+
+    Operations run one after the other, and to their end even if whoever asked for them is gone.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        kind: str,
+        config: Config,
+        reactor: Any,
+        spawner: Spawner,
+        observer: LogObserver,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.kind = kind
+        self._config = config
+        self._reactor = reactor
+        self._spawner = spawner
+        self._observer = observer
+        self._now = now
+        self._command = config.modules.get(kind)
+        self._lock = DeferredLock()
+        self._listener: socket.socket | None = None
+        self._setup: ModuleSetup | None = None
+        self._current: Generation | None = None
+        self._starting: Generation | None = None
+        self._alive: set[Generation] = set()
+        self._number = 0
+        self._quick_deaths = 0
+        self._restart_timer: DelayedCall | None = None
+        self._closed = False
+        self.state = ModuleState.STOPPED
+        self.address: str | None = None
+        self.restarts = 0
+        self.since: float | None = None
+        self.last_error: str | None = None
+
+    # --- what clients ask for ---
+
+    def start(self, config: dict[str, Any] | None, allow_empty: bool) -> Deferred[None]:
+        """Start the module; fires once it accepts connections.
+
+        Raises ``ModuleAlreadyRunning``, ``ModuleFailed``.
+        """
+        if self.state in (ModuleState.STARTING, ModuleState.RUNNING):
+            return fail(
+                ModuleAlreadyRunning(
+                    f"module_already_running: the {self.kind} module is {self.state.value}; "
+                    "stop or restart it"
+                )
+            )
+        if self.state is not ModuleState.STOPPING:
+            self._move(ModuleState.STARTING)
+        return detached(self._lock.run(self._start, config, allow_empty))
+
+    def stop(self) -> Deferred[bool]:
+        """Stop the module; fires once its processes are gone and its port is free.
+
+        The result tells whether it was running.
+        """
+        if self.state in (ModuleState.STOPPED, ModuleState.FAILED):
+            self._move(ModuleState.STOPPED)
+            return succeed(False)
+        if self._starting is not None and self._starting.child is not None:
+            self._starting.child.kill()
+        return detached(self._lock.run(self._stop))
+
+    def restart(self, config: dict[str, Any] | None, allow_empty: bool) -> Deferred[bool]:
+        """Replace the running generation by one with another configuration, or start the module.
+
+        The result tells whether anything changed. A built-in module refuses no connection
+        meanwhile, and a new configuration that does not work leaves the old one running. Raises
+        ``ModuleFailed``.
+        """
+        return detached(self._lock.run(self._restart, config, allow_empty))
+
+    def set_log_level(self, level: str) -> None:
+        """Let the processes log at another level."""
+        for generation in self._alive:
+            if self._command is None:
+                generation.say({"log_level": level})
+
+    def status(self) -> dict[str, object]:
+        """Return what ``GET /status`` shows."""
+        current = self._current
+        return {
+            "state": self.state.value,
+            "pid": None if current is None else current.pid,
+            "generation": 0 if current is None else current.number,
+            "address": self.address,
+            "restarts": self.restarts,
+            "since": None if self.since is None else timestamp_of(self.since),
+            "last_error": self.last_error,
+            "draining": len(self._alive) - (current in self._alive),
+            "stats": {} if current is None else current.stats,
+        }
+
+    async def close(self, grace: float) -> None:
+        """End every process, at shutdown."""
+        self._closed = True
+        self._cancel_restart()
+        self._move(ModuleState.STOPPING)
+        await self._end_all(grace)
+        self._release_listener()
+        self._move(ModuleState.STOPPED)
+
+    # --- operations, one at a time ---
+
+    async def _start(self, config: dict[str, Any] | None, allow_empty: bool) -> None:
+        self._move(ModuleState.STARTING)
+        try:
+            setup = await self._read_setup(config, allow_empty)
+            self._listener = await self._bind(setup)
+            await self._launch(setup, self._listener)
+        except Exception as error:
+            self._release_listener()
+            self._note_failure(error)
+            self._move(ModuleState.STOPPED)
+            raise
+
+    async def _stop(self) -> bool:
+        self._cancel_restart()
+        was_running = self.state in (ModuleState.STARTING, ModuleState.RUNNING)
+        self._move(ModuleState.STOPPING)
+        await self._end_all(MODULE_STOP_SECONDS)
+        self._release_listener()
+        self._move(ModuleState.STOPPED)
+        return was_running
+
+    async def _restart(self, config: dict[str, Any] | None, allow_empty: bool) -> bool:
+        setup = await self._read_setup(config, allow_empty)
+        old, old_listener = self._current, self._listener
+        if self.state is not ModuleState.RUNNING or old is None or self._setup is None:
+            await self._stop()
+            await self._start(config, allow_empty)
+            return True
+        if setup == self._setup:
+            return False
+        if self._command is not None:
+            await self._replace_external(setup, self._setup)
+            return True
+        same_place = (setup.host, setup.port) == (self._setup.host, self._setup.port)
+        listener = old_listener if same_place else await self._bind(setup)
+        try:
+            await self._launch(setup, listener)
+        except Exception as error:
+            if listener is not old_listener and listener is not None:
+                listener.close()
+            self._note_failure(error)
+            raise
+        self._listener = listener
+        if old_listener is not None and not same_place:
+            old_listener.close()
+        if old.child is not None:
+            old.child.terminate(MODULE_DRAIN_SECONDS)
+        return True
+
+    async def _replace_external(self, setup: ModuleSetup, previous: ModuleSetup) -> None:
+        """Restart a command that binds its address itself: one generation at a time."""
+        await self._stop()
+        self._move(ModuleState.STARTING)
+        try:
+            await self._launch(setup, None)
+        except ModuleFailed as error:
+            self._note_failure(error)
+            await self._launch(previous, None)
+            raise
+
+    async def _read_setup(self, config: dict[str, Any] | None, allow_empty: bool) -> ModuleSetup:
+        pool = self._reactor.getThreadPool()
+        if config is None:
+            path = self._config.root / "config" / f"genvm-module-{self.kind}.yaml"
+            config = await deferToThreadPool(self._reactor, pool, _read_module_file, path)
+        try:
+            expanded = expand_templates(config, self._config.variables, os.environ)
+        except ConfigError as error:
+            raise ModuleFailed(f"the {self.kind} module's configuration: {error.message}") from None
+        for secret in secrets_in(expanded):
+            self._observer.redactor.add(secret)
+        return ModuleSetup.of(self.kind, cast(dict[str, Any], expanded), allow_empty)
+
+    async def _bind(self, setup: ModuleSetup) -> socket.socket | None:
+        """Bind the address for a built-in module; see at least that it is free for a command."""
+        pool = self._reactor.getThreadPool()
+        listener = await deferToThreadPool(
+            self._reactor, pool, bind_listener, setup.host, setup.port
+        )
+        if self._command is None:
+            return listener
+        listener.close()
+        return None
+
+    async def _launch(self, setup: ModuleSetup, listener: socket.socket | None) -> None:
+        """Start a process and make it the current generation once it accepts connections."""
+        if self._closed:
+            raise ModuleFailed("the manager is shutting down")
+        self._number += 1
+        generation = self._starting = Generation(self.kind, self._number, self._generation_ended)
+        try:
+            self._spawn(generation, setup, listener)
+            await self._until_ready(generation, setup)
+        except Exception:
+            if generation.child is not None:
+                generation.child.kill()
+                await generation.ended.wait()
+            raise
+        finally:
+            self._starting = None
+        self._cancel_restart()
+        generation.ready_at = self._reactor.seconds()
+        self._current, self._setup = generation, setup
+        self.address = (
+            f"{setup.host}:{setup.port}" if listener is None else listener_address(listener)
+        )
+        self.last_error = None
+        self._move(ModuleState.RUNNING)
+        self.log.info(
+            "module is ready",
+            module=self.kind,
+            generation=generation.number,
+            address=self.address,
+            pid=generation.pid,
+        )
+
+    def _spawn(
+        self, generation: Generation, setup: ModuleSetup, listener: socket.socket | None
+    ) -> None:
+        try:
+            if listener is None:
+                argv = self._external_command(generation, setup)
+                self._spawner.spawn(generation, argv, pipes={STDOUT, STDERR}, nulls={STDIN})
+            else:
+                argv = [sys.executable, os.path.abspath(__file__), "module", self.kind]
+                self._spawner.spawn(
+                    generation,
+                    argv,
+                    pipes={STDOUT, STDERR},
+                    feeds={STDIN},
+                    inherited={LOG_FD: listener.fileno()},
+                )
+        except SpawnFailed as error:
+            raise ModuleFailed(
+                f"the {self.kind} module cannot be started: {error.message}"
+            ) from None
+        self._alive.add(generation)
+        if listener is not None:
+            generation.say(
+                {
+                    "config": setup.config,
+                    "allow_empty_backends": setup.allow_empty_backends,
+                    "log_level": self._observer.level,
+                }
+            )
+
+    def _external_command(self, generation: Generation, setup: ModuleSetup) -> list[str]:
+        """Return the configured command; ``{config_file}`` becomes a file that only we can read."""
+        command = cast(tuple[str, ...], self._command)
+        if any("{config_file}" in word for word in command):
+            folder = Path(tempfile.mkdtemp(prefix=f"genvm-{self.kind}-"))  # mode 0700
+            generation.config_file = folder / f"genvm-module-{self.kind}.yaml"
+            descriptor = os.open(
+                generation.config_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600
+            )
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(setup.config, file)  # JSON is YAML too
+        return [word.replace("{config_file}", str(generation.config_file)) for word in command]
+
+    async def _until_ready(self, generation: Generation, setup: ModuleSetup) -> None:
+        probe = None
+        if self._command is not None:
+            probe = LoopingCall(self._probe, generation, setup)
+            probe.clock = self._reactor
+            probe.start(MODULE_PROBE_SECONDS)
+        generation.ended.wait().addCallback(
+            lambda _: generation.ready.fail(ModuleFailed(f"it ended ({generation.status})"))
+        )
+        try:
+            await generation.ready.wait().addTimeout(MODULE_READY_SECONDS, self._reactor)
+        except (ModuleFailed, DeferredTimeout) as error:
+            late = f"it accepted no connection within {MODULE_READY_SECONDS:g} s"
+            reason = error.message if isinstance(error, ModuleFailed) else late
+            raise ModuleFailed(
+                f"the {self.kind} module did not start: {reason}; "
+                f"its stderr ends: {generation.stderr}"
+            ) from None
+        finally:
+            if probe is not None and probe.running:
+                probe.stop()
+
+    async def _probe(self, generation: Generation, setup: ModuleSetup) -> None:
+        """See whether a command accepts connections by now."""
+        endpoint = HostnameEndpoint(self._reactor, setup.host, setup.port, MODULE_READY_SECONDS)
+        try:
+            protocol = await connectProtocol(endpoint, Protocol())
+        except Exception:  # not yet, for whatever reason; a time limit is set elsewhere
+            return
+        protocol.transport.abortConnection()
+        generation.ready.fire(None)
+
+    # --- ends ---
+
+    def _generation_ended(self, generation: Generation) -> None:
+        self._alive.discard(generation)
+        if generation is not self._current:
+            return
+        self._current = None
+        if self.state is not ModuleState.RUNNING:
+            return
+        lived = self._reactor.seconds() - (generation.ready_at or 0.0)
+        self.log.error(
+            "module died",
+            module=self.kind,
+            generation=generation.number,
+            status=str(generation.status),
+            lived_s=round(lived, 3),
+        )
+        self._quick_deaths = self._quick_deaths + 1 if lived < MODULE_QUICK_SECONDS else 0
+        self.last_error = f"it died ({generation.status}); its stderr ends: {generation.stderr}"
+        self._restart_later()
+
+    def _restart_later(self) -> None:
+        """Restart the module after a while, unless it has died too often."""
+        if self._quick_deaths >= MODULE_QUICK_DEATHS:
+            self._release_listener()
+            self._move(ModuleState.FAILED)
+            self.log.error("module has failed: it keeps dying", module=self.kind)
+            return
+        self._move(ModuleState.STARTING)
+        shortest, longest = MODULE_BACKOFF_SECONDS
+        delay = min(longest, shortest * 2 ** max(0, self._quick_deaths - 1))
+        delay *= random.uniform(0.9, 1.1)  # so that modules of many managers do not march in step
+        self._restart_timer = self._reactor.callLater(delay, self._restart_now)
+
+    def _restart_now(self) -> None:
+        self._restart_timer = None
+        detached(self._lock.run(self._relaunch))
+
+    async def _relaunch(self) -> None:
+        if self.state is not ModuleState.STARTING or self._setup is None:
+            return
+        self.restarts += 1
+        try:
+            await self._launch(self._setup, self._listener)
+        except ModuleFailed as error:
+            self._note_failure(error)
+            if self.state is ModuleState.STARTING:
+                self._quick_deaths += 1
+                self._restart_later()
+
+    def _note_failure(self, error: BaseException) -> None:
+        text = error.message if isinstance(error, ManagerError) else repr(error)
+        self.last_error = self._observer.redactor.scrub(text)
+        self.log.error("{text}", text=self.last_error, module=self.kind)
+
+    async def _end_all(self, grace: float) -> None:
+        ending = list(self._alive)
+        for generation in ending:
+            if generation.child is not None:
+                generation.child.terminate(grace)
+        for generation in ending:
+            await generation.ended.wait()
+
+    def _cancel_restart(self) -> None:
+        if self._restart_timer is not None:
+            self._restart_timer.cancel()
+            self._restart_timer = None
+
+    def _release_listener(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        self.address = None
+
+    def _move(self, state: ModuleState) -> None:
+        if state is ModuleState.STOPPED:
+            self._quick_deaths = 0
+        if state is not self.state:
+            self.state, self.since = state, self._now()
+
+
+def _read_module_file(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModuleFailed(
+            f"no configuration: give one in the request, or write {path.name} into the folder "
+            f"config of the root ({error.strerror})"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ModuleFailed(f"{path.name}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ModuleFailed(f"{path.name}: expected a mapping, got {shown(data)}")
+    return data
+
+
+# =============================================================================
 # 14. HTTP connections
 # =============================================================================
 #
@@ -5017,6 +5706,22 @@ class LogLevelBody:
 
 
 @frozen
+class ModuleBody:
+    """Body of ``POST /module/start`` and ``/module/restart``."""
+
+    module_type: ModuleKind
+    config: AnyObject | None = None
+    allow_empty_backends: bool = False
+
+
+@frozen
+class ModuleStopBody:
+    """Body of ``POST /module/stop``."""
+
+    module_type: ModuleKind
+
+
+@frozen
 class VariableBody:
     """Body of ``POST /env``."""
 
@@ -5068,6 +5773,7 @@ class Api:
         executions: Executions,
         contracts: ContractOperations,
         check: AvailabilityCheck,
+        modules: Mapping[str, Module],
         boot_id: str,
     ) -> None:
         self._config = config
@@ -5079,6 +5785,7 @@ class Api:
         self._executions = executions
         self._contracts = contracts
         self._check = check
+        self._modules = modules
         self._boot_id = boot_id
         self._started = reactor.seconds()
         self._last_request = 0
@@ -5088,10 +5795,8 @@ class Api:
     @_endpoint(app, "GET", "/status")
     async def status(self, request: Request) -> Answer:
         """Answer what is going on; never waits for anything."""
-        module = dict.fromkeys(("pid", "address", "since", "last_error"))
         head = {
-            "llm_module": "stopped",
-            "web_module": "stopped",
+            **{f"{kind}_module": module.state.value for kind, module in self._modules.items()},
             "permits": {
                 "max": self._gate.limit,
                 "current": self._gate.available,
@@ -5102,10 +5807,7 @@ class Api:
                 "length": self._gate.queue_length,
                 "oldest_wait_ms": int(self._gate.oldest_wait * 1000),
             },
-            "modules": {
-                name: {"state": "stopped", "generation": 0, "restarts": 0, **module}
-                for name in ("llm", "web")
-            },
+            "modules": {kind: module.status() for kind, module in self._modules.items()},
             "manifest": {
                 "versions": len(self._manifest.manifest.versions),
                 "problem": self._manifest.problem,
@@ -5200,6 +5902,29 @@ class Api:
             self._gate.resize(check_permits(body.permits))
         return {"result": "permits_set", "permits": body.permits}
 
+    # --- modules ---
+
+    @_endpoint(app, "POST", "/module/start", ModuleBody)
+    async def start_module(self, request: Request, body: ModuleBody) -> Answer:
+        """Start a module."""
+        module = self._modules[body.module_type]
+        await module.start(body.config, body.allow_empty_backends)
+        return {"result": "module_started"}
+
+    @_endpoint(app, "POST", "/module/stop", ModuleStopBody)
+    async def stop_module(self, request: Request, body: ModuleStopBody) -> Answer:
+        """Stop a module."""
+        was_running = await self._modules[body.module_type].stop()
+        return {"result": "module_stopped" if was_running else "module_not_running"}
+
+    @_endpoint(app, "POST", "/module/restart", ModuleBody)
+    async def restart_module(self, request: Request, body: ModuleBody) -> Answer:
+        """Give a module another configuration without refusing a connection."""
+        module = self._modules[body.module_type]
+        changed = await module.restart(body.config, body.allow_empty_backends)
+        generation = module.status()["generation"]
+        return {"result": "module_restarted", "changed": changed, "generation": generation}
+
     # --- models ---
 
     @_endpoint(app, "POST", "/llm/check", CheckBody)
@@ -5214,6 +5939,8 @@ class Api:
         """Change what is logged."""
         with _naming("level"):
             self._observer.set_level(parse_log_level(body.level))
+        for module in self._modules.values():
+            module.set_log_level(self._observer.level)
         return {"result": "log_level_set", "level": self._observer.level}
 
     @_endpoint(app, "POST", "/manifest/reload")
@@ -6422,7 +7149,17 @@ class ManagerService(Service):
         permits = automatic_permits() if config.permits is None else config.permits
         self.gate = PermitGate(permits, reactor)
         self.spawner = Spawner(reactor, self.boot_id, owns_process=owns_process)
-        self.executions = Executions(config, reactor, self.gate, self.manifest, self.spawner)
+        self.modules = {
+            kind: Module(kind, config, reactor, self.spawner, observer) for kind in MODULE_KINDS
+        }
+        self.executions = Executions(
+            config,
+            reactor,
+            self.gate,
+            self.manifest,
+            self.spawner,
+            modules_down=self._modules_down,
+        )
         self.contracts = ContractOperations(
             config, reactor, self.manifest, self.spawner, self.executions
         )
@@ -6438,6 +7175,7 @@ class ManagerService(Service):
             self.executions,
             self.contracts,
             AvailabilityCheck(config, reactor, LlmClient(reactor, http), observer.redactor),
+            self.modules,
             self.boot_id,
         )
         token = None if config.auth_token_file is None else read_token(config.auth_token_file)
@@ -6449,6 +7187,10 @@ class ManagerService(Service):
         self._ports: list[Any] = []
         self._parent: ParentWatch | None = None
         self._stopping: Deferred[None] | None = None
+
+    def _modules_down(self) -> list[str]:
+        running = ModuleState.RUNNING
+        return [kind for kind, module in self.modules.items() if module.state is not running]
 
     @property
     def addresses(self) -> list[str]:
@@ -6556,7 +7298,9 @@ class ManagerService(Service):
         self.log.info("shutting down")
         for port in self._ports:
             await maybeDeferred(port.stopListening)
-        await self.executions.close(self.config.shutdown_grace)
+        grace = self.config.shutdown_grace
+        ending = [Deferred.fromCoroutine(m.close(grace)) for m in self.modules.values()]
+        await gatherResults([self.executions.close(grace), *ending])
         await self.contracts.close()
         await self._pool.closeCachedConnections()
         self.executions.dispose()

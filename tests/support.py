@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any, ParamSpec, cast
 
 import pytest_twisted
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
+from twisted.logger import ILogObserver, globalLogPublisher
 from twisted.python.failure import Failure
 
 from genvm_manager import Child, ChildListener, SpawnFailed
@@ -41,6 +43,17 @@ def outcome(waiting: Deferred[Any]) -> list[Any]:
     result: list[Any] = []
     waiting.addCallbacks(result.append, lambda failure: result.append(failure.value))
     return result
+
+
+@contextlib.contextmanager
+def observing(observer: Callable[[dict[str, Any]], object]) -> Iterator[None]:
+    """Let something observe what is logged, the loggers of the manager included."""
+    observer_ = cast(ILogObserver, observer)
+    globalLogPublisher.addObserver(observer_)
+    try:
+        yield
+    finally:
+        globalLogPublisher.removeObserver(observer_)
 
 
 def exit_reason(code: int | None, signal_number: int | None = None) -> Failure:

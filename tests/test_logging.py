@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -15,7 +14,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from twisted.logger import ILogObserver, Logger, LogLevel, globalLogPublisher
+from twisted.logger import ILogObserver, Logger, LogLevel
 from twisted.python.failure import Failure
 
 from genvm_manager import (
@@ -32,6 +31,8 @@ from genvm_manager import (
     parse_log_level,
 )
 
+from .support import observing
+
 #: Seconds after which a wait is given up; nothing here takes that long.
 PATIENCE = 5.0
 
@@ -39,17 +40,6 @@ PATIENCE = 5.0
 def logger_to(observer: LogObserver) -> Logger:
     """Return a logger whose events reach one observer only."""
     return Logger("test", observer=cast(ILogObserver, observer))
-
-
-@contextlib.contextmanager
-def observing(log: Log) -> Iterator[None]:
-    """Let a log observe what the loggers of the manager say."""
-    observer = cast(ILogObserver, log.observer)
-    globalLogPublisher.addObserver(observer)
-    try:
-        yield
-    finally:
-        globalLogPublisher.removeObserver(observer)
 
 
 class Log:
@@ -251,7 +241,7 @@ def test_lines_of_an_executor_pass_by_their_own_level(written: str) -> None:
     line = json.dumps({"level": written, "message": "m {brace}", "x": 1}).encode() + b"\n"
     for threshold in ("trace", "debug", "info", "warn", "error"):
         log = Log(log_level=threshold)
-        with observing(log):
+        with observing(log.observer):
             LogForwarder(7).add(3, line)
         if LOG_LEVELS[name] >= LOG_LEVELS[threshold]:
             record = log.record
@@ -276,7 +266,7 @@ def test_lines_of_an_executor_pass_by_their_own_level(written: str) -> None:
 )
 def test_odd_lines_of_an_executor_are_forwarded_too(line: bytes, level: str, message: str) -> None:
     log = Log(log_level="trace")
-    with observing(log):
+    with observing(log.observer):
         forwarder = LogForwarder(1)
         forwarder.add(3, b"\n  \n" + line)
         assert log.written == b"", "the line is not complete yet, and empty ones say nothing"

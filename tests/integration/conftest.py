@@ -57,9 +57,17 @@ def shared_daemon(shared_root: Root) -> Iterator[Daemon]:
 def daemon(shared_daemon: Daemon) -> Iterator[Daemon]:
     """The daemon of the module; each test must leave it as it was: idle, with 8 permits."""
     yield shared_daemon
-    eventually(lambda: shared_daemon.permits() == IDLE, what="the daemon is idle again")
-    eventually(lambda: not shared_daemon.descendants(), what="no process is left")
-    assert shared_daemon.get("/status")["draining"] is False
+    try:
+        assert shared_daemon.get("/status")["draining"] is False
+        eventually(lambda: shared_daemon.permits() == IDLE, what="the daemon is idle again")
+        eventually(lambda: not shared_daemon.descendants(), what="no process is left")
+    finally:
+        # A test that failed half-way must not make the next one fail.
+        for genvm_id, entry in shared_daemon.get("/status")["executions"].items():
+            if entry["state"] != "finished":
+                shared_daemon.request("DELETE", f"/genvm/{genvm_id}?wait_timeout_ms=0")
+        shared_daemon.post("/permits", {"permits": 8})
+        shared_daemon.post("/undrain")
 
 
 IDLE = {"permits": 8, "available": 8, "in_use": 0, "waiting": 0}

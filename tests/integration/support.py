@@ -296,6 +296,17 @@ class Daemon:
         daemon.wait_until_listening()
         return daemon
 
+    @classmethod
+    def twistd(cls, root: Root, **settings: str) -> Self:
+        """Start ``twistd -ny twistd.tac`` for a root; does not wait until it listens."""
+        settings = {"ROOT": str(root.path), "PORT": "0", **settings}
+        environ = {f"GENVM_MANAGER_{name}": text for name, text in settings.items() if text}
+        program = Path(sys.executable).with_name("twistd")
+        return cls(
+            [str(program), f"--pidfile={root.path}/twistd.pid", "-ny", "twistd.tac"],
+            environ=environ,
+        )
+
     @property
     def pid(self) -> int:
         """The process id of the manager."""

@@ -30,9 +30,7 @@ def nested(**changes: str) -> bytes:
     return text.encode()
 
 
-def refused(
-    daemon: Daemon, body: bytes | None, code: str, *parts: str, status: int = 500
-) -> Reply:
+def refused(daemon: Daemon, body: bytes | None, code: str, *parts: str, status: int = 500) -> Reply:
     """Post a run that must be refused, and show that nothing changed."""
     before = daemon.get("/status")["executions"]
     reply = daemon.request("POST", "/genvm/run", body)
@@ -276,9 +274,7 @@ def test_a_failed_start_lets_the_next_one_run(root: Root, start: Start) -> None:
 
 
 def test_a_major_that_does_not_exist(daemon: Daemon) -> None:
-    refused(
-        daemon, changed(major=3), "version_not_available", "major 3", "2025-06-01", VERSION
-    )
+    refused(daemon, changed(major=3), "version_not_available", "major 3", "2025-06-01", VERSION)
 
 
 def test_a_time_before_every_version(daemon: Daemon) -> None:

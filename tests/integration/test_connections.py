@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
+import signal
 import socket
 import statistics
 import time
@@ -15,6 +18,7 @@ from .support import (
     MEMORY_LIMIT,
     Daemon,
     Pending,
+    Reply,
     Root,
     eventually,
     memory_of,
@@ -26,32 +30,34 @@ MIB = 1 << 20
 TOKEN = "correct-horse-battery-staple"
 
 
-def raw(daemon: Daemon, *parts: bytes) -> bytes:
-    """Send bytes on a connection of their own and return everything that is answered."""
+def talk(daemon: Daemon, *parts: bytes) -> Reply:
+    """Send bytes on a connection of their own and return the response."""
     with daemon.connect() as peer:
         for part in parts:
             try:
                 peer.sendall(part)
             except (BrokenPipeError, ConnectionResetError):
                 break
-        return receive_all(peer)
+        return response_on(peer)
+
+
+def response_on(peer: socket.socket) -> Reply:
+    """Read one response, which must be JSON."""
+    with http.client.HTTPResponse(peer) as response:
+        response.begin()
+        body = response.read()
+        headers = {name.lower(): value for name, value in response.getheaders()}
+    assert headers["content-type"] == "application/json; charset=utf-8", body[:500]
+    return Reply(response.status, headers, json.loads(body), body)
 
 
 def receive_all(peer: socket.socket) -> bytes:
     """Return what arrives until the other side closes."""
     answer = b""
-    try:
+    with contextlib.suppress(ConnectionResetError):
         while data := peer.recv(65536):
             answer += data
-    except ConnectionResetError:
-        pass
     return answer
-
-
-def parsed(answer: bytes) -> tuple[int, bytes, dict[str, object]]:
-    """Return status, head and body of a response."""
-    head, _, body = answer.partition(b"\r\n\r\n")
-    return int(head.split(b" ")[1]), head, json.loads(body)
 
 
 def latency(daemon: Daemon, count: int = 100) -> float:
@@ -67,39 +73,50 @@ def latency(daemon: Daemon, count: int = 100) -> float:
 # --- HTTP that is not well-formed ---
 
 
+DRAIN = b"POST /drain HTTP/1.1\r\nHost: localhost\r\n"
+
+
 @pytest.mark.parametrize(
     "request_bytes",
     [
         b"nonsense\r\n\r\n",
-        b"GET\r\n\r\n",
-        b"GET /status\r\n\r\n",
-        b"GET /status HTTP/9.9\r\n\r\n",
-        b"GET /status FTP/1.1\r\n\r\n",
-        b"GET /status HTTP/1.1\r\nno colon here\r\n\r\n",
-        b"GET /status HTTP/1.1\r\nHost : x\r\n\r\n",
-        b"GET /status HTTP/1.1\r\n: empty\r\n\r\n",
-        b"POST /env HTTP/1.1\r\nHost: localhost\r\nContent-Length: nine\r\n\r\n",
-        b"POST /env HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
-        b"POST /env HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
-        b"POST /env HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n",
-        b"POST /env HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n"
-        b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST /env HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        b"GET /status HTTP/1.1\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
-        b"GET /status HTTP/1.1\r\n" + b"X: y\r\n" * 10_000 + b"\r\n",
-        b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n",
+        b"POST\r\n\r\n",
+        b"POST /drain\r\n\r\n",
+        b"POST /drain HTTP/9.9\r\n\r\n",
+        b"POST /drain FTP/1.1\r\n\r\n",
+        b" POST /drain HTTP/1.1\r\n\r\n",
+        DRAIN + b"no colon here\r\n\r\n",
+        DRAIN + b"X : y\r\n\r\n",
+        DRAIN + b": empty\r\n\r\n",
+        DRAIN + b"X: a\0b\r\n\r\n",
+        DRAIN + b"Content-Length: nine\r\n\r\n",
+        DRAIN + b"Content-Length: -1\r\n\r\n",
+        DRAIN + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nx",
+        DRAIN + b"Transfer-Encoding: gzip\r\n\r\n",
+        DRAIN + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        DRAIN + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        DRAIN + b"Transfer-Encoding: chunked\r\n\r\n1\r\nxy\r\n0\r\n\r\n",
+        DRAIN + b"X: " + b"x" * 100_000 + b"\r\n\r\n",
+        DRAIN + b"X: y\r\n" * 10_000 + b"\r\n",
+        b"POST /" + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n",
         bytes(range(256)) * 4 + b"\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500) + b"\r\n\r\n",
     ],
-    ids=lambda data: repr(data[:60]),
+    ids=lambda data: repr(data[:70]),
 )
-def test_malformed_http(daemon: Daemon, request_bytes: bytes) -> None:
-    """An error in JSON, then the connection ends."""
-    status, head, body = parsed(raw(daemon, request_bytes))
-    assert 400 <= status <= 500
-    assert b"application/json" in head
-    assert {"error", "code", "retryable"} <= set(body)
-    assert daemon.get("/status")["draining"] is False
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_malformed_http(daemon: Daemon, request_bytes: bytes, pipelined: bool) -> None:
+    """An error in JSON; neither the request is executed nor one that follows it."""
+    reply = talk(daemon, request_bytes + (DRAIN + b"\r\n" if pipelined else b""))
+    assert 400 <= reply.status <= 500
+    assert {"error", "code", "retryable"} <= set(reply.json)
+    assert reply.headers["connection"] == "close"
+
+
+def test_malformed_http_closes_the_connection(daemon: Daemon) -> None:
+    with daemon.connect() as peer:
+        peer.sendall(DRAIN + b"no colon here\r\n\r\n")
+        assert receive_all(peer).count(b"HTTP/1.1") == 1
 
 
 @pytest.mark.parametrize(
@@ -119,25 +136,25 @@ def test_odd_headers(daemon: Daemon, header: bytes) -> None:
     """Answered in JSON, whatever the answer is; never an internal error."""
     body = json.dumps({"level": "info"}).encode()
     host = b"" if header.startswith(b"Host") else b"Host: localhost\r\n"
-    head = b"POST /log/level HTTP/1.1\r\n%s%s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
-    status, top, answer = parsed(raw(daemon, head % (host, header, len(body)) + body))
-    assert b"application/json" in top
-    assert answer.get("code") != "internal_error"
-    assert status in (200, 400, 401, 403, 500)
+    head = b"POST /log/level HTTP/1.1\r\n%s%s\r\nContent-Length: %d\r\n\r\n"
+    reply = talk(daemon, head % (host, header, len(body)) + body)
+    assert reply.json.get("code") != "internal_error"
+    assert reply.status in (200, 400, 401, 403, 500)
 
 
 def test_an_idempotency_key_that_is_not_text(daemon: Daemon) -> None:
     body = json.dumps(run_body("exit 0")).encode()
     head = b"POST /genvm/run HTTP/1.1\r\nHost: localhost\r\nIdempotency-Key: \xff\r\n"
-    rest = b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
-    status, _, answer = parsed(raw(daemon, head + rest + body))
-    assert status == 200 or answer["code"] == "invalid_request", answer
+    reply = talk(daemon, head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    assert reply.status == 200 or reply.json["code"] == "invalid_request", reply.raw
 
 
 def test_two_requests_in_one_packet(daemon: Daemon) -> None:
     one = b"GET /permits HTTP/1.1\r\nHost: localhost\r\n\r\n"
     last = b"GET /permits HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    answer = raw(daemon, one * 3 + last)
+    with daemon.connect() as peer:
+        peer.sendall(one * 3 + last)
+        answer = receive_all(peer)
     assert answer.count(b"HTTP/1.1 200 OK") == 4
     assert answer.count(b'"permits": 8') == 4
 
@@ -148,15 +165,17 @@ def test_a_request_byte_by_byte(daemon: Daemon) -> None:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for at in range(len(request)):
             peer.sendall(request[at : at + 1])
-        assert parsed(receive_all(peer))[0] == 200
+        assert response_on(peer).status == 200
 
 
 def test_http_1_0(daemon: Daemon) -> None:
-    assert parsed(raw(daemon, b"GET /permits HTTP/1.0\r\n\r\n"))[0] == 200
+    assert talk(daemon, b"GET /permits HTTP/1.0\r\n\r\n").status == 200
 
 
 def test_head(daemon: Daemon) -> None:
-    answer = raw(daemon, b"HEAD /status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    with daemon.connect() as peer:
+        peer.sendall(b"HEAD /status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        answer = receive_all(peer)
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200")
     assert body == b""
@@ -167,11 +186,12 @@ def test_clients_that_hang_up_at_every_moment(daemon: Daemon) -> None:
     request = (
         b"POST /log/level HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
     ) + body
+    before = len([r for r in daemon.records if "traceback" in r])
     for at in range(0, len(request) + 1, 3):
         with daemon.connect() as peer:
             peer.sendall(request[:at])
     assert daemon.get("/status")["draining"] is False
-    assert not [r for r in daemon.records if "traceback" in r]
+    assert len([r for r in daemon.records if "traceback" in r]) == before
 
 
 # --- the size of bodies ---
@@ -179,9 +199,9 @@ def test_clients_that_hang_up_at_every_moment(daemon: Daemon) -> None:
 
 def test_a_body_over_the_limit_by_its_length(daemon: Daemon) -> None:
     head = b"POST /genvm/run HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
-    status, _, body = parsed(raw(daemon, head % (64 * MIB + 1)))
-    assert (status, body["code"]) == (413, "body_too_large")
-    assert "67108864" in str(body["error"])
+    reply = talk(daemon, head % (64 * MIB + 1))
+    assert (reply.status, reply.json["code"]) == (413, "body_too_large")
+    assert "67108864" in reply.json["error"]
 
 
 def test_a_body_over_the_limit_is_not_asked_for(daemon: Daemon) -> None:
@@ -190,7 +210,9 @@ def test_a_body_over_the_limit_is_not_asked_for(daemon: Daemon) -> None:
         b"POST /genvm/run HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
         b"Content-Length: 999999999999\r\n\r\n"
     )
-    assert raw(daemon, head).startswith(b"HTTP/1.1 413")
+    with daemon.connect() as peer:
+        peer.sendall(head)
+        assert peer.recv(12) == b"HTTP/1.1 413"
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -202,13 +224,11 @@ def test_a_flood_of_a_body(start: Start, chunked: bool) -> None:
     with daemon.connect() as peer:
         kind = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: 314572800"
         peer.sendall(b"POST /genvm/run HTTP/1.1\r\nHost: localhost\r\n" + kind + b"\r\n\r\n")
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for _ in range(300):
                 peer.sendall(b"%x\r\n%s\r\n" % (MIB, piece) if chunked else piece)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
-        status, _, body = parsed(receive_all(peer))
-    assert (status, body["code"]) == (413, "body_too_large")
+        reply = response_on(peer)
+    assert (reply.status, reply.json["code"]) == (413, "body_too_large")
     grown = daemon.peak_memory() - before
     report(f"a body of 300 MiB (chunked: {chunked}) grows the manager by {grown / MIB:.1f} MiB")
     assert grown < 16 * MIB
@@ -223,7 +243,7 @@ def test_a_body_at_the_limit(start: Start) -> None:
 
 
 def test_large_bodies_do_not_hold_up_others(start: Start) -> None:
-    """Eight requests of 30 MB of JSON each, while others ask for the status."""
+    """Four requests of 30 MB of JSON each, while others ask for the status; goal 50 ms."""
     daemon = start()
     body = json.dumps({"permits": "x", "rest": ["some text"] * 2_500_000}).encode()
     assert len(body) > 30_000_000
@@ -231,10 +251,23 @@ def test_large_bodies_do_not_hold_up_others(start: Start) -> None:
     worst = latency(daemon, 50)
     assert {one.reply().json["code"] for one in pending} == {"invalid_request"}
     report(f"GET /status p99 beside JSON bodies of 30 MB: {worst * 1000:.1f} ms")
-    assert worst < 1
+    assert worst < 0.25
 
 
 # --- slow and idle connections ---
+
+
+def test_a_burst_of_connections(daemon: Daemon) -> None:
+    """300 clients connect while the manager is busy: none has to try again a second later."""
+    peers = []
+    daemon.signal(signal.SIGSTOP)
+    try:
+        for _ in range(300):
+            peers.append(daemon.connect(0.5))
+    finally:
+        daemon.signal(signal.SIGCONT)
+        for peer in peers:
+            peer.close()
 
 
 def test_slow_loris_and_idle_connections(start: Start) -> None:
@@ -298,9 +331,8 @@ def test_a_log_that_nobody_reads(start: Start) -> None:
     report(f"GET /status p99 while the log is stuck: {worst * 1000:.1f} ms")
     assert worst < 1
     assert daemon.peak_memory() < MEMORY_LIMIT
-    begin = time.monotonic()
-    assert daemon.stop() == 0
-    assert time.monotonic() - begin < 5
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait(5) == 0
 
 
 # --- who may make requests ---

@@ -227,8 +227,12 @@ def test_the_executor_gets_its_command_line(root: Root, start: Start) -> None:
     root.script('for word; do echo "$word"; done; test -e /proc/self/fd/3 && echo has-log-fd')
     daemon = start()
     text = '{"a" :  1.50,\t"b": "\\u00e9\u00e9", "a": 2}'
-    body = json.dumps(run_body(is_sync=False, host="127.0.0.1:1", extra_args=["--debug-mode", "x y"]))
-    body = body.replace(json.dumps(message()), text).replace('"host_data": "', '"host_data": "\\u00e9 ')
+    body = json.dumps(
+        run_body(is_sync=False, host="127.0.0.1:1", extra_args=["--debug-mode", "x y"])
+    )
+    body = body.replace(json.dumps(message()), text).replace(
+        '"host_data": "', '"host_data": "\\u00e9 '
+    )
     answer = daemon.post("/genvm/run", body.encode())
     status = daemon.result(answer["id"])
     assert status["stdout"].splitlines() == [
@@ -483,9 +487,7 @@ def test_bad_permits(daemon: Daemon, value: object) -> None:
 
 
 def test_missing_permits(daemon: Daemon) -> None:
-    is_error(
-        daemon.request("POST", "/permits", {}), 500, "invalid_request", "permits: required"
-    )
+    is_error(daemon.request("POST", "/permits", {}), 500, "invalid_request", "permits: required")
 
 
 def test_fewer_permits_kill_nobody(daemon: Daemon) -> None:
@@ -529,7 +531,9 @@ def test_log_level(daemon: Daemon, level: str, shown: str) -> None:
 
 @pytest.mark.parametrize("level", ["loud", "", 1, None, True, "critical"])
 def test_bad_log_level(daemon: Daemon, level: object) -> None:
-    is_error(daemon.request("POST", "/log/level", {"level": level}), 500, "invalid_request", "level")
+    is_error(
+        daemon.request("POST", "/log/level", {"level": level}), 500, "invalid_request", "level"
+    )
 
 
 def test_log_level_holds_for_executors(start: Start) -> None:

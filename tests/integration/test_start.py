@@ -31,8 +31,6 @@ from .support import (
     run_body,
 )
 
-TWISTD = Path(sys.executable).with_name("twistd")
-
 
 def command(*words: str, cwd: Path = PROJECT, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run a command of the file to its end."""
@@ -130,33 +128,30 @@ def test_a_file_in_the_place_of_the_socket_is_kept(root: Root) -> None:
 
 @pytest.mark.parametrize("listener", ["tcp", "unix"])
 def test_twistd(root: Root, listener: str) -> None:
-    listen = {"PORT": "0"} if listener == "tcp" else {"SOCKET": str(root.path / "m.sock")}
-    environ = {"ROOT": str(root.path), "PERMITS": "3", **listen}
-    argv = [str(TWISTD), f"--pidfile={root.path}/twistd.pid", "-ny", "twistd.tac"]
-    daemon = Daemon(argv, environ={f"GENVM_MANAGER_{name}": text for name, text in environ.items()})
+    path = root.path / "m.sock"
+    listen = {} if listener == "tcp" else {"PORT": "", "SOCKET": str(path)}
+    daemon = Daemon.twistd(root, PERMITS="3", **listen)
     try:
         daemon.wait_until_listening()
         assert daemon.address.startswith("127.0.0.1:" if listener == "tcp" else "unix://")
         assert daemon.get("/permits")["permits"] == 3
         runs_an_execution(daemon)
-        running = daemon.run("sleep 60")
-        assert daemon.stop() == 0
+        daemon.run("sleep 60")
+        daemon.signal(signal.SIGINT if listener == "tcp" else signal.SIGTERM)
+        assert daemon.wait() == 0
         assert daemon.descendants() == []
-        assert running
-        assert not (root.path / "m.sock").exists()
+        assert not path.exists()
         assert len(daemon.text.splitlines()) == len(daemon.records), daemon.text
     finally:
         daemon.close()
 
 
 def test_twistd_with_a_bad_configuration(root: Root) -> None:
-    environ = {"GENVM_MANAGER_ROOT": str(root.path), "GENVM_MANAGER_PERMITS": "many"}
-    argv = [str(TWISTD), f"--pidfile={root.path}/twistd.pid", "-ny", "twistd.tac"]
-    daemon = Daemon(argv, environ=environ)
+    daemon = Daemon.twistd(root, PERMITS="many")
     try:
         assert daemon.wait() == 1
         assert "GENVM_MANAGER_PERMITS" in daemon.text + daemon.errors
-        assert "many" in daemon.text + daemon.errors
+        assert '"many"' in daemon.text + daemon.errors
     finally:
         daemon.close()
 
@@ -164,9 +159,7 @@ def test_twistd_with_a_bad_configuration(root: Root) -> None:
 def test_twistd_with_a_port_in_use(root: Root) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        environ = {"GENVM_MANAGER_ROOT": str(root.path), "GENVM_MANAGER_PORT": port}
-        argv = [str(TWISTD), f"--pidfile={root.path}/twistd.pid", "-ny", "twistd.tac"]
-        daemon = Daemon(argv, environ=environ)
+        daemon = Daemon.twistd(root, PORT=port)
         try:
             assert daemon.wait() == 1
             assert f"127.0.0.1:{port}" in daemon.text + daemon.errors

@@ -1,0 +1,304 @@
+"""Executors that misbehave, and what the manager makes of what they write."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from .conftest import Start
+from .support import MEMORY_LIMIT, Daemon, Root, alive, eventually, report
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory(shared_daemon: Daemon) -> object:
+    """Whatever the executors of this module do, the manager stays small."""
+    yield
+    peak = shared_daemon.peak_memory()
+    report(f"peak memory of the manager in this module: {peak / MIB:.0f} MiB")
+    assert peak < MEMORY_LIMIT
+
+
+def test_two_hundred_megabytes_on_each_stream(root: Root, start: Start) -> None:
+    """The last 4 MiB of each are kept, and the status answers meanwhile."""
+    root.script(
+        "yes 0123456789abcde | head -c 200000000 &\n"
+        "yes FEDCBA987654321 | head -c 200000000 >&2 &\nwait; echo the end; echo the end >&2"
+    )
+    daemon = start()
+    begin = time.monotonic()
+    genvm_id = daemon.run()
+    worst = 0.0
+    while daemon.get(f"/genvm/{genvm_id}?wait=100ms")["status"] is None:
+        asked = time.perf_counter()
+        daemon.get("/status")
+        worst = max(worst, time.perf_counter() - asked)
+    elapsed = time.monotonic() - begin
+    status = daemon.result(genvm_id)
+    for stream in ("stdout", "stderr"):
+        assert len(status[stream]) == 4 * MIB
+        assert status[stream].endswith("the end\n")
+    assert set(status["truncated"]) == {"stdout", "stderr"}
+    peak = daemon.peak_memory()
+    report(f"400 MB of output: {elapsed:.1f} s, /status at most {worst * 1e3:.0f} ms")
+    report(f"peak memory after 400 MB of output: {peak / MIB:.0f} MiB")
+    assert peak < MEMORY_LIMIT
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_two_hundred_megabytes_of_log(root: Root, start: Start, captured: bool) -> None:
+    root.script(
+        """yes '{"level":"trace","message":"spam, spam, spam"}' | head -c 200000000 >&3\n"""
+    )
+    daemon = start()
+    status = daemon.result(daemon.run(capture_output=captured), "100s")
+    assert status["exit_code"] == 0
+    if captured:
+        assert len(status["genvm_log"]) <= 10_000
+        assert status["genvm_log"][0]["message"] == "spam, spam, spam"
+        assert status["truncated"] == ["genvm_log"]
+    peak = daemon.peak_memory()
+    report(f"peak memory after 200 MB of log lines ({captured=}): {peak / MIB:.0f} MiB")
+    assert peak < MEMORY_LIMIT
+
+
+def test_a_log_line_of_five_megabytes(start: Start) -> None:
+    daemon = start()
+    status = daemon.result(daemon.run("log-big 5000000", "log info after", "exit 0"))
+    first, second = status["genvm_log"]
+    assert first["message"] == "x" * 5_000_000
+    assert second["message"] == "after"
+    assert status["truncated"] == []
+    assert daemon.peak_memory() < MEMORY_LIMIT
+
+
+def test_a_log_line_of_five_megabytes_is_forwarded(start: Start) -> None:
+    daemon = start()
+    daemon.result(daemon.run("log-big 5000000", "log info after", "exit 0", capture_output=False))
+    daemon.wait_log(lambda r: r["message"] == "after")
+    daemon.wait_log(lambda r: r["message"] == "x" * 5_000_000)
+
+
+def test_a_log_line_beyond_every_limit(start: Start) -> None:
+    """Its head arrives, marked as cut, and so do the lines after it."""
+    daemon = start()
+    status = daemon.result(daemon.run("log-big 30000000", "log info after", "exit 0"))
+    first, second = status["genvm_log"]
+    assert (first["level"], first["message"]) == ("info", "genvm log")
+    assert first["line"].endswith("x" * 1_000_000)
+    assert second["message"] == "after"
+    assert status["truncated"] == ["genvm_log"]
+    assert daemon.peak_memory() < MEMORY_LIMIT
+
+
+def test_a_log_line_without_a_newline(root: Root, start: Start) -> None:
+    root.script("""printf '{"level":"warn","message":"last words"}' >&3""")
+    daemon = start()
+    status = daemon.result(daemon.run())
+    assert status["genvm_log"] == [{"level": "warn", "message": "last words"}]
+
+
+def test_more_log_records_than_are_kept(daemon: Daemon) -> None:
+    status = daemon.result(daemon.run("spam log 740000", "log info last", "exit 0"))
+    assert len(status["genvm_log"]) == 10_000
+    assert status["genvm_log"][-1]["message"] == "last"
+    assert status["truncated"] == ["genvm_log"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"level": "info", "n": NaN}',
+        '{"level": "info", "n": Infinity}',
+        '{"level": "info"} trailing',
+        '{"level": "info", "deep": ' + "[" * 5000 + "]" * 5000 + "}",
+        '{"level": "info", "n": ' + "1" * 5000 + "}",
+        "[1, 2]",
+        "null",
+        '"text"',
+        "{",
+        "}",
+        "\\x00\\x01",
+    ],
+    ids=lambda line: line[:30],
+)
+@pytest.mark.parametrize("captured", [True, False])
+def test_odd_log_lines(daemon: Daemon, line: str, captured: bool) -> None:
+    """Whatever it is, it arrives as a record, and the result is JSON."""
+    genvm_id = daemon.run(f"log-raw {line}", "log info after", "exit 0", capture_output=captured)
+    status = daemon.result(genvm_id)
+    assert status["exit_code"] == 0
+    if captured:
+        assert len(status["genvm_log"]) == 2
+        assert status["genvm_log"][0]["level"] == "info"
+        assert status["genvm_log"][1]["message"] == "after"
+    else:
+        daemon.wait_log(lambda r: r.get("genvm_id") == genvm_id and r["message"] == "after")
+        first = next(r for r in daemon.records if r.get("genvm_id") == genvm_id)
+        assert first["message"] != "after"
+
+
+def test_log_lines_that_are_not_utf_8(root: Root, start: Start) -> None:
+    root.script(
+        """printf '{"level":"info","message":"\\377"}\\n\\n  \\n' >&3\n"""
+        """printf '{"level":"debug","message":"\\303\\251"}\\r\\n' >&3"""
+    )
+    daemon = start("--log-level", "trace")
+    records = daemon.result(daemon.run())["genvm_log"]
+    assert [record["level"] for record in records] == ["info", "debug"]
+    assert "\ufffd" in records[0]["line"]
+    assert records[1]["message"] == "é"
+    daemon.result(daemon.run(capture_output=False))
+    assert daemon.wait_log(lambda r: r["message"] == "é")["level"] == "debug"
+
+
+def test_characters_at_the_edges_of_chunks(start: Start, root: Root) -> None:
+    """Characters split over two writes with a pause between, and over the pieces of a reply."""
+    root.script(
+        "printf '\\342\\202'; sleep 0.1; printf '\\254|'; printf '\\377|\\303'\n"
+        "printf 'x' >&2; yes '\N{PILE OF POO}' | head -c 400000 | tr -d '\\n' >&2"
+    )
+    daemon = start()
+    status = daemon.result(daemon.run())
+    assert status["stdout"] == "€|\ufffd|\ufffd"
+    assert status["stderr"].strip("\ufffd") == "x" + "\N{PILE OF POO}" * (400000 // 5)
+
+
+@pytest.mark.parametrize("character", ["é", "€", "\N{PILE OF POO}"])
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+def test_a_character_where_the_tail_is_cut(
+    root: Root, start: Start, character: str, offset: int
+) -> None:
+    """Nothing but whole characters is left of a stream that was cut in the middle of one."""
+    size = len(character.encode())
+    root.script(f"yes '{character}' | head -c {4 * MIB * 2} | tr -d '\\n'; printf '%{offset + 1}s'")
+    daemon = start()
+    text = daemon.result(daemon.run())["stdout"]
+    assert text.endswith(" " * (offset + 1))
+    assert set(text.rstrip(" ")) == {character}
+    assert 4 * MIB - size < len(text.encode()) <= 4 * MIB
+
+
+def test_binary_output(daemon: Daemon) -> None:
+    data = bytes(range(256))
+    status = daemon.result(daemon.run(f"print-hex {data.hex()}", "exit 0"))
+    assert status["stdout"] == data.decode("utf-8", "replace")
+
+
+def test_one_that_dies_before_it_connects(daemon: Daemon) -> None:
+    for step, code, number in (("exit 9", 9, None), ("die KILL", None, 9), ("die SEGV", None, 11)):
+        status = daemon.result(daemon.run("print last words", step))
+        assert (status["exit_code"], status["signal"]) == (code, number)
+        assert (status["cause"], status["stdout"]) == ("exited", "last words\n")
+
+
+def test_one_that_ends_at_once(root: Root, start: Start) -> None:
+    root.script("exit 0")
+    daemon = start("--permits", "4")
+    for _ in range(100):
+        status = daemon.result(daemon.run(is_sync=False))
+        assert (status["exit_code"], status["cause"]) == (0, "exited")
+    assert daemon.idle()
+
+
+def test_one_that_is_stopped(daemon: Daemon, shared_root: Root) -> None:
+    """A process that is stopped (SIGSTOP) can still be ended."""
+    up = shared_root.path / "up"
+    genvm_id = daemon.run(f"touch {up}", "die STOP", "exit 0")
+    eventually(up.exists)
+    reply = daemon.request("DELETE", f"/genvm/{genvm_id}?wait_timeout_ms=200")
+    assert reply.json["code"] == "shutdown_timeout"
+    assert daemon.result(genvm_id)["signal"] == 9
+    up.unlink()
+
+
+def test_one_that_closes_its_streams_and_goes_on(root: Root, start: Start) -> None:
+    root.script("exec >&- 2>&- 3>&-; sleep 0.3; exit 4")
+    daemon = start("--permits", "1")
+    genvm_id = daemon.run()
+    assert daemon.permits()["in_use"] == 1
+    assert daemon.result(genvm_id)["exit_code"] == 4
+
+
+@pytest.mark.parametrize("session", [False, True])
+@pytest.mark.parametrize("captured", [True, False])
+def test_one_that_leaves_a_grandchild(daemon: Daemon, session: bool, captured: bool) -> None:
+    """It holds the pipes; the result is there within a second, and it is killed."""
+    step = "grandchild-session 300" if session else "grandchild 300"
+    genvm_id = daemon.run(step, "print parent", "exit 0", capture_output=captured)
+    begin = time.monotonic()
+    status = daemon.result(genvm_id)
+    elapsed = time.monotonic() - begin
+    report(f"grandchild ({step}, {captured=}): result after {elapsed:.3f} s")
+    assert elapsed < 1.5
+    assert (status["exit_code"], status["cause"]) == (0, "exited")
+    if captured:
+        assert status["stdout"] == "parent\n"
+        (record,) = status["genvm_log"]
+        eventually(lambda: not alive(record["pid"]), 1.0, "the grandchild is killed")
+    eventually(lambda: not daemon.descendants(), 1.0, "nothing is left")
+
+
+def test_a_grandchild_does_not_hold_the_permits(root: Root, start: Start) -> None:
+    """The permits are free at the exit, before the result is complete."""
+    root.script('[ "$sync" ] || exit 0; (trap "" TERM; exec sleep 300) & exit 0')
+    daemon = start("--permits", "1")
+    genvm_id = daemon.run(is_sync=True)
+    eventually(lambda: daemon.permits()["available"] == 1)
+    daemon.result(daemon.run(is_sync=False))
+    assert daemon.result(genvm_id)["exit_code"] == 0
+    eventually(lambda: not daemon.descendants(), 1.0, "nothing is left")
+
+
+def test_grandchildren_of_a_killed_executor(daemon: Daemon, shared_root: Root) -> None:
+    up = shared_root.path / "up"
+    steps = [
+        "grandchild 300",
+        "grandchild-session 300",
+        "ignore-sigterm",
+        f"touch {up}",
+        "sleep 60",
+    ]
+    genvm_id = daemon.run(*steps)
+    eventually(up.exists)
+    assert len(daemon.descendants()) == 3
+    daemon.request("DELETE", f"/genvm/{genvm_id}?wait_timeout_ms=0")
+    eventually(lambda: not daemon.descendants(), 1.0, "nothing is left")
+    up.unlink()
+
+
+def test_grandchildren_do_not_harm_other_runs(daemon: Daemon, shared_root: Root) -> None:
+    """Cleaning up after one run leaves what another one started alone."""
+    go = shared_root.path / "go"
+    keeper = daemon.run("grandchild 60", f"wait-file {go}", "exit 0")
+    eventually(lambda: len(daemon.descendants()) == 2)
+    daemon.result(daemon.run("grandchild-session 60", "exit 0"))
+    eventually(lambda: len(daemon.descendants()) == 2)
+    assert daemon.get(f"/genvm/{keeper}")["status"] is None
+    go.touch()
+    assert daemon.result(keeper)["exit_code"] == 0
+    eventually(lambda: not daemon.descendants(), 1.0, "nothing is left")
+    go.unlink()
+
+
+def test_results_are_valid_json_whatever_was_written(daemon: Daemon) -> None:
+    genvm_id = daemon.run("print-hex " + '"\\\b\x7f\x1f\u2028</script>'.encode().hex(), "exit 0")
+    raw = daemon.request("GET", f"/genvm/{genvm_id}?wait=60s").raw
+    assert json.loads(raw)["status"]["stdout"] == '"\\\b\x7f\x1f\u2028</script>'
+
+
+def test_no_descriptor_is_lost(root: Root, start: Start) -> None:
+    """After many runs of every kind the manager holds as many descriptors as before."""
+    root.script('[ "$sync" ] && exit 0; sleep 300 & exit 0')
+    daemon = start("--permits", "16")
+    fds = root.path.parent / "/proc" / str(daemon.pid) / "fd"
+    daemon.result(daemon.run())
+    before = len(list(fds.iterdir()))
+    ids = [daemon.run(is_sync=n % 4 != 0, capture_output=n % 3 != 0) for n in range(60)]
+    for genvm_id in ids:
+        daemon.result(genvm_id)
+    eventually(lambda: len(list(fds.iterdir())) <= before, 5, "descriptors are closed")
+    eventually(lambda: not daemon.descendants(), 2, "nothing is left")

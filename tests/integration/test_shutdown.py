@@ -1,0 +1,285 @@
+"""The end of the manager, by request or by force: nothing of it is left."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import Start
+from .support import Daemon, Root, alive, eventually, kill, processes_with, report, run_body
+
+RUNS = 20
+
+
+def start_runs(daemon: Daemon, root: Root, count: int = RUNS, stubborn: int = 0) -> list[int]:
+    """Start executions and return once each of them is past its first steps."""
+    ids = []
+    for number in range(count):
+        steps = ["ignore-sigterm"] if number < stubborn else []
+        ids.append(daemon.run(*steps, f"touch {root.path}/up-{number}", "sleep 60"))
+    ups = [root.path / f"up-{number}" for number in range(count)]
+    eventually(lambda: all(up.exists() for up in ups), what="all executors run")
+    return ids
+
+
+def assert_nothing_left(daemon: Daemon, seconds: float, what: str) -> None:
+    """Wait until no process of the daemon is left, and print how long it took."""
+    begin = time.monotonic()
+    eventually(lambda: not processes_with(daemon.marker), seconds, "nothing is left")
+    report(f"{what}: nothing left after {time.monotonic() - begin:.3f} s")
+
+
+def test_killed_with_twenty_executors(root: Root, start: Start) -> None:
+    daemon = start("--permits", "50")
+    guardian = daemon.guardian()
+    start_runs(daemon, root, stubborn=5)
+    daemon.process.kill()
+    assert_nothing_left(daemon, 1.0, "kill -9 with 20 executors")
+    eventually(lambda: not alive(guardian), 1.0, "the guardian ends too")
+
+
+def test_killed_with_twenty_executors_and_their_grandchildren(root: Root, start: Start) -> None:
+    daemon = start("--permits", "50")
+    for number in range(RUNS):
+        step = "grandchild-session 300" if number % 2 else "grandchild 300"
+        daemon.run(step, "ignore-sigterm", "sleep 60", capture_output=number % 3 != 0)
+    eventually(lambda: len(daemon.descendants()) == 2 * RUNS)
+    daemon.process.kill()
+    assert_nothing_left(daemon, 1.0, "kill -9 with 20 executors and 20 grandchildren")
+
+
+def test_killed_while_it_starts_executors(root: Root, start: Start) -> None:
+    """Executors that are being spawned at that very moment are found as well."""
+    root.script("sleep 300")
+    for attempt in range(3):
+        daemon = start("--permits", "200")
+        for _ in range(60):
+            daemon.send("POST", "/genvm/run", run_body()).close()
+        eventually(lambda d=daemon: len(d.descendants()) > 5 + 10 * attempt)  # type: ignore[misc]
+        daemon.process.kill()
+        assert_nothing_left(daemon, 1.0, "kill -9 while it starts executors")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: str(n.name))
+def test_asked_to_end_with_twenty_executors(root: Root, start: Start, number: int) -> None:
+    """Exit status 0 in under a second, although 5 of the 20 ignore SIGTERM."""
+    daemon = start("--permits", "50")
+    guardian = daemon.guardian()
+    ids = start_runs(daemon, root, stubborn=5)
+    begin = time.monotonic()
+    daemon.signal(number)
+    assert daemon.process.wait(10) == 0
+    elapsed = time.monotonic() - begin
+    assert processes_with(daemon.marker) == []
+    daemon.wait()
+    report(f"signal {number} with 20 executors, 5 of them stubborn: exit after {elapsed:.3f} s")
+    assert elapsed < 3, "the goal is one second"
+    eventually(lambda: not alive(guardian), 1.0, "the guardian ends too")
+    ends = [r for r in daemon.records if r["message"] == "execution finished"]
+    assert sorted(r["genvm_id"] for r in ends) == ids, "each ends exactly once"
+    assert {r["cause"] for r in ends} == {"shutdown"}
+    assert sum(r["signal"] == 9 for r in ends) == 5
+    assert daemon.records[-1]["message"] == "stopped"
+    assert daemon.errors == ""
+
+
+def test_asked_to_end_while_idle(start: Start) -> None:
+    daemon = start()
+    begin = time.monotonic()
+    daemon.signal(signal.SIGTERM)
+    assert daemon.process.wait(10) == 0
+    report(f"SIGTERM while idle: exit after {time.monotonic() - begin:.3f} s")
+
+
+def test_the_group_is_signalled(root: Root, start: Start) -> None:
+    """Ctrl-C in a terminal reaches every process of the group: the order of things is the same."""
+    daemon = start("--permits", "50")
+    start_runs(daemon, root, 5, stubborn=2)
+    for pid in daemon.descendants():
+        kill(pid, signal.SIGINT)
+    kill(daemon.guardian(), signal.SIGINT)
+    daemon.signal(signal.SIGINT)
+    assert daemon.process.wait(10) == 0
+    assert processes_with(daemon.marker) == []
+
+
+def test_a_second_signal_kills_at_once(root: Root, start: Start) -> None:
+    daemon = start("--permits", "50", "--shutdown-grace", "60s")
+    start_runs(daemon, root, 5, stubborn=3)
+    daemon.signal(signal.SIGTERM)
+    daemon.wait_log(lambda r: r["message"] == "shutting down")
+    eventually(lambda: len(daemon.descendants()) == 3, what="the others end by themselves")
+    begin = time.monotonic()
+    daemon.signal(signal.SIGINT)
+    assert daemon.process.wait(10) == 0
+    report(f"second signal: exit after {time.monotonic() - begin:.3f} s")
+    assert processes_with(daemon.marker) == []
+
+
+def test_two_signals_in_one_moment(root: Root, start: Start) -> None:
+    daemon = start("--permits", "50", "--shutdown-grace", "60s")
+    start_runs(daemon, root, 5, stubborn=3)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        daemon.signal(number)
+    assert daemon.process.wait(10) == 0
+    daemon.wait()
+    assert processes_with(daemon.marker) == []
+    assert daemon.errors == ""
+    assert not [r for r in daemon.records if r["level"] in ("error", "critical")]
+
+
+def test_grace_is_configurable(root: Root, start: Start) -> None:
+    """An executor that needs its time to end has it."""
+    root.script(f"trap 'sleep 1.2; touch {root.path}/ended; exit 0' TERM; sleep 60 & wait")
+    daemon = start("--shutdown-grace", "10s")
+    daemon.run()
+    eventually(lambda: len(daemon.descendants()) == 2)
+    daemon.signal(signal.SIGTERM)
+    assert daemon.process.wait(10) == 0
+    assert (root.path / "ended").exists()
+    assert processes_with(daemon.marker) == []
+
+
+def test_who_waits_gets_an_answer(root: Root, start: Start) -> None:
+    """Long polls get the result, stops their answer, waiting runs 503; then it ends."""
+    daemon = start("--permits", "3")
+    ids = start_runs(daemon, root, 3, stubborn=1)
+    polls = [daemon.send("GET", f"/genvm/{genvm_id}?wait=60s") for genvm_id in ids]
+    stop = daemon.send("DELETE", f"/genvm/{ids[0]}?wait_timeout_ms=30000")
+    eventually(lambda: daemon.get("/status")["executions"][str(ids[0])]["state"] == "stopping")
+    queued = [daemon.send("POST", "/genvm/run", run_body("exit 0")) for _ in range(10)]
+    daemon.waiting(10)
+    queued_poll = daemon.send("GET", "/genvm/13?wait=60s")
+    daemon.get("/status")
+    daemon.signal(signal.SIGTERM)
+    for reply in (one.reply() for one in queued):
+        assert (reply.status, reply.json["code"]) == (503, "draining")
+        assert "retry-after" in reply.headers
+    answers = [one.reply().json["status"] for one in polls]
+    assert [answer["cause"] for answer in answers] == ["cancelled", "shutdown", "shutdown"]
+    assert answers[0]["signal"] == 9
+    status = queued_poll.reply().json["status"]
+    assert (status["cause"], status["started_at"]) == ("shutdown", None)
+    assert stop.reply().json["code"] == "shutdown_timeout"
+    assert daemon.wait() == 0
+
+
+def test_no_new_runs_while_it_ends(root: Root, start: Start) -> None:
+    """New connections are refused, new runs on an open connection get 503."""
+    daemon = start("--permits", "5", "--shutdown-grace", "30s")
+    (genvm_id,) = start_runs(daemon, root, 1, stubborn=1)
+    with daemon.connect() as peer:
+        request = b"GET /permits HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        peer.sendall(request)
+        assert peer.recv(65536).startswith(b"HTTP/1.1 200")
+        daemon.signal(signal.SIGTERM)
+        daemon.wait_log(lambda r: r["message"] == "shutting down")
+        eventually(lambda: refuses_connections(daemon))
+        body = b"".join((b'{"x": 1}',))
+        peer.sendall(b"POST /drain HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8\r\n\r\n" + body)
+        assert peer.recv(65536).startswith(b"HTTP/1.1 200")
+        peer.sendall(request)
+        assert peer.recv(65536).startswith(b"HTTP/1.1 200")
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    assert genvm_id == 1
+
+
+def refuses_connections(daemon: Daemon) -> bool:
+    """Tell whether nobody listens any more."""
+    try:
+        daemon.connect().close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_it_ends_although_clients_stay_connected(start: Start) -> None:
+    """Idle connections, half requests and clients that do not read hold up nothing."""
+    daemon = start()
+    genvm_id = daemon.run("spam stdout 4000000", "exit 0")
+    daemon.result(genvm_id)
+    peers = [daemon.connect() for _ in range(30)]
+    for number, peer in enumerate(peers):
+        if number % 3 == 0:
+            peer.sendall(b"GET /genvm/%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % genvm_id)
+        elif number % 3 == 1:
+            peer.sendall(
+                b"POST /genvm/run HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
+            )
+    daemon.get("/status")
+    begin = time.monotonic()
+    daemon.signal(signal.SIGTERM)
+    assert daemon.process.wait(10) == 0
+    report(f"SIGTERM with 30 connections: exit after {time.monotonic() - begin:.3f} s")
+    for peer in peers:
+        peer.close()
+
+
+def test_a_large_result_is_sent_whole_before_it_ends(root: Root, start: Start) -> None:
+    daemon = start()
+    (genvm_id,) = [daemon.run("spam stdout 4000000", f"touch {root.path}/up", "sleep 60")]
+    eventually((root.path / "up").exists)
+    poll = daemon.send("GET", f"/genvm/{genvm_id}?wait=60s")
+    daemon.get("/status")
+    daemon.signal(signal.SIGTERM)
+    status = poll.reply().json["status"]
+    assert (status["cause"], len(status["stdout"])) == ("shutdown", 4_000_000)
+    assert daemon.wait() == 0
+
+
+def test_the_guardian_is_started_again(root: Root, start: Start) -> None:
+    """Killed once, it comes back, and protects as before."""
+    daemon = start("--permits", "50")
+    first = daemon.guardian()
+    kill(first)
+    second = eventually(lambda: daemon.guardian() != first and daemon.guardian(), 10)
+    start_runs(daemon, root, 5, stubborn=5)
+    daemon.process.kill()
+    assert_nothing_left(daemon, 1.0, "kill -9 with a second guardian")
+    eventually(lambda: not alive(second), 1.0, "the guardian ends too")
+
+
+def test_the_guardian_leaves_others_alone(root: Root, start: Start) -> None:
+    """Two managers of the same root: the death of one is nothing to the other."""
+    one, other = start(), start()
+    start_runs(one, root, 3)
+    staying = other.run("sleep 60")
+    bystander = subprocess.Popen(["sleep", "60"])
+    try:
+        one.process.kill()
+        assert_nothing_left(one, 1.0, "kill -9 of one of two managers")
+        assert other.get(f"/genvm/{staying}") == {"genvm_id": staying, "status": None}
+        assert len(other.descendants()) == 1
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_executors_of_a_twistd_that_is_killed(root: Root) -> None:
+    daemon = Daemon.twistd(root)
+    try:
+        daemon.wait_until_listening()
+        start_runs(daemon, root, 5, stubborn=2)
+        daemon.process.kill()
+        assert_nothing_left(daemon, 1.0, "kill -9 of twistd with 5 executors")
+    finally:
+        daemon.close()
+
+
+def test_a_full_disk_or_closed_log_does_not_matter(
+    root: Root, start: Start, tmp_path: Path
+) -> None:
+    """Whoever read the log is gone: the manager goes on."""
+    daemon = start("--log-level", "trace", read_log=False)
+    assert daemon.process.stdout is not None
+    daemon.process.stdout.close()
+    for _ in range(3):
+        assert daemon.result(daemon.run("spam log 100000", "exit 0", capture_output=False))
+    daemon.signal(signal.SIGTERM)
+    assert daemon.process.wait(10) == 0

@@ -1,0 +1,1141 @@
+"""Sections 9 and 9b: what an execution is, and how it goes from its request to its end."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.task import Clock
+
+import genvm_manager
+from genvm_manager import (
+    ARGUMENT_MAX_BYTES,
+    KILL_SECONDS,
+    LISTED_FINISHED,
+    LOG_LINE_MAX_BYTES,
+    LOG_MAX_BYTES,
+    LOG_MAX_RECORDS,
+    MIB,
+    Capture,
+    Cause,
+    Config,
+    Draining,
+    Execution,
+    ExecutionCancelled,
+    ExecutionNotFound,
+    Executions,
+    InvalidRequest,
+    JsonText,
+    LogRecords,
+    ManifestStore,
+    NonNegativeInt,
+    PermitGate,
+    PositiveMinutes,
+    QueueFull,
+    RunRequest,
+    ShutdownTimeout,
+    SpawnFailed,
+    State,
+    Timestamp,
+    VersionNotAvailable,
+    parse_manifest,
+)
+
+from .support import FakeProcess, FakeSpawner, observing, outcome
+
+STDOUT, STDERR, LOG = 1, 2, 3
+EPOCH = 1_750_000_000.0
+MOMENT = Timestamp(2025, 6, 1, tzinfo=UTC)
+MINUTE = 60.0
+
+
+def make_request(**changes: Any) -> RunRequest:
+    """Return a request; a synchronous one that captures its output unless told otherwise."""
+    fields: dict[str, Any] = {
+        "major": NonNegativeInt(0),
+        "message": JsonText('{"v": 1.10}'),
+        "is_sync": True,
+        "capture_output": True,
+        "host_data": '{"h": 1}',
+        "timestamp": MOMENT,
+        "host": "unix:///tmp/host",
+    }
+    return RunRequest(**{**fields, **changes})
+
+
+class World:
+    """Executions whose time and processes are in the hands of the test."""
+
+    def __init__(self, permits: int = 4, **settings: Any) -> None:
+        self.clock = Clock()
+        self.config = Config(root=Path("/genvm"), permits=permits, **settings)
+        self.gate = PermitGate(permits, self.clock)
+        self.manifest = ManifestStore(self.config)
+        self.manifest.manifest = parse_manifest(
+            "executor_versions: {v0.2.3: {available_after: 2025-01-01T00:00:00Z}}", "m.yaml"
+        )
+        self.spawner = FakeSpawner(self.clock)
+        self.executions = Executions(
+            self.config,
+            self.clock,
+            self.gate,
+            self.manifest,
+            self.spawner,  # type: ignore[arg-type]
+            now=lambda: EPOCH + self.clock.seconds(),
+        )
+
+    def ask(self, key: str | None = None, **changes: Any) -> Deferred[Execution]:
+        """Ask for a run as a client does; cancelling the Deferred is its disconnect."""
+        return ensureDeferred(self.executions.run(make_request(**changes), key))
+
+    def start(self, **changes: Any) -> tuple[Execution, FakeProcess]:
+        """Start a run that must not have to wait."""
+        (execution,) = outcome(self.ask(**changes))
+        assert isinstance(execution, Execution), execution
+        return execution, self.spawner.processes[-1]
+
+    def stop(self, genvm_id: int, grace: float = 30.0) -> list[Any]:
+        """Ask for the end of a run."""
+        return outcome(ensureDeferred(self.executions.stop(genvm_id, grace)))
+
+    def result(self, genvm_id: int) -> Any:
+        """Return the result of a run as a client reads it."""
+        return json.loads(b"".join(self.executions.get(genvm_id).result_pieces()))
+
+    def waiting(self) -> list[int]:
+        """Return the ids of the runs that wait."""
+        return [e.id for e in self.executions.active() if e.state is State.WAITING]
+
+
+@pytest.fixture(autouse=True)
+def stopwatch(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Stop the clock by which starts are paced, or a busy machine would decide the order."""
+    now = [100.0]
+    fake = SimpleNamespace(**{**vars(time), "perf_counter": lambda: now[0]})
+    monkeypatch.setattr(genvm_manager, "time", fake)
+    return now
+
+
+def refused(asked: Deferred[Execution]) -> Any:
+    """Return the error of a run that could not be started."""
+    (error,) = outcome(asked)
+    assert isinstance(error, Exception)
+    return error
+
+
+# --- starting ---
+
+
+def test_a_run_starts_the_executor_of_the_version_with_the_documented_command_line() -> None:
+    world = World()
+    execution, _ = world.start(extra_args=["--debug-mode", "--x y"])
+    assert world.spawner.commands == [
+        [
+            "/genvm/executor/v0.2.3/bin/genvm",
+            *("--log-fd=3", "run", "--debug-mode", "--x y", "--sync"),
+            *("--host-data", '{"h": 1}', "--host", "unix:///tmp/host"),
+            *("--message", '{"v": 1.10}', "--cookie=1"),
+        ]
+    ]
+    assert (execution.id, execution.version, execution.state) == (1, "v0.2.3", State.RUNNING)
+    world.start(is_sync=False)
+    assert "--sync" not in world.spawner.commands[1]
+    assert world.spawner.commands[1][-1] == "--cookie=2"
+
+
+def test_output_that_is_not_wanted_goes_nowhere() -> None:
+    world = World()
+    world.start(capture_output=True)
+    world.start(capture_output=False)
+    assert world.spawner.descriptors == [({1, 2, 3}, {0}), ({3}, {0, 1, 2})]
+
+
+@pytest.mark.parametrize(("is_sync", "permits"), [(True, 1), (False, 2)])
+def test_a_run_takes_its_permits(is_sync: bool, permits: int) -> None:
+    world = World(permits=4)
+    world.start(is_sync=is_sync)
+    assert world.gate.in_use == permits
+
+
+def test_runs_wait_in_order_for_their_permits() -> None:
+    world = World(permits=2)
+    _, process = world.start(is_sync=True)
+    heavy, light = outcome(world.ask(is_sync=False)), outcome(world.ask(is_sync=True))
+    assert (heavy, light) == ([], [])
+    assert world.waiting() == [3, 2]
+    assert world.result(2) is None
+    process.exit()
+    assert [heavy[0].id, light] == [2, []]
+    world.spawner.processes[1].exit()
+    assert light[0].id == 3
+
+
+@pytest.mark.parametrize("field", ["host_data", "host", "message", "extra_args"])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a\0b", "NUL"),
+        ("x" * (ARGUMENT_MAX_BYTES + 1), f"at most {ARGUMENT_MAX_BYTES} bytes"),
+        ("é" * (ARGUMENT_MAX_BYTES // 2 + 1), f"at most {ARGUMENT_MAX_BYTES} bytes"),
+        ("\ud800", "surrogate"),
+    ],
+    ids=["nul", "long", "long in bytes", "surrogate"],
+)
+def test_text_that_cannot_be_an_argument_is_refused_by_its_path(
+    field: str, text: str, reason: str
+) -> None:
+    world = World()
+    value: Any = ["fine", text] if field == "extra_args" else JsonText(text)
+    error = refused(world.ask(None, **{field: value}))
+    assert isinstance(error, InvalidRequest)
+    assert error.message.startswith("extra_args[1]: " if field == "extra_args" else f"{field}: ")
+    assert reason in error.message
+    assert len(error.message) < 500
+    assert world.spawner.commands == []
+    assert list(world.executions.listed()) == []
+    assert world.gate.in_use == 0
+
+
+def test_the_longest_argument_that_the_kernel_takes_is_passed() -> None:
+    world = World()
+    world.start(host_data="x" * ARGUMENT_MAX_BYTES)
+
+
+def test_a_version_that_does_not_exist_is_refused() -> None:
+    world = World()
+    error = refused(world.ask(major=NonNegativeInt(7)))
+    assert isinstance(error, VersionNotAvailable)
+    assert world.gate.in_use == 0
+    assert world.start()[0].id == 1
+
+
+def test_a_version_is_chosen_when_the_run_is_asked_for() -> None:
+    world = World(permits=0)
+    asked = outcome(world.ask())
+    world.manifest.manifest = parse_manifest("executor_versions: {}", "m.yaml")
+    world.gate.resize(1)
+    assert asked[0].version == "v0.2.3"
+
+
+def test_a_spawn_that_fails_gives_the_permits_back_and_names_version_and_reason() -> None:
+    world = World(permits=2)
+    world.spawner.problem = "not found"
+    for _ in range(3):
+        error = refused(world.ask(is_sync=False))
+        assert isinstance(error, SpawnFailed)
+        assert error.message == "executor v0.2.3 cannot be started: not found"
+    assert (world.gate.in_use, list(world.executions.listed())) == (0, [])
+    assert world.clock.getDelayedCalls() == []
+    world.spawner.problem = None
+    execution, _ = world.start(is_sync=False)
+    assert execution.id == 4, "ids are never used twice"
+
+
+def test_many_waiting_runs_that_cannot_be_spawned_fail_without_recursion() -> None:
+    world = World(permits=0)
+    asked = [outcome(world.ask()) for _ in range(500)]
+    world.spawner.problem = "not found"
+    world.gate.resize(1)
+    while world.clock.getDelayedCalls():
+        world.clock.advance(0)
+    assert [type(result[0]) for result in asked] == [SpawnFailed] * 500
+    assert (world.gate.in_use, world.gate.queue_length) == (0, 0)
+
+
+@pytest.mark.parametrize("how", ["spawn fails", "client disconnects"])
+def test_who_waits_for_the_result_of_a_run_that_never_started_hears_of_it(how: str) -> None:
+    world = World(permits=0)
+    asked = world.ask()
+    asked.addErrback(lambda _: None)
+    waiting = outcome(ensureDeferred(world.executions.wait(world.executions.get(1), 100)))
+    if how == "spawn fails":
+        world.spawner.problem = "not found"
+        world.gate.resize(1)
+    else:
+        asked.cancel()
+    with pytest.raises(ExecutionNotFound):
+        world.executions.get(1)
+    assert len(waiting) == 1, "nothing can come any more"
+
+
+# --- every interleaving ends once ---
+
+EVENTS = ("exited", "closed", "cancel", "deadline", "shutdown", "disconnect")
+
+
+class Story:
+    """One run, and the events that happen to it."""
+
+    def __init__(self, permits: int, request: RunRequest) -> None:
+        # The result outlives the deadline, which is an event of the story.
+        self.world = World(permits=permits, execution_retention=86_400.0)
+        self.finishes = 0
+        self.client = ensureDeferred(self.world.executions.run(request))
+        self.heard = outcome(self.client)
+        self.stops: list[list[Any]] = []
+        self.closed: list[Any] | None = None
+
+    @property
+    def process(self) -> FakeProcess | None:
+        return self.world.spawner.processes[0] if self.world.spawner.processes else None
+
+    def happen(self, event: str) -> None:
+        process = self.process
+        if event == "admit":
+            self.world.gate.resize(2)
+        elif event == "exited":
+            if process is not None and process.alive:
+                process.exit(0)
+        elif event == "closed":
+            if process is not None and not process.ended:
+                process.close()
+        elif event == "cancel":
+            self.stops.append(self.world.stop(1))
+        elif event == "deadline":
+            self.world.clock.advance(20 * MINUTE)
+        elif event == "shutdown":
+            self.closed = outcome(self.world.executions.close(0.7))
+        elif event == "disconnect":
+            self.client.cancel()
+        else:
+            raise AssertionError(event)
+
+    def observe(self, event: dict[str, Any]) -> None:
+        if event.get("log_format") == "execution finished":
+            self.finishes += 1
+        assert "log_failure" not in event, event["log_failure"].getTraceback()
+
+    def tell(self, events: tuple[str, ...]) -> None:
+        """Let everything happen, and then what must happen in the end."""
+        with observing(self.observe):
+            for event in (*events, "shutdown", "exited", "closed"):
+                self.happen(event)
+
+    def check_nothing_is_left(self) -> None:
+        world = self.world
+        assert (world.gate.in_use, world.gate.queue_length) == (0, 0)
+        assert self.closed == [None]
+        assert len(self.heard) == 1
+        world.executions.dispose()
+        assert world.clock.getDelayedCalls() == []
+        for stop in self.stops:
+            assert len(stop) == 1
+            assert stop[0] is None or isinstance(stop[0], (ShutdownTimeout, ExecutionNotFound))
+
+
+CAUSES = {
+    "exited": Cause.EXITED,
+    "cancel": Cause.CANCELLED,
+    "deadline": Cause.DEADLINE,
+    "shutdown": Cause.SHUTDOWN,
+}
+
+
+def first_of(events: tuple[str, ...], names: Any) -> str:
+    return next((event for event in events if event in names), "shutdown")
+
+
+def test_a_running_run_ends_in_the_cause_that_came_first_whatever_follows() -> None:
+    for events in itertools.permutations(EVENTS):
+        if events.index("closed") < events.index("exited"):
+            continue
+        for capture_output in (True, False):
+            story = Story(2, make_request(capture_output=capture_output))
+            story.tell(events)
+            story.check_nothing_is_left()
+            assert story.finishes == 1, events
+            execution = story.world.executions.get(1)
+            cause = CAUSES[first_of(events, CAUSES)]
+            assert (execution.state, execution.cause) == (State.FINISHED, cause), events
+            result = story.world.result(1)
+            assert result["cause"] == cause.value
+            by_itself = cause is Cause.EXITED
+            assert (result["exit_code"] == 0) == (result["signal"] is None) == by_itself, events
+
+
+def test_a_waiting_run_ends_in_the_cause_that_came_first_whatever_follows() -> None:
+    for events in itertools.permutations(("admit", *EVENTS)):
+        if events.index("closed") < events.index("exited"):
+            continue
+        story = Story(0, make_request(is_sync=False))
+        story.tell(events)
+        story.check_nothing_is_left()
+        first = first_of(events, ("admit", "cancel", "shutdown", "disconnect"))
+        if first == "disconnect":
+            assert isinstance(story.heard[0], CancelledError), events
+            assert (story.process, story.finishes) == (None, 0), events
+            with pytest.raises(ExecutionNotFound):
+                story.world.executions.get(1)
+            continue
+        assert story.finishes == 1, events
+        execution = story.world.executions.get(1)
+        assert execution.state is State.FINISHED
+        if first == "admit":
+            assert isinstance(story.heard[0], Execution)
+            assert execution.started_at is not None
+            since = tuple(
+                event
+                for event in events[events.index("admit") :]
+                # Whatever says that a process ended comes from one that runs.
+                if event in CAUSES
+            )
+            assert execution.cause is CAUSES[first_of(since, CAUSES)], events
+        else:
+            error = ExecutionCancelled if first == "cancel" else Draining
+            assert isinstance(story.heard[0], error), events
+            assert execution.cause is CAUSES[first], events
+            assert story.process is None, events
+            assert story.world.result(1)["started_at"] is None
+
+
+@pytest.mark.parametrize("grace", [0, 0.2, 5])
+def test_all_that_can_come_at_one_moment_comes_to_one_end(grace: float) -> None:
+    # The end of the grace, of the deadline and of the shutdown fall together.
+    for order in itertools.permutations(("cancel", "shutdown", "exited")):
+        world = World()
+        execution, process = world.start(max_execution_minutes=PositiveMinutes(grace / 60 or 0.001))
+        results: list[list[Any]] = []
+        for event in order:
+            if event == "cancel":
+                results.append(world.stop(1, grace))
+            elif event == "shutdown":
+                results.append(outcome(world.executions.close(grace)))
+            else:
+                world.clock.advance(grace)
+                if process.alive:
+                    process.end()
+        world.clock.advance(100)
+        assert [len(result) for result in results] == [1, 1]
+        assert execution.state is State.FINISHED
+        world.executions.dispose()
+        assert world.clock.getDelayedCalls() == []
+
+
+# --- deadlines ---
+
+
+@pytest.mark.parametrize("minutes", [20, 0.5, 0.001, 1440])
+def test_the_deadline_kills_at_its_time_counted_from_the_spawn(minutes: float) -> None:
+    world = World(permits=0)
+    (asked) = outcome(world.ask(max_execution_minutes=PositiveMinutes(minutes)))
+    world.clock.advance(3600)
+    world.gate.resize(1)
+    execution, process = asked[0], world.spawner.processes[0]
+    world.clock.advance(minutes * 60 - 0.01)
+    assert (process.signals, execution.state) == ([], State.RUNNING)
+    world.clock.advance(0.02)
+    assert (process.signals, execution.state) == (["KILL"], State.STOPPING)
+    process.end()
+    result = world.result(1)
+    assert (result["cause"], result["signal"], result["exit_code"]) == ("deadline", 9, None)
+
+
+def test_the_times_of_a_run_are_known() -> None:
+    world = World()
+    execution, process = world.start(max_execution_minutes=PositiveMinutes(0.5))
+    entry = json.loads(execution.summary_json())
+    assert entry == {
+        "state": "running",
+        "version": "v0.2.3",
+        "is_sync": True,
+        "started_at": "2025-06-15T15:06:40.000Z",
+        "strict_deadline": "2025-06-15T15:07:10.000Z",
+        "result": None,
+    }
+    world.clock.advance(2.5)
+    process.end(1)
+    entry = json.loads(execution.summary_json())
+    assert entry["state"] == "finished"
+    assert entry["result"] == {
+        "finished_at": int((EPOCH + 2.5) * 1000),
+        "exit_code": 1,
+        "signal": None,
+        "cause": "exited",
+        "started_at": "2025-06-15T15:06:40.000Z",
+        "version": "v0.2.3",
+        "truncated": [],
+    }
+    result = world.result(1)
+    assert result == {**entry["result"], "stdout": "", "stderr": "", "genvm_log": []}
+
+
+# --- ends ---
+
+
+def test_permits_are_free_the_moment_the_process_exits() -> None:
+    world = World(permits=1)
+    _, first = world.start()
+    second = outcome(world.ask())
+    first.exit()
+    assert second[0].id == 2
+    assert world.result(1) is None, "its output may still be in the pipes"
+    first.write(STDOUT, b"last words")
+    world.clock.advance(1)
+    assert world.result(1)["stdout"] == "last words"
+
+
+def test_stopping_asks_then_kills_and_answers_when_all_is_over() -> None:
+    world = World()
+    execution, process = world.start()
+    answer = world.stop(1, 30)
+    assert process.signals == ["TERM"]
+    world.clock.advance(30)
+    assert process.signals == ["TERM", "KILL"]
+    assert answer == [], "the process is not reaped yet"
+    process.exit()
+    assert world.gate.in_use == 0
+    assert answer == [], "its result cannot be read yet"
+    process.close()
+    assert [type(error) for error in answer] == [ShutdownTimeout]
+    assert answer[0].message == "timeout during shutdown"
+    assert answer[0].genvm_id == 1
+    assert (execution.cause, world.result(1)["signal"]) == (Cause.CANCELLED, 9)
+    assert world.stop(1) == [None], "it has ended already"
+
+
+def test_a_run_that_stops_in_time_is_stopped_without_an_error() -> None:
+    world = World()
+    _, process = world.start()
+    answer = world.stop(1, 30)
+    world.clock.advance(29)
+    process.exit()
+    world.clock.advance(1)
+    assert answer == [None]
+    assert process.signals == ["TERM"]
+    result = world.result(1)
+    assert (result["cause"], result["signal"]) == ("cancelled", 15)
+
+
+def test_a_run_that_has_just_exited_by_itself_is_not_cancelled() -> None:
+    world = World()
+    _, process = world.start()
+    process.exit(4)
+    answer = world.stop(1, 0)
+    assert answer == []
+    process.close()
+    assert answer == [None]
+    result = world.result(1)
+    assert (result["cause"], result["exit_code"]) == ("exited", 4)
+
+
+def test_a_stop_without_grace_kills_at_once() -> None:
+    world = World()
+    _, process = world.start()
+    answer = world.stop(1, 0)
+    assert process.signals == ["KILL"]
+    process.end()
+    assert [type(error) for error in answer] == [ShutdownTimeout]
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_those_who_stop_one_run_at_the_same_time_agree(in_time: bool) -> None:
+    world = World()
+    _, process = world.start()
+    answers = [world.stop(1, 30), world.stop(1, 2), world.stop(1, 10)]
+    assert set(process.signals) == {"TERM"}
+    world.clock.advance(1)
+    if not in_time:
+        world.clock.advance(1.5)
+        assert "KILL" in process.signals, "the shortest patience counts"
+    process.end()
+    kinds = {type(answer[0]) for answer in answers}
+    assert kinds == ({type(None)} if in_time else {ShutdownTimeout})
+
+
+def test_a_client_that_leaves_while_it_stops_a_run_changes_nothing() -> None:
+    world = World()
+    _, process = world.start()
+    leaving = ensureDeferred(world.executions.stop(1, 30))
+    left = outcome(leaving)
+    staying = world.stop(1, 30)
+    leaving.cancel()
+    assert isinstance(left[0], CancelledError)
+    process.end()
+    assert staying == [None]
+
+
+def test_a_process_that_cannot_be_killed_does_not_hold_the_answer_for_ever() -> None:
+    world = World()
+    execution, process = world.start()
+    answer = world.stop(1, 1)
+    world.clock.advance(1)
+    assert process.signals == ["TERM", "KILL"]
+    world.clock.advance(KILL_SECONDS)
+    assert [type(error) for error in answer] == [ShutdownTimeout]
+    assert (execution.state, world.gate.in_use) == (State.STOPPING, 1)
+
+
+def test_stopping_a_waiting_run_takes_it_off_the_queue() -> None:
+    world = World(permits=1)
+    _, process = world.start()
+    second, third = outcome(world.ask()), outcome(world.ask())
+    assert world.stop(2) == [None]
+    assert isinstance(second[0], ExecutionCancelled)
+    assert second[0].genvm_id == 2
+    result = world.result(2)
+    assert (result["cause"], result["exit_code"], result["signal"]) == ("cancelled", None, None)
+    process.end()
+    assert third[0].id == 3
+    assert len(world.spawner.commands) == 2
+
+
+def test_stopping_what_does_not_exist_is_an_error() -> None:
+    world = World()
+    (error,) = world.stop(9)
+    assert isinstance(error, ExecutionNotFound)
+    assert error.genvm_id == 9
+
+
+def test_waiting_for_a_result_ends_with_the_run_or_with_the_time() -> None:
+    world = World()
+    execution, process = world.start()
+    waits = [
+        outcome(ensureDeferred(world.executions.wait(execution, seconds)))
+        for seconds in (0, 5, 10, 120)
+    ]
+    assert [len(wait) for wait in waits] == [1, 0, 0, 0]
+    world.clock.advance(5)
+    assert [len(wait) for wait in waits] == [1, 1, 0, 0]
+    process.end()
+    assert [len(wait) for wait in waits] == [1, 1, 1, 1]
+    assert len(outcome(ensureDeferred(world.executions.wait(execution, 5)))) == 1
+    world.executions.dispose()
+    assert world.clock.getDelayedCalls() == []
+
+
+def test_a_thousand_may_wait_for_one_result_and_leave() -> None:
+    world = World()
+    execution, process = world.start()
+    waits = [ensureDeferred(world.executions.wait(execution, 120)) for _ in range(1000)]
+    results = [outcome(wait) for wait in waits]
+    for wait in waits[::2]:
+        wait.cancel()
+    process.end()
+    assert [type(result[0]) for result in results] == [CancelledError, type(None)] * 500
+
+
+# --- disconnects ---
+
+
+def test_a_client_that_leaves_while_its_run_waits_leaves_nothing_behind() -> None:
+    world = World(permits=1)
+    _, process = world.start()
+    leaving = world.ask(key="k", is_sync=False)
+    left, staying = outcome(leaving), outcome(world.ask())
+    leaving.cancel()
+    assert isinstance(left[0], CancelledError)
+    assert world.waiting() == [3]
+    with pytest.raises(ExecutionNotFound):
+        world.executions.get(2)
+    process.end()
+    assert staying[0].id == 3
+    world.spawner.processes[-1].end()
+    assert world.start(key="k", host="other")[0].id == 4, "the key is free again"
+
+
+def test_a_client_that_leaves_when_its_run_has_started_changes_nothing() -> None:
+    world = World()
+    asked = world.ask()
+    asked.cancel()
+    assert world.executions.get(1).state is State.RUNNING
+
+
+# --- idempotency ---
+
+
+def test_a_retry_with_the_same_key_gets_the_same_run() -> None:
+    world = World(permits=4)
+    execution, process = world.start(key="k")
+    assert outcome(world.ask(key="k")) == [execution]
+    process.end()
+    assert outcome(world.ask(key="k")) == [execution], "for as long as it is retained"
+    assert len(world.spawner.commands) == 1
+    assert world.start(key="other")[0] is not execution
+    assert world.start()[0] is not world.start()[0]
+
+
+def test_a_key_with_another_request_is_refused() -> None:
+    world = World()
+    world.start(key="k")
+    error = refused(world.ask(key="k", host="elsewhere"))
+    assert isinstance(error, InvalidRequest)
+    assert error.genvm_id == 1
+    assert len(world.spawner.commands) == 1
+
+
+def test_all_who_ask_with_one_key_while_it_waits_get_the_same_run() -> None:
+    world = World(permits=0)
+    asked = [world.ask(key="k") for _ in range(3)]
+    results = [outcome(one) for one in asked]
+    asked[0].cancel()
+    assert isinstance(results[0][0], CancelledError)
+    assert world.waiting() == [1], "somebody still wants it"
+    world.gate.resize(2)
+    assert [result[0].id for result in results[1:]] == [1, 1]
+    assert len(world.spawner.commands) == 1
+
+
+def test_when_all_who_asked_with_one_key_leave_the_run_is_removed() -> None:
+    world = World(permits=0)
+    asked = [world.ask(key="k") for _ in range(3)]
+    results = [outcome(one) for one in asked]
+    for one in asked:
+        one.cancel()
+    assert [type(result[0]) for result in results] == [CancelledError] * 3
+    assert (world.gate.queue_length, list(world.executions.listed())) == (0, [])
+
+
+def test_a_key_whose_run_failed_to_start_can_be_tried_again() -> None:
+    world = World()
+    world.spawner.problem = "not found"
+    assert isinstance(refused(world.ask(key="k")), SpawnFailed)
+    world.spawner.problem = None
+    assert world.start(key="k")[0].id == 2
+
+
+def test_a_known_key_is_answered_while_draining_and_when_the_queue_is_full() -> None:
+    world = World(permits=1, queue_limit=0)
+    execution, _ = world.start(key="k")
+    world.executions.draining = True
+    assert outcome(world.ask(key="k")) == [execution]
+
+
+def test_a_key_is_forgotten_with_its_run() -> None:
+    world = World(execution_retention=10.0)
+    _, process = world.start(key="k")
+    process.end()
+    world.clock.advance(10)
+    assert world.start(key="k")[0].id == 2
+
+
+# --- the queue, draining, shutdown ---
+
+
+def test_the_queue_is_bounded() -> None:
+    world = World(permits=1, queue_limit=2)
+    world.start()
+    waiting = [world.ask(), world.ask()]
+    for asked in waiting:
+        asked.addErrback(lambda failure: failure.trap(CancelledError))
+    for _ in range(3):
+        error = refused(world.ask())
+        assert isinstance(error, QueueFull)
+        assert error.retryable
+    assert (world.gate.queue_length, len(list(world.executions.listed()))) == (2, 3)
+    waiting[0].cancel()
+    assert outcome(world.ask()) == []
+    assert world.gate.queue_length == 2
+    assert isinstance(refused(world.ask()), QueueFull)
+
+
+def test_without_a_queue_runs_start_while_there_are_permits() -> None:
+    world = World(permits=2, queue_limit=0)
+    world.start()
+    world.start()
+    assert isinstance(refused(world.ask()), QueueFull)
+
+
+def test_draining_refuses_new_runs_and_finishes_old_ones() -> None:
+    world = World(permits=1)
+    _, process = world.start()
+    waiting = outcome(world.ask())
+    world.executions.draining = True
+    error = refused(world.ask())
+    assert isinstance(error, Draining)
+    assert error.retryable
+    process.end()
+    assert waiting[0].id == 2, "what was accepted is run"
+    world.executions.draining = False
+    world.gate.resize(2)
+    assert world.start()[0].id == 3
+
+
+def test_shutdown_ends_everything_in_order() -> None:
+    world = World(permits=2)
+    (_, obedient), (_, stubborn) = world.start(), world.start()
+    waiting = [outcome(world.ask()) for _ in range(3)]
+    closed = outcome(world.executions.close(0.7))
+    assert [type(result[0]) for result in waiting] == [Draining] * 3
+    assert (obedient.signals, stubborn.signals) == (["TERM"], ["TERM"])
+    assert isinstance(refused(world.ask()), Draining)
+    obedient.end()
+    assert len(world.spawner.processes) == 2, "free permits admit nobody any more"
+    world.clock.advance(0.7)
+    assert stubborn.signals == ["TERM", "KILL"]
+    assert closed == []
+    stubborn.exit()
+    assert closed == []
+    world.clock.advance(0.6)
+    assert closed == [None]
+    assert [world.result(n)["cause"] for n in range(1, 6)] == ["shutdown"] * 5
+    assert [world.result(n)["signal"] for n in (1, 2)] == [15, 9]
+    assert outcome(world.executions.close(0.7)) == [None]
+    world.executions.dispose()
+    assert world.clock.getDelayedCalls() == []
+
+
+def test_shutdown_with_nothing_to_do_is_over_at_once() -> None:
+    world = World()
+    assert outcome(world.executions.close(1)) == [None]
+    world = World()
+    world.start()[1].end()
+    assert outcome(world.executions.close(1)) == [None]
+
+
+# --- retention ---
+
+
+def test_results_can_be_read_again_until_their_retention_ends() -> None:
+    world = World(execution_retention=300.0)
+    _, process = world.start()
+    process.write(STDOUT, b"out")
+    process.end()
+    first = world.result(1)
+    world.clock.advance(200)
+    world.start()[1].end()
+    assert world.result(1) == first
+    world.clock.advance(99.9)
+    assert world.result(1) == first
+    world.clock.advance(0.2)
+    with pytest.raises(ExecutionNotFound) as caught:
+        world.executions.get(1)
+    assert caught.value.genvm_id == 1
+    assert world.result(2)["cause"] == "exited"
+    world.clock.advance(200)
+    with pytest.raises(ExecutionNotFound):
+        world.executions.get(2)
+    assert world.clock.getDelayedCalls() == []
+
+
+def test_a_run_is_kept_while_it_runs_however_long() -> None:
+    world = World(execution_retention=1.0)
+    _, process = world.start(max_execution_minutes=PositiveMinutes(1440))
+    world.start()[1].end()
+    world.clock.advance(86_000)
+    assert [e.id for e in world.executions.listed()] == [1]
+    process.end()
+    assert world.result(1)["exit_code"] == 0
+
+
+def test_the_oldest_results_are_dropped_when_their_output_is_too_large() -> None:
+    world = World(permits=9, retention_max_bytes=4 * MIB)
+    for _ in range(5):
+        _, process = world.start()
+        process.write(STDOUT, b"x" * MIB)
+        process.end()
+    assert [e.id for e in world.executions.listed()] == [5, 4, 3]
+    world.clock.advance(301)
+    assert list(world.executions.listed()) == []
+    for number in range(3):
+        _, process = world.start()
+        process.write(STDERR, b"x" * MIB)
+        process.write(LOG, json.dumps({"level": "info", "n": number}).encode() + b"\n")
+        process.end()
+    assert [e.id for e in world.executions.listed()] == [8, 7, 6], "what was dropped is forgotten"
+
+
+def test_the_newest_result_is_kept_however_large() -> None:
+    world = World(retention_max_bytes=1000)
+    _, process = world.start()
+    process.write(STDOUT, b"x" * MIB)
+    process.end()
+    assert len(world.result(1)["stdout"]) == MIB
+    world.start()[1].end()
+    assert [e.id for e in world.executions.listed()] == [2]
+
+
+def test_results_without_output_are_bounded_too() -> None:
+    world = World(retention_max_bytes=100_000)
+    for _ in range(200):
+        world.start(capture_output=False)[1].end()
+    assert 1 <= len(list(world.executions.listed())) < 100
+
+
+def test_the_list_is_newest_first_and_bounded() -> None:
+    world = World(permits=3)
+    world.start()
+    for _ in range(LISTED_FINISHED + 50):
+        world.start(capture_output=False)[1].end()
+    last = LISTED_FINISHED + 52
+    world.start()
+    ids = [e.id for e in world.executions.listed()]
+    assert ids == [last, 1, *range(last - 1, last - 1 - LISTED_FINISHED, -1)]
+
+
+# --- pacing ---
+
+
+def make_spawns_slow(world: World, stopwatch: list[float]) -> None:
+    """Let every spawn take 6 ms."""
+
+    def take(_: object) -> None:
+        stopwatch[0] += 0.006
+
+    world.spawner.on_spawn = take
+
+
+def take_turn(clock: Clock) -> None:
+    """Run what is due now, but, as a reactor does, not what that schedules."""
+    for call in [call for call in clock.calls if call.getTime() <= clock.seconds()]:
+        work = functools.partial(call.func, *call.args, **call.kw)
+        call.cancel()
+        work()
+
+
+def test_many_starts_leave_the_reactor_time_in_between(stopwatch: list[float]) -> None:
+    world = World(permits=100)
+    make_spawns_slow(world, stopwatch)
+    asked = [outcome(world.ask()) for _ in range(50)]
+    turns = 0
+    while len(world.spawner.processes) < 50:
+        before = len(world.spawner.processes)
+        take_turn(world.clock)
+        assert 1 <= len(world.spawner.processes) - before <= 2
+        turns += 1
+    assert turns >= 20
+    assert [result[0].id for result in asked] == list(range(1, 51)), "in order"
+    assert world.gate.in_use == 50
+    assert len(world.clock.getDelayedCalls()) == 50, "only the deadlines are left"
+
+
+@pytest.mark.parametrize("event", ["cancel", "disconnect", "shutdown"])
+def test_a_run_that_has_permits_but_no_process_yet_can_end(
+    event: str, stopwatch: list[float]
+) -> None:
+    world = World(permits=100)
+    make_spawns_slow(world, stopwatch)
+    clients = [world.ask() for _ in range(5)]
+    results = [outcome(client) for client in clients]
+    assert [len(result) for result in results] == [1, 1, 0, 0, 0]
+    assert world.gate.in_use == 5
+    closed: list[Any] = []
+    if event == "cancel":
+        assert world.stop(4) == [None]
+        assert isinstance(results[3][0], ExecutionCancelled)
+    elif event == "disconnect":
+        clients[3].cancel()
+        assert isinstance(results[3][0], CancelledError)
+    else:
+        closed = outcome(world.executions.close(0.7))
+        assert [type(result[0]) for result in results[2:]] == [Draining] * 3
+    assert world.gate.in_use == (2 if event == "shutdown" else 4)
+    world.clock.pump([0] * 5)
+    for process in world.spawner.processes:
+        process.end()
+    assert world.gate.in_use == 0
+    if event == "shutdown":
+        assert len(world.spawner.processes) == 2
+        assert closed == [None]
+    else:
+        assert [command[-1] for command in world.spawner.commands] == [
+            f"--cookie={n}" for n in (1, 2, 3, 5)
+        ]
+    world.executions.dispose()
+    assert world.clock.getDelayedCalls() == []
+
+
+# --- captured output ---
+
+
+def captured(capture: Capture) -> dict[str, Any]:
+    """Return what a capture adds to a result."""
+    data: dict[str, Any] = json.loads(b"{" + b"".join(capture.json_pieces()) + b"}")
+    return data
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "é".encode(),
+                "€".encode(),
+                "😀".encode(),
+                b"a",
+                b'"\\\n',
+                b"\x80",
+                b"\xf0\x9f",
+                b"\xff",
+            ]
+        )
+    ).map(b"".join),
+    st.integers(min_value=0, max_value=20),
+    st.integers(min_value=1, max_value=7),
+)
+@example("😀😀".encode(), 7, 3)
+def test_output_is_the_last_bytes_as_text(data: bytes, limit: int, step: int) -> None:
+    capture = Capture(limit)
+    for at in range(0, len(data), step):
+        capture.add(STDOUT, data[at : at + step])
+    capture.end()
+    tail = data[max(0, len(data) - limit) :]
+    if len(data) > limit:
+        # A character that was cut at its start is left out, not shown as garbage.
+        for _ in range(3):
+            if tail[:1] and tail[0] & 0xC0 == 0x80:
+                tail = tail[1:]
+    result = captured(capture)
+    assert result["stdout"] == tail.decode("utf-8", "replace")
+    assert result["stderr"] == ""
+    assert capture.truncated == (["stdout"] if len(data) > limit else [])
+
+
+@pytest.mark.parametrize("text", ["é", "€", "😀", "a€"])
+@pytest.mark.parametrize("shift", range(4))
+def test_characters_across_pieces_of_a_large_result_are_whole(text: str, shift: int) -> None:
+    data = (b"x" * shift + (text * 60_000).encode())[: 2 * MIB]
+    capture = Capture(4 * MIB)
+    capture.add(STDERR, data)
+    capture.end()
+    assert captured(capture)["stderr"] == data.decode()
+    assert capture.truncated == []
+    assert max(map(len, capture.json_pieces())) < MIB, "the reactor gets its turns"
+
+
+def test_a_character_that_is_cut_at_the_end_is_replaced() -> None:
+    capture = Capture(100)
+    capture.add(STDOUT, "ab😀".encode()[:-1])
+    capture.end()
+    assert captured(capture)["stdout"] == "ab\ufffd"
+
+
+def test_the_ends_of_four_mebibytes_are_kept() -> None:
+    world = World(capture_max_bytes=4 * MIB)
+    _, process = world.start()
+    for number in range(100):
+        process.write(STDOUT, b"%03d" % number + b"x" * 99_997)
+    process.write(STDERR, b"short")
+    process.end()
+    result = world.result(1)
+    assert len(result["stdout"]) == 4 * MIB
+    assert result["stdout"].endswith("099" + "x" * 99_997)
+    assert (result["stderr"], result["truncated"]) == ("short", ["stdout"])
+
+
+def test_without_capture_the_log_goes_to_ours_and_the_result_is_empty() -> None:
+    world = World()
+    events: list[dict[str, Any]] = []
+    with observing(events.append):
+        _, process = world.start(capture_output=False)
+        process.write(LOG, b'{"level": "warn", "message": "m", "x": 1}\nlast')
+        process.end()
+    forwarded = [event for event in events if "level_name" in event]
+    assert [(event["level_name"], event["text"]) for event in forwarded] == [
+        ("warn", "m"),
+        ("info", "genvm log"),
+    ]
+    assert [event["genvm_id"] for event in forwarded] == [1, 1]
+    result = world.result(1)
+    assert (result["stdout"], result["stderr"], result["genvm_log"]) == ("", "", [])
+    assert result["truncated"] == []
+
+
+# --- log records ---
+
+
+def records_of(data: bytes, step: int = 1 << 16) -> tuple[list[Any], list[str]]:
+    capture = Capture(1000)
+    for at in range(0, len(data), step):
+        capture.add(LOG, data[at : at + step])
+    capture.end()
+    return captured(capture)["genvm_log"], capture.truncated
+
+
+OTHER_LINES = [
+    *("plain", "[1]", "null", '"text"', '{"level": "info"', '{"level": "info", "n": NaN}'),
+    *('{"level": "info", "n": [-Infinity]}', "\ufeff{}", "{'level': 1}", "\x00"),
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "record"),
+    [
+        (b'{"level": "warn", "n": [1]}', {"level": "warn", "n": [1]}),
+        (b'{"message": "m"}', {"level": "info", "message": "m"}),
+        (b'{"level": "info"}\r', {"level": "info"}),
+        (b"{}", {"level": "info"}),
+        (b"\xff\xfe", {"level": "info", "message": "genvm log", "line": "\ufffd\ufffd"}),
+        *(
+            (line.encode(), {"level": "info", "message": "genvm log", "line": line})
+            for line in OTHER_LINES
+        ),
+    ],
+)
+@pytest.mark.parametrize("newline", [b"\n", b""])
+def test_each_line_is_a_record(line: bytes, record: object, newline: bytes) -> None:
+    assert records_of(b"\n \n" + line + newline, step=3) == ([record], [])
+
+
+def test_a_line_that_is_nested_without_end_is_a_record() -> None:
+    line = b'{"level":' + b"[" * 100_000
+    ((record,), truncated) = records_of(line + b"\n")
+    assert (record["message"], truncated) == ("genvm log", [])
+
+
+@given(st.lists(st.binary(max_size=30)))
+@example([b'{"level": 1e999}'])
+@example([b'{"level": "a", "level": "b"}'])
+@example([b'{"level": "\\ud800"}'])
+@example([b'\xef\xbb\xbf{"level": "a"}'])
+def test_any_bytes_make_a_result_that_is_json(lines: list[bytes]) -> None:
+    records, _ = records_of(b"\n".join(lines))
+    assert all(isinstance(record, dict) and "level" in record for record in records)
+
+
+def test_the_last_ten_thousand_records_are_kept() -> None:
+    count = LOG_MAX_RECORDS + 5
+    records, truncated = records_of(
+        b"".join(b'{"level": "info", "n": %d}\n' % number for number in range(count))
+    )
+    assert [record["n"] for record in records] == list(range(5, count))
+    assert truncated == ["genvm_log"]
+    records, truncated = records_of(b'{"level": "info"}\n' * LOG_MAX_RECORDS)
+    assert (len(records), truncated) == (LOG_MAX_RECORDS, [])
+
+
+def test_the_last_sixteen_mebibytes_of_records_are_kept() -> None:
+    line = b'{"level": "info", "x": "%s"}\n' % (b"x" * MIB)
+    records, truncated = records_of(line * 20)
+    assert (len(records), truncated) == (15, ["genvm_log"])
+
+
+def test_a_very_long_record_is_kept_whole() -> None:
+    line = b'{"level": "info", "x": "%s"}' % (b"x" * (LOG_LINE_MAX_BYTES - 100))
+    records, truncated = records_of(line)
+    assert (records, truncated) == ([json.loads(line)], [])
+
+
+def test_a_longer_line_keeps_its_head() -> None:
+    records, truncated = records_of(
+        b'{"level": "info", "x": "' + b"x" * LOG_LINE_MAX_BYTES + b'"}\n{"level": "warn"}'
+    )
+    assert truncated == ["genvm_log"]
+    assert [record["level"] for record in records] == ["info", "warn"]
+    assert len(records[0]["line"]) == LOG_LINE_MAX_BYTES
+
+
+@pytest.mark.parametrize("filling", [b"\xff", b"\x01", b'"', "é".encode()])
+def test_the_bound_holds_for_what_grows_when_it_becomes_json(filling: bytes) -> None:
+    records = LogRecords()
+    records.add((filling * LOG_LINE_MAX_BYTES)[:LOG_LINE_MAX_BYTES], False)
+    kept = b"".join(records.json_pieces())
+    assert isinstance(json.loads(kept)[0]["line"], str)
+    assert records.size <= LOG_MAX_BYTES
+    assert len(kept) <= LOG_MAX_BYTES + 2
+    assert records.truncated
+
+
+def test_times_of_a_result_are_milliseconds_since_the_epoch() -> None:
+    world = World()
+    world.start()[1].end()
+    finished = datetime.fromtimestamp(world.result(1)["finished_at"] / 1000, UTC)
+    assert finished == datetime(2025, 6, 15, 15, 6, 40, tzinfo=UTC)
