@@ -112,6 +112,7 @@ import treq
 import werkzeug.exceptions
 import yaml
 from attrs import define, field, frozen
+from cattrs.gen import make_dict_structure_fn
 from klein import Klein
 from OpenSSL.SSL import Error as SSLError
 from service_identity import VerificationError
@@ -344,6 +345,7 @@ TIMESTAMP = re.compile(
     re.ASCII,
 )
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?", re.ASCII)
+LONGEST_DURATION = 1e12
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 TEMPLATE = re.compile(r"\$\{(?:ENV\[([A-Za-z0-9_]*)\]|([A-Za-z0-9_]*))\}")
 
@@ -391,10 +393,15 @@ def parse_duration(value: object) -> float:
 
     Raises ``ValueError`` with a message for the user.
     """
+    seconds: object = value
     if isinstance(value, str) and (match := DURATION.fullmatch(value.strip())):
-        return float(match.group(1)) * DURATION_UNITS[match.group(2)]
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e12:
-        return float(value)
+        seconds = float(match.group(1)) * DURATION_UNITS[match.group(2)]
+    if (
+        isinstance(seconds, (int, float))
+        and not isinstance(seconds, bool)
+        and 0 <= seconds < LONGEST_DURATION
+    ):
+        return float(seconds)
     raise ValueError(f"expected seconds or a duration such as 500ms, 10s or 5m, got {shown(value)}")
 
 
@@ -402,10 +409,15 @@ def shown(value: object, limit: int = 60) -> str:
     """Return a short JSON rendering of a value for an error message."""
     if isinstance(value, str):
         value = value[: limit + 1]
+    text = ""
     try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
-        text = repr(value)
+        # Piece by piece: a large value is not rendered beyond what is shown.
+        for piece in json.JSONEncoder(ensure_ascii=False, default=str).iterencode(value):
+            text += piece[: limit + 1]
+            if len(text) > limit:
+                break
+    except (TypeError, ValueError, RecursionError):
+        text = text or f"a {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
@@ -438,6 +450,30 @@ def expand_templates(
     if isinstance(value, list):
         return [expand_templates(item, variables, environ) for item in value]
     return value
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping: one of the two would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    problem = f"the key {shown(key.value)} is there twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> object:
+    """Return the data in a YAML file; raises ``ConfigError`` with what is wrong, ``OSError``."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError("not YAML: nested too deeply") from None
 
 
 # --- schemas ---
@@ -650,8 +686,8 @@ def _structure_list(value: object, kind: Any) -> list[Any]:
     for index, item in enumerate(value):
         try:
             items.append(_converter.structure(item, item_type))
-        except ValueError as error:
-            raise ValueError(f"[{index}]: {error}") from None
+        except (cattrs.BaseValidationError, ValueError, KeyError) as error:
+            raise ValueError(next(_problems(error, f"[{index}]"))) from None
     return items
 
 
@@ -675,6 +711,20 @@ for _kind, _hook in (
 ):
     _converter.register_structure_hook(_kind, _hook)
 _converter.register_structure_hook_func(_is_list, _structure_list)
+
+
+@_converter.register_structure_hook_factory(attrs.has)
+def _class_hook(schema: Any) -> Callable[[object, object], Any]:
+    """Return what makes an instance of an attrs class of a JSON object, and of nothing else."""
+    build = make_dict_structure_fn(schema, _converter)
+
+    def structure_object(value: object, kind: object) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError(f"expected an object, got {shown(value)}")
+        return build(value, kind)
+
+    return structure_object
+
 
 Schema = TypeVar("Schema")
 
@@ -804,6 +854,11 @@ class SettingKind:
     from_text: Callable[[str], object] = str
 
 
+def _plain_integer(text: str) -> object:
+    # Not YAML's integers: there 010 is 8 and 1:30 is 90.
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else text
+
+
 def _plain_scalar(text: str) -> object:
     try:
         return yaml.safe_load(text)
@@ -813,9 +868,9 @@ def _plain_scalar(text: str) -> object:
 
 TEXT = SettingKind(_setting_text, "TEXT")
 FLAG = SettingKind(lambda value: _structure_bool(value, None), "BOOL", _plain_scalar)
-COUNT = SettingKind(_setting_count, "N", _plain_scalar)
-PERMITS = SettingKind(_setting_permits, "N", _plain_scalar)
-PORT = SettingKind(_setting_port, "PORT", _plain_scalar)
+COUNT = SettingKind(_setting_count, "N", _plain_integer)
+PERMITS = SettingKind(_setting_permits, "N", _plain_integer)
+PORT = SettingKind(_setting_port, "PORT", _plain_integer)
 PATH = SettingKind(_setting_path, "PATH")
 SECONDS = SettingKind(parse_duration, "DURATION")
 LEVEL = SettingKind(parse_log_level, "LEVEL")
@@ -958,11 +1013,11 @@ def _read_settings(
 ) -> tuple[dict[str, object], list[str], list[str]]:
     """Return (settings, notes, problems) of a YAML file."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}") from None
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -1104,6 +1159,11 @@ _EVENT_FIELDS_LEFT_OUT = frozenset(
 )
 
 
+#: Levels of a field's value that are shown as such.
+_DEEPEST_FIELD = 20
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
 class Redactor:
     """Replaces known secrets in texts that leave the process."""
 
@@ -1114,21 +1174,52 @@ class Redactor:
     MOST: ClassVar[int] = 1000
 
     def __init__(self) -> None:
-        self._secrets: dict[str, None] = {}
-        self._pattern: re.Pattern[str] | None = None
+        self._lasting: list[str] = []
+        self._passing: deque[str] = deque(maxlen=self.MOST)
 
-    def add(self, secret: str) -> None:
-        """Never let this text pass again; of more than ``MOST`` the oldest is forgotten."""
-        if len(secret) >= self.SHORTEST and secret not in self._secrets:
-            self._secrets[secret] = None
-            while len(self._secrets) > self.MOST:
-                del self._secrets[next(iter(self._secrets))]
-            longest_first = sorted(self._secrets, key=len, reverse=True)
-            self._pattern = re.compile("|".join(map(re.escape, longest_first)))
+    def add(self, secret: str, *, lasting: bool = False) -> None:
+        """Never let this text pass again; of more than ``MOST`` passing ones the oldest goes."""
+        known = self._lasting if lasting else self._passing
+        if len(secret) >= self.SHORTEST and secret not in known:
+            known.append(secret)
 
     def scrub(self, text: str) -> str:
         """Return the text with every known secret masked."""
-        return text if self._pattern is None else self._pattern.sub(self.MASK, text)
+        found = [
+            secret for known in (self._lasting, self._passing) for secret in known if secret in text
+        ]
+        # The longest first: one secret may be part of another.
+        for secret in sorted(found, key=len, reverse=True):
+            text = text.replace(secret, self.MASK)
+        return text
+
+
+def dropped_note(count: int) -> bytes:
+    """Return the log line that tells how many lines were dropped."""
+    record = {
+        "time": timestamp_of(time.time()),
+        "level": "warn",
+        "message": "log lines dropped: the log is not read as fast as it is written",
+        "dropped": count,
+    }
+    return json.dumps(record).encode() + b"\n"
+
+
+class RotatedLog(LogFile):
+    """A log file of a bounded size, with a number of old ones, which may be zero."""
+
+    def __init__(self, path: Path, max_bytes: int, backups: int) -> None:
+        self._backups = backups
+        LogFile.__init__(
+            self, path.name, str(path.parent), rotateLength=max_bytes or None, defaultMode=0o640
+        )
+
+    def rotate(self) -> None:
+        """Start a new file."""
+        LogFile.rotate(self)
+        for number in self.listLogs():
+            if number > self._backups:
+                os.remove(f"{self.path}.{number}")
 
 
 class LogWriter:
@@ -1139,8 +1230,14 @@ class LogWriter:
     (a daemon forks between the two, and threads do not survive a fork).
     """
 
-    def __init__(self, write: Callable[[bytes], object], flush_seconds: float) -> None:
+    def __init__(
+        self,
+        write: Callable[[bytes], object],
+        flush_seconds: float,
+        note: Callable[[int], bytes] | None = None,
+    ) -> None:
         self._write = write
+        self._note = note or dropped_note
         self._flush_seconds = flush_seconds
         self._lines: deque[bytes] = deque()
         self._waiting_bytes = 0
@@ -1155,33 +1252,34 @@ class LogWriter:
         self._thread.start()
 
     def put(self, line: bytes) -> None:
-        """Write a line, or drop it where too many wait."""
+        """Write a line, or drop it where too many wait; after ``stop`` every line is dropped."""
         if self._thread is None:
-            self._write_safely(line)
+            if not self._closing:
+                self._write_safely(line)
             return
         with self._wake:
             if self._waiting_bytes + len(line) > LOG_BACKLOG_BYTES:
                 self._dropped += 1
-                return
-            self._lines.append(line)
-            self._waiting_bytes += len(line)
+            else:
+                self._lines.append(line)
+                self._waiting_bytes += len(line)
             self._wake.notify()
 
     def stop(self) -> None:
-        """Write what waits, for a bounded time, and end the thread."""
-        thread, self._closing = self._thread, True
+        """Write what waits, for a bounded time, and end."""
+        thread, self._thread = self._thread, None
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
         if thread is not None:
-            with self._wake:
-                self._wake.notify()
             thread.join(self._flush_seconds)
-            self._thread = None
 
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not self._lines and not self._closing:
+                while not (self._lines or self._dropped or self._closing):
                     self._wake.wait()
-                if not self._lines:
+                if not (self._lines or self._dropped):
                     return
                 batch = b"".join(self._lines)
                 self._lines.clear()
@@ -1189,8 +1287,7 @@ class LogWriter:
                 dropped, self._dropped = self._dropped, 0
             self._write_safely(batch)
             if dropped:
-                note = {"level": "warn", "message": "log lines dropped: the log is not being read"}
-                self._write_safely(json.dumps({**note, "dropped": dropped}).encode() + b"\n")
+                self._write_safely(self._note(dropped))
 
     def _write_safely(self, data: bytes) -> None:
         # A log that nobody can read any more (closed pipe, full disk) is no reason to stop serving.
@@ -1219,13 +1316,8 @@ class LogObserver:
 
     def _file_write(self, path: Path) -> Callable[[bytes], object]:
         try:
-            # twisted's LogFile rotates by size and keeps the given number of old files.
-            target = LogFile(
-                path.name,
-                str(path.parent),
-                rotateLength=self._config.log_file_max_bytes or None,
-                maxRotatedFiles=self._config.log_file_backups or None,
-                defaultMode=0o640,
+            target = RotatedLog(
+                path, self._config.log_file_max_bytes, self._config.log_file_backups
             )
         except (OSError, AssertionError) as error:
             raise ConfigError(f"log_file: {path} cannot be opened: {error}") from None
@@ -1264,17 +1356,26 @@ class LogObserver:
             "message": scrub(formatEvent(event)),
         }
         for key, value in event.items():
-            if key.startswith("log_") or key in _EVENT_FIELDS_LEFT_OUT:
+            if key.startswith("log_") or key in _EVENT_FIELDS_LEFT_OUT or key in record:
                 continue
-            if isinstance(value, str):
-                record[key] = scrub(value)
-            elif isinstance(value, (int, float)) or value is None:
-                record[key] = value
-            elif isinstance(value, (dict, list)):
-                record[key] = json.loads(scrub(json.dumps(value, default=str)))
+            if value is None or isinstance(value, (str, int, float, dict, list)):
+                record[key] = self._plain(value)
         if "log_failure" in event:
             record["traceback"] = scrub(event["log_failure"].getTraceback())
         self._writer.put(self._line(record))
+
+    def _plain(self, value: object, depth: int = 0) -> object:
+        """Return a value as JSON can hold it, without secrets."""
+        if value is None or isinstance(value, (bool, int)):
+            return value
+        if isinstance(value, float) and math.isfinite(value):
+            return value
+        if depth < _DEEPEST_FIELD and isinstance(value, dict):
+            scrub = self.redactor.scrub
+            return {scrub(str(k)): self._plain(v, depth + 1) for k, v in value.items()}
+        if depth < _DEEPEST_FIELD and isinstance(value, (list, tuple)):
+            return [self._plain(item, depth + 1) for item in value]
+        return self.redactor.scrub(str(value))
 
     def _line(self, record: dict[str, object]) -> bytes:
         if not self._as_text:
@@ -1282,8 +1383,16 @@ class LogObserver:
         time_, level, message = record.pop("time"), record.pop("level"), record.pop("message")
         traceback = record.pop("traceback", None)
         details = "".join(f" {key}={shown(value, 200)}" for key, value in record.items())
-        line = f"{time_} {level!s:<5} {message}{details}\n"
-        return (line + (f"{traceback}\n" if traceback else "")).encode("utf-8", "backslashreplace")
+        line = _one_line(f"{time_} {level!s:<5} {message}{details}")
+        if traceback:
+            # Indented, so that no text of others passes for a line of ours.
+            line += "".join(f"\n    {_one_line(part)}" for part in str(traceback).splitlines())
+        return (line + "\n").encode("utf-8", "backslashreplace")
+
+
+def _one_line(text: str) -> str:
+    """Return text without what moves a terminal's cursor or ends a line."""
+    return _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
 def event_level(event: LogEvent) -> str:
@@ -1840,6 +1949,7 @@ MAX_STATED_BYTES: Final = 256
 """Bytes of a stated version that are looked at; a major stands at the start."""
 
 _ZIP_END: Final = b"PK\x05\x06"
+_ZIP64_END: Final = b"PK\x06\x06"
 _ZIP64_LOCATOR: Final = b"PK\x06\x07"
 _WASM_HEADER: Final = b"\0asm\x01\0\0\0"
 _WASM_VERSION_SECTION: Final = b"genvm.version"
@@ -1865,31 +1975,49 @@ def stated_version(code: bytes) -> str | None:
     A zip archive has it in its member ``version``, WebAssembly in its first custom section
     ``genvm.version``, text in a comment on its first line.
     """
-    file = io.BytesIO(code)
-    if zipfile.is_zipfile(file):
-        return _zip_version(code, file)
+    is_zip, version = _zip_version(code)
+    if is_zip:
+        return version
     if code.startswith(_WASM_HEADER):
         return _wasm_version(code)
     return _text_version(code)
 
 
-def _zip_version(code: bytes, file: io.BytesIO) -> str | None:
-    # The size of the directory stands in the last record, found as zipfile finds it.
-    plain_end = code[-22:].startswith(_ZIP_END) and code.endswith(b"\0\0")
-    end = len(code) - 22 if plain_end else code.rfind(_ZIP_END)
-    size = int.from_bytes(code[end + 12 : end + 16], "little")
-    if size > MAX_CENTRAL_DIRECTORY or code[end - 20 : end - 16] == _ZIP64_LOCATOR:
-        return None
+def _zip_version(code: bytes) -> tuple[bool, str | None]:
+    """Return whether the code is an archive that a zip library opens, and its version."""
+    size = _directory_size(code)
+    if size is None or size > len(code):
+        return False, None
+    if size > MAX_CENTRAL_DIRECTORY:
+        return True, None
     try:
-        with zipfile.ZipFile(file) as archive:
-            info = archive.getinfo("version")
-            # Other methods unpack more than they are asked for.
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                return None
-            with archive.open(info) as member:
-                return member.read(MAX_STATED_BYTES).decode("utf-8", "replace").strip()
+        archive = zipfile.ZipFile(io.BytesIO(code))
+    except Exception:  # zipfile raises many things for what is no archive
+        return False, None
+    try:
+        info = archive.getinfo("version")
+        # Other methods unpack more than they are asked for.
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            return True, None
+        with archive.open(info) as member:
+            start = member.read(MAX_STATED_BYTES)
+        # Strict, but for a character that the limit may have cut.
+        return True, codecs.getincrementaldecoder("utf-8")().decode(start).strip()
     except Exception:  # whatever is wrong with the archive, it states no version
+        return True, None
+
+
+def _directory_size(code: bytes) -> int | None:
+    """Return the size of a zip archive's directory as its last record states it."""
+    # The last record is where zipfile finds it: at the end, or before a comment.
+    plain_end = code[-22:].startswith(_ZIP_END) and code.endswith(b"\0\0")
+    end = len(code) - 22 if plain_end else code.rfind(_ZIP_END, max(0, len(code) - 65_557))
+    if end < 0:
         return None
+    size = int.from_bytes(code[end + 12 : end + 16], "little")
+    if code[end - 20 : end - 16] == _ZIP64_LOCATOR and code[end - 76 : end - 72] == _ZIP64_END:
+        size = int.from_bytes(code[end - 36 : end - 28], "little")
+    return size
 
 
 def _wasm_version(code: bytes) -> str | None:
@@ -2097,6 +2225,7 @@ class PermitGate(DeferredSemaphore):
         self._admit()
 
     def _give_back(self, weight: int) -> None:
+        assert weight <= self.in_use, "more permits are given back than are held"
         self.tokens += weight
         self._admit()
 
@@ -2713,17 +2842,13 @@ class LogRecords:
         """Take a line of the log pipe."""
         if not line.strip():
             return
-        record = parse_log_line(line)
-        text = line.strip() if record is not None and "level" in record else None
-        if text is None:
-            fallback = {"message": "genvm log", "line": line.decode("utf-8", "replace")}
-            text = json.dumps({"level": "info", **(record or fallback)}).encode()
+        text = _record_text(line)
+        cut = cut or text is None
+        text = text or _line_text(line)
         self.truncated = self.truncated or cut
         self._records.append(text)
         self.size += len(text)
         while len(self._records) > LOG_MAX_RECORDS or self.size > LOG_MAX_BYTES:
-            if len(self._records) == 1:
-                break  # one record is never lost whole
             self.size -= len(self._records.popleft())
             self.truncated = True
 
@@ -2735,6 +2860,23 @@ class LogRecords:
             yield record
             separator = b","
         yield b"]" if self._records else b"[]"
+
+
+def _record_text(line: bytes) -> bytes | None:
+    """Return the JSON text of a log line's record; None if it is too long to be kept whole."""
+    record = parse_log_line(line)
+    if record is not None and "level" in record:
+        text = line.strip()
+    else:
+        other = {"message": "genvm log", "line": line.decode("utf-8", "replace")}
+        text = json.dumps({"level": "info", **(other if record is None else record)}).encode()
+    return text if len(text) <= LOG_MAX_BYTES else None
+
+
+def _line_text(line: bytes) -> bytes:
+    """Return a record that has the start of a line, short enough whatever characters it has."""
+    start = line[: LOG_MAX_BYTES // 8].decode("utf-8", "replace")
+    return json.dumps({"level": "info", "message": "genvm log", "line": start}).encode()
 
 
 def parse_log_line(line: bytes) -> dict[str, Any] | None:
@@ -3119,7 +3261,11 @@ class Executions:
             self._release(execution)
 
     def _forget(self, execution: Execution) -> None:
+        """Drop a record; who waits for the end of one that never ran hears that it is gone."""
         del self._records[execution.id]
+        if execution.state is not State.FINISHED:
+            reason = f"execution {execution.id} was never started"
+            execution.ended.fail(ExecutionNotFound(reason, genvm_id=execution.id))
         if execution.idempotency_key is not None:
             del self._by_key[execution.idempotency_key]
 
@@ -5389,14 +5535,14 @@ class Module:
 
 def _read_module_file(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path)
     except OSError as error:
         raise ModuleFailed(
             f"no configuration: give one in the request, or write {path.name} into the folder "
             f"config of the root ({error.strerror})"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ModuleFailed(f"{path.name}: not YAML: {' '.join(str(error).split())}") from None
+    except ConfigError as error:
+        raise ModuleFailed(f"{path.name}: {error.message}") from None
     if not isinstance(data, dict):
         raise ModuleFailed(f"{path.name}: expected a mapping, got {shown(data)}")
     return data
@@ -5483,6 +5629,11 @@ class ApiChannel(HTTPChannel):
             self._fresh = False
             self.resetTimeout()
         LineReceiver.dataReceived(self, data)
+
+    def lineReceived(self, line: bytes) -> None:
+        """Take a line of a head, unless the request was refused."""
+        if not self._refused:
+            HTTPChannel.lineReceived(self, line)
 
     def rawDataReceived(self, data: bytes) -> None:
         """Take a piece of a body, unless the request was refused."""
@@ -5607,10 +5758,10 @@ class AccessPolicy:
 
     def check(self, request: Request) -> None:
         """Raise ``Unauthorized`` or ``CrossSiteRequest`` unless the request may be served."""
-        host = request.getHeader("host")
-        origin = request.getHeader("origin")
+        host = header_text(request, b"host")
+        origin = header_text(request, b"origin")
         if self.token is not None:
-            scheme, _, given = (request.getHeader("authorization") or "").partition(" ")
+            scheme, _, given = (header_text(request, b"authorization") or "").partition(" ")
             matches = hmac.compare_digest(given.strip().encode(), self.token.encode())
             if scheme.lower() != "bearer" or not matches:
                 raise Unauthorized("send the manager's token: Authorization: Bearer <token>")
@@ -5639,6 +5790,12 @@ class AccessPolicy:
         return place != "" and (
             place.lower() == (host or "").lower() or host_name(place) in self.allowed_hosts
         )
+
+
+def header_text(request: Request, name: bytes) -> str | None:
+    """Return a header, byte by byte: what is no ASCII is still comparable."""
+    value = request.getHeader(name)
+    return None if value is None else value.decode("latin-1")
 
 
 def host_name(host: str) -> str:
@@ -5826,7 +5983,9 @@ class Api:
     @_endpoint(app, "POST", "/genvm/run", RunRequest)
     async def run(self, request: Request, body: RunRequest) -> Answer:
         """Start an execution."""
-        execution = await self._executions.run(body, request.getHeader("idempotency-key"))
+        execution = await self._executions.run(
+            body, header_text(request, b"idempotency-key") or None
+        )
         return {"result": "started", "id": execution.id}
 
     @_endpoint(app, "GET", "/genvm/<int:genvm_id>")
@@ -6059,9 +6218,9 @@ class ApiResource(Resource):
             self._policy.check(request)
             if not is_utf8(request.method + b"".join(request.postpath or ())):
                 raise EndpointNotFound("no such endpoint: its path is not UTF-8")
-        except ManagerError as error:
+            return self._routes.render(request)
+        except Exception as error:
             return self._api.reply_error(request, error)
-        return self._routes.render(request)
 
 
 def is_utf8(data: bytes) -> bool:
@@ -6084,7 +6243,7 @@ def _naming(path: str) -> Iterator[None]:
 
 def deployment_timestamp(request: Request) -> datetime:
     """Return the header ``Deployment-Timestamp``; raises ``InvalidRequest``."""
-    text = request.getHeader("deployment-timestamp")
+    text = header_text(request, b"deployment-timestamp")
     if text is None:
         raise InvalidRequest("Deployment-Timestamp: required header, but missing")
     with _naming("Deployment-Timestamp"):
@@ -7180,7 +7339,7 @@ class ManagerService(Service):
         )
         token = None if config.auth_token_file is None else read_token(config.auth_token_file)
         if token is not None:
-            observer.redactor.add(token)
+            observer.redactor.add(token, lasting=True)
         hosts = frozenset(name.lower() for name in config.allowed_hosts)
         root = ApiResource(self.api, AccessPolicy(token, hosts))
         self.site = ApiSite(root, reactor, config.max_body_bytes)

@@ -38,9 +38,10 @@ def start(root: Root) -> Iterator[Start]:
 
 @pytest.fixture(scope="module")
 def shared_root() -> Iterator[Root]:
-    """A GenVM root with the practice executor, for all tests of a module."""
+    """A GenVM root with the practice executor and the shell, for all tests of a module."""
     made = Root()
     made.practice()
+    made.add_shell()
     yield made
     made.close()
 

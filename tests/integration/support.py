@@ -56,7 +56,7 @@ def eventually(
             return value
         if time.monotonic() >= deadline:
             raise AssertionError(f"{what}: not within {timeout} s, last value {value!r}")
-        time.sleep(0.005)
+        time.sleep(0.01)
 
 
 def report(text: str) -> None:
@@ -149,18 +149,33 @@ class Root:
         """Install the practice executor as a version."""
         return genvm_manager.install_practice_executor(self.path, version)
 
+    def add_shell(self) -> None:
+        """Add a version of major 1 whose executor is the shell: it runs host_data."""
+        self.script('eval "$data"', SHELL_VERSION)
+        start = "2025-01-01T00:00:00Z"
+        self.write_manifest({VERSION: start, SHELL_VERSION: start})
+
     def script(self, text: str, version: str = VERSION) -> Path:
-        """Install a shell script as the executor of a version; it finds ``$id`` and ``$sync``."""
+        """Install a shell script as an executor; it has ``$id``, ``$sync`` and ``$data``."""
         prologue = (
-            "#!/bin/sh\nid=\nsync=\n"
+            "#!/bin/sh\nid=\nsync=\ndata=\nlast=\n"
             'for word; do case "$word" in\n'
-            "--cookie=*) id=${word#--cookie=} ;;\n--sync) sync=yes ;;\nesac; done\n"
+            "--cookie=*) id=${word#--cookie=} ;;\n--sync) sync=yes ;;\nesac\n"
+            '[ "$last" = --host-data ] && data=$word; last=$word; done\n'
         )
         path = self.path / "executor" / version / "bin" / "genvm"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(prologue + text)
         path.chmod(0o755)
         return path
+
+
+SHELL_VERSION = "v1.0.0"
+
+
+def shell(command: str, **changes: Any) -> dict[str, Any]:
+    """Return the changes to a run that make it a run of a shell command; needs ``add_shell``."""
+    return {"major": 1, "host_data": command, **changes}
 
 
 def message(*, is_init: bool = False) -> dict[str, Any]:

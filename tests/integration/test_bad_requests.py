@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -228,34 +230,47 @@ def test_good_minutes(daemon: Daemon, minutes: float) -> None:
 # --- executors that cannot be started ---
 
 
-@pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [
-        (lambda root: (root.path / "executor/v0.1.0/bin/genvm").unlink(), "not found"),
-        (lambda root: (root.path / "executor").rename(root.path / "gone"), "not found"),
-        (lambda root: root.script("exit 0").chmod(0o644), "not executable"),
-        (lambda root: root.script("").write_text("no program"), "not an executable"),
-        (lambda root: root.script("").write_bytes(b""), "not an executable"),
-        (lambda root: root.script("").write_bytes(b"\x7fELF"), "not an executable"),
-        (lambda root: root.script("").write_text("#!/nonexistent/sh\n"), "not found"),
-    ],
-    ids=["no file", "no folder", "mode 644", "text", "empty", "broken ELF", "no interpreter"],
-)
-def test_an_executor_that_cannot_be_started(
-    root: Root, start: Start, spoil: Callable[[Root], object], reason: str
-) -> None:
-    daemon = start("--permits", "8")
-    spoil(root)
-    for is_sync in (True, False):
-        reply = refused(daemon, changed(is_sync=is_sync), "spawn_failed", VERSION, reason)
-        assert str(root.path) not in reply.json["error"], "no internal path in a reply"
-
-
-def test_an_executor_that_is_a_folder(root: Root, start: Start) -> None:
-    path = root.script("")
+def make_folder(path: Path) -> None:
+    """Put a folder in the place of a file."""
     path.unlink()
     path.mkdir()
-    refused(start("--permits", "8"), changed(), "spawn_failed", VERSION)
+
+
+def install_broken_executors(root: Root) -> dict[int, tuple[str, str]]:
+    """Install executors that cannot be started; returns the reason for each major."""
+    spoils: list[tuple[Callable[[Path], object], str]] = [
+        (lambda path: path.unlink(), "not found"),
+        (lambda path: shutil.rmtree(path.parent.parent), "not found"),
+        (lambda path: path.chmod(0o644), "not executable"),
+        (make_folder, "not executable"),
+        (lambda path: path.write_text("no program"), "not an executable"),
+        (lambda path: path.write_bytes(b""), "not an executable"),
+        (lambda path: path.write_bytes(b"\x7fELF"), "not an executable"),
+        (lambda path: path.write_text("#!/nonexistent/sh\n"), "not found"),
+    ]
+    reasons = {}
+    versions = {}
+    for number, (spoil, reason) in enumerate(spoils, 1):
+        version = f"v{number}.0.0"
+        spoil(root.script("exit 0", version))
+        versions[version] = "2025-01-01T00:00:00Z"
+        reasons[number] = (version, reason)
+    root.write_manifest(versions)
+    return reasons
+
+
+def test_executors_that_cannot_be_started(root: Root, start: Start) -> None:
+    """An error with version and reason, the permits back at once, and no internal path."""
+    reasons = install_broken_executors(root)
+    daemon = start("--permits", "8")
+    problems = []
+    for major, (version, reason) in reasons.items():
+        for is_sync in (True, False):
+            reply = refused(daemon, changed(major=major, is_sync=is_sync), "spawn_failed", version)
+            assert str(root.path) not in reply.json["error"]
+            if reason not in reply.json["error"]:
+                problems.append((reason, reply.json["error"]))
+    assert problems == []
 
 
 def test_a_failed_start_lets_the_next_one_run(root: Root, start: Start) -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -388,11 +389,15 @@ def test_the_host_rule_does_not_matter_on_a_unix_socket(root: Root, start: Start
     assert reply.status == 403
 
 
-@pytest.fixture
-def guarded(root: Root, start: Start, tmp_path: Path) -> Daemon:
+@pytest.fixture(scope="module")
+def guarded(shared_root: Root) -> Iterator[Daemon]:
     """A daemon that requires a token."""
-    (tmp_path / "token").write_text(f"{TOKEN}\n")
-    return start("--auth-token-file", str(tmp_path / "token"), "--log-level", "trace")
+    path = shared_root.path / "token"
+    path.write_text(f"{TOKEN}\n")
+    flags = ("--auth-token-file", str(path), "--log-level", "trace")
+    daemon = Daemon.serve(shared_root, *flags)
+    yield daemon
+    daemon.close()
 
 
 @pytest.mark.parametrize(

@@ -649,7 +649,7 @@ def test_a_bad_manifest_changes_nothing(
         is_error(reply, 500, "manifest_invalid", f"manifest.yaml:{line}")
         assert str(shared_root.path) not in reply.json["error"]
         assert daemon.result(daemon.run("exit 0"))["version"] == VERSION
-        assert daemon.get("/status")["manifest"]["versions"] == 1
+        assert daemon.get("/status")["manifest"]["versions"] == 2
     finally:
         shared_root.manifest.write_text(good)
     assert daemon.post("/manifest/reload") == {"result": "manifest_reloaded"}
