@@ -143,7 +143,7 @@ from twisted.internet.error import TimeoutError as ConnectTimeoutError
 from twisted.internet.interfaces import IAddress, IPushProducer, IReadDescriptor
 from twisted.internet.process import reapProcessHandlers
 from twisted.internet.protocol import ProcessProtocol, Protocol, ServerFactory, connectionDone
-from twisted.internet.task import LoopingCall, deferLater
+from twisted.internet.task import LoopingCall
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import ILogObserver, LogEvent, Logger, formatEvent, globalLogBeginner
 from twisted.protocols.basic import LineReceiver
@@ -525,10 +525,20 @@ def _refuse_constant(name: str) -> None:
 
 
 _json_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
-# Two steps of the standard parser that its type stubs do not mention.
+# Steps of the standard parser that its type stubs do not mention: the fast scanner holds all
+# other threads up until it has read a whole value, the one in Python does not.
+_step_value: Callable[[str, int], tuple[Any, int]] = cast(Any, json).scanner.py_make_scanner(
+    _json_decoder
+)
 _scan_value: Callable[[str, int], tuple[Any, int]] = cast(Any, _json_decoder).scan_once
 _scan_string: Callable[[str, int, bool], tuple[str, int]] = cast(Any, json.decoder).scanstring
 _json_spaces = frozenset(" \t\n\r")
+
+
+#: More members than any useful request has; each costs memory many times its text.
+MAX_JSON_MEMBERS = 500_000
+#: A larger body is read step by step, so that other threads have their turns.
+INLINE_JSON_BYTES = 64 * 1024
 
 
 def parse_json_object(data: bytes) -> JsonObject:
@@ -542,8 +552,11 @@ def parse_json_object(data: bytes) -> JsonObject:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"body: not UTF-8 at byte {error.start}") from None
+    if text.count(",") > MAX_JSON_MEMBERS:
+        raise InvalidRequest(f"body: more than {MAX_JSON_MEMBERS} members")
+    scan = _scan_value if len(data) <= INLINE_JSON_BYTES else _step_value
     try:
-        return _parse_members(text)
+        return _parse_members(text, scan)
     except json.JSONDecodeError as error:
         raise InvalidRequest(
             f"body: not JSON: {error.msg} at line {error.lineno} column {error.colno}"
@@ -554,8 +567,8 @@ def parse_json_object(data: bytes) -> JsonObject:
         raise InvalidRequest(f"body: not JSON: {error}") from None
 
 
-def _parse_members(text: str) -> JsonObject:
-    """Read one object member by member, which gives other threads a turn between members."""
+def _parse_members(text: str, scan: Callable[[str, int], tuple[Any, int]]) -> JsonObject:
+    """Read one object member by member, to keep the text of each."""
 
     def skip(at: int) -> int:
         while text[at : at + 1] in _json_spaces:
@@ -564,7 +577,7 @@ def _parse_members(text: str) -> JsonObject:
 
     def value_at(at: int) -> tuple[Any, int]:
         try:
-            value, end = _scan_value(text, at)
+            value, end = scan(text, at)
         except StopIteration as error:
             raise json.JSONDecodeError("expected a value", text, error.value) from None
         if isinstance(value, dict):
@@ -981,12 +994,12 @@ def load_config(
     sources.append((f"environment variable {ENVIRONMENT_PREFIX}", from_environ, "_"))
     for label, texts, joiner in reversed(sources):
         for name, text in texts.items():
-            shown_name = name.upper() if joiner == "_" else name.replace("_", joiner)
             try:
                 kind = SETTINGS[name]
                 given[name] = kind.parse(kind.from_text(text))
             except ValueError as error:
-                problems.append(f"{label}{shown_name}: {error}")
+                problems.append(f"{label}{_source_name(name, joiner)}: {error}")
+    origins: dict[str, str] = {}
     root = cast(Path, given.get("root") or default_root(environ, file or Path(__file__)))
     path = Path(config_path) if config_path else root / "config" / "genvm-manager.yaml"
     if config_path or path.exists():
@@ -997,15 +1010,23 @@ def load_config(
         root = cast(Path, given.get("root", root))
     else:
         notes.append(f"no configuration file at {path}: using the defaults")
+        origins = {name: f"{path}: {name}" for name in found}
     if problems:
         raise ConfigError("; ".join(problems))
+    for label, texts, joiner in reversed(sources):
+        origins |= {name: f"{label}{_source_name(name, joiner)}" for name in texts}
     given["root"] = root
     explicit = "manifest_path" in given
     given.setdefault("manifest_path", root / "data" / "manifest.yaml")
     typed = cast(dict[str, Any], given)  # each value was parsed by its setting's kind
     config = Config(**typed, notes=tuple(notes), explicit_manifest=explicit)
-    _check_together(config)
+    _check_together(config, origins)
     return config
+
+
+def _source_name(name: str, joiner: str) -> str:
+    """Return a setting's name as a flag or an environment variable has it."""
+    return name.upper() if joiner == "_" else name.replace("_", joiner)
 
 
 def _read_settings(
@@ -1040,14 +1061,23 @@ def _read_settings(
     return settings, notes, problems
 
 
-def _check_together(config: Config) -> None:
-    """Refuse settings that are each valid but not together."""
+def _check_together(config: Config, origins: Mapping[str, str]) -> None:
+    """Refuse settings that are each valid but not together, naming where they come from."""
+
+    def refuse(name: str, reason: str) -> NoReturn:
+        raise ConfigError(f"{origins.get(name, name)}: {reason}")
+
     if config.explicit_manifest and not config.manifest_path.exists():
-        raise ConfigError(f"manifest_path: {config.manifest_path} does not exist")
+        refuse("manifest_path", f"{config.manifest_path} does not exist")
     if config.reroute_to is not None:
         folder = config.root / "executor" / config.reroute_to
         if not folder.is_dir():
-            raise ConfigError(f"reroute_to: {folder} is not a directory")
+            refuse("reroute_to", f"{folder} is not a directory")
+    if config.auth_token_file is not None:
+        try:
+            read_token(config.auth_token_file)
+        except ConfigError as error:
+            refuse("auth_token_file", error.message)
     listens_on_port = config.socket is None or config.port is not None
     if (
         listens_on_port
@@ -1055,9 +1085,10 @@ def _check_together(config: Config) -> None:
         and config.auth_token_file is None
         and not config.allow_unauthenticated
     ):
-        raise ConfigError(
-            f"host: {config.host} is reachable from other machines; set auth_token_file, or pass "
-            "--allow-unauthenticated if everybody who can reach it may run contracts"
+        refuse(
+            "host",
+            f"{config.host} is reachable from other machines; set auth_token_file, or pass "
+            "--allow-unauthenticated if everybody who can reach it may run contracts",
         )
 
 
@@ -1074,9 +1105,9 @@ def read_token(path: Path) -> str:
     try:
         token = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"auth_token_file: {path} cannot be read: {error}") from None
+        raise ConfigError(f"{path} cannot be read: {error}") from None
     if not token:
-        raise ConfigError(f"auth_token_file: {path} is empty")
+        raise ConfigError(f"{path} is empty")
     return token
 
 
@@ -1258,7 +1289,7 @@ class LogWriter:
                 self._write_safely(line)
             return
         with self._wake:
-            if self._waiting_bytes + len(line) > LOG_BACKLOG_BYTES:
+            if self._lines and self._waiting_bytes + len(line) > LOG_BACKLOG_BYTES:
                 self._dropped += 1
             else:
                 self._lines.append(line)
@@ -2745,7 +2776,7 @@ STDIN, STDOUT, STDERR, LOG_FD = 0, 1, 2, 3
 ARGUMENT_MAX_BYTES = 131_071
 LOG_MAX_RECORDS = 10_000
 LOG_MAX_BYTES = 16 * MIB
-LOG_LINE_MAX_BYTES = 12 * MIB
+LOG_LINE_MAX_BYTES = 6 * MIB
 LISTED_FINISHED = 1000
 #: What a finished execution is reckoned to cost beyond its output.
 RECORD_BYTES = 2 * KIB
@@ -2842,7 +2873,7 @@ class LogRecords:
         """Take a line of the log pipe."""
         if not line.strip():
             return
-        text = _record_text(line)
+        text = None if cut else _record_text(line)
         cut = cut or text is None
         text = text or _line_text(line)
         self.truncated = self.truncated or cut
@@ -3035,8 +3066,9 @@ class LogForwarder:
 
     log = Logger()
 
-    def __init__(self, genvm_id: int) -> None:
+    def __init__(self, genvm_id: int, enabled: Callable[[str], bool]) -> None:
         self._genvm_id = genvm_id
+        self._enabled = enabled
         self._lines = LineSplitter(LOG_LINE_MAX_BYTES, self._forward)
 
     def add(self, _fd: int, data: bytes) -> None:
@@ -3057,6 +3089,8 @@ class LogForwarder:
             level = parse_log_level(record.pop("level", "info"))
         except ValueError:
             level = "info"
+        if not self._enabled(level):
+            return
         message = record.pop("message", "genvm log")
         text = message if isinstance(message, str) else json.dumps(message)
         details: dict[str, Any] = {"record": record} if record else {}
@@ -3110,7 +3144,9 @@ class Executions:
         spawner: Spawner,
         now: Callable[[], float] = time.time,
         modules_down: Callable[[], list[str]] = list,
+        log_enabled: Callable[[str], bool] = bool,
     ) -> None:
+        self._log_enabled = log_enabled
         self._config = config
         self._reactor = reactor
         self._modules_down = modules_down
@@ -3310,7 +3346,7 @@ class Executions:
             sink = execution.capture = Capture(self._config.capture_max_bytes)
             pipes, nulls = {STDOUT, STDERR, LOG_FD}, {STDIN}
         else:
-            sink = LogForwarder(execution.id)
+            sink = LogForwarder(execution.id, self._log_enabled)
             pipes, nulls = {LOG_FD}, {STDIN, STDOUT, STDERR}
         execution.move(State.RUNNING)
         execution.started_at = self._now()
@@ -5672,7 +5708,7 @@ class ApiChannel(HTTPChannel):
         if self._linger is not None:
             self._linger.cancel()
             self._linger = None
-        self.site.channels.discard(self)
+        self.site.forget(self)
         HTTPChannel.connectionLost(self, reason)
 
 
@@ -5732,6 +5768,8 @@ class ApiSite(Site):
         )
         self.max_body_bytes = max_body_bytes
         self.channels: set[ApiChannel] = set()
+        self.closing = False
+        self._emptied: Event[None] = Event()
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """Return the protocol for a new connection."""
@@ -5742,11 +5780,25 @@ class ApiSite(Site):
     def log(self, request: object) -> None:
         """Write no access log here; the API logs each request once, with its outcome."""
 
-    def close(self) -> None:
-        """Close every connection once what was written to it is sent."""
+    def close(self) -> Deferred[None]:
+        """Close idle connections now, others once they are answered; fires when none is left."""
+        self.closing = True
         for channel in list(self.channels):
-            if channel.transport is not None:
+            if channel.requests:
+                channel.persistent = 0
+            elif channel.transport is not None:
                 channel.loseConnection()
+        self._check_empty()
+        return self._emptied.wait()
+
+    def forget(self, channel: ApiChannel) -> None:
+        """A connection is gone."""
+        self.channels.discard(channel)
+        self._check_empty()
+
+    def _check_empty(self) -> None:
+        if self.closing and not self.channels:
+            self._emptied.fire(None)
 
 
 @frozen
@@ -7281,7 +7333,9 @@ def run_demo() -> int:
 # that constructs.
 
 #: Seconds in which clients that wait at shutdown get their answers.
-FAREWELL_SECONDS = 0.1
+FAREWELL_SECONDS = 1.0
+#: Connections that may wait to be accepted.
+BACKLOG = 1024
 DAEMON_LOG = "genvm-manager.log"
 THREADS = 32
 
@@ -7318,6 +7372,7 @@ class ManagerService(Service):
             self.manifest,
             self.spawner,
             modules_down=self._modules_down,
+            log_enabled=observer.enabled,
         )
         self.contracts = ContractOperations(
             config, reactor, self.manifest, self.spawner, self.executions
@@ -7346,6 +7401,7 @@ class ManagerService(Service):
         self._ports: list[Any] = []
         self._parent: ParentWatch | None = None
         self._stopping: Deferred[None] | None = None
+        self._asked = False
 
     def _modules_down(self) -> list[str]:
         running = ModuleState.RUNNING
@@ -7365,7 +7421,7 @@ class ManagerService(Service):
                 self._ports.append(self._listen_unix(config.socket))
             if config.socket is None or config.port is not None:
                 number = DEFAULT_PORT if config.port is None else config.port
-                port = self._reactor.listenTCP(number, self.site, interface=config.host)
+                port = self._reactor.listenTCP(number, self.site, BACKLOG, config.host)
                 self._ports.append(port)
         except CannotListenError as error:
             place = config.socket if error.interface == "unix" else f"{config.host}:{error.port}"
@@ -7386,7 +7442,7 @@ class ManagerService(Service):
                     raise ConfigError(f"socket: {path} cannot be used: {error.strerror}") from None
         previous = os.umask(0o177)
         try:
-            return self._reactor.listenUNIX(str(path), self.site, mode=0o600)
+            return self._reactor.listenUNIX(str(path), self.site, BACKLOG, mode=0o600)
         finally:
             os.umask(previous)
 
@@ -7431,10 +7487,11 @@ class ManagerService(Service):
         signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._asked_to_reload))
 
     def _asked_to_end(self) -> None:
-        if self._stopping is None:
-            self._reactor.stop()
-        else:
+        if self._asked:
             self.spawner.kill_all()  # the second signal
+        else:
+            self._asked = True
+            self._reactor.stop()
 
     def _asked_to_reload(self) -> None:
         def failed(failure: Failure) -> None:
@@ -7444,7 +7501,7 @@ class ManagerService(Service):
 
     def _parent_ended(self) -> None:
         self.log.info("the parent process ended: shutting down")
-        self._reactor.stop()
+        self._asked_to_end()
 
     def stopService(self) -> Deferred[None]:
         """Shut down in order; fires when no child is left."""
@@ -7467,9 +7524,8 @@ class ManagerService(Service):
             self._parent.stop()
         self.spawner.stop()
         # Clients that waited for a result have their answers by now: let them be sent.
-        self.site.close()
-        if self.site.channels:
-            await deferLater(self._reactor, FAREWELL_SECONDS)
+        with contextlib.suppress(DeferredTimeout):
+            await self.site.close().addTimeout(FAREWELL_SECONDS, self._reactor)
         self.log.info("stopped")
         if self._owns_process:
             self.observer.stop()
@@ -7527,7 +7583,10 @@ def serve(config: Config) -> int:
         return 1
     cast(Any, reactor).addSystemEventTrigger("before", "shutdown", service.stopService)
     cast(Any, reactor).run()
-    return 0
+    # Everything is closed. Taking the interpreter apart takes longer than some clients wait.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def check_config(config: Config) -> int:

@@ -70,7 +70,9 @@ def compile_executor(root: Path) -> Path:
 def manager(root: Path, environment: dict[str, str], profile: str | None) -> Iterator[int]:
     """Run a manager; gives its port."""
     # cProfile's own __main__ would hide ours from what looks names up in it: import instead.
-    profiled = f"import cProfile, genvm_manager; cProfile.run('genvm_manager.main()', {profile!r})"
+    # The manager leaves by os._exit, which would leave the profile behind.
+    profiled = "import cProfile, os, sys, genvm_manager; os._exit = sys.exit; "
+    profiled += f"cProfile.run('genvm_manager.main()', {profile!r})"
     program = ["-c", profiled] if profile else [str(MANAGER)]
     command = [sys.executable, *program, "serve", "--port", "0"]
     command += ["--root", str(root), "--permits", "64", "--log-level", "warn"]
