@@ -1007,10 +1007,10 @@ def load_config(
         notes += file_notes
         problems += file_problems
         given = {**found, **given}
+        origins = {name: f"{path}: {name}" for name in found}
         root = cast(Path, given.get("root", root))
     else:
         notes.append(f"no configuration file at {path}: using the defaults")
-        origins = {name: f"{path}: {name}" for name in found}
     if problems:
         raise ConfigError("; ".join(problems))
     for label, texts, joiner in reversed(sources):
@@ -1077,7 +1077,7 @@ def _check_together(config: Config, origins: Mapping[str, str]) -> None:
         try:
             read_token(config.auth_token_file)
         except ConfigError as error:
-            refuse("auth_token_file", error.message)
+            refuse("auth_token_file", error.message.removeprefix("auth_token_file: "))
     listens_on_port = config.socket is None or config.port is not None
     if (
         listens_on_port
@@ -1105,9 +1105,9 @@ def read_token(path: Path) -> str:
     try:
         token = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+        raise ConfigError(f"auth_token_file: {path} cannot be read: {error}") from None
     if not token:
-        raise ConfigError(f"{path} is empty")
+        raise ConfigError(f"auth_token_file: {path} is empty")
     return token
 
 
@@ -1276,6 +1276,7 @@ class LogWriter:
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._stuck = False
 
     def start(self) -> None:
         """Write from a thread from now on."""
@@ -1283,9 +1284,9 @@ class LogWriter:
         self._thread.start()
 
     def put(self, line: bytes) -> None:
-        """Write a line, or drop it where too many wait; after ``stop`` every line is dropped."""
+        """Write a line; drop it where too many wait, or where nobody read until the end."""
         if self._thread is None:
-            if not self._closing:
+            if not self._stuck:
                 self._write_safely(line)
             return
         with self._wake:
@@ -1304,6 +1305,7 @@ class LogWriter:
             self._wake.notify()
         if thread is not None:
             thread.join(self._flush_seconds)
+            self._stuck = thread.is_alive()
 
     def _run(self) -> None:
         while True:
@@ -1984,6 +1986,9 @@ _ZIP64_END: Final = b"PK\x06\x06"
 _ZIP64_LOCATOR: Final = b"PK\x06\x07"
 _WASM_HEADER: Final = b"\0asm\x01\0\0\0"
 _WASM_VERSION_SECTION: Final = b"genvm.version"
+MAX_SECTIONS: Final = 10_000
+"""Sections of a WebAssembly module that are looked at; real ones have some dozens."""
+
 _STATED_MAJOR: Final = re.compile(r"v([0-9]+)\.")
 
 
@@ -2053,7 +2058,9 @@ def _directory_size(code: bytes) -> int | None:
 
 def _wasm_version(code: bytes) -> str | None:
     at = len(_WASM_HEADER)
-    while at < len(code):
+    for _ in range(MAX_SECTIONS):
+        if at >= len(code):
+            return None
         kind = code[at]
         size, start = _uleb32(code, at + 1)
         at = start + size
@@ -2906,8 +2913,12 @@ def _record_text(line: bytes) -> bytes | None:
 
 def _line_text(line: bytes) -> bytes:
     """Return a record that has the start of a line, short enough whatever characters it has."""
-    start = line[: LOG_MAX_BYTES // 8].decode("utf-8", "replace")
-    return json.dumps({"level": "info", "message": "genvm log", "line": start}).encode()
+    for size in (len(line), LOG_MAX_BYTES // 8):
+        start = line[:size].decode("utf-8", "replace")
+        text = json.dumps({"level": "info", "message": "genvm log", "line": start}).encode()
+        if len(text) <= LOG_MAX_BYTES:
+            break
+    return text
 
 
 def parse_log_line(line: bytes) -> dict[str, Any] | None:
@@ -3066,7 +3077,7 @@ class LogForwarder:
 
     log = Logger()
 
-    def __init__(self, genvm_id: int, enabled: Callable[[str], bool]) -> None:
+    def __init__(self, genvm_id: int, enabled: Callable[[str], bool] = bool) -> None:
         self._genvm_id = genvm_id
         self._enabled = enabled
         self._lines = LineSplitter(LOG_LINE_MAX_BYTES, self._forward)
@@ -4054,6 +4065,8 @@ class _Answer:
 class ContractOperations:
     """Answers questions about the code of a contract."""
 
+    _log = Logger()
+
     def __init__(
         self,
         config: Config,
@@ -4147,7 +4160,15 @@ class ContractOperations:
             with tempfile.TemporaryDirectory(prefix="genvm-readonly-") as folder:
                 socket_path = f"{folder}/host.sock"
                 factory = HostFactory(state, self._reactor)
-                port = self._reactor.listenUNIX(socket_path, factory, mode=0o600)
+                try:
+                    port = self._reactor.listenUNIX(socket_path, factory, mode=0o600)
+                except CannotListenError as error:
+                    reason = str(error.socketError)
+                    self._log.error("{path}: {reason}", path=socket_path, reason=reason)
+                    raise SpawnFailed(
+                        f"the host's socket cannot be made in the temporary folder ({reason}): "
+                        "set TMPDIR to a folder with a short name and room in it"
+                    ) from None
                 try:
                     outcome, errors = await self._run(
                         self._request(major, moment, socket_path), factory
@@ -4201,14 +4222,16 @@ class ContractOperations:
         watching.addCallback(lambda _: factory.abandon(_end_without_result(execution)))
         watching.addErrback(lambda failure: failure.trap(CancelledError))
         try:
-            outcome: HostOutcome | ManagerError = await result
-        except HostProtocolError as error:
-            outcome = error
-        except CancelledError:  # the client is gone
+            try:
+                outcome: HostOutcome | ManagerError = await result
+            except HostProtocolError as error:
+                outcome = error
+            await self._executions.wait(execution, READONLY_GRACE_SECONDS)
+        finally:  # the client may be gone at any time
             await self._end(execution)
-            raise
-        await self._executions.wait(execution, READONLY_GRACE_SECONDS)
-        await self._end(execution)
+        if isinstance(outcome, ManagerError) and execution.cause is Cause.DEADLINE:
+            # Its connection can be seen to end before the process is.
+            outcome = HostProtocolError(_end_without_result(execution))
         capture = execution.capture
         errors = b"" if capture is None else capture.stderr_tail(STDERR_SHOWN_BYTES)
         return outcome, errors.decode("utf-8", "replace").strip()
@@ -5670,6 +5693,10 @@ class ApiChannel(HTTPChannel):
         """Take a line of a head, unless the request was refused."""
         if not self._refused:
             HTTPChannel.lineReceived(self, line)
+
+    def lineLengthExceeded(self, line: bytes) -> None:
+        """Refuse a line of a head that is longer than any may be."""
+        self._respondToBadRequestAndDisconnect()
 
     def rawDataReceived(self, data: bytes) -> None:
         """Take a piece of a body, unless the request was refused."""

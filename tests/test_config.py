@@ -109,6 +109,7 @@ def test_null_in_the_file_means_the_default(tmp_path: Path) -> None:
 
 
 def test_a_setting_that_other_settings_need_may_come_from_another_source(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("s3cret")
     write_settings(tmp_path, f"auth_token_file: {tmp_path}/token\n")
     config = load_config({"host": "0.0.0.0"}, {"GENVMROOT": str(tmp_path)})
     assert config.auth_token_file == tmp_path / "token"
@@ -295,6 +296,8 @@ def test_texts_in_the_file_are_expanded(tmp_path: Path) -> None:
         "log_file: ${genvmRoot}/log/${ENV[NAME]}.log\n"
         "auth_token_file: ${exeDir}/token-${genvmVersion}\n",
     )
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / f"token-{genvm_manager.__version__}").write_text("s3cret")
     config = load_config({"root": str(tmp_path)}, {"NAME": "n"})
     assert config.log_file == tmp_path / "log" / "n.log"
     assert config.auth_token_file == tmp_path / "bin" / f"token-{genvm_manager.__version__}"
@@ -413,13 +416,14 @@ def test_loopback_needs_no_token(host: str, tmp_path: Path) -> None:
 def test_anything_else_needs_a_token_or_an_explicit_flag(host: str, tmp_path: Path) -> None:
     flags = {"root": str(tmp_path), "host": host}
     message = refused(flags, {})
-    assert message.startswith(f"host: {host} is reachable")
+    assert message.startswith(f"flag --host: {host} is reachable")
     assert "auth_token_file" in message
     assert "--allow-unauthenticated" in message
     assert load_config({**flags, "allow_unauthenticated": "true"}, {}).host == host
-    assert load_config({**flags, "auth_token_file": "/t"}, {}).host == host
+    (tmp_path / "t").write_text("s3cret")
+    assert load_config({**flags, "auth_token_file": f"{tmp_path}/t"}, {}).host == host
     assert load_config({**flags, "socket": "/s"}, {}).host == host, "no port is listened on"
-    assert refused({**flags, "socket": "/s", "port": "0"}, {}).startswith("host: ")
+    assert refused({**flags, "socket": "/s", "port": "0"}, {}).startswith("flag --host: ")
 
 
 def test_the_token_is_read_without_the_newline(tmp_path: Path) -> None:
