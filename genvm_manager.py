@@ -134,6 +134,7 @@ from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.internet.endpoints import HostnameEndpoint, connectProtocol
 from twisted.internet.error import (
     CannotListenError,
+    ConnectionDone,
     DNSLookupError,
     ProcessExitedAlready,
     ProcessTerminated,
@@ -149,7 +150,12 @@ from twisted.logger import ILogObserver, LogEvent, Logger, formatEvent, globalLo
 from twisted.protocols.basic import LineReceiver
 from twisted.python.failure import Failure
 from twisted.python.logfile import LogFile
-from twisted.web.client import Agent, HTTPConnectionPool, ResponseDone
+from twisted.web.client import (
+    Agent,
+    HTTPConnectionPool,
+    ResponseDone,
+    ResponseNeverReceived,
+)
 from twisted.web.error import SchemeNotSupported
 from twisted.web.http import RESPONSES, HTTPChannel, PotentialDataLoss
 from twisted.web.http_headers import Headers
@@ -421,6 +427,12 @@ def shown(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def kind_of(value: object) -> str:
+    """Return what a JSON value is, for a message that must not show what may be secret."""
+    kinds = {dict: "an object", list: "an array", str: "text", bool: "true or false"}
+    return kinds.get(type(value), "null" if value is None else "a number")
+
+
 def expand_template(text: str, variables: Mapping[str, str], environ: Mapping[str, str]) -> str:
     """Replace ``${NAME}`` and ``${ENV[NAME]}`` in one pass; inserted text is not expanded again.
 
@@ -590,7 +602,7 @@ def _parse_members(text: str, scan: Callable[[str, int], tuple[Any, int]]) -> Js
         value, end = value_at(start)
         if skip(end) != len(text):
             raise json.JSONDecodeError("unexpected text after the value", text, skip(end))
-        raise ValueError(f"expected an object, got {shown(value)}")
+        raise ValueError(f"expected an object, got {kind_of(value)}")
     members = JsonObject()
     members.text = text
     at = skip(start + 1)
@@ -645,14 +657,17 @@ def _structure_number(value: object, _: object) -> Number:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise ValueError(f"expected a number, got {shown(value)}")
     try:
-        return Number(value)
+        number = Number(value)
     except OverflowError:
-        raise ValueError("expected a number that is not that large") from None
+        number = Number("inf")
+    if not math.isfinite(number):
+        raise ValueError("expected a number that is not that large")
+    return number
 
 
 def _structure_object(value: object, _: object) -> AnyObject:
     if not isinstance(value, dict):
-        raise ValueError(f"expected an object, got {shown(value)}")
+        raise ValueError(f"expected an object, got {kind_of(value)}")
     return AnyObject(value)
 
 
@@ -693,7 +708,7 @@ def _structure_minutes(value: object, _: object) -> PositiveMinutes:
 
 def _structure_list(value: object, kind: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"expected an array, got {shown(value)}")
+        raise ValueError(f"expected an array, got {kind_of(value)}")
     (item_type,) = get_args(kind)
     items: list[Any] = []
     for index, item in enumerate(value):
@@ -933,7 +948,7 @@ class Config:
     version_detection: str = _setting(
         DETECTION, "native", "native, or executor to ask the newest executor"
     )
-    llm_check_concurrency: int = _setting(COUNT, 16, "models that POST /llm/check asks at once")
+    llm_check_concurrency: int = _setting(COUNT, 20, "models that POST /llm/check asks at once")
     env_allow: tuple[str, ...] = _setting(NAMES, (), "protected variables that POST /env may set")
     allowed_hosts: tuple[str, ...] = _setting(NAMES, (), "further names accepted in Host")
     auth_token_file: Path | None = _setting(PATH, None, "file with the Bearer token to require")
@@ -1211,8 +1226,11 @@ class Redactor:
     def add(self, secret: str, *, lasting: bool = False) -> None:
         """Never let this text pass again; of more than ``MOST`` passing ones the oldest goes."""
         known = self._lasting if lasting else self._passing
-        if len(secret) >= self.SHORTEST and secret not in known:
-            known.append(secret)
+        if len(secret) < self.SHORTEST:
+            return
+        if secret in known:
+            known.remove(secret)  # used again: not the oldest any more
+        known.append(secret)
 
     def scrub(self, text: str) -> str:
         """Return the text with every known secret masked."""
@@ -4289,6 +4307,8 @@ def _writes_json(writes: Sequence[tuple[bytes, bytes]]) -> Iterator[bytes]:
 
 LLM_SECONDS = 60.0
 LLM_ANSWER_MAX_BYTES = 32 * MIB
+#: A larger prompt is encoded in a thread.
+INLINE_PROMPT_BYTES = 64 * KIB
 PROVIDER_MESSAGE_CHARACTERS = 500
 ANTHROPIC_VERSION = "2023-06-01"
 IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
@@ -4389,6 +4409,11 @@ class Prompt:
     max_tokens: int = 1000
     use_max_completion_tokens: bool = False
     seed: int | None = None
+
+    @property
+    def size(self) -> int:
+        """About how many bytes a request with this prompt has."""
+        return len(self.user_message) + sum(len(image.data) for image in self.images)
 
 
 @frozen
@@ -4578,7 +4603,6 @@ class Google(Provider):
                 "responseMimeType": "text/plain" if mode is AnswerMode.TEXT else "application/json",
                 "temperature": prompt.temperature,
                 "maxOutputTokens": prompt.max_tokens,
-                **_without_none(seed=prompt.seed),
             },
             system_instruction=None if system is None else {"parts": [{"text": system}]},
             contents=[{"parts": parts}],
@@ -4709,7 +4733,10 @@ class LlmClient:
             url = provider_url(backend.host, request.path)
         except ProviderError as error:
             return fail(error)
-        answer = Deferred.fromCoroutine(self._exchange(provider, request, url, mode))
+        exchange = self._exchange(
+            provider, request, url, mode, key=backend.key, prompt_size=prompt.size
+        )
+        answer = Deferred.fromCoroutine(exchange)
 
         def too_late(_result: object, _seconds: float) -> Failure:
             detail = f"no complete answer within {backend.timeout:g} s"
@@ -4718,22 +4745,17 @@ class LlmClient:
         return answer.addTimeout(backend.timeout, self._reactor, too_late)
 
     async def _exchange(
-        self, provider: Provider, request: ProviderRequest, url: str, mode: AnswerMode
+        self,
+        provider: Provider,
+        request: ProviderRequest,
+        url: str,
+        mode: AnswerMode,
+        *,
+        key: str,
+        prompt_size: int,
     ) -> LlmAnswer:
         try:
-            response = await self._http.request(
-                "POST",
-                url,
-                headers=Headers(
-                    {name: [value] for name, value in request.headers.items()}
-                    | {"Content-Type": ["application/json"]}
-                ),
-                data=json.dumps(request.body).encode(),
-                # A redirect would take the key along to wherever it leads.
-                allow_redirects=False,
-                unbuffered=True,
-                reactor=self._reactor,
-            )
+            response = await self._send(url, request, prompt_size)
             reader = _BodyReader(LLM_ANSWER_MAX_BYTES)
             response.deliverBody(reader)
             body = await reader.done
@@ -4743,16 +4765,66 @@ class LlmClient:
             kind, detail = connection_problem(error)
             raise ProviderError(kind, detail, url=url) from None
         if response.code != 200:
-            raise status_problem(response.code, url, body)
+            raise status_problem(response.code, url, body, key)
         try:
             data = json.loads(body)
             return LlmAnswer(provider.answer(data, mode), provider.usage(data))
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            excerpt = body[: 4 * PROVIDER_MESSAGE_CHARACTERS].decode("utf-8", "replace")
+            excerpt = masked(body, key)[:PROVIDER_MESSAGE_CHARACTERS]
             detail = f"{type(error).__name__} in {excerpt}"
             raise ProviderError(
                 ErrorKind.BAD_RESPONSE, detail, url=url, status=200, body=excerpt
             ) from None
+
+    async def _send(self, url: str, request: ProviderRequest, prompt_size: int) -> Any:
+        """Send a request and return the response; its body is still to come.
+
+        A kept connection that the provider closes while it is used again is no answer: the
+        request is sent once more.
+        """
+        for last in (False, True):
+            try:
+                return await self._http.request(
+                    "POST",
+                    url,
+                    headers=Headers(
+                        {name: [value] for name, value in request.headers.items()}
+                        | {"Content-Type": ["application/json"]}
+                    ),
+                    data=await self._encoded(request.body, prompt_size),
+                    # A redirect would take the key along to wherever it leads.
+                    allow_redirects=False,
+                    unbuffered=True,
+                    reactor=self._reactor,
+                )
+            except ResponseNeverReceived as error:
+                closed = all(reason.check(ConnectionDone) for reason in error.reasons)
+                if last or not closed:
+                    raise
+        raise AssertionError("unreachable")
+
+    async def _encoded(self, body: dict[str, Any], prompt_size: int) -> bytes:
+        """Return a body as JSON; one with large images is encoded in a thread."""
+
+        def encode() -> bytes:
+            return json.dumps(body).encode()
+
+        if prompt_size <= INLINE_PROMPT_BYTES:
+            return encode()
+        return await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), encode)
+
+
+def masked(body: bytes, key: str) -> str:
+    """Return the start of a body without the key, however JSON spells it, whole or cut off."""
+    limit = 256 * KIB
+    text = body[:limit].decode("utf-8", "replace")
+    if len(key) >= Redactor.SHORTEST:
+        escaped = json.dumps(key)[1:-1]
+        for spelled in (key, escaped, escaped.replace("/", "\\/")):
+            text = text.replace(spelled, Redactor.MASK)
+        if len(body) > limit:
+            text = text[: -6 * len(key)]
+    return text
 
 
 def provider_url(host: str, path: str) -> str:
@@ -4764,10 +4836,11 @@ def provider_url(host: str, path: str) -> str:
     try:
         url = hyperlink.URL.from_text(base)
         usable = url.scheme in ("http", "https") and url.host != "" and base.isprintable()
+        usable = usable and not set("?#") & set(base)
     except (ValueError, TypeError):
         usable = False
     if not usable or " " in base:
-        detail = f"host: expected a URL such as https://api.example.com, got {shown(host)}"
+        detail = "host: expected a URL such as https://api.example.com"
         raise ProviderError(ErrorKind.CONFIG, detail)
     return base + path
 
@@ -4783,14 +4856,16 @@ def connection_problem(error: BaseException) -> tuple[ErrorKind, str]:
         return ErrorKind.TLS, str(error) or type(error).__name__
     if isinstance(error, (ConnectTimeoutError, TCPTimedOutError)):
         return ErrorKind.TIMEOUT, str(error)
+    if type(error).__name__ == "ParseError":  # Twisted's, for a reply that is no HTTP; private
+        return ErrorKind.BAD_RESPONSE, f"no HTTP: {error}"
     if isinstance(error, (SchemeNotSupported, UnicodeError, hyperlink.URLParseError)):
         return ErrorKind.CONFIG, f"host: {error}"
     return ErrorKind.CONNECT, str(error) or type(error).__name__
 
 
-def status_problem(status: int, url: str, body: bytes) -> ProviderError:
+def status_problem(status: int, url: str, body: bytes, key: str = "") -> ProviderError:
     """Return the error for a reply whose status is not 200, with the provider's own message."""
-    text = body[: 64 * KIB].decode("utf-8", "replace").strip()
+    text = masked(body, key).strip()
     if status in (401, 403):
         kind = ErrorKind.AUTH
     elif status == 404:
@@ -4799,7 +4874,8 @@ def status_problem(status: int, url: str, body: bytes) -> ProviderError:
         kind = ErrorKind.RATE_LIMITED
     else:
         kind = ErrorKind.OVERLOADED if status in OVERLOADED_STATUSES else ErrorKind.HTTP
-    detail = f"status {status}: {_provider_message(text)}" if text else f"status {status}"
+    message = _provider_message(text)[:PROVIDER_MESSAGE_CHARACTERS]
+    detail = f"status {status}: {message}" if message else f"status {status}"
     return ProviderError(kind, detail, url=url, status=status, body=text)
 
 
@@ -4883,6 +4959,8 @@ class TestPrompt:
 class AvailabilityCheck:
     """Checks whether models answer."""
 
+    log = Logger()
+
     def __init__(self, config: Config, reactor: Any, client: LlmClient, redactor: Redactor) -> None:
         self._config = config
         self._reactor = reactor
@@ -4905,17 +4983,42 @@ class AvailabilityCheck:
             self._readable(self._prompt, prompt, f"test_prompts[{index}]")
             for index, prompt in enumerate(body.test_prompts)
         ]
-        checks = [
-            self._running.run(self._check, backend, prompt)
-            for backend in backends
-            for prompt in prompts
-        ]
-        results = await gatherResults(checks, consumeErrors=True)
-        pairs = itertools.product(range(len(backends)), range(len(prompts)))
-        return [
-            {"config_index": config, "prompt_index": prompt, **result}
-            for (config, prompt), result in zip(pairs, results, strict=True)
-        ]
+        pairs = list(itertools.product(range(len(backends)), range(len(prompts))))
+        results: list[dict[str, Any]] = [{}] * count
+        waiting = iter(range(count))
+
+        async def work() -> None:
+            # A loop, not a chain of callbacks: pairs that need no waiting may be thousands.
+            for index in waiting:
+                config, prompt = pairs[index]
+                results[index] = {
+                    "config_index": config,
+                    "prompt_index": prompt,
+                    **await self._running.run(self._check, backends[config], prompts[prompt]),
+                }
+
+        workers = [Deferred.fromCoroutine(work()) for _ in range(min(count, self._running.limit))]
+        all_done: Event[None] = Event()
+        left = len(workers)
+
+        def ended(_: object) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                all_done.fire(None)
+
+        for worker in workers:
+            worker.addBoth(ended)
+        if workers:
+            try:
+                await all_done.wait()
+            except CancelledError:  # the client is gone
+                deque(waiting, maxlen=0)  # nothing else begins
+                # Those that wait for a slot first, or each that gives one up would start them.
+                for worker in reversed(workers):
+                    worker.cancel()
+                raise
+        return results
 
     def _keep_secret(self, key: object) -> None:
         """Let no reply and no log show a key, as it stands or as it is expanded."""
@@ -4943,8 +5046,18 @@ class AvailabilityCheck:
             name: self._expand(value) if isinstance(value, str) else value
             for name, value in data.items()
         }
-        found = structure(expanded, ProviderConfig, path=path)
-        provider_named(found.provider)
+        try:
+            found = structure(expanded, ProviderConfig, path=path)
+            provider_named(found.provider)
+        except (InvalidRequest, ProviderError):
+            # The message shows the start of a value; let that be no key in a wrong place.
+            scrub = self._redactor.scrub
+            shareable = {
+                name: scrub(value) if isinstance(value, str) else value
+                for name, value in expanded.items()
+            }
+            provider_named(structure(shareable, ProviderConfig, path=path).provider)
+            raise
         if not found.model:
             raise ProviderError(ErrorKind.CONFIG, f"{path}.model: expected a name, got nothing")
         return Backend(found.host, found.provider, found.model, found.key), found.timeout_ms
@@ -4972,6 +5085,13 @@ class AvailabilityCheck:
             answer = await self._client.ask(limited, prompt[0], AnswerMode.TEXT)
         except ProviderError as error:
             problem = error
+        except CancelledError:
+            raise
+        except Exception:
+            self.log.failure("a check failed unexpectedly")
+            problem = ProviderError(ErrorKind.HTTP, "internal error; see the log of the manager")
+        if isinstance(backend, tuple):
+            self._redactor.add(backend[0].key)  # others may have pushed it out meanwhile
         scrub = self._redactor.scrub
         return {
             "available": answer is not None,

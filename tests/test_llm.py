@@ -756,6 +756,8 @@ def asked(
     exchange = Exchange(backend(kind), mode=mode)
     if error is not None:
         exchange.http.responses[0].errback(error)
+        if not exchange.result:  # it is sent once more where a kept connection was closed
+            exchange.http.responses[1].errback(error)
     else:
         exchange.respond(status).send(json.dumps(data).encode())
     return exchange
@@ -1043,8 +1045,8 @@ def test_at_most_so_many_are_asked_at_once() -> None:
     assert [result["available"] for result in checked.results] == [True] * 10
 
 
-def test_the_default_is_16_at_once() -> None:
-    assert len(Checked([config()], [prompt()] * 20).client.asked) == 16
+def test_the_default_is_20_at_once() -> None:
+    assert len(Checked([config()], [prompt()] * 24).client.asked) == 20
 
 
 def test_time_starts_when_a_model_is_asked() -> None:

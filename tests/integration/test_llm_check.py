@@ -535,7 +535,7 @@ def check_together(checker: Checker, what: str, together: int) -> None:
 
 
 def test_pairs_are_checked_together(checker: Checker) -> None:
-    check_together(checker, "16 at once (default)", 16)
+    check_together(checker, "20 at once (default)", 20)
 
 
 def test_pairs_are_all_checked_together_if_the_setting_allows(
@@ -546,14 +546,14 @@ def test_pairs_are_all_checked_together_if_the_setting_allows(
 
 
 def test_another_client_waits_at_most_until_there_is_a_slot(checker: Checker) -> None:
-    silent = [checker.config("silent", timeout_ms=1000) for _ in range(16)]
+    silent = [checker.config("silent", timeout_ms=1000) for _ in range(20)]
     body = {"configs": silent, "test_prompts": [prompt()]}
     pending = checker.daemon.send("POST", "/llm/check", body)
     checker.fakes.wait("request", model=silent[-1]["model"])
     start_ = time.monotonic()
     assert checker.post({"configs": [], "test_prompts": [prompt()]}).json == []
     assert checker.result(checker.config())["available"]
-    report(f"a check while another client's 16 last 1 s: {time.monotonic() - start_:.2f} s")
+    report(f"a check while another client's 20 last 1 s: {time.monotonic() - start_:.2f} s")
     assert {found["error_kind"] for found in pending.reply().json} == {"timeout"}
 
 
