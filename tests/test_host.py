@@ -358,7 +358,7 @@ def test_a_flood_without_reading_does_not_grow_the_backlog() -> None:
     factory = HostFactory(state, clock)
     protocol = factory.buildProtocol(None)
     assert protocol is not None
-    transport: Any = FullTransport()  # type: ignore[no-untyped-call]
+    transport: Any = FullTransport()
     protocol.makeConnection(transport)
     protocol.dataReceived(b"\x00" * 65536)
     for _ in range(1000):

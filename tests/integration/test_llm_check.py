@@ -708,14 +708,14 @@ def test_a_client_that_goes_takes_its_requests_along(checker: Checker, behaviour
     before = len(checker.fakes.events("request"))
     body = {"configs": configs, "test_prompts": [prompt()] * 6}
     pending = checker.daemon.send("POST", "/llm/check", body)
-    for config in configs[:2]:
+    for config in configs[:3]:
         checker.fakes.wait("request", model=config["model"], count=6)
-    checker.fakes.wait("request", model=configs[2]["model"], count=4)
+    checker.fakes.wait("request", model=configs[3]["model"], count=2)
     pending.close()
-    for config, count in zip(configs, (6, 6, 4), strict=False):
+    for config, count in zip(configs, (6, 6, 6, 2), strict=True):
         checker.fakes.wait("dropped", model=config["model"], count=count)
     assert checker.result(checker.config())["available"]
-    assert len(checker.fakes.events("request")) == before + 17, "nobody is asked afterwards"
+    assert len(checker.fakes.events("request")) == before + 21, "nobody is asked afterwards"
     checker.search()
 
 

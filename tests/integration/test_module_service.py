@@ -1,0 +1,972 @@
+"""Section 13: a module's process, spoken to as executors and the manager do.
+
+The clients are built on wsproto alone, the provider on the standard library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar, cast
+
+import pytest
+from wsproto import ConnectionType, WSConnection
+from wsproto.connection import Connection
+from wsproto.events import (
+    AcceptConnection,
+    BytesMessage,
+    CloseConnection,
+    Event,
+    Ping,
+    Pong,
+    Request,
+    TextMessage,
+)
+
+from genvm_manager import (
+    HANDSHAKE_SECONDS,
+    MESSAGE_MAX_BYTES,
+    decode_calldata,
+    encode_calldata,
+)
+
+from .support import (
+    SOURCE,
+    WAIT,
+    Host,
+    Root,
+    memory_of,
+    report,
+    serving,
+)
+
+KEY = "sk-a/very+secret-key-of-forty-characters"
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
+HELLO: Any = {"cookie": "c1", "host_data": {"node_address": "0xaa", "tx_id": "0xbb"}}
+
+
+# --- a provider ---
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers as OpenAI does; the model's name says how."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    provider: ClassVar[Provider]
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.provider.requests.append(body)
+        behaviour, _, rest = body["model"].partition(":")
+        getattr(self, f"as_{behaviour}")(rest, body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Write nothing."""
+
+    def _reply(self, status: int, body: object) -> None:
+        data = json.dumps(body).encode()
+        with contextlib.suppress(OSError):  # whoever asked may be gone
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    def as_says(self, text: str, _body: Any) -> None:
+        message = {"role": "assistant", "content": text}
+        usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+        self._reply(200, {"choices": [{"message": message}], "usage": usage})
+
+    def as_echo(self, _: str, body: Any) -> None:
+        self.as_says(body["messages"][-1]["content"][0]["text"], body)
+
+    def as_status(self, status: str, _body: Any) -> None:
+        self._reply(int(status), {"error": {"message": f"refused {KEY}"}})
+
+    def as_slow(self, seconds: str, body: Any) -> None:
+        time.sleep(float(seconds))
+        self.as_echo("", body)
+
+    def as_gate(self, _: str, body: Any) -> None:
+        assert self.provider.gate.wait(WAIT)
+        self.as_echo("", body)
+
+    def as_hold(self, _: str, _body: Any) -> None:
+        """Never answer; see when the client goes."""
+        self.provider.held.release()
+        self.connection.settimeout(WAIT)
+        with contextlib.suppress(ConnectionResetError):
+            assert self.connection.recv(1) == b""
+        self.provider.dropped.set()
+        self.close_connection = True
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 512
+    daemon_threads = True
+
+
+class Provider:
+    """A provider in threads."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.gate = threading.Event()
+        self.held = threading.Semaphore(0)
+        self.dropped = threading.Event()
+        handler = type("Handler", (_Handler,), {"provider": self})
+        self._server = _Server(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        self.gate.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def config(self, *models: str, **changes: Any) -> dict[str, Any]:
+        """Return a configuration with a backend for each model, asked in this order."""
+        able = {"supports_json": True, "supports_image": True}
+        backends = {
+            f"b{number}": {
+                "host": self.url,
+                "provider": "openai-compatible",
+                "key": KEY,
+                "models": {model: able},
+            }
+            for number, model in enumerate(models)
+        }
+        return {"backends": backends, **changes}
+
+
+@pytest.fixture
+def provider() -> Iterator[Provider]:
+    made = Provider()
+    yield made
+    made.close()
+
+
+# --- the module's process ---
+
+
+class ModuleProcess:
+    """``genvm_manager.py module llm``, with the manager's ends of its pipes."""
+
+    def __init__(
+        self, config: object, *, listener: socket.socket | None = None, **setup: object
+    ) -> None:
+        made = listener or socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.address = made.getsockname()[:2]
+        self.events: list[dict[str, Any]] = []
+        self.records: list[dict[str, Any]] = []
+        self._changed = threading.Condition()
+        code = (
+            "import os, sys; fd = int(sys.argv[1]); os.dup2(fd, 3, inheritable=True)\n"
+            "if fd != 3: os.close(fd)\n"
+            "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-ISc", code, str(made.fileno()), str(SOURCE), "module", "llm"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=[made.fileno()],
+        )
+        if listener is None:
+            made.close()
+        self._threads = [
+            threading.Thread(target=self._read, args=(stream, into), daemon=True)
+            for stream, into in (
+                (self.process.stdout, self.events),
+                (self.process.stderr, self.records),
+            )
+        ]
+        for thread in self._threads:
+            thread.start()
+        self.tell({"config": config, "allow_empty_backends": False, "log_level": "info", **setup})
+
+    @classmethod
+    def ready(cls, config: object, **setup: Any) -> ModuleProcess:
+        """Return a process that accepts connections."""
+        process = cls(config, **setup)
+        process.event("ready")
+        return process
+
+    def _read(self, stream: Any, into: list[dict[str, Any]]) -> None:
+        for line in stream:
+            with self._changed:
+                into.append(json.loads(line))
+                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+    def tell(self, message: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(message).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def until(self, predicate: Callable[[], Any], what: str) -> Any:
+        with self._changed:
+            found = self._changed.wait_for(predicate, WAIT)
+            assert found, f"no {what}; log: {self.records}"
+            return found
+
+    def event(self, name: str) -> dict[str, Any]:
+        return cast(
+            dict[str, Any],
+            self.until(lambda: next((e for e in self.events if e["event"] == name), None), name),
+        )
+
+    def logged(self, message: str) -> dict[str, Any]:
+        def find() -> dict[str, Any] | None:
+            return next((r for r in self.records if r["message"] == message), None)
+
+        return cast(dict[str, Any], self.until(find, message))
+
+    def wait(self) -> int:
+        status = self.process.wait(WAIT)
+        for thread in self._threads:
+            thread.join(WAIT)
+        return status
+
+    def connect(self, hello: Any = HELLO, **options: Any) -> Client:
+        client = Client(self.address, **options)
+        if hello is not None:
+            client.send(hello)
+        return client
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for thread in self._threads:
+            thread.join(WAIT)
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            assert stream is not None
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+@pytest.fixture(scope="module")
+def echo() -> Iterator[ModuleProcess]:
+    """A process for many tests, whose model repeats what it is asked."""
+    provider = Provider()
+    process = ModuleProcess(provider.config("echo"))
+    process.event("ready")
+    yield process
+    process.close()
+    provider.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., ModuleProcess]]:
+    started: list[ModuleProcess] = []
+
+    def begin(config: object, **setup: Any) -> ModuleProcess:
+        started.append(ModuleProcess(config, **setup))
+        started[-1].event("ready")
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.close()
+
+
+Start = Callable[..., ModuleProcess]
+
+
+# --- a client ---
+
+
+class Client:
+    """A WebSocket client as an executor has one; everything blocks."""
+
+    def __init__(self, address: tuple[str, int], *, path: str = "/", early: bytes = b"") -> None:
+        self.socket = socket.create_connection(address, WAIT)
+        self._ws = WSConnection(ConnectionType.CLIENT)
+        self._events: Iterator[Event] = iter(())
+        request = Request(host=f"{address[0]}:{address[1]}", target=path)
+        self.socket.sendall(self._ws.send(request) + early)
+        accepted = self.event()
+        assert isinstance(accepted, AcceptConnection), accepted
+        assert accepted.subprotocol is None
+        assert not accepted.extensions
+
+    def event(self) -> Event:
+        """Return the next event; pings are answered."""
+        while True:
+            event = next(self._events, None)
+            if event is None:
+                data = self.socket.recv(1 << 20)
+                self._ws.receive_data(data or None)
+                self._events = self._ws.events()
+            elif isinstance(event, Ping):
+                self.socket.sendall(self._ws.send(event.response()))
+            else:
+                return event
+
+    def send_raw(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def encode(self, event: Event) -> bytes:
+        return self._ws.send(event)
+
+    def send_event(self, event: Event) -> None:
+        self.socket.sendall(self.encode(event))
+
+    def send_bytes(self, data: bytes) -> None:
+        self.send_event(BytesMessage(data=data))
+
+    def send(self, value: Any) -> None:
+        self.send_bytes(encode_calldata(value))
+
+    def receive(self) -> Any:
+        data = bytearray()
+        while True:
+            event = self.event()
+            assert isinstance(event, BytesMessage), event
+            data += event.data
+            if event.message_finished:
+                return decode_calldata(bytes(data))
+
+    def ask(self, request: Any) -> Any:
+        self.send(request)
+        return self.receive()
+
+    def prompt(self, text: str, **changes: Any) -> Any:
+        return self.ask(prompt(text, **changes))
+
+    def closed(self) -> int:
+        """Wait for the server's end of the conversation; returns the close code."""
+        event = self.event()
+        assert isinstance(event, CloseConnection), event
+        assert self.socket.recv(1) == b""
+        return int(event.code)
+
+    def leave(self) -> int:
+        """End the conversation as the protocol has it; returns the server's close code."""
+        self.send_event(CloseConnection(code=1000))
+        code = self.closed()
+        self.close()
+        return code
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def prompt(text: str, **changes: Any) -> dict[str, Any]:
+    payload = {"prompt": text, "response_format": "text", "images": [], **changes}
+    return {"Prompt": {"payload": payload, "remaining_fuel_as_gen": 1 << 60}}
+
+
+def ok(value: Any) -> dict[str, Any]:
+    return {"Ok": {"data": value, "consumed_gen": 0}}
+
+
+# --- conversations ---
+
+
+def test_a_conversation(start: Start, provider: Provider) -> None:
+    module = start(provider.config("echo"))
+    client = module.connect(path="/any/path?x=1")
+    assert client.prompt("hello") == ok("hello")
+    assert client.prompt('{"a": 1.0, "b": [0.5]}', response_format="json") == ok(
+        {"a": 1, "b": ["0.5"]}
+    )
+    assert client.prompt("seen", images=[PNG, PNG]) == ok("seen")
+    assert len(provider.requests[-1]["messages"][-1]["content"]) == 3
+    stats = client.ask("GetStats")["Ok"]
+    counted = stats["backends"]["b0"]["echo"]
+    assert counted["requests"] == 3
+    assert counted["total_tokens"] == 30
+    assert stats["connections"] == 1
+    assert client.leave() == 1000
+    later = module.until(
+        lambda: [e for e in module.events if e["event"] == "stats"][-1:], "statistics"
+    )
+    assert later[0]["stats"]["backends"]["b0"]["echo"]["requests"] == 3
+
+
+def test_templates(start: Start, provider: Provider) -> None:
+    module = start(provider.config('says:{"result": true}'))
+    client = module.connect()
+
+    def template(name: str, **variables: str) -> Any:
+        payload = {"template": name, **variables}
+        return client.ask({"PromptTemplate": {"payload": payload, "remaining_fuel_as_gen": 0}})
+
+    answers = {"leader_answer": "#{principle}", "validator_answer": "B", "principle": "P"}
+    assert template("EqComparative", **answers) == ok(True)
+    message = provider.requests[-1]["messages"][-1]["content"][0]["text"]
+    assert "#{principle}" in message
+    parts = {"task": "T", "criteria": "C", "input": "I"}
+    assert template("EqNonComparativeValidator", **parts, output="O") == ok(True)
+    assert template("EqNonComparativeLeader", **parts) == ok('{"result": true}')
+    assert "INVALID_REQUEST" in template("EqComparative")["FatalError"]
+    assert "INVALID_REQUEST" in template("Unknown")["FatalError"]
+
+
+def test_text_frames_fragments_and_pings(echo: ModuleProcess) -> None:
+    client = echo.connect(hello=None)
+    client.send_event(TextMessage(data=encode_calldata(HELLO).decode()))
+    client.send_event(TextMessage(data=encode_calldata("GetStats").decode()))
+    assert "Ok" in client.receive()
+    data = encode_calldata(prompt("in pieces"))
+    for byte in data[:-1]:
+        client.send_event(BytesMessage(data=bytes((byte,)), message_finished=False))
+    client.send_event(Ping(payload=b"in the middle"))
+    pong = client.event()
+    assert isinstance(pong, Pong)
+    assert pong.payload == b"in the middle"
+    client.send_bytes(data[-1:])
+    assert client.receive() == ok("in pieces")
+
+
+def test_hello_in_the_same_segment_as_the_handshake(echo: ModuleProcess) -> None:
+    frames = Connection(ConnectionType.CLIENT)
+    early = frames.send(BytesMessage(data=encode_calldata(HELLO)))
+    early += frames.send(BytesMessage(data=encode_calldata(prompt("early"))))
+    client = echo.connect(hello=None, early=bytes(early))
+    assert client.receive() == ok("early")
+
+
+def test_genvm_id_stands_in_for_the_cookie(start: Start, provider: Provider) -> None:
+    module = start(provider.config("status:500"))
+    client = module.connect({"genvm_id": 17, "host_data": {}})
+    client.prompt("x")
+    assert module.logged("a request failed")["genvm_id"] == 17
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [
+        b"\x07",
+        encode_calldata("GetStats"),
+        encode_calldata({"cookie": "c1"}),
+        encode_calldata({"host_data": {}}),
+        encode_calldata({"cookie": 1, "host_data": {}}),
+        encode_calldata({"genvm_id": True, "host_data": {}}),
+        b"",
+    ],
+)
+def test_a_wrong_hello_ends_the_conversation(echo: ModuleProcess, hello: bytes) -> None:
+    client = echo.connect(hello=None)
+    client.send_bytes(hello)
+    assert client.closed() == 1008
+    assert echo.logged("a connection began without a hello")["level"] == "warn"
+
+
+def test_wrong_messages_are_answered_and_the_connection_stays(echo: ModuleProcess) -> None:
+    client = echo.connect()
+    for data in (b"\x07", b"\xff" * 10, b"", encode_calldata(5), encode_calldata({})):
+        client.send_bytes(data)
+        assert client.receive()["FatalError"].startswith(
+            'ModuleError { causes: ["INVALID_REQUEST"], fatal: true, ctx: {"error": Str("'
+        )
+    unknown = (
+        'ModuleError { causes: ["UNKNOWN_REQUEST"], fatal: true, ctx: {"request": Str("Do")} }'
+    )
+    assert client.ask("Do") == {"FatalError": unknown}
+    assert client.ask({"Do": {"payload": {}}}) == {"FatalError": unknown}
+    for request in (
+        {"Prompt": None},
+        {"Prompt": {"payload": "x"}},
+        prompt("x", response_format="yaml"),
+        prompt("x", images="x"),
+        prompt(cast(str, 5)),
+    ):
+        assert "INVALID_REQUEST" in client.ask(request)["FatalError"]
+    assert client.prompt("x", images=[PNG] * 3) == {
+        "UserError": {"causes": ["TOO_MANY_IMAGES"], "ctx": {"count": 3, "limit": 2}}
+    }
+    assert client.prompt("x", images=[PNG, b"GIF89a"]) == {
+        "UserError": {"causes": ["INVALID_IMAGE"], "ctx": {"index": 1}}
+    }
+    assert client.prompt("still here") == ok("still here")
+
+
+def test_early_requests_wait_and_are_answered_in_order(start: Start, provider: Provider) -> None:
+    module = start(provider.config("gate"))
+    client = module.connect()
+    for text in ("one", "two", "three"):
+        client.send(prompt(text))
+    client.send("GetStats")
+    provider.gate.set()
+    assert [client.receive() for _ in range(3)] == [ok("one"), ok("two"), ok("three")]
+    assert client.receive()["Ok"]["backends"]["b0"]["gate"]["requests"] == 3
+
+
+def test_too_many_early_requests_end_the_conversation(start: Start, provider: Provider) -> None:
+    module = start(provider.config("hold"))
+    client = module.connect()
+    for _ in range(6):
+        client.send(prompt("x"))
+    assert client.closed() == 1008
+    assert module.logged("an executor sent too many requests at once")["cookie"] == "c1"
+
+
+# --- limits ---
+
+
+def test_a_message_of_64_mib_is_taken_in_linear_time(echo: ModuleProcess) -> None:
+    size = MESSAGE_MAX_BYTES - 1000
+    whole = BytesMessage(data=encode_calldata(prompt("x" * size, images=0)))
+    # Calldata of this size contains its length, which is no UTF-8: as text it is a wrong value.
+    for message, reason in (
+        (whole, "images"),
+        (TextMessage(data=" " * size), "that does not exist"),
+    ):
+        client = echo.connect()
+        data = client.encode(message)
+        begin = time.monotonic()
+        client.send_raw(data)
+        assert reason in client.receive()["FatalError"]
+        seconds = time.monotonic() - begin
+        report(f"64 MiB as {type(message).__name__}: {seconds:.1f} s")
+        assert seconds < 10
+        client.close()
+
+
+def test_a_message_that_is_too_large_is_not_read(start: Start, provider: Provider) -> None:
+    module = start(provider.config("echo"))
+    other = module.connect()
+    other.prompt("x")
+    before = memory_of(module.process.pid)
+    whole = module.connect()
+    with contextlib.suppress(OSError):  # it may close before everything is sent
+        whole.send_bytes(bytes(65 << 20))
+    event = whole.event()
+    assert isinstance(event, CloseConnection)
+    assert event.code == 1009
+    grown = memory_of(module.process.pid) - before
+    assert grown < 5 << 20
+    pieces = module.connect()
+    part = bytes(1 << 20)
+    for sent in range(100):
+        pieces.send_event(BytesMessage(data=part, message_finished=False))
+        if sent >= 64 and select.select([pieces.socket], [], [], 0.5)[0]:
+            break
+    assert pieces.closed() == 1009
+    assert sent == 64
+    assert memory_of(module.process.pid) - before < 100 << 20
+    assert other.prompt("and the others go on") == ok("and the others go on")
+    assert not [r for r in module.records if r["level"] == "error"]
+
+
+def test_frames_that_are_wrong_end_the_conversation(echo: ModuleProcess) -> None:
+    seen = len(echo.records)
+    for raw, code in (
+        (b"\x83\x80\0\0\0\0", 1002),  # an opcode that does not exist
+        (b"\x82\x01x", 1002),  # not masked
+        (b"\xc2\x80\0\0\0\0", 1002),  # a reserved bit
+        (b"\x81\x81\0\0\0\0\xff", 1007),  # text that is not UTF-8
+        (b"\x88\x82\0\0\0\0\x03\xe8" + b"\x89\x80\0\0\0\0" * 3, 1000),  # frames after the end
+    ):
+        client = echo.connect()
+        client.send_raw(raw)
+        assert client.closed() == code, raw
+        client.close()
+    client = echo.connect()
+    client.prompt("x")
+    client.send_event(CloseConnection(code=1000))
+    client.send_raw(b"\x82\x80\0\0\0\0" * 100)
+    assert client.closed() == 1000
+    assert not [r for r in echo.records[seen:] if r["level"] in ("error", "warn")]
+
+
+def test_a_client_that_does_not_read_does_not_grow_the_module(echo: ModuleProcess) -> None:
+    client = echo.connect()
+    before = memory_of(echo.process.pid, "VmRSS")
+    client.socket.settimeout(1.0)
+    pings = (b"\x89\xfd\0\0\0\0" + bytes(125)) * 8000
+    with contextlib.suppress(TimeoutError):
+        for _ in range(400):
+            client.send_raw(pings)
+    assert memory_of(echo.process.pid, "VmRSS") - before < 50 << 20
+    other = echo.connect()
+    assert other.prompt("x") == ok("x")
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"400"),
+        (b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\n", b"400"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\nxxx", b"400"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nOrigin: http://a.b\r\n\r\n", b"403"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nOrigin: null\r\n\r\n", b"403"),
+        (b"nonsense\r\n\r\n", b"400"),
+    ],
+)
+def test_what_is_not_websocket_is_refused(
+    echo: ModuleProcess, request_bytes: bytes, status: bytes
+) -> None:
+    with socket.create_connection(echo.address, WAIT) as plain:
+        plain.sendall(request_bytes)
+        answer = bytearray()
+        while data := plain.recv(4096):
+            answer += data
+    assert answer.split(b" ")[1] == status
+    assert len(answer) < 1000
+
+
+def test_an_endless_head_is_cut_off(echo: ModuleProcess) -> None:
+    with socket.create_connection(echo.address, WAIT) as plain:
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                plain.sendall(b"x" * 1024)
+        with contextlib.suppress(ConnectionResetError):
+            assert plain.recv(100) == b""
+
+
+def test_idle_is_allowed_and_dawdling_is_not(echo: ModuleProcess) -> None:
+    client = echo.connect()
+    with socket.create_connection(echo.address, WAIT) as plain:
+        begin = time.monotonic()
+        plain.sendall(b"GET / HTTP/1.1\r\n")
+        for _ in range(3):
+            assert not select.select([plain], [], [], 2)[0]
+            plain.sendall(b"X: y\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert plain.recv(100) == b""
+        assert time.monotonic() - begin < HANDSHAKE_SECONDS + 3
+    assert client.prompt("still here") == ok("still here")
+
+
+# --- providers ---
+
+
+def test_handing_over(start: Start, provider: Provider) -> None:
+    module = start(provider.config("status:429", "status:500", "echo"))
+    client = module.connect()
+    assert client.prompt("third") == ok("third")
+    stats = client.ask("GetStats")["Ok"]["backends"]
+    assert stats["b0"]["status:429"]["errors"] == {"rate_limited": 1}
+    assert stats["b1"]["status:500"]["errors"] == {"http": 1}
+
+
+def test_all_overloaded(start: Start, provider: Provider) -> None:
+    config = provider.config("status:429", "status:503")
+    module = start(config)
+    text = module.connect().prompt("x")["FatalError"]
+    beginning = (
+        'ModuleError { causes: ["NO_PROVIDER_FOR_PROMPT", "STATUS_NOT_OK"], fatal: true, ctx: {'
+        f'"url": Str("{provider.url}/v1/chat/completions"), "status": Number(429.0), '
+    )
+    assert text.startswith(beginning)
+    assert "b1/status:503" in text
+    assert KEY not in text
+    assert "[redacted]" in text
+    assert KEY not in json.dumps(module.records)
+
+
+def test_no_key_in_what_is_logged_or_answered(start: Start, provider: Provider) -> None:
+    module = start(provider.config("status:401"), log_level="trace")
+    text = module.connect().prompt("x")["FatalError"]
+    assert '"status": Number(401.0)' in text
+    module.logged("a request failed")
+    assert KEY not in json.dumps(module.records) + text
+
+
+def test_a_client_that_vanishes_cancels_its_request(start: Start, provider: Provider) -> None:
+    module = start(provider.config("hold"))
+    client = module.connect()
+    client.send(prompt("x"))
+    assert provider.held.acquire(timeout=WAIT)
+    client.close()
+    assert provider.dropped.wait(WAIT)
+    stats = module.connect().ask("GetStats")["Ok"]["backends"]["b0"]["hold"]
+    assert stats["errors"] == {"cancelled": 1}
+
+
+def test_timeout(start: Start, provider: Provider) -> None:
+    module = start(provider.config("slow:5", timeout="200ms"))
+    begin = time.monotonic()
+    text = module.connect().prompt("x")["FatalError"]
+    assert time.monotonic() - begin < 3
+    assert '"NO_PROVIDER_FOR_PROMPT", "TIMEOUT"' in text
+
+
+def test_two_hundred_connections_at_once(start: Start, provider: Provider) -> None:
+    module = start(provider.config("slow:0.5"))
+    clients = [module.connect({**HELLO, "cookie": f"c{n}"}) for n in range(200)]
+    begin = time.monotonic()
+    for number, client in enumerate(clients):
+        client.send(prompt(f"text {number}"))
+    other = module.connect()
+    waits = []
+    for _ in range(50):
+        asked = time.monotonic()
+        assert "Ok" in other.ask("GetStats")
+        waits.append(time.monotonic() - asked)
+    for number, client in enumerate(clients):
+        assert client.receive() == ok(f"text {number}")
+    seconds = time.monotonic() - begin
+    report(f"200 prompts of 0.5 s: {seconds:.1f} s; GetStats at most {max(waits) * 1000:.0f} ms")
+    assert seconds < 10
+    for client in clients:
+        client.close()
+
+
+# --- the manager's side ---
+
+
+def test_drain(start: Start, provider: Provider) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
+        module = start(provider.config("gate"), listener=listener)
+        client, idle = module.connect(), module.connect()
+        client.send(prompt("last words"))
+        assert "Ok" in idle.ask("GetStats")
+        module.process.send_signal(signal.SIGTERM)
+        module.logged("draining")
+        # The socket is still there, for another generation to accept from.
+        waiting = socket.create_connection(module.address, WAIT)
+        provider.gate.set()
+        assert client.receive() == ok("last words")
+        assert idle.prompt("me too") == ok("me too")
+        assert client.leave() == 1000
+        assert module.process.poll() is None
+        idle.close()
+        assert module.wait() == 0
+        last = module.events[-1]
+        assert last["stats"]["connections"] == 0
+        assert last["stats"]["backends"]["b0"]["gate"]["requests"] == 2
+        other = start(provider.config("echo"), listener=listener)
+        other.connect().prompt("x")
+        waiting.close()
+
+
+def test_drain_with_nothing_open(start: Start, provider: Provider) -> None:
+    module = start(provider.config("echo"))
+    module.process.send_signal(signal.SIGTERM)
+    module.process.send_signal(signal.SIGTERM)
+    assert module.wait() == 0
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(module.address, WAIT)
+
+
+def test_two_generations_share_a_socket(start: Start, provider: Provider) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        old = start(provider.config("says:old"), listener=listener)
+        kept = old.connect()
+        new = start(provider.config("says:new"), listener=listener)
+        old.process.send_signal(signal.SIGTERM)
+        old.logged("draining")
+        answers = []
+        for _ in range(100):
+            client = new.connect()
+            answers.append(client.prompt("x"))
+            client.close()
+        # What the old one had accepted by then it still answers.
+        assert answers[-1] == ok("new")
+        assert all(answer in (ok("old"), ok("new")) for answer in answers)
+        assert kept.prompt("x") == ok("old")
+        kept.close()
+        assert old.wait() == 0
+
+
+def test_end_of_the_manager_is_the_end(start: Start, provider: Provider) -> None:
+    module = start(provider.config("hold"))
+    client = module.connect()
+    client.send(prompt("x"))
+    assert provider.held.acquire(timeout=WAIT)
+    assert module.process.stdin is not None
+    begin = time.monotonic()
+    module.process.stdin.close()
+    assert module.wait() == 0
+    assert time.monotonic() - begin < 1
+    assert client.socket.recv(1) == b""
+
+
+def test_sigint_is_for_the_manager(echo: ModuleProcess) -> None:
+    echo.process.send_signal(signal.SIGINT)
+    assert echo.connect().prompt("x") == ok("x")
+
+
+def test_log_level(echo: ModuleProcess) -> None:
+    echo.connect().prompt("x")
+    echo.tell({"log_level": "debug"})
+    echo.tell({"log_level": "no such level"})
+    echo.logged("the manager sent an order that is not known")
+    assert echo.connect({"cookie": "c2", "host_data": {}}).prompt("x") == ok("x")
+    record = echo.logged("an executor connected")
+    assert record["level"] == "debug"
+    assert record["cookie"] == "c2"
+    echo.tell([])
+    echo.logged("the manager sent a line that is no JSON object")
+
+
+def test_ipv6(start: Start, provider: Provider) -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
+        module = start(provider.config("echo"), listener=listener)
+        assert module.connect().prompt("x") == ok("x")
+
+
+def bad_configurations() -> Iterator[tuple[dict[str, Any], str]]:
+    good = {"host": "http://x", "provider": "openai-compatible", "key": KEY, "models": {"m": {}}}
+    yield {}, "backends: none can be used (backends is empty)"
+    yield {"backends": {"a": {**good, "key": ""}}}, "backends.a: left out: it has no key"
+    yield {"backends": {"a": {**good, "provider": "x"}}}, 'backends.a.provider: unknown "x"'
+    yield {"backends": {"a": {**good, "key": KEY + "\n"}}}, "backends.a.key: has characters"
+
+
+@pytest.mark.parametrize(("config", "reason"), list(bad_configurations()))
+def test_bad_configurations(config: dict[str, Any], reason: str) -> None:
+    module = ModuleProcess(config)
+    try:
+        assert module.wait() == 1
+    finally:
+        module.close()
+    assert module.events == []
+    (record,) = module.records
+    assert record["level"] == "error"
+    assert reason in record["message"]
+    assert KEY.strip() not in json.dumps(record)
+
+
+def test_empty_backends_are_allowed_on_request(start: Start) -> None:
+    module = start({}, allow_empty_backends=True)
+    client = module.connect()
+    assert client.prompt("x") == {
+        "FatalError": 'ModuleError { causes: ["NO_PROVIDER_FOR_PROMPT"], fatal: true, '
+        'ctx: {"reason": Str("no backend has a model for text answers")} }'
+    }
+
+
+def test_a_line_that_is_no_setup_and_none_at_all() -> None:
+    for line, status in ((b"no JSON\n", 1), (b'{"config": 1}\n', 1), (b"half a li", 0), (b"", 0)):
+        ended = subprocess.run(
+            [sys.executable, str(SOURCE), "module", "llm"],
+            input=line,
+            capture_output=True,
+            timeout=WAIT,
+            check=False,
+        )
+        assert ended.returncode == status
+        assert ended.stdout == b""
+        assert (b"not a module's setup" in ended.stderr) == (status == 1)
+
+
+def test_a_descriptor_that_is_no_listener(provider: Provider) -> None:
+    with socket.socket() as unbound:
+        unbound.bind(("127.0.0.1", 0))
+        module = ModuleProcess(provider.config("echo"), listener=unbound)
+        try:
+            assert module.wait() == 1
+        finally:
+            module.close()
+    assert "not a listening socket" in module.records[0]["message"]
+
+
+# --- with the practice executor ---
+
+
+def run_executor(root: Root, host: Host, module: str, *extra: str) -> subprocess.Popen[bytes]:
+    account = "AAAAAAAAAAAAAAAAAAAAAAAAAAc="
+    message = {
+        "contract_address": account,
+        "sender_address": account,
+        "origin_address": account,
+        "chain_id": "1",
+        "value": None,
+        "is_init": False,
+    }
+    return subprocess.Popen(
+        [
+            str(root.practice()),
+            "--log-fd=1",
+            "run",
+            *extra,
+            "--host-data",
+            '{"node_address": "0xaa", "tx_id": "0xbb", "fee": 0.5}',
+            "--host",
+            host.uri,
+            "--message",
+            json.dumps(message),
+            "--cookie=c77",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "GENVM_LLM_MODULE": module},
+    )
+
+
+def call(root: Root, script: str, module: str, *extra: str) -> tuple[tuple[str, Any], str]:
+    """Run a contract's method; returns its outcome and the executor's log."""
+    with serving(Host(root.path / f"h{time.monotonic_ns()}", f"on method m\n{script}")) as host:
+        host.calls({"method": "m", "args": [], "kwargs": {}})
+        process = run_executor(root, host, module, *extra)
+        log, _ = process.communicate(timeout=WAIT)
+        assert process.returncode == 0
+        return host.outcome(), log.decode()
+
+
+@pytest.fixture
+def place() -> Iterator[Root]:
+    made = Root()
+    yield made
+    made.close()
+
+
+def test_contract_executor_module_provider_host(
+    start: Start, provider: Provider, place: Root
+) -> None:
+    module = start(provider.config("echo"), log_level="debug")
+    address = "ws://{}:{}".format(*module.address)
+    script = 'ask-llm Is it so?\nstore told "$last"\nask-llm-json {"a": [1, 0.5]}\n'
+    script += 'return ["$storage.told", "$last"]\n'
+    outcome, log = call(place, script, address)
+    assert outcome == ("return", ["Is it so?", {"a": [1, "0.5"]}])
+    assert "statistics" not in log
+    assert module.logged("an executor connected")["cookie"] == "c77"
+    module.logged("an executor disconnected")
+    assert len([r for r in module.records if r["message"] == "an executor connected"]) == 1
+
+
+def test_the_practice_executor_when_things_go_wrong(
+    start: Start, provider: Provider, place: Root
+) -> None:
+    module = start(provider.config("status:401"))
+    address = "ws://{}:{}".format(*module.address)
+    (kind, text), _ = call(place, "ask-llm x\n", address)
+    assert kind == "vm_error"
+    assert '"status": Number(401.0)' in text
+    (kind, text), _ = call(place, "ask-llm x\n", address, "--permissions", "rws")
+    assert (kind, text) == ("vm_error", "forbidden: non-deterministic work without permission 'n'")
+    (kind, text), _ = call(place, "ask-llm x\n", "http://127.0.0.1:1")
+    assert kind == "vm_error"
+    assert "expected ws://host:port" in text
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    (kind, text), _ = call(place, "ask-llm x\n", f"ws://127.0.0.1:{port}")
+    assert kind == "vm_error"
+    assert "refused" in text
+
+
+def test_a_practice_run_can_be_cancelled_while_it_asks(
+    start: Start, provider: Provider, place: Root
+) -> None:
+    module = start(provider.config("hold"))
+    address = "ws://{}:{}".format(*module.address)
+    with serving(Host(place.path / "host", "on method m\nask-llm x\n")) as host:
+        host.calls({"method": "m", "args": [], "kwargs": {}})
+        process = run_executor(place, host, address)
+        assert provider.held.acquire(timeout=WAIT)
+        process.terminate()
+        process.communicate(timeout=WAIT)
+        assert process.returncode == 0
+        assert host.outcome() == ("vm_error", "timeout")
+    assert provider.dropped.wait(WAIT)
