@@ -1214,7 +1214,7 @@ def _cgroup_stat(folder: Path, name: str) -> int:
 # never makes the reactor wait for a slow reader. Uses configuration. Never
 # decides what is worth logging.
 
-LOG_BACKLOG_BYTES = 4 * MIB
+LOG_BACKLOG_BYTES = 8 * MIB
 LOG_FLUSH_SECONDS = 0.2
 _EVENT_FIELDS_LEFT_OUT = frozenset(
     ("isError", "failure", "why", "format", "time", "system", "message", "text", "level_name")

@@ -263,7 +263,7 @@ BAD_SETTINGS = {
     "log_format": ["xml", '"xml"'],
     "execution_retention": ["soon", '"soon"'],
     "shutdown_grace": ["-1", "-1"],
-    "env_allow": ["PATH", '"PATH"'],
+    "env_allow": ["PATH", "expected an array"],
     "no_such_key": ["1", "unknown"],
     "1": ["2", "unknown"],
     "die_with_parent": ["maybe", '"maybe"'],
