@@ -44,6 +44,11 @@ The file is one module in sections, each of which uses only what stands above it
 13c. LLM service: settings.
 13d. LLM service: JSON of models.
 13e. LLM service: prompts, selection of models, hand-over, statistics.
+13f. Web service: which URLs and addresses are public.
+13g. Web service: requests, redirects, signing.
+13h. Web service: one Chromium per page, and its way to the network.
+13i. Web service: rendering.
+13j. Web service: settings, requests, statistics.
 14. HTTP connections: limits, access, errors as JSON.
 14b. HTTP API: the routes.
 15. Practice executor: a stand-in for GenVM that interprets small scripts (15 to 15d).
@@ -78,6 +83,7 @@ import resource
 import secrets
 import select
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -88,6 +94,7 @@ import time
 import typing
 import unicodedata
 import zipfile
+import zlib
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -110,11 +117,12 @@ from typing import (
     get_args,
     get_origin,
 )
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 import attrs
 import cattrs
 import hyperlink
+import idna
 import treq
 import werkzeug.exceptions
 import yaml
@@ -138,9 +146,16 @@ from twisted.internet.defer import (
     succeed,
 )
 from twisted.internet.defer import TimeoutError as DeferredTimeout
-from twisted.internet.endpoints import HostnameEndpoint, connectProtocol
+from twisted.internet.endpoints import (
+    HostnameEndpoint,
+    TCP4ClientEndpoint,
+    TCP6ClientEndpoint,
+    connectProtocol,
+    wrapClientTLS,
+)
 from twisted.internet.error import (
     CannotListenError,
+    ConnectError,
     ConnectionDone,
     DNSLookupError,
     ProcessExitedAlready,
@@ -153,8 +168,10 @@ from twisted.internet.interfaces import (
     IHalfCloseableProtocol,
     IPushProducer,
     IReadDescriptor,
+    IResolutionReceiver,
+    IStreamClientEndpoint,
 )
-from twisted.internet.process import reapProcessHandlers
+from twisted.internet.process import reapAllProcesses, reapProcessHandlers
 from twisted.internet.protocol import ProcessProtocol, Protocol, ServerFactory, connectionDone
 from twisted.internet.stdio import StandardIO
 from twisted.internet.task import LoopingCall
@@ -166,6 +183,7 @@ from twisted.python.failure import Failure
 from twisted.python.logfile import LogFile
 from twisted.web.client import (
     Agent,
+    BrowserLikePolicyForHTTPS,
     HTTPConnectionPool,
     ResponseDone,
     ResponseNeverReceived,
@@ -173,6 +191,7 @@ from twisted.web.client import (
 from twisted.web.error import SchemeNotSupported
 from twisted.web.http import RESPONSES, HTTPChannel, PotentialDataLoss
 from twisted.web.http_headers import Headers
+from twisted.web.iweb import IAgentEndpointFactory, IBodyProducer
 from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 from twisted.web.websocket import WebSocketResource
@@ -7158,6 +7177,1840 @@ def read_answer(answer: str | dict[str, Any], mode: AnswerMode) -> CalldataValue
 
 
 # =============================================================================
+# 13f. Web service: addresses
+# =============================================================================
+#
+# Owns which doors are open to contracts (PROTOCOLS.md section 6): the rules for
+# URLs, the rules for network addresses, and connections only to addresses that
+# were checked. Uses module services. Never speaks HTTP.
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+CONNECT_SECONDS = 10.0
+URL_MAX_CHARACTERS = 8192
+#: The labels of the root zone, from the ICANN part of the Public Suffix List of 2026-10-22 (as in
+#: the package publicsuffixlist 1.1.2.20261023), without "onion", which no name server answers for.
+_LABELS = """
+aaa aarp abb abbott abbvie abc able abogado abudhabi ac academy accenture accountant accountants aco
+actor ad ads adult ae aeg aero aetna af afl africa ag agakhan agency ai aig airbus airforce airtel
+akdn al alibaba alipay allfinanz allstate ally alsace alstom am amazon americanexpress
+americanfamily amex amfam amica amsterdam analytics android anquan anz ao aol apartments app apple
+aq aquarelle ar arab aramco archi army arpa art arte as asda asia associates at athleta attorney au
+auction audi audible audio auspost author auto autos aw aws ax axa az azure ba baby baidu banamex
+band bank bar barcelona barclaycard barclays barefoot bargains baseball basketball bauhaus bayern bb
+bbc bbt bbva bcg bcn bd be beats beauty beer berlin best bestbuy bet bf bg bh bharti bi bible bid
+bike bing bingo bio biz bj black blackfriday blockbuster blog bloomberg blue bm bms bmw bn
+bnpparibas bo boats boehringer bofa bom bond boo book booking bosch bostik boston bot boutique box
+br bradesco bridgestone broadway broker brother brussels bs bt build builders business buy buzz bv
+bw by bz bzh ca cab cafe cal call calvinklein cam camera camp canon capetown capital capitalone car
+caravan cards care career careers cars casa case cash casino cat catering catholic cba cbn cbre cc
+cd center ceo cern cf cfa cfd cg ch chanel channel charity chase chat cheap chintai christmas chrome
+church ci cipriani circle cisco citadel citi citic city ck cl claims cleaning click clinic clinique
+clothing cloud club clubmed cm cn co coach codes coffee college cologne com commbank community
+company compare computer comsec condos construction consulting contact contractors cooking cool coop
+corsica country coupon coupons courses cpa cr credit creditcard creditunion cricket crown crs cruise
+cruises cu cuisinella cv cw cx cy cymru cyou cz dad dance data date dating datsun day dclk dds de
+deal dealer deals degree delivery dell deloitte delta democrat dental dentist desi design dev dhl
+diamonds diet digital direct directory discount discover dish diy dj dk dm dnp do docs doctor dog
+domains dot download drive dtv dubai dupont durban dvag dvr dz earth eat ec eco edeka edu education
+ee eg email emerck energy engineer engineering enterprises epson equipment er ericsson erni es esq
+estate et eu eurovision eus events exchange expert exposed express extraspace fage fail fairwinds
+faith family fan fans farm farmers fashion fast fedex feedback ferrari ferrero fi fidelity fido film
+final finance financial fire firestone firmdale fish fishing fit fitness fj fk flickr flights flir
+florist flowers fly fm fo foo food football ford forex forsale forum foundation fox fr free
+fresenius frl frogans frontier ftr fujitsu fun fund furniture futbol fyi ga gal gallery gallo gallup
+game games gap garden gay gb gbiz gd gdn ge gea gent genting george gf gg ggee gh gi gift gifts
+gives giving gl glass gle global globo gm gmail gmbh gmo gmx gn godaddy gold goldpoint golf goodyear
+goog google gop got gov gp gq gr grainger graphics gratis green gripe grocery group gs gt gu gucci
+guge guide guitars guru gw gy hair hamburg hangout haus hbo hdfc hdfcbank health healthcare help
+helsinki here hermes hiphop hisamitsu hitachi hiv hk hkt hm hn hockey holdings holiday homedepot
+homegoods homes homesense honda horse hospital host hosting hot hotel hotels hotmail house how hr
+hsbc ht hu hughes hyatt hyundai ibm icbc ice icu id ie ieee ifm ikano il im imamat imdb immo
+immobilien in inc industries infiniti info ing ink institute insurance insure int international
+intuit investments io ipiranga iq ir irish is ismaili ist istanbul it itau itv jaguar java jcb je
+jeep jetzt jewelry jio jll jm jmp jnj jo jobs joburg jot joy jp jpmorgan jprs juegos kaufen kddi ke
+kerryhotels kerryproperties kfh kg kh ki kia kids kim kindle kitchen kiwi km kn koeln komatsu kosher
+kp kpmg kpn kr krd kred kuokgroup kw ky kyoto kz la lacaixa lamborghini lamer land landrover lanxess
+lasalle lat latino latrobe law lawyer lb lc lds lease leclerc lefrak legal lego lexus lgbt li lidl
+life lifeinsurance lifestyle lighting like lilly limited limo lincoln link live living lk llc llp
+loan loans locker locus lol london lotte lotto love lpl lplfinancial lr ls lt ltd ltda lu lundbeck
+luxe luxury lv ly ma madrid maif maison makeup man management mango map market marketing markets
+marriott marshalls mattel mba mc mckinsey md me med media meet melbourne meme memorial men menu
+merck merckmsd mg mh miami microsoft mil mini mint mit mitsubishi mk ml mlb mls mm mma mn mo mobi
+mobile moda moe moi mom monash money monster mormon mortgage moscow moto motorcycles mov movie mp mq
+mr ms msd mt mtn mtr mu museum music mv mw mx my mz na nab nagoya name navy nba nc ne nec net
+netbank netflix network neustar new news next nextdirect nexus nf nfl ng ngo nhk ni nico nike nikon
+ninja nissan nissay nl no nokia norton now nowruz nowtv np nr nra nrw ntt nu nyc nz obi observer
+office okinawa olayan olayangroup ollo om omega one ong onl online ooo open oracle orange org
+organic origins osaka otsuka ott ovh pa page panasonic paris pars partners parts party pay pccw pe
+pet pf pfizer pg ph pharmacy phd philips phone photo photography photos physio pics pictet pictures
+pid pin ping pink pioneer pizza pk pl place play playstation plumbing plus pm pn pnc pohl poker
+politie porn post pr praxi press prime pro prod productions prof progressive promo properties
+property protection pru prudential ps pt pub pw pwc py qa qpon quebec quest racing radio re read
+realestate realtor realty recipes red redumbrella rehab reise reisen reit reliance ren rent rentals
+repair report republican rest restaurant review reviews rexroth rich richardli ricoh ril rio rip ro
+rocks rodeo rogers room rs rsvp ru rugby ruhr run rw rwe ryukyu sa saarland safe safety sakura sale
+salon samsclub samsung sandvik sandvikcoromant sanofi sap sarl sas save saxo sb sbi sbs sc scb
+schaeffler schmidt scholarships school schule schwarz science scot sd se search seat secure security
+seek select sener services seven sew sex sexy sfr sg sh shangrila sharp shell shia shiksha shoes
+shop shopping shouji show si silk sina singles site sj sk ski skin sky skype sl sling sm smart smile
+sn sncf so soccer social softbank software sohu solar solutions song sony soy spa space sport spot
+sr srl ss st stada staples star statebank statefarm stc stcgroup stockholm storage store stream
+studio study style su sucks supplies supply support surf surgery suzuki sv swatch swiss sx sy sydney
+systems sz tab taipei talk taobao target tatamotors tatar tattoo tax taxi tc tci td tdk team tech
+technology tel temasek tennis teva tf tg th thd theater theatre tiaa tickets tienda tips tires tirol
+tj tjmaxx tjx tk tkmaxx tl tm tmall tn to today tokyo tools top toray toshiba total tours town
+toyota toys tr trade trading training travel travelers travelersinsurance trust trv tt tube tui
+tunes tushu tv tvs tw tz ua ubank ubs ug uk unicom university uno uol ups us uy uz va vacations vana
+vanguard vc ve vegas ventures verisign versicherung vet vg vi viajes video vig viking villas vin vip
+virgin visa vision viva vivo vlaanderen vn vodka volvo vote voting voto voyage vu wales walmart
+walter wang wanggou watch watches weather weatherchannel web webcam weber website wed wedding weibo
+weir wf whoswho wien wiki williamhill win windows wine winners wme woodside work works world wow ws
+wtc wtf xbox xerox xihuan xin xn--11b4c3d xn--1ck2e1b xn--1qqw23a xn--2scrj9c xn--30rr7y xn--3bst00m
+xn--3ds443g xn--3e0b707e xn--3hcrj9c xn--3pxu8k xn--42c2d9a xn--45br5cyl xn--45brj9c xn--45q11c
+xn--4dbrk0ce xn--4gbrim xn--54b7fta0cc xn--55qw42g xn--55qx5d xn--5su34j936bgsg xn--5tzm5g
+xn--6frz82g xn--6qq986b3xl xn--80adxhks xn--80ao21a xn--80aqecdr1a xn--80asehdb xn--80aswg
+xn--8y0a063a xn--90a3ac xn--90ae xn--90ais xn--9dbq2a xn--9et52u xn--9krt00a xn--b4w605ferd
+xn--bck1b9a5dre4c xn--c1avg xn--c2br7g xn--cck2b3b xn--cckwcxetd xn--cg4bki xn--clchc0ea0b2g2a9gcd
+xn--czr694b xn--czrs0t xn--czru2d xn--d1acj3b xn--d1alf xn--e1a4c xn--eckvdtc9d xn--efvy88h
+xn--fct429k xn--fhbei xn--fiq228c5hs xn--fiq64b xn--fiqs8s xn--fiqz9s xn--fjq720a xn--flw351e
+xn--fpcrj9c3d xn--fzc2c9e2c xn--fzys8d69uvgm xn--g2xx48c xn--gckr3f0f xn--gecrj9c xn--gk3at1e
+xn--h2breg3eve xn--h2brj9c xn--h2brj9c8c xn--hxt814e xn--i1b6b1a6a2e xn--imr513n xn--io0a7i
+xn--j1aef xn--j1amh xn--j6w193g xn--jlq480n2rg xn--jvr189m xn--kcrx77d1x4a xn--kprw13d xn--kpry57d
+xn--kput3i xn--l1acc xn--lgbbat1ad8j xn--mgb2ddes xn--mgb9awbf xn--mgba3a3ejt xn--mgba3a4f16a
+xn--mgba3a4fra xn--mgba7c0bbn0a xn--mgbaam7a8h xn--mgbab2bd xn--mgbah1a3hjkrd xn--mgbai9a5eva00b
+xn--mgbai9azgqp6j xn--mgbayh7gpa xn--mgbbh1a xn--mgbbh1a71e xn--mgbc0a9azcg xn--mgbca7dzdo
+xn--mgbcpq6gpa1a xn--mgberp4a5d4a87g xn--mgberp4a5d4ar xn--mgbgu82a xn--mgbi4ecexp xn--mgbpl2fh
+xn--mgbqly7c0a67fbc xn--mgbqly7cvafr xn--mgbt3dhd xn--mgbtf8fl xn--mgbtx2b xn--mgbx4cd0ab
+xn--mix082f xn--mix891f xn--mk1bu44c xn--mxtq1m xn--ngbc5azd xn--ngbe9e0a xn--ngbrx xn--nnx388a
+xn--node xn--nqv7f xn--nqv7fs00ema xn--nyqy26a xn--o3cw4h xn--ogbpf8fl xn--otu796d xn--p1acf
+xn--p1ai xn--pgbs0dh xn--pssy2u xn--q7ce6a xn--q9jyb4c xn--qcka1pmc xn--qxa6a xn--qxam xn--rhqv96g
+xn--rovu88b xn--rvc1e0am3e xn--s9brj9c xn--ses554g xn--t60b56a xn--tckwe xn--tiq49xqyj xn--unup4y
+xn--vermgensberater-ctb xn--vermgensberatung-pwb xn--vhquv xn--vuq861b xn--w4r85el8fhu5dnra
+xn--w4rs40l xn--wgbh1c xn--wgbl6a xn--xhq521b xn--xkc2al3hye2a xn--xkc2dl3a5ee0h xn--y9a3aq
+xn--yfro4i67o xn--ygbi2ammx xn--zfr164b xxx xyz yachts yahoo yamaxun yandex ye yodobashi yoga
+yokohama you youtube yt yun za zappos zara zero zip zm zone zuerich zw
+"""
+TOP_LEVEL_DOMAINS = frozenset(_LABELS.split())
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
+_NUMBER = re.compile(r"0x[0-9a-f]*|[0-9]+", re.ASCII)
+#: What stands as it is in a path or a query; a percent sign is taken for an escape.
+_PATH_CHARACTERS = "/:@!$&'()*+,;=-._~%[]|"
+_QUERY_CHARACTERS = _PATH_CHARACTERS + "?`{}^"
+
+_FORBIDDEN_V4 = tuple(
+    map(
+        ipaddress.IPv4Network,
+        (
+            "0.0.0.0/8",
+            "10.0.0.0/8",
+            "100.64.0.0/10",  # carriers' own; 100.100.100.200 is a metadata service
+            "127.0.0.0/8",
+            "168.63.129.16/32",  # a metadata service at an address that looks public
+            "169.254.0.0/16",
+            "172.16.0.0/12",
+            "192.0.0.0/24",
+            "192.0.2.0/24",
+            "192.88.99.0/24",
+            "192.168.0.0/16",
+            "198.18.0.0/15",
+            "198.51.100.0/24",
+            "203.0.113.0/24",
+            "224.0.0.0/4",
+            "240.0.0.0/4",
+        ),
+    )
+)
+#: All of IPv6 that is given out to the public, and what is special in it.
+_PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
+_FORBIDDEN_V6 = tuple(
+    map(ipaddress.IPv6Network, ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"))
+)
+#: Addresses that carry an IPv4 address: how many bits stand to the right of it.
+_CARRIERS_OF_V4 = (
+    (ipaddress.IPv6Network("::ffff:0:0/96"), 0),
+    (ipaddress.IPv6Network("64:ff9b::/96"), 0),
+    (ipaddress.IPv6Network("2002::/16"), 80),
+)
+
+
+def address_is_public(text: str) -> bool:
+    """Tell whether an IP address belongs to the public internet and to nothing of ours."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address):
+        for network, shift in _CARRIERS_OF_V4:
+            if address in network:
+                inner = ipaddress.IPv4Address((int(address) >> shift) & 0xFFFFFFFF)
+                return address_is_public(str(inner))
+        return address in _PUBLIC_V6 and not any(address in net for net in _FORBIDDEN_V6)
+    return not any(address in network for network in _FORBIDDEN_V4)
+
+
+def canonical_host(host: str) -> str:
+    """Return a host in its one spelling: an IP address, or a name in lower-case ASCII.
+
+    Numbers are read as browsers read them: ``0177.1`` and ``2130706433`` are 127.0.0.1. Raises
+    ``ValueError``.
+    """
+    if host.startswith("["):
+        if not host.endswith("]") or "%" in host:
+            raise ValueError("the address in brackets is none")
+        return str(ipaddress.IPv6Address(host[1:-1]))
+    if not host.isascii():
+        host = idna.uts46_remap(host, std3_rules=False)
+    labels = host.lower().removesuffix(".").split(".")
+    if _NUMBER.fullmatch(labels[-1]):
+        return _numeric_host(labels)
+    name = ".".join(map(_canonical_label, labels))
+    if len(name) > 253:
+        raise ValueError("the host name is too long")
+    return name
+
+
+def _canonical_label(label: str) -> str:
+    if label.isascii() and not label.startswith("xn--"):
+        if _LABEL.fullmatch(label) is None:
+            raise ValueError(f"{shown(label)} is no part of a host name")
+        return label
+    encoded = idna.encode(idna.decode(label) if label.isascii() else label).decode()
+    if label.isascii() and encoded != label:
+        raise ValueError(f"{shown(label)} is not the usual spelling of a name")
+    return encoded
+
+
+def _numeric_host(labels: list[str]) -> str:
+    if len(labels) > 4 or not all(_NUMBER.fullmatch(label) for label in labels):
+        raise ValueError("the address is none")
+    # Eight is the base of what begins with a zero; "0x" alone is zero.
+    numbers = [
+        int(label[2:] or "0", 16)
+        if label.startswith("0x")
+        else int(label, 8 if label.startswith("0") else 10)
+        for label in labels
+        if len(label) < 40
+    ]
+    *heads, last = numbers
+    if len(numbers) != len(labels) or any(head > 255 for head in heads):
+        raise ValueError("the address is none")
+    if last >= 256 ** (4 - len(heads)):
+        raise ValueError("the address is none")
+    value = sum(head << (24 - 8 * place) for place, head in enumerate(heads)) + last
+    return str(ipaddress.IPv4Address(value))
+
+
+def is_ip_literal(host: str) -> bool:
+    """Tell whether a canonical host is an IP address."""
+    return ":" in host or _NUMBER.fullmatch(host.rpartition(".")[2]) is not None
+
+
+@frozen
+class Target:
+    """A URL that the rules let pass.
+
+    ``host`` is canonical; ``trusted`` hosts are those that the operator allows, wherever they are.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    path: str = "/"
+    query: str | None = None
+    trusted: bool = False
+
+    @property
+    def authority(self) -> str:
+        """Host and, unless it is the default, port."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The URL, without a fragment."""
+        query = "" if self.query is None else f"?{self.query}"
+        return f"{self.scheme}://{self.authority}{self.path}{query}"
+
+
+def refused(cause: str, url: str, reason: str = "") -> RequestFailure:
+    """Return a failure that a contract can catch."""
+    context: dict[str, CalldataValue] = {"url": _json_text(url[:REPORTED_REASON_CHARACTERS])}
+    if reason:
+        context["reason"] = _json_text(reason[:REPORTED_REASON_CHARACTERS])
+    return RequestFailure(cause, fatal=False, context=context)
+
+
+class UrlRules:
+    """Which URLs contracts may use. Raises ``ValueError`` for hosts and labels that are none."""
+
+    def __init__(
+        self, always_allow_hosts: Iterable[str] = (), extra_tld: Iterable[str] = ()
+    ) -> None:
+        self._always = frozenset(map(read_host, always_allow_hosts))
+        self._domains = TOP_LEVEL_DOMAINS | {
+            _canonical_label(label.removeprefix(".").lower()) for label in extra_tld
+        }
+
+    def check(self, url: str) -> Target:
+        """Return the target of a URL; raises ``RequestFailure``, which contracts can catch."""
+        match = _SCHEME.match(url)
+        if match is None or len(url) > URL_MAX_CHARACTERS or not _is_plain(url):
+            raise refused("MALFORMED_URL", url, "expected https://host/path")
+        scheme = match[1].lower()
+        if scheme not in DEFAULT_PORTS:
+            raise refused("SCHEMA_FORBIDDEN", url, "only http and https are allowed")
+        try:
+            target = self._parse(scheme, url)
+        except (ValueError, UnicodeError) as error:
+            raise refused("MALFORMED_URL", url, str(error)) from None
+        return self.admit(target, url)
+
+    def admit(self, target: Target, url: str) -> Target:
+        """Apply the rules for hosts and ports; raises ``RequestFailure``."""
+        if target.host in self._always:
+            return attrs.evolve(target, trusted=True)
+        if target.port not in DEFAULT_PORTS.values():
+            raise refused("PORT_FORBIDDEN", url, f"port {target.port}: only 80 and 443 are allowed")
+        name, _, last = target.host.rpartition(".")
+        if is_ip_literal(target.host) or not name or last not in self._domains:
+            raise refused("TLD_FORBIDDEN", url, "the host has no public top-level domain")
+        return target
+
+    def _parse(self, scheme: str, url: str) -> Target:
+        parts = urlsplit(url)
+        rest = url.partition(":")[2]
+        if not rest.startswith("//") or "\\" in re.split("[?#]", url, maxsplit=1)[0]:
+            raise ValueError("expected https://host/path")
+        if "@" in parts.netloc:
+            raise ValueError("a URL with credentials; send them in a header")
+        place, colon, port = parts.netloc.rpartition(":")
+        if not colon or "]" in port:
+            place, port = parts.netloc, ""
+        if port and not (port.isascii() and port.isdigit() and len(port) <= 5):
+            raise ValueError("the port is none")
+        number = int(port) if port else DEFAULT_PORTS[scheme]
+        if not 0 < number < 1 << 16:
+            raise ValueError("the port is none")
+        has_query = "?" in url.partition("#")[0]
+        return Target(
+            scheme,
+            canonical_host(place),
+            number,
+            quote(parts.path, safe=_PATH_CHARACTERS) or "/",
+            quote(parts.query, safe=_QUERY_CHARACTERS) if has_query else None,
+        )
+
+
+def _is_plain(url: str) -> bool:
+    """Tell whether nothing is in a URL that programs silently drop."""
+    return not any(c <= " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in url)
+
+
+def read_host(text: str) -> str:
+    """Return the canonical form of a host that an operator wrote; raises ``ValueError``."""
+    bare = ":" in text and not text.startswith("[")
+    return canonical_host(f"[{text}]" if bare else text)
+
+
+@implementer(IResolutionReceiver)
+class _Resolution:
+    """Collects the addresses of a name."""
+
+    def __init__(self) -> None:
+        self.addresses: list[str] = []
+        self.done: Deferred[None] = Deferred()
+
+    def resolutionBegan(self, resolutionInProgress: object) -> None:
+        """See ``IResolutionReceiver``."""
+
+    def addressResolved(self, address: IAddress) -> None:
+        """See ``IResolutionReceiver``."""
+        self.addresses.append(cast(Any, address).host)
+
+    def resolutionComplete(self) -> None:
+        """See ``IResolutionReceiver``."""
+        if not self.done.called:
+            self.done.callback(None)
+
+
+async def open_addresses(reactor: Any, target: Target) -> list[str]:
+    """Resolve a target's host once, and return the addresses that may be connected to.
+
+    Raises ``RequestFailure`` if all are forbidden, ``DNSLookupError`` if there are none.
+    """
+    if is_ip_literal(target.host):
+        found = [target.host]
+    else:
+        resolution = _Resolution()
+        reactor.nameResolver.resolveHostName(resolution, target.host, portNumber=target.port)
+        await resolution.done
+        found = resolution.addresses
+    if not found:
+        raise DNSLookupError(f"the name {target.host} has no address")
+    usable = found if target.trusted else [text for text in found if address_is_public(text)]
+    if not usable:
+        raise refused("ADDRESS_FORBIDDEN", target.url, "the host is not on the public internet")
+    return usable
+
+
+class ByteBudget:
+    """Counts received bytes, and says when they are too many."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+    def take(self, count: int) -> bool:
+        """Count bytes; False if the limit is exceeded."""
+        self.used += count
+        return self.used <= self.limit
+
+
+class MeteredConnection(ProtocolWrapper):
+    """A connection that ends when more comes than its budget has."""
+
+    transport: Any
+
+    def __init__(self, factory: Any, wrapped: Any, budget: ByteBudget) -> None:
+        super().__init__(factory, wrapped)
+        self._budget = budget
+
+    def dataReceived(self, data: bytes) -> None:
+        """Pass bytes on."""
+        if self._budget.take(len(data)):
+            ProtocolWrapper.dataReceived(self, data)
+        else:
+            self.transport.abortConnection()
+
+
+@implementer(IStreamClientEndpoint)
+class CheckedEndpoint:
+    """Connects to a target: to the very address that was checked, so no second answer counts."""
+
+    def __init__(self, reactor: Any, target: Target, budget: ByteBudget) -> None:
+        self._reactor = reactor
+        self._target = target
+        self._budget = budget
+
+    def connect(self, protocolFactory: Any) -> Deferred[Any]:
+        """See ``IStreamClientEndpoint``; fails as ``open_addresses`` does, too."""
+        return Deferred.fromCoroutine(self._connect(protocolFactory))
+
+    async def _connect(self, protocol_factory: Any) -> Any:
+        addresses = await open_addresses(self._reactor, self._target)
+        metered: Any = WrappingFactory(protocol_factory)
+        metered.noisy = False
+        metered.protocol = functools.partial(MeteredConnection, budget=self._budget)
+        while True:
+            address = addresses.pop(0)
+            kind = TCP6ClientEndpoint if ":" in address else TCP4ClientEndpoint
+            try:
+                endpoint = kind(self._reactor, address, self._target.port, CONNECT_SECONDS)
+                connection: Any = await endpoint.connect(metered)
+                return connection.wrappedProtocol
+            except (ConnectError, OSError):
+                if not addresses:
+                    raise
+
+
+# =============================================================================
+# 13g. Web service: requests
+# =============================================================================
+#
+# Owns the exchange with a web server: headers, redirects, limits, compression,
+# and the signature of the node (RFC 9421). Uses web addresses. Never keeps a
+# connection or a cookie: nothing goes from one contract to another.
+
+WEB_SECONDS = 30.0
+WEB_BODY_MAX_BYTES = 10 * MIB
+#: What may come for one request, all redirects and what compression adds included.
+WEB_TRAFFIC_MAX_BYTES = 2 * WEB_BODY_MAX_BYTES
+MAX_REDIRECTS = 10
+SIGNATURE_MAX_BYTES = 64 * KIB
+WEB_METHODS = ("GET", "POST", "HEAD", "DELETE", "OPTIONS", "PATCH", "PUT")
+_REDIRECTS = (301, 302, 303, 307, 308)
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", re.ASCII)
+_HEADER_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+#: Headers about a single connection, which is ours to manage.
+_OUR_HEADERS = frozenset(
+    (
+        "connection",
+        "content-length",
+        "expect",
+        "host",
+        "keep-alive",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    )
+)
+_NODE_HEADERS = ("genlayer-node-address", "genlayer-tx-id", "genlayer-salt")
+_SIGNED_HEADERS = frozenset((*_NODE_HEADERS, "content-digest", "signature-input", "signature"))
+#: What is not sent to another host than the one it was meant for.
+_PRIVATE_HEADERS = frozenset(("authorization", "cookie")) | _SIGNED_HEADERS
+_BODY_HEADERS = frozenset(("content-type", "content-encoding", "content-language"))
+
+
+@frozen
+class WebRequest:
+    """A request; header names are in lower case."""
+
+    method: str
+    target: Target
+    headers: dict[str, bytes]
+    body: bytes | None = None
+
+    def redirected(self, status: int, target: Target) -> WebRequest:
+        """Return the request that follows a redirect."""
+        headers, method, body = dict(self.headers), self.method, self.body
+        if (status == 303 and method != "HEAD") or (status in (301, 302) and method == "POST"):
+            method, body = "GET", None
+        dropped = _SIGNED_HEADERS if body is not None else _SIGNED_HEADERS | _BODY_HEADERS
+        old = self.target
+        if (target.scheme, target.host, target.port) != (old.scheme, old.host, old.port):
+            dropped |= _PRIVATE_HEADERS
+        kept = {name: value for name, value in headers.items() if name not in dropped}
+        return WebRequest(method, target, kept, body)
+
+
+@frozen
+class WebResponse:
+    """A response; header names are in lower case."""
+
+    status: int
+    headers: dict[str, bytes]
+    body: bytes
+
+
+def read_headers(members: CalldataValue) -> dict[str, bytes]:
+    """Return a contract's headers without those that are ours; raises ``RequestFailure``."""
+    headers: dict[str, bytes] = {}
+    for name, given in (members if isinstance(members, dict) else {}).items():
+        value = given.encode() if isinstance(given, str) else given
+        if not isinstance(value, bytes):
+            raise _bad_request(f"headers.{shown(name)}: expected bytes")
+        if _TOKEN.fullmatch(name) is None or _HEADER_VALUE.fullmatch(value) is None:
+            context: dict[str, CalldataValue] = {"name": name[:100]}
+            raise RequestFailure("INVALID_HEADER", fatal=False, context=context)
+        if name.lower() not in _OUR_HEADERS:
+            headers[name.lower()] = value.strip(b" \t")
+    return headers
+
+
+def joined_headers(headers: Headers) -> dict[str, bytes]:
+    """Return one value for each name: a list as RFC 9110 has it, cookies in lines."""
+    return {
+        name.decode("latin-1").lower(): (b"\n" if name.lower() == b"set-cookie" else b", ").join(
+            values
+        )
+        for name, values in headers.getAllRawHeaders()
+    }
+
+
+class _GzipReader(_BodyReader):
+    """Collects a compressed body; the limit is that of the text."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
+
+    def dataReceived(self, data: bytes) -> None:
+        """See ``Protocol``."""
+        try:
+            while data and not self.done.called:
+                if self._gzip.eof:  # another member of the file follows
+                    self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
+                room = self._limit - len(self._data) + 1
+                super().dataReceived(self._gzip.decompress(data, room))
+                data = self._gzip.unconsumed_tail or self._gzip.unused_data
+        except zlib.error as error:
+            self.done.errback(ProviderError(ErrorKind.BAD_RESPONSE, f"gzip: {error}"))
+            self._drop()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """See ``Protocol``."""
+        if not self._gzip.eof and not self.done.called and self._data:
+            self.done.errback(ProviderError(ErrorKind.BAD_RESPONSE, "gzip: cut off"))
+        super().connectionLost(reason)
+
+
+@implementer(IBodyProducer)
+class _Body:
+    """A request body in memory, sent piece by piece as the server takes it."""
+
+    def __init__(self, data: bytes) -> None:
+        self.length = len(data)
+        self._data = memoryview(data)
+        self._consumer: Any = None
+        self._done: Deferred[None] = Deferred()
+
+    def startProducing(self, consumer: Any) -> Deferred[None]:
+        """See ``IBodyProducer``."""
+        self._consumer = consumer
+        self._sending = True
+        self._send()
+        return self._done
+
+    def _send(self) -> None:
+        while self._sending and self._data:
+            piece, self._data = self._data[: 64 * KIB], self._data[64 * KIB :]
+            self._consumer.write(bytes(piece))
+        if self._sending and not self._data:
+            self._sending = False
+            self._done.callback(None)
+
+    def pauseProducing(self) -> None:
+        """See ``IPushProducer``."""
+        self._sending = False
+
+    def resumeProducing(self) -> None:
+        """See ``IPushProducer``."""
+        if not self._done.called:
+            self._sending = True
+            self._send()
+
+    def stopProducing(self) -> None:
+        """See ``IPushProducer``."""
+        self._sending = False
+
+
+@implementer(IAgentEndpointFactory)
+class _TargetEndpoints:
+    """Leads an agent to a target that was checked, whatever it makes of the URL."""
+
+    def __init__(self, reactor: Any, target: Target, tls: Any, budget: ByteBudget) -> None:
+        self._target = target
+        self._tls = tls
+        self._endpoint: Any = CheckedEndpoint(reactor, target, budget)
+
+    def endpointForURI(self, uri: object) -> Any:
+        """See ``IAgentEndpointFactory``."""
+        if self._target.scheme == "http":
+            return self._endpoint
+        host, port = self._target.host.encode(), self._target.port
+        return wrapClientTLS(self._tls.creatorForNetloc(host, port), self._endpoint)
+
+
+class WebClient:
+    """Makes requests for contracts."""
+
+    def __init__(self, reactor: Any, rules: UrlRules) -> None:
+        self._reactor = reactor
+        self._rules = rules
+        self._tls = BrowserLikePolicyForHTTPS()
+
+    async def fetch(self, request: WebRequest, budget: ByteBudget) -> WebResponse:
+        """Return the response at the end of all redirects; raises ``RequestFailure``."""
+        origin = request.target.url
+        for _ in range(MAX_REDIRECTS + 1):
+            response, unpacked = await self._send(request, budget)
+            location = response.headers.getRawHeaders(b"location")
+            if response.code not in _REDIRECTS or not location:
+                body = await self._read(request, response, budget, unpacked=unpacked)
+                headers = joined_headers(response.headers)
+                if unpacked:
+                    headers.pop("content-encoding", None)
+                    headers.pop("content-length", None)
+                return WebResponse(response.code, headers, body)
+            _forget_body(response)
+            request = self._follow(request, response.code, location[0])
+        raise refused("TOO_MANY_REDIRECTS", origin, f"more than {MAX_REDIRECTS}")
+
+    def _follow(self, request: WebRequest, status: int, location: bytes) -> WebRequest:
+        old = request.target
+        try:
+            # Servers that forget to escape a blank are many.
+            url = urljoin(old.url, location.decode("utf-8").replace(" ", "%20"))
+        except ValueError:
+            raise refused("MALFORMED_URL", old.url, "a redirect to what is no URL") from None
+        target = self._rules.check(url)
+        if old.scheme == "https" and target.scheme == "http":
+            raise refused("SCHEMA_FORBIDDEN", url, "a redirect from https to http")
+        return request.redirected(status, target)
+
+    async def _send(self, request: WebRequest, budget: ByteBudget) -> tuple[Any, bool]:
+        """Return the response's head, and whether its body is to be decompressed."""
+        target = request.target
+        headers = Headers({k.encode(): [value] for k, value in request.headers.items()})
+        asks_gzip = not headers.hasHeader(b"accept-encoding")
+        if asks_gzip:
+            headers.setRawHeaders(b"accept-encoding", [b"gzip"])
+        if not headers.hasHeader(b"user-agent"):
+            headers.setRawHeaders(b"user-agent", [f"genvm-manager/{__version__}".encode()])
+        endpoints = _TargetEndpoints(self._reactor, target, self._tls, budget)
+        pool = HTTPConnectionPool(self._reactor, persistent=False)
+        agent = Agent.usingEndpointFactory(self._reactor, endpoints, pool)
+        body = None if request.body is None else _Body(request.body)
+        try:
+            response: Any = await agent.request(
+                request.method.encode(), target.url.encode(), headers, cast(Any, body)
+            )
+        except (CancelledError, RequestFailure):
+            raise
+        except Exception as error:
+            raise self._problem("SENDING_REQUEST", target, error, budget) from None
+        coding = response.headers.getRawHeaders(b"content-encoding") or [b""]
+        gzip = len(coding) == 1 and coding[0].strip().lower() in (b"gzip", b"x-gzip")
+        return response, asks_gzip and gzip
+
+    async def _read(
+        self, request: WebRequest, response: Any, budget: ByteBudget, *, unpacked: bool
+    ) -> bytes:
+        reader = (_GzipReader if unpacked else _BodyReader)(WEB_BODY_MAX_BYTES)
+        response.deliverBody(reader)
+        try:
+            return await reader.done
+        except CancelledError:
+            raise
+        except Exception as error:
+            raise self._problem("READING_BODY", request.target, error, budget) from None
+
+    def _problem(
+        self, cause: str, target: Target, error: Exception, budget: ByteBudget
+    ) -> RequestFailure:
+        if budget.used > budget.limit:
+            return refused(cause, target.url, f"more than {budget.limit} bytes were received")
+        if isinstance(error, ProviderError):
+            return refused(cause, target.url, error.message)
+        return refused(cause, target.url, connection_problem(error)[1])
+
+
+def _forget_body(response: Any) -> None:
+    """Close the connection below a response whose body nobody wants."""
+    reader = _BodyReader(0)
+    response.deliverBody(reader)
+    reader.done.addErrback(lambda _: None)
+    reader.done.cancel()
+
+
+# --- signatures ---
+
+
+@frozen
+class Signer:
+    """The service that signs for the node; URL and headers hold ``#{...}`` placeholders."""
+
+    url: str
+    headers: dict[str, str]
+
+
+def signer_variables(caller: Caller) -> dict[str, str]:
+    """Return what a signer's URL and headers may refer to: the texts of the host's data."""
+    given = {name: text for name, text in caller.host_data.items() if isinstance(text, str)}
+    return {"node_address": "", "tx_id": "", **given}
+
+
+def signature_base(request: WebRequest, created: int) -> tuple[str, str]:
+    """Return the base of a signature and its parameters, as RFC 9421 (2.5) puts them together.
+
+    The request has the headers that are to be signed.
+    """
+    target = request.target
+    components = {"@method": request.method, "@authority": target.authority, "@path": target.path}
+    for name in (*_NODE_HEADERS, "content-digest"):
+        if name in request.headers:
+            components[name] = request.headers[name].decode("latin-1").strip()
+    if target.query is not None:
+        components["@query"] = f"?{target.query}"
+    names = " ".join(f'"{name}"' for name in components)
+    parameters = f'({names});created={created};alg="ES256K"'
+    lines = [f'"{name}": {value}' for name, value in components.items()]
+    return "\n".join([*lines, f'"@signature-params": {parameters}']), parameters
+
+
+class RequestSigner:
+    """Signs requests by way of the signer service."""
+
+    def __init__(
+        self,
+        signer: Signer,
+        http: treq.client.HTTPClient,
+        *,
+        now: Callable[[], float] = time.time,
+        salt: Callable[[int], bytes] = secrets.token_bytes,
+    ) -> None:
+        self._signer = signer
+        self._http = http
+        self._now = now
+        self._salt = salt
+
+    async def sign(self, request: WebRequest, caller: Caller) -> WebRequest:
+        """Return the request with its signature; raises ``RequestFailure``."""
+        variables = signer_variables(caller)
+        kept = {k: v for k, v in request.headers.items() if k not in _SIGNED_HEADERS}
+        ours = (variables["node_address"], variables["tx_id"])
+        salt = base64.b64encode(self._salt(32))
+        values = (*(self._header_value(text) for text in ours), salt)
+        headers = kept | dict(zip(_NODE_HEADERS, values, strict=True))
+        if request.body is not None:
+            digest = base64.b64encode(hashlib.sha256(request.body).digest())
+            headers["content-digest"] = b"sha-256=:" + digest + b":"
+        prepared = attrs.evolve(request, headers=headers)
+        base, parameters = signature_base(prepared, int(self._now()))
+        signature = base64.b64encode(await self._ask(base, variables))
+        headers["signature-input"] = f"genvm={parameters}".encode("latin-1")
+        headers["signature"] = b"genvm=:" + signature + b":"
+        return prepared
+
+    async def _ask(self, base: str, variables: Mapping[str, str]) -> bytes:
+        url = self._fill(self._signer.url, variables)
+        headers = {
+            name.encode(): [self._header_value(self._fill(text, variables))]
+            for name, text in self._signer.headers.items()
+        }
+        try:
+            response = await self._http.request(
+                "POST",
+                url,
+                headers=Headers(headers),
+                data=base.encode("latin-1"),
+                allow_redirects=False,
+                unbuffered=True,
+            )
+            reader = _BodyReader(SIGNATURE_MAX_BYTES)
+            response.deliverBody(reader)
+            body = await reader.done
+        except CancelledError:
+            raise
+        except ProviderError as error:
+            raise _signing_failed("READING_BODY", error.message) from None
+        except Exception as error:
+            raise _signing_failed("SENDING_REQUEST", connection_problem(error)[1]) from None
+        if response.code != 200:
+            raise _signing_failed("STATUS_NOT_OK", f"status {response.code}")
+        return body
+
+    def _fill(self, text: str, variables: Mapping[str, str]) -> str:
+        def value_of(match: re.Match[str]) -> str:
+            if match[1] not in variables:
+                raise _signing_failed("TEMPLATE", f"host_data has no text {shown(match[1])}")
+            return variables[match[1]]
+
+        return PLACEHOLDER.sub(value_of, text)
+
+    def _header_value(self, text: str) -> bytes:
+        data = text.encode()
+        if not data.isascii() or _HEADER_VALUE.fullmatch(data) is None:
+            raise _signing_failed("TEMPLATE", "a value cannot be sent in a header")
+        return data
+
+
+def _signing_failed(cause: str, reason: str) -> RequestFailure:
+    # The signer's address and answers are the operator's; contracts learn neither.
+    return RequestFailure("SIGNING_FAILED", cause, context={"reason": reason[:200]})
+
+
+# =============================================================================
+# 13h. Web service: Chromium
+# =============================================================================
+#
+# Owns the process of a headless Chromium: its flags, its keeper, its messages
+# (DevTools protocol over pipes) and its one way to the network. Uses web addresses.
+# Never lets Chromium resolve a name or open a connection itself: all goes through
+# a SOCKS proxy of ours, which applies the rules to each connection.
+
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+VIEWPORT_WIDTH, VIEWPORT_HEIGHT = 960, 540
+RENDER_MAX_BYTES = 10 * MIB
+#: A message of Chromium: the largest is a screenshot or a page's text, escaped as JSON.
+CDP_MESSAGE_MAX_BYTES = 8 * RENDER_MAX_BYTES
+CHROMIUM_STDERR_BYTES = 16 * KIB
+SOCKS_CONNECTIONS = 256
+PROFILE_PREFIX = "genvm-page-"
+STALE_SECONDS = 600
+_CHROMIUM_FLAGS = (
+    "--headless=new",
+    "--remote-debugging-pipe",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--no-default-browser-check",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-component-extensions-with-background-pages",
+    "--disable-default-apps",
+    "--disable-domain-reliability",
+    "--disable-extensions",
+    "--disable-sync",
+    "--disable-breakpad",
+    "--disable-crash-reporter",
+    "--disable-dev-shm-usage",
+    "--disable-features=MediaRouter,OptimizationHints,Translate,DialMediaRouteProvider,"
+    "WebRtcHideLocalIpsWithMdns,AutofillServerCommunication,CertificateTransparencyComponentUpdater",
+    "--disk-cache-size=33554432",
+    "--force-webrtc-ip-handling-policy=disable_non_proxied_udp",
+    "--webrtc-ip-handling-policy=disable_non_proxied_udp",
+    "--hide-scrollbars",
+    # Otherwise hosts of this machine would be asked directly, not by way of the proxy.
+    "--proxy-bypass-list=<-loopback>",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+    "--metrics-recording-only",
+    "--mute-audio",
+    "--password-store=basic",
+    "--use-mock-keychain",
+    f"--window-size={VIEWPORT_WIDTH},{VIEWPORT_HEIGHT}",
+    "about:blank",
+)
+
+
+def find_chromium() -> str | None:
+    """Return the path of a Chromium on this machine."""
+    return next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+
+
+def remove_stale_profiles(folder: Path) -> None:
+    """Remove the profiles of modules that were killed together with their keepers."""
+    for path in folder.glob(f"{PROFILE_PREFIX}*-*"):
+        pid = path.name.removeprefix(PROFILE_PREFIX).partition("-")[0]
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            is_old = status.st_mtime < time.time() - STALE_SECONDS
+            if is_old and status.st_uid == os.geteuid() and not Path("/proc", pid).exists():
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def family_of(pid: int) -> set[int]:
+    """Return the descendants of a process; it runs alone, as ``keep_browser`` does."""
+    import os
+
+    found: set[int] = set()
+    todo = [pid]
+    while todo:
+        tasks = f"/proc/{todo.pop()}/task"
+        try:
+            for task in os.listdir(tasks):
+                with open(f"{tasks}/{task}/children") as file:
+                    children = set(map(int, file.read().split())) - found
+                found |= children
+                todo += children
+        except OSError:
+            continue
+    return found
+
+
+def memory_of_family(pid: int) -> int:
+    """Return what the descendants of a process hold, shared pages shared out, in MiB."""
+    total = 0
+    for process in family_of(pid):
+        try:
+            with open(f"/proc/{process}/smaps_rollup") as file:
+                total += sum(int(row.split()[1]) for row in file if row.startswith("Pss:"))
+        except OSError:
+            continue
+    return total // 1024
+
+
+def keep_browser() -> None:
+    """Run a browser, and end it with all it started when stdin ends or it takes too much memory.
+
+    The arguments: the profile's folder, which is removed at the end, the limit of memory in MiB,
+    an environment variable for the browser, the browser's command. This function runs alone, under
+    a bare Python: it uses nothing but its own imports and the two functions above.
+    """
+    import ctypes
+    import os
+    import select
+    import shutil
+    import signal
+    import sys
+
+    profile, limit, marker, *command = sys.argv[1:]
+    prctl = ctypes.CDLL(None).prctl
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    os.setsid()
+    prctl(36, 1, 0, 0, 0)  # what the browser leaves behind comes to us
+    pid = os.fork()
+    if pid == 0:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        os.setsid()
+        prctl(1, signal.SIGKILL, 0, 0, 0)  # it does not outlive us
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        name, _, value = marker.partition("=")
+        os.execve(command[0], command, {**os.environ, **({name: value} if name else {})})
+    os.closerange(3, 5)
+    ended = os.pidfd_open(pid)
+    status = 0
+    while not status and not select.select([0, ended], [], [], 0.25)[0]:
+        status = 3 if memory_of_family(os.getpid()) > int(limit) else 0
+    try:
+        while True:
+            for process in family_of(os.getpid()):
+                try:
+                    os.kill(process, signal.SIGKILL)
+                except OSError:
+                    continue
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                select.select([], [], [], 0.005)
+    except ChildProcessError:
+        shutil.rmtree(profile, ignore_errors=True)
+    os._exit(status)
+
+
+# --- the way out ---
+
+
+class _Relay(Protocol):
+    """One end of a connection through the proxy."""
+
+    transport: Any = None
+    peer: Any = None
+
+    def join(self, peer: Any) -> None:
+        """Pass everything on between two transports, each as fast as the other takes it."""
+        self.peer = peer
+        self.transport.registerProducer(peer, True)
+
+    def dataReceived(self, data: bytes) -> None:
+        """See ``Protocol``."""
+        self.peer.write(data)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """See ``Protocol``."""
+        if self.peer is not None:
+            self.peer.unregisterProducer()
+            self.peer.loseConnection()
+
+
+class SocksConnection(_Relay):
+    """A connection of Chromium: SOCKS 5 (RFC 1928) without authentication."""
+
+    def __init__(self, gate: SocksGate) -> None:
+        self._gate = gate
+        self._data = bytearray()
+        self._greeted = False
+        self._work: Deferred[None] | None = None
+
+    def connectionMade(self) -> None:
+        """See ``Protocol``."""
+        if not self._gate.enter(self.transport):
+            self.transport.abortConnection()
+
+    def dataReceived(self, data: bytes) -> None:
+        """See ``Protocol``."""
+        if self.peer is not None:
+            super().dataReceived(data)
+            return
+        self._data += data
+        if len(self._data) > 64 * KIB:
+            self.transport.abortConnection()
+        elif self._work is None:
+            self._parse()
+
+    def _parse(self) -> None:
+        data = self._data
+        if not self._greeted:
+            if len(data) < 2 or len(data) < 2 + data[1]:
+                return
+            del data[: 2 + data[1]]
+            self._greeted = True
+            self.transport.write(b"\x05\x00")
+        if len(data) < 5:
+            return
+        size = {1: 4, 3: 1 + data[4], 4: 16}.get(data[3])
+        if size is None or data[:2] != b"\x05\x01":
+            self.transport.loseConnection()
+            return
+        if len(data) < 6 + size:
+            return
+        place, port = bytes(data[4 : 4 + size]), int.from_bytes(data[4 + size : 6 + size])
+        kind = data[3]
+        del data[: 6 + size]
+        host = place[1:].decode("latin-1") if kind == 3 else str(ipaddress.ip_address(place))
+        self._work = Deferred.fromCoroutine(self._connect(host, port))
+        self._work.addErrback(lambda _: self.transport.abortConnection())
+
+    async def _connect(self, host: str, port: int) -> None:
+        try:
+            far = await self._gate.open(host, port)
+        except CancelledError:
+            raise
+        except Exception as error:
+            status = 2 if isinstance(error, RequestFailure) else 5
+            self.transport.write(bytes((5, status, 0, 1)) + bytes(6))
+            self.transport.loseConnection()
+            return
+        self.transport.write(b"\x05\x00\x00\x01" + bytes(6))
+        far.join(self.transport)
+        self.join(far.transport)
+        if self._data:
+            far.transport.write(bytes(self._data))
+            self._data.clear()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """See ``Protocol``."""
+        self._gate.leave(self.transport)
+        if self.peer is None and self._work is not None:
+            self._work.cancel()
+        super().connectionLost(reason)
+
+
+class SocksGate(ServerFactory):
+    """The proxy for one page; ``refusals`` are the targets it refused, by host."""
+
+    noisy = False
+
+    def __init__(self, reactor: Any, rules: UrlRules, budget: ByteBudget) -> None:
+        self._reactor = reactor
+        self._rules = rules
+        self._budget = budget
+        self._connections: list[Any] = []
+        self.refusals: dict[str, RequestFailure] = {}
+        self._port = reactor.listenTCP(0, self, interface="127.0.0.1")
+        self.address = f"127.0.0.1:{self._port.getHost().port}"
+
+    def buildProtocol(self, addr: object) -> SocksConnection:
+        """See ``IProtocolFactory``."""
+        return SocksConnection(self)
+
+    def enter(self, connection: Any) -> bool:
+        """Count a connection; False if there are too many."""
+        self._connections.append(connection)
+        return len(self._connections) <= SOCKS_CONNECTIONS
+
+    def leave(self, connection: Any) -> None:
+        """Forget a connection."""
+        with contextlib.suppress(ValueError):
+            self._connections.remove(connection)
+
+    async def open(self, host: str, port: int) -> Any:
+        """Return the protocol of a connection; raises ``RequestFailure`` and other errors."""
+        scheme = "http" if port == 80 else "https"
+        try:
+            target = Target(scheme, read_host(host), port)
+            target = self._rules.admit(target, target.url)
+            endpoint = CheckedEndpoint(self._reactor, target, self._budget)
+            return await connectProtocol(endpoint, _Relay())
+        except RequestFailure as failure:
+            if len(self.refusals) < SOCKS_CONNECTIONS:
+                self.refusals[read_host(host)] = failure
+            raise
+
+    def close(self) -> Deferred[Any]:
+        """Close the listener and everything that goes through it."""
+        for connection in list(self._connections):
+            connection.abortConnection()
+        return maybeDeferred(self._port.stopListening)
+
+
+# --- Chromium ---
+
+
+class BrowserGone(Exception):
+    """Chromium has ended, or does not speak as expected."""
+
+
+class BrowserProcess(ProcessProtocol):
+    """A keeper with a Chromium; its messages are JSON objects that end with a NUL byte.
+
+    ``ended`` fires with the exit code of the keeper, once everything is gone.
+    """
+
+    transport: Any = None
+
+    def __init__(
+        self, on_event: Callable[[str, dict[str, Any]], object], on_gone: Callable[[], object]
+    ) -> None:
+        self._on_event = on_event
+        self._on_gone = on_gone
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, Deferred[dict[str, Any]]] = {}
+        self._input = bytearray()
+        self.stderr = BoundedTail(CHROMIUM_STDERR_BYTES)
+        self.ended: Event[int] = Event()
+        self.gone = False
+
+    async def call(self, method: str, session: str | None = None, **given: Any) -> dict[str, Any]:
+        """Return the answer to a command; raises ``BrowserGone``, ``ValueError`` for errors."""
+        if self.gone:
+            raise BrowserGone("Chromium has ended")
+        number = next(self._numbers)
+        message = {"id": number, "method": method, "params": given}
+        if session is not None:
+            message["sessionId"] = session
+        answer: Deferred[dict[str, Any]] = Deferred(lambda _: self._forget(number))
+        self._waiting[number] = answer
+        self.transport.writeToChild(3, json.dumps(message).encode() + b"\0")
+        told = await answer
+        if "error" in told:
+            raise ValueError(f"{method}: {told['error'].get('message')}")
+        return cast(dict[str, Any], told["result"])
+
+    def _forget(self, number: int) -> None:
+        self._waiting.pop(number, None)
+
+    def tell(self, method: str, session: str, **given: Any) -> None:
+        """Send a command whose answer does not matter."""
+        done = Deferred.fromCoroutine(self.call(method, session, **given))
+        done.addErrback(lambda _: None)
+
+    def end(self) -> None:
+        """Have the keeper end everything; see ``ended``."""
+        self._lose()
+        if self.transport is not None:
+            self.transport.closeStdin()
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:
+        """See ``ProcessProtocol``."""
+        if childFD != 4:
+            self.stderr.add(data)
+            return
+        start = max(0, len(self._input))
+        self._input += data
+        if len(self._input) > CDP_MESSAGE_MAX_BYTES:
+            self.end()
+            return
+        while (end := self._input.find(b"\0", start)) >= 0:
+            message = bytes(self._input[:end])
+            del self._input[: end + 1]
+            start = 0
+            self._receive(message)
+
+    def _receive(self, message: bytes) -> None:
+        try:
+            told = json.loads(message)
+            if "id" in told:
+                waiting = self._waiting.pop(told["id"], None)
+                if waiting is not None:
+                    waiting.callback(told)
+            else:
+                self._on_event(told["method"], told.get("params") or {})
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            self.end()
+
+    def _lose(self) -> None:
+        self.gone = True
+        self._input.clear()
+        self._on_gone()
+        waiting, self._waiting = self._waiting, {}
+        for answer in waiting.values():
+            answer.errback(BrowserGone("Chromium has ended"))
+
+    def processExited(self, reason: Failure) -> None:
+        """See ``ProcessProtocol``."""
+        self._lose()
+        status = ExitStatus.of(reason).code
+        self.ended.fire(-1 if status is None else status)
+
+    def childConnectionLost(self, childFD: int) -> None:
+        """See ``ProcessProtocol``."""
+        if childFD == 4:
+            self.end()
+
+
+# =============================================================================
+# 13i. Web service: rendering
+# =============================================================================
+#
+# Owns what a page comes to: one visit in one Chromium, with limits of time, memory
+# and number, and what contracts get of it. Uses Chromium and web addresses. Never
+# leaves a process or a folder behind.
+
+RENDER_SECONDS = 30.0
+MAX_RENDERS = 2
+RENDER_MEMORY_MIB = 1024
+#: What a page and all that it loads may bring over the network.
+RENDER_TRAFFIC_MAX_BYTES = 64 * MIB
+#: Seconds in which the keeper ends Chromium and removes its profile.
+KEEPER_SECONDS = 10.0
+_KEEPER_MEMORY = 3
+_TEXT_SCRIPT = "document.body ? document.body.innerText : ''"
+_HTML_SCRIPT = "document.documentElement ? document.documentElement.outerHTML : ''"
+_BOUNDED_SCRIPT = "(() => {{ const t = {}; return t.length > {} ? null : t; }})()"
+
+
+def collapse_text(text: str) -> str:
+    """Return a page's text: lines trimmed, runs of blanks and of newlines collapsed."""
+    lines = (" ".join(line.split()) for line in re.split(r"[\n\r\u2028\u2029]", text))
+    return "\n".join(line for line in lines if line)
+
+
+@frozen
+class Page:
+    """What a page came to: the text or the image that was asked for."""
+
+    status: int
+    content: str | bytes
+
+
+class PageVisit:
+    """One page in one Chromium. Raises ``RequestFailure`` for what the page does wrong."""
+
+    log = Logger()
+
+    def __init__(self, reactor: Any, rules: UrlRules, target: Target, gate: SocksGate) -> None:
+        self._reactor = reactor
+        self._rules = rules
+        self._target = target
+        self._gate = gate
+        self._session = ""
+        self._frame = ""
+        self._last = target
+        self._redirects = 0
+        self._status = 0
+        self._loaded: Event[None] = Event()
+        self._failure: RequestFailure | None = None
+        self._over: Event[None] = Event()
+        self.browser = BrowserProcess(self._event, self._gone)
+
+    async def render(self, mode: str, wait: float) -> Page:
+        """Load the page, wait, and return what is there by then; raises ``BrowserGone``."""
+        await self._prepare()
+        answer = await self._call("Page.navigate", url=self._target.url)
+        if answer.get("errorText"):
+            await self._navigation_failed(str(answer["errorText"]))
+        await self._loaded.wait()
+        with contextlib.suppress(DeferredTimeout):
+            await self._over.wait().addTimeout(wait, self._reactor)
+        if self._failure is not None:
+            raise self._failure
+        if not page_loaded(self._status):
+            text = collapse_text(await self._evaluate(_TEXT_SCRIPT))
+            raise page_failed(self._target.url, self._status, text)
+        if mode == "screenshot":
+            shot = await self._call("Page.captureScreenshot", format="png")
+            return Page(self._status, base64.b64decode(shot["data"]))
+        text = await self._evaluate(_TEXT_SCRIPT if mode == "text" else _HTML_SCRIPT)
+        return Page(self._status, _json_text(collapse_text(text) if mode == "text" else text))
+
+    async def _call(self, method: str, **given: Any) -> dict[str, Any]:
+        return await self.browser.call(method, self._session, **given)
+
+    async def _prepare(self) -> None:
+        call = self.browser.call
+        context = (await call("Target.createBrowserContext"))["browserContextId"]
+        page = await call(
+            "Target.createTarget",
+            url="about:blank",
+            browserContextId=context,
+            width=VIEWPORT_WIDTH,
+            height=VIEWPORT_HEIGHT,
+        )
+        made = await call("Target.attachToTarget", targetId=page["targetId"], flatten=True)
+        self._session = made["sessionId"]
+        await call("Browser.setDownloadBehavior", behavior="deny", browserContextId=context)
+        for domain in ("Page", "Network", "Inspector"):
+            await self._call(f"{domain}.enable")
+        self._frame = (await self._call("Page.getFrameTree"))["frameTree"]["frame"]["id"]
+        await self._call(
+            "Emulation.setDeviceMetricsOverride",
+            width=VIEWPORT_WIDTH,
+            height=VIEWPORT_HEIGHT,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+        patterns = [{"urlPattern": "*", "resourceType": "Document"}]
+        await self._call("Fetch.enable", patterns=patterns)
+
+    async def _evaluate(self, script: str) -> str:
+        # A world of its own: the page's scripts cannot redefine what is called there.
+        world = await self._call("Page.createIsolatedWorld", frameId=self._frame)
+        answer = await self._call(
+            "Runtime.evaluate",
+            expression=_BOUNDED_SCRIPT.format(script, RENDER_MAX_BYTES),
+            contextId=world["executionContextId"],
+            returnByValue=True,
+        )
+        text = answer["result"].get("value")
+        if not isinstance(text, str):
+            raise page_failed(self._target.url, self._status, "the page's text is too long")
+        return text
+
+    async def _navigation_failed(self, problem: str) -> None:
+        if self._failure is None:
+            self._failure = self._gate.refusals.get(self._last.host)
+        raise self._failure or page_failed(self._target.url, self._status, problem)
+
+    def _gone(self) -> None:
+        self._loaded.fail(BrowserGone("Chromium has ended"))
+        self._over.fail(BrowserGone("Chromium has ended"))
+
+    def _event(self, method: str, given: dict[str, Any]) -> None:
+        if method == "Fetch.requestPaused":
+            self._check_document(given)
+        elif method == "Page.loadEventFired" and self._status:
+            self._loaded.fire(None)
+        elif method == "Network.responseReceived":
+            if given["type"] == "Document" and given.get("frameId") == self._frame:
+                self._status = int(given["response"]["status"])
+        elif method == "Page.javascriptDialogOpening":
+            self.browser.tell("Page.handleJavaScriptDialog", self._session, accept=False)
+        elif method == "Inspector.targetCrashed":
+            self._failure = page_failed(self._target.url, self._status, "the page crashed")
+            self.browser.end()
+
+    def _check_document(self, given: dict[str, Any]) -> None:
+        """Let a document be loaded if the rules allow its URL: the page itself or a frame."""
+        url, number = str(given["request"]["url"]), given["requestId"]
+        is_main = given.get("frameId") == self._frame
+        try:
+            if is_main or not url.startswith(("data:", "blob:")):
+                target = self._rules.check(url.partition("#")[0])
+                if is_main:
+                    self._follow(target, is_redirect="redirectedRequestId" in given)
+        except RequestFailure as failure:
+            if is_main:
+                self._failure = failure
+            self.browser.tell(
+                "Fetch.failRequest", self._session, requestId=number, errorReason="BlockedByClient"
+            )
+        else:
+            self.browser.tell("Fetch.continueRequest", self._session, requestId=number)
+
+    def _follow(self, target: Target, *, is_redirect: bool) -> None:
+        old, self._last = self._last, target
+        self._redirects += is_redirect
+        if self._redirects > MAX_REDIRECTS:
+            raise refused("TOO_MANY_REDIRECTS", self._target.url, f"more than {MAX_REDIRECTS}")
+        if is_redirect and old.scheme == "https" and target.scheme == "http":
+            raise refused("SCHEMA_FORBIDDEN", target.url, "a redirect from https to http")
+
+    def explain(self, code: int) -> RequestFailure:
+        """Return why Chromium is gone, from the keeper's exit code."""
+        if self._failure is not None:
+            return self._failure
+        if code == _KEEPER_MEMORY:
+            return page_failed(self._target.url, self._status, "the page takes too much memory")
+        tail = bytes(self.browser.stderr.content).decode("utf-8", "replace")
+        self.log.error(
+            "Chromium has ended: {tail}", tail=tail[-REPORTED_BODY_CHARACTERS:], exit_code=code
+        )
+        return RequestFailure("RENDERER_FAILED", context={"reason": "Chromium has ended"})
+
+
+def page_loaded(status: int) -> bool:
+    """Tell whether a document's status stands for a page."""
+    return 200 <= status <= 299 or status == 304
+
+
+def page_failed(url: str, status: int, body: str) -> RequestFailure:
+    """Return the failure of a page, which a contract can catch."""
+    context: dict[str, CalldataValue] = {
+        "url": url,
+        "status": status,
+        "body": _json_text(body[:REPORTED_BODY_CHARACTERS]),
+    }
+    return RequestFailure("WEBPAGE_LOAD_FAILED", fatal=False, context=context)
+
+
+class ChromiumRenderer:
+    """Renders pages, few at a time."""
+
+    log = Logger()
+
+    def __init__(
+        self,
+        reactor: Any,
+        rules: UrlRules,
+        program: str,
+        *,
+        timeout: float = RENDER_SECONDS,
+        limit: int = MAX_RENDERS,
+        memory_mib: int = RENDER_MEMORY_MIB,
+    ) -> None:
+        self._reactor = reactor
+        self._rules = rules
+        self._program = program
+        self._timeout = timeout
+        self._memory_mib = memory_mib
+        self._slots = DeferredSemaphore(limit)
+
+    async def render(self, target: Target, mode: str, wait: float, budget: ByteBudget) -> Page:
+        """Return a rendered page; raises ``RequestFailure``. Cancelling ends Chromium."""
+        await self._slots.acquire()
+        try:
+            return await self._render(target, mode, wait, budget)
+        finally:
+            self._slots.release()
+
+    async def _render(self, target: Target, mode: str, wait: float, budget: ByteBudget) -> Page:
+        gate = SocksGate(self._reactor, self._rules, budget)
+        visit = PageVisit(self._reactor, self._rules, target, gate)
+        try:
+            self._spawn(visit.browser, gate.address)
+        except OSError as error:
+            gate.close()
+            raise RequestFailure("RENDERER_FAILED", context={"reason": str(error)}) from None
+        work = Deferred.fromCoroutine(visit.render(mode, wait))
+        seconds = self._timeout + wait
+
+        def too_late(_result: object, _seconds: float) -> Failure:
+            return Failure(refused("TIMEOUT", target.url, f"no page within {seconds:g} s"))
+
+        try:
+            return await work.addTimeout(seconds, self._reactor, too_late)
+        except BrowserGone:
+            raise visit.explain(await self._end(visit.browser, gate)) from None
+        except (ValueError, LookupError) as error:
+            context: dict[str, CalldataValue] = {"reason": _json_text(str(error)[:200])}
+            raise RequestFailure("RENDERER_FAILED", context=context) from None
+        finally:
+            # Even if nobody waits any more, the slot is taken until everything is gone.
+            await detached(Deferred.fromCoroutine(self._end(visit.browser, gate)))
+
+    async def _end(self, browser: BrowserProcess, gate: SocksGate) -> int:
+        browser.end()
+        gate.close().addErrback(lambda _: None)
+        try:
+            return await browser.ended.wait().addTimeout(KEEPER_SECONDS, self._reactor)
+        except DeferredTimeout:
+            self.log.error("a keeper of Chromium does not end", pid=browser.transport.pid)
+            with contextlib.suppress(ProcessExitedAlready):
+                browser.transport.signalProcess("KILL")
+            return -1
+
+    def _spawn(self, browser: BrowserProcess, proxy: str) -> None:
+        profile = tempfile.mkdtemp(prefix=f"{PROFILE_PREFIX}{os.getpid()}-")
+        marker = f"{MARKER}={os.environ[MARKER]}" if MARKER in os.environ else ""
+        alone: tuple[Any, ...] = (family_of, memory_of_family, keep_browser)
+        source = "\n".join(map(inspect.getsource, alone))
+        # Root has no sandbox; see README for why the module should not run as root.
+        unsafe = ("--no-sandbox",) if os.geteuid() == 0 else ()
+        argv = [
+            *(sys.executable, "-ISc", f"{source}\nkeep_browser()"),
+            *(profile, str(self._memory_mib), marker, self._program, *unsafe),
+            f"--user-data-dir={profile}/profile",
+            f"--proxy-server=socks5://{proxy}",
+            f"--js-flags=--max-old-space-size={self._memory_mib // 2}",
+            *_CHROMIUM_FLAGS,
+        ]
+        places = dict.fromkeys(("HOME", "TMPDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"), profile)
+        kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+        try:
+            self._reactor.spawnProcess(
+                browser,
+                argv[0],
+                argv,
+                env={**kept, **places},
+                childFDs={0: "w", 1: "r", 2: "r", 3: "w", 4: "r"},
+            )
+        except OSError:
+            shutil.rmtree(profile, ignore_errors=True)
+            raise
+
+
+# =============================================================================
+# 13j. Web service
+# =============================================================================
+#
+# Owns the answers of the Web module: its configuration, its two requests, the
+# webdriver service, what the executor is told, statistics. Uses web addresses,
+# requests and rendering. Never knows how messages arrive.
+
+MAX_RENDER_WAIT = 60.0
+RENDER_MODES = ("text", "html", "screenshot")
+LOCAL_CHROMIUM = "chromium"
+
+
+@frozen
+class _WebEntry:
+    always_allow_hosts: list[str] | None = None
+    extra_tld: list[str] | None = None
+    webdriver_host: str | None = None
+    signer_url: str | None = None
+    signer_headers: AnyObject | None = None
+    timeout: Any = None
+    render_timeout: Any = None
+    max_renders: PositiveInt | None = None
+    render_memory_mib: PositiveInt | None = None
+
+
+@frozen
+class WebSettings:
+    """The configuration of the Web module; ``webdriver`` is a URL or ``chromium``, or none."""
+
+    rules: UrlRules
+    signer: Signer | None
+    webdriver: str | None
+    timeout: float
+    render_timeout: float
+    max_renders: int
+    render_memory_mib: int
+
+
+def read_web_settings(config: AnyObject) -> WebSettings:
+    """Return the settings in a configuration; raises ``ManagerError`` that names the path."""
+    entry = structure(config, _WebEntry)
+    hosts, domains = entry.always_allow_hosts or [], entry.extra_tld or []
+    for path, words, read in (
+        ("always_allow_hosts", hosts, read_host),
+        ("extra_tld", domains, lambda word: UrlRules((), (word,))),
+    ):
+        for index, word in enumerate(words):
+            try:
+                read(word)
+            except (ValueError, UnicodeError) as error:
+                raise ConfigError(f"{path}[{index}]: {shown(word)}: {error}") from None
+    return WebSettings(
+        UrlRules(hosts, domains),
+        _read_signer(entry),
+        _read_webdriver(entry.webdriver_host),
+        _timeout(entry.timeout, WEB_SECONDS, "timeout"),
+        _timeout(entry.render_timeout, RENDER_SECONDS, "render_timeout"),
+        entry.max_renders or MAX_RENDERS,
+        entry.render_memory_mib or RENDER_MEMORY_MIB,
+    )
+
+
+def _read_signer(entry: _WebEntry) -> Signer | None:
+    headers = entry.signer_headers or AnyObject()
+    for name, value in headers.items():
+        if not isinstance(value, str) or _TOKEN.fullmatch(name) is None:
+            raise ConfigError(f"signer_headers.{name}: expected a header's name and its text")
+    return Signer(entry.signer_url, dict(headers)) if entry.signer_url else None
+
+
+def _read_webdriver(host: str | None) -> str | None:
+    if not host or host == LOCAL_CHROMIUM:
+        return host or None
+    try:
+        return provider_url(host, "")
+    except ProviderError as error:
+        raise ConfigError(f"webdriver_host: {error.message.removeprefix('host: ')}") from None
+
+
+@define
+class WebStatistics:
+    """What became of the requests of one kind."""
+
+    requests: int = 0
+    errors: Counter[str] = field(factory=Counter)
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    latency_count: int = 0
+    latency_sum_ms: int = 0
+    latency_max_ms: int = 0
+
+    def plain(self) -> dict[str, Any]:
+        """Return integers in maps."""
+        return {**attrs.asdict(self, recurse=False), "errors": dict(self.errors)}
+
+    def add_latency(self, seconds: float) -> None:
+        """Count the time that a request took."""
+        milliseconds = round(seconds * 1000)
+        self.latency_count += 1
+        self.latency_sum_ms += milliseconds
+        self.latency_max_ms = max(self.latency_max_ms, milliseconds)
+
+
+class WebdriverClient:
+    """Renders pages by way of a webdriver service."""
+
+    def __init__(
+        self, reactor: Any, rules: UrlRules, http: treq.client.HTTPClient, host: str, timeout: float
+    ) -> None:
+        self._reactor = reactor
+        self._http = http
+        self._host = host
+        self._timeout = timeout
+        self._rules = rules
+
+    async def render(self, target: Target, mode: str, wait: float, budget: ByteBudget) -> Page:
+        """Return a rendered page; raises ``RequestFailure``."""
+        # The service resolves the name again, so this is only half a promise; see README.
+        try:
+            await open_addresses(self._reactor, target)
+        except DNSLookupError as error:
+            raise page_failed(target.url, 0, str(error)) from None
+        work = Deferred.fromCoroutine(self._ask(target, mode, wait, budget))
+        seconds = self._timeout + wait
+
+        def too_late(_result: object, _seconds: float) -> Failure:
+            return Failure(refused("TIMEOUT", target.url, f"no page within {seconds:g} s"))
+
+        return await work.addTimeout(seconds, self._reactor, too_late)
+
+    async def _ask(self, target: Target, mode: str, wait: float, budget: ByteBudget) -> Page:
+        query = urlencode({"url": target.url, "mode": mode, "waitAfterLoaded": f"{wait:g}"})
+        try:
+            response = await self._http.request(
+                "GET", f"{self._host}/render?{query}", allow_redirects=False, unbuffered=True
+            )
+            reader = _BodyReader(RENDER_MAX_BYTES)
+            response.deliverBody(reader)
+            body = await reader.done
+        except CancelledError:
+            raise
+        except ProviderError as error:
+            raise self._failed("READING_BODY", reason=error.message) from None
+        except Exception as error:
+            raise self._failed("SENDING_REQUEST", reason=connection_problem(error)[1]) from None
+        budget.take(len(body))
+        text = body.decode("utf-8", "replace")
+        if response.code != 200:
+            shown_body = text[:REPORTED_BODY_CHARACTERS]
+            raise self._failed("STATUS_NOT_OK", status=response.code, body=shown_body)
+        given = response.headers.getRawHeaders("resulting-status", [""])[0].strip()
+        if not given.isascii() or not given.isdigit() or len(given) > 3:
+            raise self._failed("READING_BODY", reason="no header Resulting-Status")
+        status = int(given)
+        if not page_loaded(status):
+            raise page_failed(target.url, status, text)
+        return Page(status, body if mode == "screenshot" else text)
+
+    def _failed(self, cause: str, **context: CalldataValue) -> RequestFailure:
+        return RequestFailure(cause, context={"url": f"{self._host}/render", **context})
+
+
+class WebService(ModuleService):
+    """The Web module."""
+
+    log = Logger()
+
+    def __init__(
+        self,
+        settings: WebSettings,
+        reactor: Any,
+        client: WebClient,
+        signer: RequestSigner | None,
+        renderer: ChromiumRenderer | WebdriverClient | None,
+    ) -> None:
+        self._settings = settings
+        self._reactor = reactor
+        self._client = client
+        self._signer = signer
+        self._renderer = renderer
+        self._statistics = {"requests": WebStatistics(), "renders": WebStatistics()}
+
+    @classmethod
+    def create(cls, setup: ServiceSetup, reactor: Any, redactor: Redactor) -> WebService:
+        """See ``ModuleService``."""
+        for secret in secrets_in(setup.config):
+            redactor.add(secret)
+        settings = read_web_settings(setup.config)
+        rules = settings.rules
+        http = make_http_client(reactor, HTTPConnectionPool(reactor))
+        signer = None if settings.signer is None else RequestSigner(settings.signer, http)
+        renderer: ChromiumRenderer | WebdriverClient | None = None
+        if settings.webdriver == LOCAL_CHROMIUM:
+            renderer = cls._chromium(settings, reactor)
+        elif settings.webdriver is not None:
+            limit = settings.render_timeout
+            renderer = WebdriverClient(reactor, rules, http, settings.webdriver, limit)
+        return cls(settings, reactor, WebClient(reactor, rules), signer, renderer)
+
+    @classmethod
+    def _chromium(cls, settings: WebSettings, reactor: Any) -> ChromiumRenderer:
+        program = find_chromium()
+        if program is None:
+            names = ", ".join(CHROMIUM_NAMES)
+            raise ConfigError(f"webdriver_host: no Chromium is installed; looked for {names}")
+        if os.geteuid() == 0:
+            cls.log.warn("Chromium has no sandbox when it runs as root; use another account")
+        # The runtime leaves signals alone, and twisted learns of a child's end by this one.
+        signal.signal(signal.SIGCHLD, lambda *_: reactor.callFromThread(reapAllProcesses))
+        remove_stale_profiles(Path(tempfile.gettempdir()))
+        return ChromiumRenderer(
+            reactor,
+            settings.rules,
+            program,
+            timeout=settings.render_timeout,
+            limit=settings.max_renders,
+            memory_mib=settings.render_memory_mib,
+        )
+
+    def statistics(self) -> dict[str, Any]:
+        """See ``ModuleService``."""
+        return {kind: counts.plain() for kind, counts in self._statistics.items()}
+
+    async def answer(self, name: str, payload: CalldataValue, caller: Caller) -> CalldataValue:
+        """See ``ModuleService``."""
+        if name not in ("Request", "Render"):
+            raise RequestFailure("UNKNOWN_REQUEST", context={"request": name[:100]})
+        if not isinstance(payload, dict):
+            raise _bad_request("expected a map")
+        kind = "requests" if name == "Request" else "renders"
+        limit = WEB_TRAFFIC_MAX_BYTES if name == "Request" else RENDER_TRAFFIC_MAX_BYTES
+        counts, start, budget = self._statistics[kind], self._reactor.seconds(), ByteBudget(limit)
+        counts.requests += 1
+        self.changed()
+        try:
+            if name == "Render":
+                return await self._render(payload, budget)
+            return await self._request(payload, caller, counts, budget)
+        except RequestFailure as failure:
+            counts.errors[failure.causes[0]] += 1
+            raise
+        except CancelledError:
+            counts.errors["CANCELLED"] += 1
+            raise
+        finally:
+            seconds = self._reactor.seconds() - start
+            counts.add_latency(seconds)
+            counts.bytes_received += budget.used
+            self.changed()
+            fields = {"latency_ms": round(seconds * 1000), "bytes": budget.used}
+            self.log.debug("the web was asked", kind=name, **fields, **caller.log_fields())
+
+    async def _request(
+        self,
+        members: dict[str, CalldataValue],
+        caller: Caller,
+        counts: WebStatistics,
+        budget: ByteBudget,
+    ) -> CalldataValue:
+        request, sign = self._read_request(members), members.get("sign", False)
+        if not isinstance(sign, bool):
+            raise _bad_request("sign: expected true or false")
+        work = Deferred.fromCoroutine(self._exchange(request, caller, budget, sign=sign))
+        seconds = self._settings.timeout
+
+        def too_late(_result: object, _seconds: float) -> Failure:
+            reason = f"no complete answer within {seconds:g} s"
+            return Failure(refused("TIMEOUT", request.target.url, reason))
+
+        counts.bytes_sent += len(request.body or b"")
+        response = await work.addTimeout(seconds, self._reactor, too_late)
+        headers = cast(CalldataValue, response.headers)
+        return {"response": {"status": response.status, "headers": headers, "body": response.body}}
+
+    def _read_request(self, members: dict[str, CalldataValue]) -> WebRequest:
+        method = _text_member(members, "method").upper()
+        if method not in WEB_METHODS:
+            raise _bad_request(f"method: expected one of {', '.join(WEB_METHODS)}")
+        body, headers = members.get("body"), members.get("headers")
+        if body is not None and not isinstance(body, bytes):
+            raise _bad_request("body: expected bytes or null")
+        if headers is not None and not isinstance(headers, dict):
+            raise _bad_request("headers: expected a map")
+        target = self._settings.rules.check(_text_member(members, "url"))
+        return WebRequest(method, target, read_headers(headers), body)
+
+    async def _exchange(
+        self, request: WebRequest, caller: Caller, budget: ByteBudget, *, sign: bool
+    ) -> WebResponse:
+        if sign:
+            if self._signer is None:
+                reason = "the Web module has no signer_url"
+                raise RequestFailure("SIGNING_FAILED", context={"reason": reason})
+            request = await self._signer.sign(request, caller)
+        return await self._client.fetch(request, budget)
+
+    async def _render(self, members: dict[str, CalldataValue], budget: ByteBudget) -> CalldataValue:
+        mode = _text_member(members, "mode")
+        if mode not in RENDER_MODES:
+            raise _bad_request(f"mode: expected one of {', '.join(RENDER_MODES)}")
+        try:
+            wait = min(parse_duration(members.get("wait_after_loaded") or 0), MAX_RENDER_WAIT)
+        except ValueError as error:
+            raise _bad_request(f"wait_after_loaded: {error}") from None
+        target = self._settings.rules.check(_text_member(members, "url"))
+        if self._renderer is None:
+            reason = "the Web module has no webdriver_host"
+            raise RequestFailure("RENDERER_FAILED", context={"reason": reason})
+        page = await self._renderer.render(target, mode, wait, budget)
+        return {"image" if mode == "screenshot" else "text": cast(CalldataValue, page.content)}
+
+
+MODULE_SERVICES["web"] = WebService
+
+
+# =============================================================================
 # 14. HTTP connections
 # =============================================================================
 #
@@ -8324,8 +10177,11 @@ _PERMISSIONS: Final = "rwscn"
 _LOG_LEVELS: Final = ("trace", "debug", "info", "warn", "error")
 _PIPE_ATOM: Final = 4096
 """A pipe that is ready takes this much without blocking (PIPE_BUF)."""
-_LLM_MODULE_VARIABLE: Final = "GENVM_LLM_MODULE"
-_LLM_MODULE_ADDRESS: Final = "ws://127.0.0.1:3031"
+_MODULE_ADDRESSES: Final = {
+    "GENVM_LLM_MODULE": "ws://127.0.0.1:3031",
+    "GENVM_WEB_MODULE": "ws://127.0.0.1:3032",
+}
+"""Environment variables with the addresses of modules, and what holds without them."""
 
 
 class _Step:
@@ -8385,7 +10241,7 @@ class _PracticeRun:
         self._log_fd = log_fd
         self._options = options
         self._connection: _HostConnection | None = None
-        self._llm: _ModuleConnection | None = None
+        self._modules: dict[str, _ModuleConnection] = {}
         self._permissions = options.get("--permissions", _PERMISSIONS)
         self._last: CalldataValue = None
         self._call: dict[str, CalldataValue] = {}
@@ -8399,7 +10255,7 @@ class _PracticeRun:
             self._run_prelude()
             self._connection = _HostConnection(self._options["--host"], self._cancellation)
             outcome = self._execute()
-            self._leave_llm()
+            self._leave_modules()
             self._connection.report(outcome)
             self._print_outcome(outcome)
         except _Exit as request:
@@ -8644,6 +10500,24 @@ class _PracticeRun:
     def step_ask_llm_json(self, rest: str) -> None:
         self._last = self._ask_llm(rest, "json")
 
+    def step_web_get(self, rest: str) -> None:
+        request: CalldataValue = {
+            "method": "GET",
+            "url": rest,
+            "headers": {},
+            "body": None,
+            "sign": False,
+        }
+        response = self._ask_web("Request", request, "response")
+        body = response.get("body") if isinstance(response, dict) else None
+        self._last = body.decode("utf-8", "replace") if isinstance(body, bytes) else None
+
+    def step_web_render(self, rest: str) -> None:
+        mode, _, url = rest.partition(" ")
+        request: CalldataValue = {"mode": mode, "url": url.strip(), "wait_after_loaded": "0s"}
+        member = "image" if mode == "screenshot" else "text"
+        self._last = self._ask_web("Render", request, member)
+
     def step_sleep(self, rest: str) -> None:
         self._cancellation.wait(deadline=time.monotonic() + _seconds(rest))
 
@@ -8685,27 +10559,35 @@ class _PracticeRun:
         self._host.send_garbage(bytes.fromhex(rest))
 
     def _ask_llm(self, prompt: str, form: str) -> CalldataValue:
-        self._require("n", "non-deterministic work")
-        if self._llm is None:
-            address = os.environ.get(_LLM_MODULE_VARIABLE, _LLM_MODULE_ADDRESS)
-            host_data = json.loads(self._options["--host-data"], parse_float=str)
-            hello = {"cookie": self._options["--cookie"], "host_data": host_data}
-            self._llm = _ModuleConnection(address, hello, self._cancellation)
         payload: CalldataValue = {"prompt": prompt, "response_format": form, "images": []}
         request: CalldataValue = {"payload": payload, "remaining_fuel_as_gen": 0}
-        answer = self._llm.ask({"Prompt": request})
-        if not isinstance(answer, dict) or "data" not in answer:
-            raise ValueError("the module's answer has no data")
-        return answer["data"]
+        return self._ask_module("GENVM_LLM_MODULE", {"Prompt": request}, "data")
 
-    def _leave_llm(self) -> None:
-        """End the conversation with the LLM module, if there was one, by asking for statistics."""
-        if self._llm is not None:
+    def _ask_web(self, name: str, request: CalldataValue, member: str) -> CalldataValue:
+        return self._ask_module("GENVM_WEB_MODULE", {name: request}, member)
+
+    def _ask_module(self, variable: str, request: CalldataValue, member: str) -> CalldataValue:
+        """Return a member of a module's answer; the first question makes the connection."""
+        self._require("n", "non-deterministic work")
+        if variable not in self._modules:
+            address = os.environ.get(variable, _MODULE_ADDRESSES[variable])
+            host_data = json.loads(self._options["--host-data"], parse_float=str)
+            hello = {"cookie": self._options["--cookie"], "host_data": host_data}
+            self._modules[variable] = _ModuleConnection(address, hello, self._cancellation)
+        answer = self._modules[variable].ask(request)
+        if not isinstance(answer, dict) or member not in answer:
+            raise ValueError(f"the module's answer has no {member}")
+        return answer[member]
+
+    def _leave_modules(self) -> None:
+        """End the conversations with modules, each by asking for statistics."""
+        for variable, connection in self._modules.items():
             try:
-                self._llm.ask("GetStats")
-                self._llm.close()
+                connection.ask("GetStats")
+                connection.close()
             except (CalldataError, OSError, ValueError, _Outcome) as error:
-                self._log("warn", "the LLM module gave no statistics", problem=str(error))
+                name = variable.split("_")[1]
+                self._log("warn", f"the {name} module gave no statistics", problem=str(error))
 
     def _leave_grandchild(self, seconds: float, *, own_session: bool) -> None:
         """Fork a process that keeps stdout, stderr and the log open, and log its pid."""

@@ -6,6 +6,7 @@ What a module's process does by itself is in test_module_service.py.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import sys
@@ -136,12 +137,22 @@ def provider() -> Iterator[NamedProvider]:
     made.close()
 
 
-@pytest.fixture
-def manager(daemon: Daemon) -> Iterator[Daemon]:
-    """The daemon of this file, with built-in modules, none of which runs at the end."""
+def stopped_at_the_end(daemon: Daemon) -> Iterator[Daemon]:
+    """Yield the daemon; see that no module is left, and that the next test does not suffer."""
     yield daemon
     for kind in ("llm", "web"):
         stop_module(daemon, kind)
+    try:
+        eventually(lambda: not daemon.descendants(), 1, "no process is left")
+    finally:
+        for pid in daemon.descendants():
+            kill(pid)
+
+
+@pytest.fixture
+def manager(shared_daemon: Daemon) -> Iterator[Daemon]:
+    """The daemon of this file, with built-in modules."""
+    yield from stopped_at_the_end(shared_daemon)
 
 
 # --- start and stop ---
@@ -161,9 +172,13 @@ def test_start_and_stop(manager: Daemon, provider: NamedProvider) -> None:
     assert now["last_error"] is None
     text = refused(try_start(manager, provider.config("echo")), code="module_already_running")
     assert "module_already_running" in text
+    # No executor has got hold of the listening socket.
+    genvm_id = manager.run("sleep 60")
+    eventually(lambda: len(manager.descendants()) == 2)
     assert stop_module(manager) == "module_stopped"
     assert not alive(now["pid"])
     assert_free(address)
+    manager.request("DELETE", f"/genvm/{genvm_id}?wait_timeout_ms=0")
     after = status(manager)
     assert after["state"] == "stopped"
     assert after["pid"] is after["address"] is None
@@ -198,6 +213,9 @@ def test_two_starts_while_it_stops(manager: Daemon, provider: NamedProvider) -> 
     config = provider.config("named:new", bind_address=f"127.0.0.1:{free_port()}")
     body = {"module_type": "llm", "config": config}
     pending = [manager.send("POST", "/module/start", body) for _ in range(2)]
+    for _ in range(3):
+        assert status(manager)["state"] == "stopping"
+    held.close()
     assert stopping.reply().json == {"result": "module_stopped"}
     replies = [one.reply() for one in pending]
     assert not alive(old)
@@ -206,7 +224,6 @@ def test_two_starts_while_it_stops(manager: Daemon, provider: NamedProvider) -> 
     now = status(manager)
     assert now["state"] == "running"
     assert answer_at(place(manager)) == "new"
-    held.close()
 
 
 def bad_configs() -> Iterator[tuple[Any, str, str]]:
@@ -216,8 +233,9 @@ def bad_configs() -> Iterator[tuple[Any, str, str]]:
     yield {"bind_address": ANY_PORT}, failed, "backends: none can be used"
     unknown = {"backends": {"a": {**good, "provider": "oracle"}}, "bind_address": ANY_PORT}
     yield unknown, failed, 'unknown "oracle"'
-    no_variable = {"backends": {"a": {**good, "key": "${ENV[NO_SUCH_VARIABLE]}"}}}
-    yield no_variable, failed, "NO_SUCH_VARIABLE"
+    for key, reason in (("${ENV[NOT_SET]}", "it has no key"), ("${NO_SUCH}", "NO_SUCH")):
+        backends = {"a": {**good, "key": key}}
+        yield {"backends": backends, "bind_address": ANY_PORT}, failed, reason
     for address in ("nonsense", "127.0.0.1:99999", "127.0.0.1:x", ":3031", 5, None):
         yield {"backends": {"a": good}, "bind_address": address}, failed, wrong
     yield {"backends": {"a": good}, "port": 3031}, failed, wrong
@@ -375,6 +393,18 @@ def test_no_secret_gets_out(start: Start, provider: NamedProvider) -> None:
     assert json.dumps(KEY)[1:-1] not in everything
 
 
+# --- who asks and goes ---
+
+
+def test_who_asks_need_not_wait(manager: Daemon, provider: NamedProvider) -> None:
+    body = {"module_type": "llm", "config": provider.config("echo")}
+    asking = manager.send("POST", "/module/start", body)
+    eventually(lambda: status(manager)["state"] == "starting")
+    asking.close()
+    eventually(lambda: status(manager)["state"] == "running")
+    assert answer_at(place(manager)) == "x"
+
+
 # --- deaths ---
 
 
@@ -388,13 +418,15 @@ def test_killed_while_serving(manager: Daemon, provider: NamedProvider) -> None:
     kill(before["pid"])
     assert held.socket.recv(1) == b""
     # Nobody is refused meanwhile: who comes now waits a little.
-    early = socket.create_connection(address, WAIT)
-    eventually(lambda: status(manager)["state"] == "starting")
-    down = status(manager)
-    assert "signal 9" in down["last_error"]
-    assert down["pid"] is None
-    eventually(lambda: status(manager)["state"] == "running")
-    seconds = time.monotonic() - begin
+    with ThreadPoolExecutor(1) as pool:
+        early = pool.submit(answer_at, address)
+        eventually(lambda: status(manager)["state"] == "starting")
+        down = status(manager)
+        assert "signal 9" in down["last_error"]
+        assert down["pid"] is None
+        eventually(lambda: status(manager)["state"] == "running")
+        seconds = time.monotonic() - begin
+        assert early.result(WAIT) == "x"
     report(f"running again {seconds:.2f} s after kill -9")
     assert seconds > 0.8, "it waits before it tries again"
     now = status(manager)
@@ -403,7 +435,6 @@ def test_killed_while_serving(manager: Daemon, provider: NamedProvider) -> None:
     assert now["pid"] != before["pid"]
     assert place(manager) == address
     assert answer_at(address) == "x"
-    early.close()
     assert any(r["message"] == "module died" for r in manager.records)
 
 
@@ -422,6 +453,37 @@ def test_stop_and_start_while_it_waits_to_be_restarted(
     eventually(lambda: status(manager)["state"] == "starting")
     assert restart(manager, provider.config("says:y"))["changed"] is True
     assert answer_at(place(manager)) == "y"
+
+
+def test_an_old_generation_that_dies_is_not_missed(
+    manager: Daemon, provider: NamedProvider
+) -> None:
+    start_module(manager, provider.config("named:old"))
+    held = connect(place(manager))
+    held.send(prompt("long"))
+    assert provider.waiting.acquire(timeout=WAIT)
+    old = status(manager)["pid"]
+    restart(manager, provider.config("named:new"))
+    before = status(manager)
+    assert before["draining"] == 1
+    kill(old)
+    eventually(lambda: status(manager)["draining"] == 0)
+    assert status(manager) == {**before, "draining": 0, "stats": status(manager)["stats"]}
+    assert answer_at(place(manager)) == "new"
+    held.close()
+
+
+def test_killed_while_its_successor_starts(manager: Daemon, provider: NamedProvider) -> None:
+    start_module(manager, provider.config("says:old"))
+    address, old = place(manager), status(manager)["pid"]
+    body = {"module_type": "llm", "config": provider.config("says:new")}
+    asked = manager.send("POST", "/module/restart", body)
+    eventually(lambda: len(manager.descendants()) == 2)
+    kill(old)
+    assert asked.reply().json["changed"] is True
+    assert answer_at(address) == "new"
+    eventually(lambda: status(manager)["state"] == "running")
+    assert len(manager.descendants()) == 1
 
 
 # --- the manager's own end ---
@@ -614,6 +676,7 @@ def test_status_is_quick_meanwhile(manager: Daemon, provider: NamedProvider) -> 
     """While modules start, stop and drain."""
     times: list[float] = []
     over = threading.Event()
+    files = len(os.listdir(f"/proc/{manager.pid}/fd"))
 
     def look() -> None:
         while not over.is_set():
@@ -636,6 +699,7 @@ def test_status_is_quick_meanwhile(manager: Daemon, provider: NamedProvider) -> 
     finally:
         over.set()
         thread.join()
+    eventually(lambda: len(os.listdir(f"/proc/{manager.pid}/fd")) <= files, 2, "no open files")
     times.sort()
     p50, p99 = (times[int(len(times) * part)] * 1000 for part in (0.5, 0.99))
     report(f"/status: {len(times)} times, p50 {p50:.1f} ms, p99 {p99:.1f} ms")
@@ -699,10 +763,7 @@ def shared_external(external_root: Root) -> Iterator[Daemon]:
 @pytest.fixture
 def external(shared_external: Daemon) -> Iterator[Daemon]:
     """A daemon whose modules are commands: llm is EXTERNAL, web never listens."""
-    yield shared_external
-    for kind in ("llm", "web"):
-        stop_module(shared_external, kind)
-    assert shared_external.descendants() == []
+    yield from stopped_at_the_end(shared_external)
 
 
 def command(behaviour: str = "serve", **more: Any) -> dict[str, Any]:
@@ -754,6 +815,39 @@ def test_a_command_at_an_address_in_use(external: Daemon) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = f"127.0.0.1:{other.getsockname()[1]}"
         refused(try_start(external, command(bind_address=taken)), taken, "in use")
+
+
+def ask_everything_at_once(daemon: Daemon, configs: list[dict[str, Any]]) -> None:
+    """Whatever is asked at once, each request is answered and what follows works."""
+    pending = []
+    for config in configs:
+        for path in ("start", "restart", "stop", "start", "restart"):
+            body = {"module_type": "llm", "config": config}
+            pending.append(daemon.send("POST", f"/module/{path}", body, timeout=40))
+    for one in pending:
+        reply = one.reply()
+        if reply.status != 200:
+            assert reply.json["code"] in ("module_already_running", "module_failed"), reply.json
+            assert "in use" not in reply.json["error"], reply.json
+    assert status(daemon)["state"] in ("running", "stopped")
+    pid = status(daemon)["pid"]
+    eventually(lambda: daemon.descendants() == ([pid] if pid else []), 2, "one process at most")
+    if pid is not None:
+        assert stop_module(daemon) == "module_stopped"
+    start_module(daemon, configs[0])
+
+
+def test_many_requests_at_once(manager: Daemon, provider: NamedProvider) -> None:
+    port = free_port()
+    configs = [provider.config(f"named:{n}", bind_address=f"127.0.0.1:{port}") for n in range(3)]
+    ask_everything_at_once(manager, configs)
+    assert answer_at(place(manager)) == "0"
+
+
+def test_many_requests_to_a_command_at_once(external: Daemon) -> None:
+    config = command()
+    ask_everything_at_once(external, [{**config, "name": str(n)} for n in range(4)])
+    assert name_at(place(external)) == "0"
 
 
 def test_a_command_restarted_in_vain(external: Daemon) -> None:

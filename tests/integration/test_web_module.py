@@ -1,0 +1,657 @@
+"""Sections 13f to 13j: the Web module's process, real web servers, a webdriver and a signer."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import datetime
+import gzip
+import hashlib
+import ipaddress
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import (
+    decode_dss_signature,
+    encode_dss_signature,
+)
+from cryptography.x509.oid import NameOID
+
+from .support import WAIT, Root, memory_of, report
+from .test_module_service import call
+from .web_support import Exchange, WebModule, WebServer, causes, render, request
+
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
+INSIDE = {
+    "loopback.test": ["127.0.0.1"],
+    "private.test": ["10.0.0.1"],
+    "metadata.test": ["169.254.169.254"],
+    "six.test": ["::1"],
+    "mapped.test": ["::ffff:127.0.0.1"],
+    "zero.test": ["0.0.0.0"],
+    "all.test": ["10.0.0.1", "::1", "127.0.0.1"],
+}
+NAMES = {**INSIDE, "secure.test": ["127.0.0.1"], "trusted.test": ["127.0.0.1"]}
+TRUSTED = ["127.0.0.1", "secure.test", "trusted.test"]
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ssl.SSLContext]:
+    """A certificate for secure.test that is its own authority, and a server's context with it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "secure.test")])
+    now = datetime.datetime.now(datetime.UTC)
+    names = x509.SubjectAlternativeName(
+        [x509.DNSName("secure.test"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    )
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(names, critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("tls") / "certificate.pem"
+    path.write_bytes(
+        certificate.public_bytes(serialization.Encoding.PEM)
+        + key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    return path, context
+
+
+@pytest.fixture
+def web() -> Iterator[WebServer]:
+    made = WebServer()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def module(authority: tuple[Path, ssl.SSLContext]) -> Iterator[WebModule]:
+    made = WebModule(
+        {"always_allow_hosts": TRUSTED, "extra_tld": ["test"]},
+        names=NAMES,
+        environment={"SSL_CERT_FILE": str(authority[0])},
+    )
+    made.event("ready")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., WebModule]]:
+    started: list[WebModule] = []
+
+    def begin(**config: Any) -> WebModule:
+        whole = {"always_allow_hosts": TRUSTED, "extra_tld": ["test"], **config}
+        started.append(WebModule(whole, names=NAMES))
+        started[-1].event("ready")
+        return started[-1]
+
+    yield begin
+    for made in started:
+        made.close()
+
+
+Start = Callable[..., WebModule]
+
+
+def response(answer: Any) -> Any:
+    return answer["Ok"]["response"]
+
+
+def reason(answer: Any) -> str:
+    return str(answer["UserError"]["ctx"]["reason"])
+
+
+# --- requests ---
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "DELETE", "OPTIONS", "PATCH", "PUT"])
+def test_methods_and_binary_bodies(module: WebModule, web: WebServer, method: str) -> None:
+    web.answers["/p"] = lambda e: e.reply(e.body + b"\0", b"X-B: \xff\x80", status=b"201 Made")
+    body = None if method in ("GET", "HEAD") else bytes(range(256)) * 100
+    answer = response(
+        module.get(f"{web.url}/p?q=%00", method=method, body=body, headers={"X-A": b"\xfe"})
+    )
+    (seen,) = web.requests
+    assert (seen.method, seen.path, seen.body) == (method, "/p?q=%00", body or b"")
+    assert seen.headers["x-a"] == b"\xfe"
+    assert seen.headers["host"] == f"127.0.0.1:{web.port}".encode()
+    assert "cookie" not in seen.headers
+    assert answer["status"] == 201
+    assert answer["headers"]["x-b"] == b"\xff\x80"
+    assert answer["body"] == (b"" if method == "HEAD" else (body or b"") + b"\0")
+
+
+@pytest.mark.parametrize("status", [100, 204, 304, 400, 404, 418, 500, 503, 599])
+def test_any_status_is_an_answer(module: WebModule, web: WebServer, status: int) -> None:
+    def answer(exchange: Exchange) -> None:
+        if status == 100:
+            exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        empty = status in (204, 304)
+        exchange.reply(
+            b"" if empty else b"body", status=b"%d X" % (status if status > 100 else 200)
+        )
+
+    web.answers["/"] = answer
+    got = response(module.get(web.url))
+    assert got["status"] == (status if status > 100 else 200)
+
+
+def test_duplicate_headers(module: WebModule, web: WebServer) -> None:
+    web.answers["/"] = lambda e: e.reply(
+        b"", b"Vary: A", b"vary: B", b"Set-Cookie: a=1", b"Set-Cookie: b=2"
+    )
+    headers = response(module.get(web.url))["headers"]
+    assert headers["vary"] == b"A, B"
+    assert headers["set-cookie"] == b"a=1\nb=2"
+    response(module.get(web.url))
+    assert "cookie" not in web.requests[1].headers
+
+
+def test_headers_that_are_ours(module: WebModule, web: WebServer) -> None:
+    given = {
+        "Host": b"evil.com",
+        "Content-Length": b"1",
+        "Transfer-Encoding": b"chunked",
+        "Connection": b"upgrade",
+        "Upgrade": b"h2c",
+        "Cookie": b"mine=1",
+        "User-Agent": b"contract",
+    }
+    web.answers["/"] = lambda e: e.reply(b"ok")
+    assert response(module.get(web.url, method="POST", body=b"abc", headers=given))
+    (seen,) = web.requests
+    assert seen.headers["host"] == f"127.0.0.1:{web.port}".encode()
+    assert seen.body == b"abc"
+    assert "transfer-encoding" not in seen.headers
+    assert "upgrade" not in seen.headers
+    assert seen.headers["cookie"] == b"mine=1"
+    assert seen.headers["user-agent"] == b"contract"
+    assert causes(module.get(web.url, headers={"a": b"b\r\nc: d"})) == ["INVALID_HEADER"]
+    assert len(web.requests) == 1
+
+
+def test_chunked(module: WebModule, web: WebServer) -> None:
+    web.answers["/"] = lambda e: e.send(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"3;x=y\r\nabc\r\n2\r\nde\r\n0\r\nTrailer: x\r\n\r\n"
+    )
+    assert response(module.get(web.url))["body"] == b"abcde"
+
+
+def test_a_body_that_ends_with_the_connection(module: WebModule, web: WebServer) -> None:
+    web.answers["/"] = lambda e: e.send(b"HTTP/1.0 200 OK\r\n\r\nto the end")
+    assert response(module.get(web.url))["body"] == b"to the end"
+
+
+def test_gzip(module: WebModule, web: WebServer) -> None:
+    packed = gzip.compress(b"first ") + gzip.compress(b"second " * 1000)
+    web.answers["/"] = lambda e: e.reply(packed, b"Content-Encoding: gzip")
+    got = response(module.get(web.url))
+    assert got["body"] == b"first " + b"second " * 1000
+    assert "content-encoding" not in got["headers"]
+    assert "content-length" not in got["headers"]
+    assert web.requests[0].headers["accept-encoding"] == b"gzip"
+    # Who asks for an encoding gets what the server sends.
+    raw = response(module.get(web.url, headers={"Accept-Encoding": b"gzip"}))
+    assert raw["body"] == packed
+    assert raw["headers"]["content-encoding"] == b"gzip"
+
+
+@pytest.mark.parametrize("data", [b"no gzip", gzip.compress(b"x" * 9999)[:-9]])
+def test_broken_gzip(module: WebModule, web: WebServer, data: bytes) -> None:
+    web.answers["/"] = lambda e: e.reply(data, b"Content-Encoding: gzip")
+    answer = module.get(web.url)
+    assert causes(answer) == ["READING_BODY"]
+    assert "gzip" in reason(answer)
+
+
+def test_gzip_bomb(module: WebModule, web: WebServer) -> None:
+    bomb = gzip.compress(bytes(256 << 20), 9)
+    web.answers["/"] = lambda e: e.reply(bomb, b"Content-Encoding: gzip")
+    answer = module.get(web.url)
+    assert causes(answer) == ["READING_BODY"]
+    assert "longer than 10485760 bytes" in reason(answer)
+    peak = memory_of(module.process.pid) >> 20
+    report(f"a bomb of {len(bomb)} bytes for 256 MiB: peak of the module {peak} MiB")
+    assert peak < 160
+
+
+def test_bodies_up_to_the_limit(module: WebModule, web: WebServer) -> None:
+    web.answers["/fits"] = lambda e: e.reply(bytes(10 << 20))
+    web.answers["/more"] = lambda e: e.reply(bytes((10 << 20) + 1))
+    assert len(response(module.get(f"{web.url}/fits"))["body"]) == 10 << 20
+    assert causes(module.get(f"{web.url}/more")) == ["READING_BODY"]
+
+
+def test_an_endless_body(module: WebModule, web: WebServer) -> None:
+    def answer(exchange: Exchange) -> None:
+        exchange.send(b"HTTP/1.1 200 OK\r\n\r\n")
+        while True:
+            exchange.send(bytes(1 << 16))
+
+    web.answers["/"] = answer
+    begin = time.monotonic()
+    assert causes(module.get(web.url)) == ["READING_BODY"]
+    assert time.monotonic() - begin < 10
+
+
+def test_endless_headers(module: WebModule, web: WebServer) -> None:
+    def answer(exchange: Exchange) -> None:
+        exchange.send(b"HTTP/1.1 200 OK\r\n")
+        while True:
+            exchange.send(b"X: " + b"y" * 1000 + b"\r\n")
+
+    web.answers["/"] = answer
+    assert causes(module.get(web.url)) == ["SENDING_REQUEST"]
+
+
+@pytest.mark.parametrize("kind", ["slow body", "no answer", "slow head"])
+def test_time(start: Start, web: WebServer, kind: str) -> None:
+    gone = threading.Event()
+
+    def answer(exchange: Exchange) -> None:
+        if kind == "slow body":
+            exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        try:
+            while kind != "no answer":
+                exchange.send(b"X")
+                time.sleep(0.05)
+            exchange.peer.settimeout(WAIT)
+            assert exchange.peer.recv(1) == b""
+        finally:
+            gone.set()
+
+    web.answers["/"] = answer
+    module = start(timeout="1s")
+    begin = time.monotonic()
+    assert causes(module.get(web.url)) == ["TIMEOUT"]
+    assert 0.9 < time.monotonic() - begin < 8
+    assert gone.wait(WAIT)
+
+
+def test_a_client_that_vanishes_cancels_its_request(module: WebModule, web: WebServer) -> None:
+    held, gone = threading.Event(), threading.Event()
+
+    def answer(exchange: Exchange) -> None:
+        held.set()
+        exchange.peer.settimeout(WAIT)
+        with contextlib.suppress(ConnectionResetError):
+            assert exchange.peer.recv(1) == b""
+        gone.set()
+
+    web.answers["/"] = answer
+    client = module.client()
+    client.send(request(web.url))
+    assert held.wait(WAIT)
+    client.close()
+    assert gone.wait(WAIT)
+
+
+def test_no_server(module: WebModule) -> None:
+    answer = module.get("http://127.0.0.1:1/")
+    assert causes(answer) == ["SENDING_REQUEST"]
+    assert "refused" in reason(answer)
+    assert causes(module.get("https://nowhere.test/")) == ["SENDING_REQUEST"]
+
+
+def test_a_server_that_is_none(module: WebModule, web: WebServer) -> None:
+    web.answers["/"] = lambda e: e.send(b"SSH-2.0-x\r\n\r\n")
+    assert causes(module.get(web.url)) == ["SENDING_REQUEST"]
+
+
+# --- redirects ---
+
+
+def chain(web: WebServer, count: int) -> str:
+    """Have a path that redirects so many times; returns its URL."""
+
+    def answer(exchange: Exchange) -> None:
+        left = int(exchange.path.removeprefix("/hop"))
+        if left:
+            exchange.reply(b"moved", b"Location: /hop%d" % (left - 1), status=b"302 Found")
+        else:
+            exchange.reply(b"there")
+
+    web.answers["*"] = answer
+    return f"{web.url}/hop{count}"
+
+
+def test_ten_redirects_pass(module: WebModule, web: WebServer) -> None:
+    assert response(module.get(chain(web, 10)))["body"] == b"there"
+    assert len(web.requests) == 11
+
+
+def test_eleven_redirects_fail(module: WebModule, web: WebServer) -> None:
+    assert causes(module.get(chain(web, 11))) == ["TOO_MANY_REDIRECTS"]
+    assert len(web.requests) == 11
+
+
+@pytest.mark.parametrize(
+    ("location", "cause"),
+    [
+        *((f"http://{name}/", "ADDRESS_FORBIDDEN") for name in INSIDE),
+        ("http://2130706433/", None),
+        ("http://0177.1/", None),
+        ("http://127.0.0.2/", "TLD_FORBIDDEN"),
+        ("http://2130706434/", "TLD_FORBIDDEN"),
+        ("http://0177.0.0.2/", "TLD_FORBIDDEN"),
+        ("http://[::1]/", "TLD_FORBIDDEN"),
+        ("http://localhost/", "TLD_FORBIDDEN"),
+        ("http://private.test:8080/", "PORT_FORBIDDEN"),
+        ("file:///etc/passwd", "SCHEMA_FORBIDDEN"),
+        ("gopher://example.com/", "SCHEMA_FORBIDDEN"),
+        ("http://a b/", "MALFORMED_URL"),
+    ],
+)
+def test_every_hop_is_checked(
+    module: WebModule, web: WebServer, location: str, cause: str | None
+) -> None:
+    web.answers["/"] = lambda e: e.reply(
+        b"", b"Location: " + location.encode(), status=b"301 Moved"
+    )
+    if cause is None:  # an odd spelling of what is allowed: the rules pass, nobody listens
+        assert causes(module.get(web.url)) == ["SENDING_REQUEST"]
+    else:
+        assert causes(module.get(web.url)) == [cause]
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_names_that_lead_inside(module: WebModule, name: str) -> None:
+    assert causes(module.get(f"http://{name}/")) == ["ADDRESS_FORBIDDEN"]
+    assert causes(module.get(f"https://{name}/")) == ["ADDRESS_FORBIDDEN"]
+
+
+def test_https_and_its_redirects(
+    module: WebModule, web: WebServer, authority: tuple[Path, ssl.SSLContext]
+) -> None:
+    secure = WebServer(authority[1])
+    try:
+        base = f"https://secure.test:{secure.port}"
+        secure.page("/page", "over TLS")
+        assert response(module.get(f"{base}/page"))["body"] == b"over TLS"
+        assert secure.requests[0].headers["host"] == f"secure.test:{secure.port}".encode()
+        # To http, whoever serves it.
+        plain = web.page("/page", "in the open")
+        to_plain = b"Location: " + plain.encode()
+        secure.answers["/down"] = lambda e: e.reply(b"", to_plain, status=b"302 Found")
+        assert causes(module.get(f"{base}/down")) == ["SCHEMA_FORBIDDEN"]
+        assert web.requests == []
+        up = f"Location: {base}/page".encode()
+        web.answers["/up"] = lambda e: e.reply(b"", up, status=b"307 X")
+        secrets = {"Authorization": b"secret", "Cookie": b"a=b", "X": b"y"}
+        assert response(module.get(f"{web.url}/up", headers=secrets))["body"] == b"over TLS"
+        seen = secure.requests[-1].headers
+        assert "authorization" not in seen
+        assert "cookie" not in seen
+        assert seen["x"] == b"y"
+        # The certificate is for another name.
+        answer = module.get(f"https://trusted.test:{secure.port}/page")
+        assert causes(answer) == ["SENDING_REQUEST"]
+    finally:
+        secure.close()
+
+
+# --- what is asked, statistics ---
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"Request": None},
+        {"Request": {"method": "GET"}},
+        request("https://example.com/", method="TRACE"),
+        request("https://example.com/", body="text"),
+        request("https://example.com/", headers=[]),
+        request("https://example.com/", sign=1),
+        {"Render": {"mode": "text"}},
+        render("https://example.com/", mode="pdf"),
+        render("https://example.com/", wait_after_loaded="soon"),
+    ],
+)
+def test_requests_that_make_no_sense(module: WebModule, asked: Any) -> None:
+    client = module.client()
+    assert 'causes: ["INVALID_REQUEST"], fatal: true' in client.ask(asked)["FatalError"]
+    assert "Ok" in client.ask("GetStats")
+    client.close()
+
+
+def test_what_is_not_configured(module: WebModule, web: WebServer) -> None:
+    assert "UNKNOWN_REQUEST" in module.client().ask("Other")["FatalError"]
+    assert "signer_url" in module.get(web.url, sign=True)["FatalError"]
+    assert "webdriver_host" in module.render(web.url)["FatalError"]
+    assert causes(module.render("ftp://example.com/")) == ["SCHEMA_FORBIDDEN"]
+
+
+def test_statistics(start: Start, web: WebServer) -> None:
+    module = start()
+    web.page("/a", "x" * 1000)
+    module.get(f"{web.url}/a", method="POST", body=b"12345")
+    module.get("https://localhost/")
+    module.render("https://localhost/")
+    stats = module.client().ask("GetStats")["Ok"]
+    assert stats["requests"]["requests"] == 2
+    assert stats["requests"]["errors"] == {"TLD_FORBIDDEN": 1}
+    assert stats["requests"]["bytes_sent"] == 5
+    assert 1000 < stats["requests"]["bytes_received"] < 1500
+    assert stats["requests"]["latency_count"] == 2
+    assert stats["renders"]["errors"] == {"TLD_FORBIDDEN": 1}
+
+
+def test_a_wrong_configuration_ends_the_start() -> None:
+    made = WebModule({"timeout": "soon"})
+    try:
+        assert made.wait() == 1
+    finally:
+        made.close()
+    assert "timeout: expected seconds" in made.records[0]["message"]
+
+
+# --- signing ---
+
+
+class SignerService:
+    """A signer with a real key: signs the base as ES256K does, r and s in 64 bytes."""
+
+    def __init__(self, web: WebServer) -> None:
+        self.key = ec.generate_private_key(ec.SECP256K1())
+        self.asked: list[Exchange] = []
+        web.answers["/sign/0xaa"] = self._sign
+
+    def _sign(self, exchange: Exchange) -> None:
+        self.asked.append(exchange)
+        r, s = decode_dss_signature(self.key.sign(exchange.body, ec.ECDSA(hashes.SHA256())))
+        exchange.reply(r.to_bytes(32) + s.to_bytes(32))
+
+    def verify(self, seen: Exchange, authority: str) -> dict[str, str]:
+        """Verify the signature of a request as it arrived; returns its components."""
+        label, _, parameters = seen.headers["signature-input"].decode().partition("=")
+        assert label == "genvm"
+        names = parameters[1 : parameters.index(")")].split(" ")
+        parts = urlsplit(seen.path)
+        derived = {
+            '"@method"': seen.method,
+            '"@authority"': authority,
+            '"@path"': parts.path,
+            '"@query"': f"?{parts.query}",
+        }
+        found = {
+            name: derived[name] if name in derived else seen.headers[name.strip('"')].decode()
+            for name in names
+        }
+        lines = [f"{name}: {value}" for name, value in found.items()]
+        base = "\n".join([*lines, f'"@signature-params": {parameters}']).encode()
+        text = seen.headers["signature"].decode()
+        assert text.startswith("genvm=:")
+        assert text.endswith(":")
+        raw = base64.b64decode(text[7:-1], validate=True)
+        signature = encode_dss_signature(int.from_bytes(raw[:32]), int.from_bytes(raw[32:]))
+        self.key.public_key().verify(signature, base, ec.ECDSA(hashes.SHA256()))
+        assert self.asked[-1].body == base
+        return found
+
+
+def test_signing(start: Start, web: WebServer) -> None:
+    signers = WebServer()
+    signer = SignerService(signers)
+    module = start(
+        signer_url=signers.url + "/sign/#{node_address}",
+        signer_headers={"Authorization": "Bearer #{tx_id}", "X-Zone": "#{zone}"},
+    )
+    web.answers["/p"] = lambda e: e.reply(b"signed")
+    forged = {"Signature": b"x", "Genlayer-Node-Address": b"0xff", "Accept": b"a"}
+    begin = int(time.time())
+    answer = module.get(
+        f"{web.url}/p?a=1&b=%20", method="POST", body=b"data", sign=True, headers=forged
+    )
+    assert response(answer)["body"] == b"signed"
+    (seen,) = web.requests
+    found = signer.verify(seen, f"127.0.0.1:{web.port}")
+    assert [name.strip('"') for name in found] == [
+        "@method",
+        "@authority",
+        "@path",
+        "genlayer-node-address",
+        "genlayer-tx-id",
+        "genlayer-salt",
+        "content-digest",
+        "@query",
+    ]
+    assert found['"genlayer-node-address"'] == "0xaa"
+    assert found['"genlayer-tx-id"'] == "0xbb"
+    assert len(base64.b64decode(found['"genlayer-salt"'])) == 32
+    digest = base64.b64encode(hashlib.sha256(b"data").digest()).decode()
+    assert found['"content-digest"'] == f"sha-256=:{digest}:"
+    assert seen.headers["accept"] == b"a"
+    made, algorithm = seen.headers["signature-input"].decode().split(";")[1:]
+    assert begin <= int(made.removeprefix("created=")) <= time.time()
+    assert algorithm == 'alg="ES256K"'
+    asked = signer.asked[0]
+    assert asked.method == "POST"
+    assert asked.headers["authorization"] == b"Bearer 0xbb"
+    assert asked.headers["x-zone"] == b"eu"
+    # Without body and query; a new salt.
+    module.get(f"{web.url}/p", sign=True)
+    shorter = signer.verify(web.requests[1], f"127.0.0.1:{web.port}")
+    assert '"content-digest"' not in shorter
+    assert '"@query"' not in shorter
+    assert shorter['"genlayer-salt"'] != found['"genlayer-salt"']
+    # A redirect does not take the signature along.
+    web.answers["/r"] = lambda e: e.reply(b"", b"Location: /p", status=b"302 X")
+    module.get(f"{web.url}/r", sign=True)
+    assert "signature" in web.requests[2].headers
+    assert "signature" not in web.requests[3].headers
+    signers.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"signer_url": "http://127.0.0.1:1/"}, "SENDING_REQUEST"),
+        ({"signer_url": "URL/none"}, "STATUS_NOT_OK"),
+        ({"signer_url": "URL/#{unknown}"}, "TEMPLATE"),
+        ({"signer_url": "URL/", "signer_headers": {"x": "#{unknown}"}}, "TEMPLATE"),
+    ],
+)
+def test_signers_that_fail(
+    start: Start, web: WebServer, changes: dict[str, Any], cause: str
+) -> None:
+    url = changes["signer_url"].replace("URL", web.url)
+    module = start(**{**changes, "signer_url": url})
+    text = module.get(f"{web.url}/page", sign=True)["FatalError"]
+    assert f'causes: ["SIGNING_FAILED", "{cause}"], fatal: true' in text
+    assert str(web.port) not in text
+    assert not [seen for seen in web.requests if seen.path == "/page"]
+
+
+# --- a webdriver service ---
+
+
+def webdriver(web: WebServer, body: bytes, *headers: bytes, status: bytes = b"200 OK") -> None:
+    web.answers["/wd/render"] = lambda e: e.reply(body, *headers, status=status)
+
+
+def test_webdriver(start: Start, web: WebServer) -> None:
+    module = start(webdriver_host=f"{web.url}/wd/")
+    webdriver(web, "gerendert ü".encode(), b"Resulting-Status: 200")
+    url = "http://trusted.test:99/ü?a=b&c=d"
+    answer = module.render(url, wait_after_loaded="500ms")
+    assert answer == {"Ok": {"text": "gerendert ü"}}
+    query = parse_qs(urlsplit(web.requests[0].path).query)
+    assert query == {
+        "url": ["http://trusted.test:99/%C3%BC?a=b&c=d"],
+        "mode": ["text"],
+        "waitAfterLoaded": ["0.5"],
+    }
+    webdriver(web, PNG, b"Resulting-Status: 304")
+    assert module.render(url, mode="screenshot", wait_after_loaded="2m") == {"Ok": {"image": PNG}}
+    assert parse_qs(urlsplit(web.requests[1].path).query)["waitAfterLoaded"] == ["60"]
+    assert module.render("http://private.test/")["UserError"]["causes"] == ["ADDRESS_FORBIDDEN"]
+
+
+def test_webdriver_errors(start: Start, web: WebServer) -> None:
+    module = start(webdriver_host=f"{web.url}/wd")
+    webdriver(web, b"not there", b"Resulting-Status: 404")
+    assert module.render("http://trusted.test/p") == {
+        "UserError": {
+            "causes": ["WEBPAGE_LOAD_FAILED"],
+            "ctx": {"url": "http://trusted.test/p", "status": 404, "body": "not there"},
+        }
+    }
+    webdriver(web, b"broken", status=b"500 X")
+    text = module.render("http://trusted.test/")["FatalError"]
+    assert text.startswith(
+        'ModuleError { causes: ["STATUS_NOT_OK"], fatal: true, ctx: {"url": Str('
+    )
+    assert '"status": Number(500.0), "body": Str("broken")' in text
+    webdriver(web, b"no status")
+    assert '"READING_BODY"' in module.render("http://trusted.test/")["FatalError"]
+    assert (
+        '"SENDING_REQUEST"'
+        in (start(webdriver_host="http://127.0.0.1:1").render("http://trusted.test/")["FatalError"])
+    )
+
+
+# --- with the practice executor ---
+
+
+def test_contract_executor_module_page_host(
+    start: Start, web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = start(webdriver_host=f"{web.url}/wd")
+    webdriver(web, b"rendered", b"Resulting-Status: 200")
+    url = web.page("/page", "as it is")
+    monkeypatch.setenv("GENVM_WEB_MODULE", "ws://{}:{}".format(*module.address))
+    place = Root()
+    try:
+        script = f'web-get {url}\nstore got "$last"\nweb-render text {url}\n'
+        script += 'return ["$storage.got", "$last"]\n'
+        outcome, log = call(place, script, "ws://127.0.0.1:1")
+        assert outcome == ("return", ["as it is", "rendered"])
+        assert "statistics" not in log
+        (kind, error), _ = call(place, "web-get http://127.0.0.2/\n", "ws://127.0.0.1:1")
+        assert (kind, error["message"]) == ("user_error", "TLD_FORBIDDEN")
+    finally:
+        place.close()

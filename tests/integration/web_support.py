@@ -1,0 +1,216 @@
+"""What the tests of the Web module share: its process, and web servers in threads."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import socketserver
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, cast
+
+from .support import SOURCE
+from .test_module_service import Client, ModuleProcess
+
+HELLO = {"cookie": "w1", "host_data": {"node_address": "0xaa", "tx_id": "0xbb", "zone": "eu"}}
+
+
+#: Starts a module with names that no name server knows; the real resolver answers for others.
+_WITH_NAMES = """
+import json, os, runpy, socket, sys
+os.dup2(int(sys.argv[1]), 3, inheritable=True)
+if int(sys.argv[1]) != 3: os.close(int(sys.argv[1]))
+table, real = json.loads(sys.argv[3]), socket.getaddrinfo
+def getaddrinfo(host, port, *rest, **options):
+    if not str(host).endswith(".test"):
+        return real(host, port, *rest, **options)
+    if host not in table:
+        raise socket.gaierror(socket.EAI_NONAME, "no such name")
+    return [
+        (socket.AF_INET6, 1, 6, "", (ip, port, 0, 0)) if ":" in ip
+        else (socket.AF_INET, 1, 6, "", (ip, port))
+        for ip in table[host]
+    ]
+socket.getaddrinfo = getaddrinfo
+sys.argv = [sys.argv[2], "module", "web"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class WebModule(ModuleProcess):
+    """``genvm_manager.py module web``, with the manager's ends of its pipes.
+
+    ``names`` holds the addresses of names under ``.test``.
+    """
+
+    def __init__(
+        self,
+        config: object,
+        *,
+        names: Mapping[str, list[str]] | None = None,
+        environment: Mapping[str, str] | None = None,
+        log_level: str = "debug",
+    ) -> None:
+        listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+        self.address = listener.getsockname()[:2]
+        self.events: list[dict[str, Any]] = []
+        self.records: list[dict[str, Any]] = []
+        self._changed = threading.Condition()
+        words = [str(listener.fileno()), str(SOURCE), json.dumps(dict(names or {}))]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _WITH_NAMES, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=[listener.fileno()],
+            env={**os.environ, **(environment or {})},
+        )
+        listener.close()
+        streams = ((self.process.stdout, self.events), (self.process.stderr, self.records))
+        self._threads = [
+            threading.Thread(target=self._read, args=pair, daemon=True) for pair in streams
+        ]
+        for thread in self._threads:
+            thread.start()
+        self.tell({"config": config, "allow_empty_backends": False, "log_level": log_level})
+
+    def client(self) -> Client:
+        """Return a client that has said hello."""
+        return self.connect(HELLO)
+
+    def get(self, url: str, **changes: Any) -> Any:
+        """Make one request over a connection of its own."""
+        client = self.client()
+        try:
+            return client.ask(request(url, **changes))
+        finally:
+            client.close()
+
+    def render(self, url: str, **changes: Any) -> Any:
+        """Render one page over a connection of its own."""
+        client = self.client()
+        client.socket.settimeout(90)
+        try:
+            return client.ask(render(url, **changes))
+        finally:
+            client.close()
+
+
+def request(url: str, **changes: Any) -> dict[str, Any]:
+    """Return a ``Request``."""
+    given: dict[str, Any] = {
+        "method": "GET",
+        "url": url,
+        "headers": {},
+        "body": None,
+        "sign": False,
+    }
+    return {"Request": {**given, **changes}}
+
+
+def render(url: str, **changes: Any) -> dict[str, Any]:
+    """Return a ``Render``."""
+    return {"Render": {"mode": "text", "url": url, "wait_after_loaded": "0ms", **changes}}
+
+
+def causes(answer: Any) -> list[str]:
+    """Return the causes of an error that a contract can catch."""
+    return cast(list[str], answer["UserError"]["causes"])
+
+
+# --- web servers ---
+
+
+class Exchange:
+    """A request as it came, and the way to answer it."""
+
+    def __init__(self, peer: socket.socket, head: bytes, body: bytes) -> None:
+        line, _, rest = head.partition(b"\r\n")
+        self.peer = peer
+        self.method, self.path, _ = line.decode("latin-1").split(" ")
+        self.lines = [row.partition(b":") for row in rest.split(b"\r\n") if row]
+        self.headers = {k.decode().lower(): v.strip() for k, _, v in self.lines}
+        self.body = body
+
+    def send(self, data: bytes) -> None:
+        """Send bytes as they are; the client may be gone."""
+        self.peer.sendall(data)
+
+    def reply(self, body: bytes, *headers: bytes, status: bytes = b"200 OK") -> None:
+        """Send a whole response."""
+        lines = [b"HTTP/1.1 " + status, b"Content-Length: %d" % len(body), *headers]
+        self.send(b"\r\n".join([*lines, b"", b""]) + (b"" if self.method == "HEAD" else body))
+
+
+Answer = Callable[[Exchange], object]
+
+
+class _Handler(socketserver.BaseRequestHandler):
+    web: ClassVar[WebServer]
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):
+            data = bytearray()
+            while (end := data.find(b"\r\n\r\n")) < 0:
+                piece = self.request.recv(1 << 16)
+                if not piece:
+                    return
+                data += piece
+            head, body = bytes(data[:end]), bytearray(data[end + 4 :])
+            size = next(
+                (
+                    int(row.partition(b":")[2])
+                    for row in head.split(b"\r\n")
+                    if row.lower().startswith(b"content-length:")
+                ),
+                0,
+            )
+            while len(body) < size:
+                body += self.request.recv(1 << 16)
+            exchange = Exchange(self.request, head, bytes(body))
+            self.web.requests.append(exchange)
+            path = exchange.path.partition("?")[0]
+            answer = self.web.answers.get(path, self.web.answers.get("*"))
+            if answer is None:
+                exchange.reply(b"nothing here", status=b"404 Not Found")
+            else:
+                answer(exchange)
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+
+
+class WebServer:
+    """A web server on loopback: what it answers stands in ``answers``, by path."""
+
+    def __init__(self, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> None:
+        self.answers: dict[str, Answer] = {}
+        self.requests: list[Exchange] = []
+        handler = type("Handler", (_Handler,), {"web": self})
+        self._server = _Server((host, 0), handler)
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self.port = self._server.server_address[1]
+        self.url = f"{'https' if tls else 'http'}://{host}:{self.port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        """Stop."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def page(self, path: str, html: str, status: bytes = b"200 OK") -> str:
+        """Have a page at a path; returns its URL."""
+        data = html.encode()
+        kind = b"Content-Type: text/html; charset=utf-8"
+        self.answers[path] = lambda exchange: exchange.reply(data, kind, status=status)
+        return self.url + path

@@ -1,0 +1,556 @@
+"""Sections 13f and 13g: which URLs and addresses are open, headers, redirects, signatures."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import idna
+import pytest
+from hypothesis import example, given
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred
+from twisted.internet.error import DNSLookupError
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.testing import MemoryReactorClock
+from twisted.python.failure import Failure
+from twisted.web.http_headers import Headers
+
+from genvm_manager import (
+    TOP_LEVEL_DOMAINS,
+    AnyObject,
+    ByteBudget,
+    CheckedEndpoint,
+    ConfigError,
+    InvalidRequest,
+    RequestFailure,
+    Target,
+    UrlRules,
+    WebRequest,
+    address_is_public,
+    canonical_host,
+    collapse_text,
+    joined_headers,
+    open_addresses,
+    read_headers,
+    read_web_settings,
+    remove_stale_profiles,
+    signature_base,
+)
+
+RULES = UrlRules()
+
+
+def cause_of(url: str, rules: UrlRules = RULES) -> str:
+    with pytest.raises(RequestFailure) as caught:
+        rules.check(url)
+    assert not caught.value.fatal
+    return caught.value.causes[0]
+
+
+# --- URLs ---
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "example.com",
+        "//example.com/",
+        "/path",
+        "http:example.com",
+        "http:/example.com",
+        "https:///path",
+        "https://",
+        "https://exa mple.com/",
+        "https://example.com/a b",
+        "https://example.com/\n",
+        "\thttps://example.com/",
+        "https://exa\nmple.com/",
+        "https://example.com\\@evil.org/",
+        "https://evil.org\\.example.com/",
+        "https://user:pass@example.com/",
+        "https://user@example.com/",
+        "https://example.com:0/",
+        "https://example.com:65536/",
+        "https://example.com:http/",
+        "https://example.com:-1/",
+        "https://example.com:٤٤٣/",
+        "https://exa%6dple.com/",
+        "https://example..com/",
+        "https://.example.com/",
+        "https://-example.com/",
+        "https://example-.com/",
+        "https://exa$mple.com/",
+        "https://[::1/",
+        "https://[::1]x/",
+        "https://[fe80::1%25eth0]/",
+        "https://256.256.256.256/",
+        "https://1.2.3.4.5/",
+        "https://example.1/",
+        "https://xn--a.com/",
+        "https://" + "a" * 64 + ".com/",
+        "https://" + "a." * 130 + "com/",
+        "https://example.com/" + "a" * 9000,
+        "https://example.com/\ud800",
+    ],
+)
+def test_malformed(url: str) -> None:
+    assert cause_of(url) == "MALFORMED_URL"
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://example.com/", "file:///etc/passwd", "data:text/plain,x", "javascript:x", "ws:x"]
+)
+def test_schemes(url: str) -> None:
+    assert cause_of(url) == "SCHEMA_FORBIDDEN"
+
+
+@pytest.mark.parametrize("port", [1, 22, 81, 8080, 8443, 65535])
+def test_ports(port: int) -> None:
+    assert cause_of(f"https://example.com:{port}/") == "PORT_FORBIDDEN"
+    # The port is looked at before the name.
+    assert cause_of(f"http://localhost:{port}/") == "PORT_FORBIDDEN"
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "com",
+        "example.local",
+        "example.internal",
+        "example.onion",
+        "127.0.0.1",
+        "8.8.8.8",
+        "2130706433",
+        "0x7f000001",
+        "0177.0.0.1",
+        "127.1",
+        "0",
+        "[::1]",
+        "[::ffff:127.0.0.1]",
+        "[2606:4700::1111]",
+        "１２７.0.0.1",  # noqa: RUF001
+        "example.com.localhost",
+    ],
+)
+def test_top_level_domains(host: str) -> None:
+    assert cause_of(f"https://{host}/") == "TLD_FORBIDDEN"
+
+
+@pytest.mark.parametrize(
+    ("url", "normal"),
+    [
+        ("https://example.com", "https://example.com/"),
+        ("HTTPS://EXAMPLE.COM:443/A?b#c", "https://example.com/A?b"),
+        ("http://example.com:443/", "http://example.com:443/"),
+        ("https://example.com.", "https://example.com/"),
+        ("https://a_b.example.co.uk/?", "https://a_b.example.co.uk/?"),
+        (
+            "https://bücher.example.de/ü?ß=ü",
+            "https://xn--bcher-kva.example.de/%C3%BC?%C3%9F=%C3%BC",
+        ),
+        ("https://пример.рф/", "https://xn--e1afmkfd.xn--p1ai/"),
+        ("https://xn--e1afmkfd.xn--p1ai/", "https://xn--e1afmkfd.xn--p1ai/"),
+        ("https://example。com/", "https://example.com/"),
+        ("https://example.com/%41?x=%20&y=a+b", "https://example.com/%41?x=%20&y=a+b"),
+        ("https://example.com?q", "https://example.com/?q"),
+        ("https://example.com/a@b:c//d", "https://example.com/a@b:c//d"),
+    ],
+)
+def test_what_passes(url: str, normal: str) -> None:
+    assert RULES.check(url).url == normal
+
+
+def test_always_allowed_hosts_come_before_ports_and_domains() -> None:
+    rules = UrlRules(["LocalHost", "127.0.0.1", "::1", "bücher.test"])
+    for url in (
+        "http://localhost:8080/",
+        "http://127.1:1234/",
+        "http://2130706433/",
+        "http://[0::1]:99/",
+        "http://xn--bcher-kva.test/",
+    ):
+        assert rules.check(url).trusted
+    assert cause_of("ftp://localhost/", rules) == "SCHEMA_FORBIDDEN"
+    assert cause_of("http://127.0.0.2/", rules) == "TLD_FORBIDDEN"
+    assert not rules.check("https://example.com/").trusted
+
+
+def test_extra_domains_in_both_forms() -> None:
+    rules = UrlRules((), ["test", ".пример"])
+    assert rules.check("https://a.test/").host == "a.test"
+    assert rules.check("https://a.пример/").host == "a.xn--e1afmkfd"
+    assert cause_of("https://test/", rules) == "TLD_FORBIDDEN"
+
+
+def test_domains_are_data_in_ascii() -> None:
+    assert 1400 < len(TOP_LEVEL_DOMAINS) < 1600
+    assert {"com", "org", "io", "xn--p1ai", "museum", "zw"} <= TOP_LEVEL_DOMAINS
+    assert not {"local", "internal", "onion", "test", "example", "localhost"} & TOP_LEVEL_DOMAINS
+    for label in TOP_LEVEL_DOMAINS:
+        assert label == label.lower()
+        assert label.isascii()
+        if label.startswith("xn--"):
+            assert idna.encode(idna.decode(label)).decode() == label
+
+
+@given(st.text(max_size=60) | st.text(alphabet="htps:/.@[]%?#\\x0123abc", max_size=40))
+@example("https://\u3002")
+@example("http://[")
+@example("http://0x")
+def test_no_text_gets_past_the_rules(text: str) -> None:
+    for url in (text, f"https://{text}", f"https://{text}.com/"):
+        try:
+            target = RULES.check(url)
+        except RequestFailure as failure:
+            assert failure.answer()["UserError"]
+            continue
+        assert target.port in (80, 443)
+        assert target.host.isascii()
+        assert target.host.rpartition(".")[2] in TOP_LEVEL_DOMAINS
+        assert target.url.isascii()
+        assert RULES.check(target.url) == target
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_all_spellings_of_an_address_are_one(value: int) -> None:
+    address = ipaddress.IPv4Address(value)
+    a, b, c, d = address.packed
+    tail = value & 0xFFFFFF
+    for spelling in (
+        str(address),
+        str(value),
+        hex(value),
+        f"0{value:o}",
+        f"{a}.{tail}",
+        f"{a}.{b}.{value & 0xFFFF}",
+        f"0{a:o}.0x{b:x}.{c}.0{d:o}",
+    ):
+        assert canonical_host(spelling) == str(address)
+
+
+# --- addresses ---
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        "127.255.255.254",
+        "10.0.0.1",
+        "172.16.0.1",
+        "172.31.255.255",
+        "192.168.1.1",
+        "169.254.169.254",
+        "0.0.0.0",
+        "0.1.2.3",
+        "100.64.0.1",
+        "100.100.100.200",
+        "168.63.129.16",
+        "192.0.0.192",
+        "198.18.0.1",
+        "224.0.0.1",
+        "255.255.255.255",
+        "240.0.0.1",
+        "::",
+        "::1",
+        "::127.0.0.1",
+        "::ffff:127.0.0.1",
+        "::ffff:10.0.0.1",
+        "::ffff:0:127.0.0.1",
+        "64:ff9b::7f00:1",
+        "64:ff9b:1::808:808",
+        "2002:7f00:1::",
+        "2002:a00:1::1",
+        "2001:0:1::1",
+        "2001:db8::1",
+        "fe80::1",
+        "fe80::1%eth0",
+        "fc00::1",
+        "fd00:ec2::254",
+        "fec0::1",
+        "ff02::1",
+        "4000::1",
+        "no address",
+        "",
+    ],
+)
+def test_forbidden_addresses(address: str) -> None:
+    assert not address_is_public(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["8.8.8.8", "1.1.1.1", "172.32.0.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"],
+)
+def test_public_addresses(address: str) -> None:
+    assert address_is_public(address)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_no_address_is_public_that_the_standard_library_calls_private(value: int) -> None:
+    address = ipaddress.IPv4Address(value)
+    if not address.is_global or address.is_multicast or address.is_reserved:
+        assert not address_is_public(str(address))
+        for carrier in ("::ffff:", "64:ff9b::"):
+            assert not address_is_public(f"{carrier}{address}")
+        assert not address_is_public(str(ipaddress.IPv6Address(0x2002 << 112 | value << 80)))
+
+
+@given(st.integers(0, 2**128 - 1))
+def test_no_ipv6_address_is_public_that_the_standard_library_calls_private(value: int) -> None:
+    address = ipaddress.IPv6Address(value)
+    if not address.is_global:
+        assert not address_is_public(str(address))
+
+
+class Resolver:
+    """A name resolver that gives one list of addresses after the other."""
+
+    def __init__(self, *answers: list[str]) -> None:
+        self.answers = list(answers)
+        self.asked: list[str] = []
+
+    def resolveHostName(self, receiver: Any, name: str, portNumber: int = 0) -> None:
+        self.asked.append(name)
+        for text in self.answers.pop(0):
+            kind: Any = IPv6Address if ":" in text else IPv4Address
+            receiver.addressResolved(kind("TCP", text, portNumber))
+        receiver.resolutionComplete()
+
+
+def reactor_with(*answers: list[str]) -> tuple[Any, Resolver]:
+    reactor: Any = MemoryReactorClock()
+    resolver = Resolver(*answers)
+    reactor.nameResolver = resolver
+    return reactor, resolver
+
+
+TARGET = Target("https", "example.com", 443)
+FORBIDDEN = ["127.0.0.1", "10.0.0.1", "169.254.169.254", "::1", "::ffff:127.0.0.1", "0.0.0.0"]
+
+
+def connect(reactor: Any, target: Target, budget: ByteBudget | None = None) -> Deferred[Any]:
+    endpoint = CheckedEndpoint(reactor, target, budget or ByteBudget(100))
+    return endpoint.connect(Factory.forProtocol(Protocol))
+
+
+def problem_of(deferred: Deferred[Any]) -> BaseException:
+    found: list[BaseException] = []
+
+    def keep(failure: Failure) -> None:
+        assert failure.value is not None
+        found.append(failure.value)
+
+    deferred.addErrback(keep)
+    assert found
+    return found[0]
+
+
+@pytest.mark.parametrize("address", FORBIDDEN)
+def test_names_that_lead_inside(address: str) -> None:
+    reactor, _ = reactor_with([address])
+    error = problem_of(connect(reactor, TARGET))
+    assert isinstance(error, RequestFailure)
+    assert error.causes == ("ADDRESS_FORBIDDEN",)
+    assert not error.fatal
+    assert reactor.tcpClients == []
+
+
+def test_the_address_checked_is_the_address_connected_to() -> None:
+    # The second answer, which leads inside, is never asked for.
+    reactor, resolver = reactor_with(["93.184.216.34"], ["127.0.0.1"])
+    connect(reactor, TARGET)
+    assert [client[:2] for client in reactor.tcpClients] == [("93.184.216.34", 443)]
+    assert resolver.asked == ["example.com"]
+    # And a second connection is checked anew.
+    assert isinstance(problem_of(connect(reactor, TARGET)), RequestFailure)
+    assert len(reactor.tcpClients) == 1
+
+
+def test_only_the_open_addresses_of_a_name_are_tried() -> None:
+    reactor, _ = reactor_with(["10.0.0.1", "2606:4700::1111", "1.1.1.1", "::1"])
+    found: list[Any] = []
+    Deferred.fromCoroutine(open_addresses(reactor, TARGET)).addCallback(found.append)
+    assert found == [["2606:4700::1111", "1.1.1.1"]]
+
+
+def test_trusted_hosts_may_be_anywhere() -> None:
+    reactor, _ = reactor_with(["127.0.0.1"])
+    connect(reactor, Target("http", "localhost", 8080, trusted=True))
+    assert reactor.tcpClients[0][:2] == ("127.0.0.1", 8080)
+
+
+def test_a_name_without_addresses() -> None:
+    reactor, _ = reactor_with([])
+    assert isinstance(problem_of(connect(reactor, TARGET)), DNSLookupError)
+
+
+def test_byte_budget() -> None:
+    budget = ByteBudget(10)
+    assert budget.take(10)
+    assert not budget.take(1)
+    assert budget.used == 11
+
+
+# --- headers and redirects ---
+
+
+def test_headers_of_contracts() -> None:
+    given_headers: Any = {
+        "Accept": b" text/html ",
+        "HOST": b"evil",
+        "Content-Length": b"9",
+        "x": "t",
+    }
+    assert read_headers(given_headers) == {"accept": b"text/html", "x": b"t"}
+    assert read_headers(None) == {}
+    for name, value in (
+        ("a b", b"x"),
+        ("a\r\n", b"x"),
+        ("", b""),
+        ("x", b"a\r\nb: c"),
+        ("x", b"\0"),
+    ):
+        with pytest.raises(RequestFailure) as caught:
+            read_headers({name: value})
+        assert caught.value.causes == ("INVALID_HEADER",)
+    with pytest.raises(RequestFailure, match="INVALID_REQUEST"):
+        read_headers({"x": 1})
+
+
+def test_joined_headers() -> None:
+    headers = Headers({b"X-A": [b"1", b"2"], b"Set-Cookie": [b"a=1, b", b"c=2"]})
+    assert joined_headers(headers) == {"x-a": b"1, 2", "set-cookie": b"a=1, b\nc=2"}
+
+
+REQUEST = WebRequest(
+    "POST",
+    RULES.check("https://example.com/a"),
+    {"authorization": b"s", "content-type": b"t", "x": b"y", "signature": b"z"},
+    b"body",
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "expected"),
+    [
+        ("POST", 301, "GET"),
+        ("POST", 302, "GET"),
+        ("POST", 303, "GET"),
+        ("PUT", 303, "GET"),
+        ("PUT", 302, "PUT"),
+        ("HEAD", 303, "HEAD"),
+        ("POST", 307, "POST"),
+        ("POST", 308, "POST"),
+    ],
+)
+def test_methods_after_redirects(method: str, status: int, expected: str) -> None:
+    sent = WebRequest(method, REQUEST.target, REQUEST.headers, REQUEST.body)
+    followed = sent.redirected(status, RULES.check("https://example.com/b"))
+    assert followed.method == expected
+    assert (followed.body is None) == (method not in ("HEAD",) and expected == "GET")
+    assert ("content-type" in followed.headers) == (followed.body is not None)
+    assert followed.headers["authorization"] == b"s"
+    assert "signature" not in followed.headers
+
+
+def test_secrets_stay_with_their_host() -> None:
+    for url in ("https://other.com/", "http://example.com/", "https://example.com:80/"):
+        followed = REQUEST.redirected(307, RULES.check(url))
+        assert followed.headers == {"content-type": b"t", "x": b"y"}
+
+
+# --- signatures ---
+
+
+def test_signature_base() -> None:
+    headers = {
+        "genlayer-node-address": b"0xaa",
+        "genlayer-tx-id": b"0xbb",
+        "genlayer-salt": b"c2FsdA==",
+        "content-digest": b"sha-256=:ZA==:",
+        "other": b"x",
+    }
+    request = WebRequest("POST", RULES.check("http://example.com:443/p?q=1"), headers, b"")
+    base, parameters = signature_base(request, 1700000000)
+    assert parameters == (
+        '("@method" "@authority" "@path" "genlayer-node-address" "genlayer-tx-id" '
+        '"genlayer-salt" "content-digest" "@query");created=1700000000;alg="ES256K"'
+    )
+    assert base == (
+        '"@method": POST\n"@authority": example.com:443\n"@path": /p\n'
+        '"genlayer-node-address": 0xaa\n"genlayer-tx-id": 0xbb\n"genlayer-salt": c2FsdA==\n'
+        f'"content-digest": sha-256=:ZA==:\n"@query": ?q=1\n"@signature-params": {parameters}'
+    )
+
+
+# --- text and configuration ---
+
+
+def test_collapsed_text() -> None:
+    assert collapse_text("  a \t\u00a0 b \r\n\n \n c\u2028d\n") == "a b\nc\nd"
+    assert collapse_text(" \n ") == ""
+
+
+@given(st.text())
+def test_collapsing_twice_changes_nothing(text: str) -> None:
+    once = collapse_text(text)
+    assert collapse_text(once) == once
+    assert "\n\n" not in once
+    assert "  " not in once
+
+
+def test_stale_profiles(tmp_path: Path) -> None:
+    """What a killed module left behind goes; what is young, or somebody's, stays."""
+    dead, ours = 2**22 + 1, os.getpid()  # beyond the largest pid of Linux
+    for name in (f"genvm-page-{dead}-old", f"genvm-page-{ours}-old", "genvm-page-x", "other"):
+        (tmp_path / name / "profile").mkdir(parents=True)
+        os.utime(tmp_path / name, (1, 1))
+    (tmp_path / f"genvm-page-{dead}-young").mkdir()
+    remove_stale_profiles(tmp_path)
+    assert set(os.listdir(tmp_path)) == {
+        f"genvm-page-{dead}-young",
+        f"genvm-page-{ours}-old",
+        "genvm-page-x",
+        "other",
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"always_allow_hosts": "x"}, "always_allow_hosts: expected an array"),
+        ({"always_allow_hosts": ["ok.com", "a b"]}, "always_allow_hosts[1]: "),
+        ({"always_allow_hosts": ["localhost:80"]}, "always_allow_hosts[0]: "),
+        ({"extra_tld": ["a.b"]}, "extra_tld[0]: "),
+        ({"extra_tld": [1]}, "extra_tld[0]: expected text"),
+        ({"webdriver_host": "ftp://x"}, "webdriver_host: expected a URL"),
+        ({"webdriver_host": 1}, "webdriver_host: expected text"),
+        ({"signer_url": 1}, "signer_url: expected text"),
+        ({"signer_headers": {"a": 1}}, "signer_headers.a: "),
+        ({"timeout": "x"}, "timeout: expected"),
+        ({"timeout": 0}, "timeout: expected more than 0"),
+        ({"render_timeout": "-1s"}, "render_timeout: expected"),
+        ({"max_renders": 0}, "max_renders: expected an integer above 0"),
+        ({"render_memory_mib": 1.5}, "render_memory_mib: expected an integer"),
+    ],
+)
+def test_wrong_settings_are_named(config: dict[str, Any], problem: str) -> None:
+    with pytest.raises((ConfigError, InvalidRequest)) as caught:
+        read_web_settings(AnyObject(config))
+    assert caught.value.message.startswith(problem)
+
+
+def test_settings() -> None:
+    settings = read_web_settings(AnyObject({"unknown": 1, "webdriver_host": "http://wd:4444/"}))
+    assert settings.webdriver == "http://wd:4444"
+    assert (settings.timeout, settings.render_timeout, settings.max_renders) == (30, 30, 2)
+    assert settings.signer is None
+    assert read_web_settings(AnyObject({"webdriver_host": ""})).webdriver is None
+    assert read_web_settings(AnyObject({"webdriver_host": "chromium"})).webdriver == "chromium"
