@@ -3429,7 +3429,10 @@ class Executions:
             self.log.error("{text}", text=reason, genvm_id=execution.id, program=program)
             execution.started.fail(SpawnFailed(reason))
         else:
-            self.log.debug("execution started", genvm_id=execution.id, version=execution.version)
+            if self._log_enabled("debug"):
+                self.log.debug(
+                    "execution started", genvm_id=execution.id, version=execution.version
+                )
             execution.started.fire(None)
 
     # --- end ---
@@ -3468,16 +3471,21 @@ class Executions:
         execution.cause = cause
         execution.finished_at = self._now()
         self._retain(execution)
+        if self._log_enabled("info"):
+            self._log_end(execution)
+        execution.ended.fire(None)
+        self._check_all_ended()
+
+    def _log_end(self, execution: Execution) -> None:
+        finished_at = execution.finished_at or 0.0
         self.log.info(
             "execution finished",
             genvm_id=execution.id,
-            cause=cause.value,
+            cause=None if execution.cause is None else execution.cause.value,
             exit_code=None if execution.exit is None else execution.exit.code,
             signal=None if execution.exit is None else execution.exit.signal,
-            ran_s=round(execution.finished_at - (execution.started_at or execution.finished_at), 3),
+            ran_s=round(finished_at - (execution.started_at or finished_at), 3),
         )
-        execution.ended.fire(None)
-        self._check_all_ended()
 
     def _check_all_ended(self) -> None:
         if self._closed and len(self._finished) == len(self._records):

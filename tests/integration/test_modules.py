@@ -899,21 +899,24 @@ def test_stop_while_it_starts(external: Daemon) -> None:
     assert status(external, "web")["state"] == "stopped"
 
 
-def test_secrets_that_a_command_tells(external: Daemon) -> None:
-    """A secret is masked as a whole even where only the end of a long text is kept."""
-    secret = "s3cret-" + "0123456789" * 5
-    for filler in (0, 4096 - 30):
-        said = secret + "x" * filler
-        reply = try_start(external, command("exit", says=said, api_key=secret))
-        text = refused(reply)
-        for piece in (secret, secret[-25:]):
-            assert piece not in text
-            assert piece not in external.request("GET", "/status").raw.decode()
-            assert piece not in external.text
+def test_secrets_of_a_command_that_dies(external: Daemon) -> None:
+    secret = "s3cret-which-a-command-tells"
     start_module(external, command("brief", says=f"bye {secret}", api_key=secret))
     eventually(lambda: "it died" in (status(external)["last_error"] or ""))
     assert secret not in external.request("GET", "/status").raw.decode()
     assert secret not in external.text
+
+
+def test_secrets_of_a_command_that_does_not_start(external: Daemon) -> None:
+    """They are masked as a whole even where only the end of a long text is kept."""
+    secret = "s3cret-" + "0123456789" * 5
+    for filler in (0, 4096 - 30):
+        said = secret + "x" * filler
+        text = refused(try_start(external, command("exit", says=said, api_key=secret)))
+        for piece in (secret, secret[-25:]):
+            assert piece not in text
+            assert piece not in external.request("GET", "/status").raw.decode()
+            assert piece not in external.text
 
 
 def test_sigterm_of_the_manager_with_a_stubborn_command(start: Start, external_root: Root) -> None:
