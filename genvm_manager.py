@@ -5282,9 +5282,16 @@ class Generation:
 
     log = Logger()
 
-    def __init__(self, kind: str, number: int, ended: Callable[[Generation], None]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        number: int,
+        ended: Callable[[Generation], None],
+        scrub: Callable[[str], str],
+    ) -> None:
         self._kind = kind
         self._gone = ended
+        self._scrub = scrub
         self.number = number
         self.child: Child | None = None
         self.status: ExitStatus | None = None
@@ -5351,7 +5358,8 @@ class Generation:
             level = "info"
         record.pop("time", None)
         text = str(record.pop("message", ""))
-        self._errors.add(text.encode() + b"\n")
+        # Masked before it is cut: half a secret would not be known as one.
+        self._errors.add(self._scrub(text).encode("utf-8", "replace") + b"\n")
         known: dict[str, Any] = {
             name: record.pop(name) for name in ("genvm_id", "cookie") if name in record
         }
@@ -5422,15 +5430,16 @@ class Module:
         Raises ``ModuleAlreadyRunning``, ``ModuleFailed``.
         """
         if self.state in (ModuleState.STARTING, ModuleState.RUNNING):
-            return fail(
-                ModuleAlreadyRunning(
-                    f"module_already_running: the {self.kind} module is {self.state.value}; "
-                    "stop or restart it"
-                )
-            )
+            return fail(self._already_running())
         if self.state is not ModuleState.STOPPING:
             self._move(ModuleState.STARTING)
         return detached(self._lock.run(self._start, config, allow_empty))
+
+    def _already_running(self) -> ModuleAlreadyRunning:
+        return ModuleAlreadyRunning(
+            f"module_already_running: the {self.kind} module is {self.state.value}; "
+            "stop or restart it"
+        )
 
     def stop(self) -> Deferred[bool]:
         """Stop the module; fires once its processes are gone and its port is free.
@@ -5486,7 +5495,10 @@ class Module:
     # --- operations, one at a time ---
 
     async def _start(self, config: dict[str, Any] | None, allow_empty: bool) -> None:
+        if self.address is not None:
+            raise self._already_running()  # another start was first
         self._move(ModuleState.STARTING)
+        self._quick_deaths = 0
         try:
             setup = await self._read_setup(config, allow_empty)
             self._listener = await self._bind(setup)
@@ -5536,13 +5548,21 @@ class Module:
 
     async def _replace_external(self, setup: ModuleSetup, previous: ModuleSetup) -> None:
         """Restart a command that binds its address itself: one generation at a time."""
+        if (setup.host, setup.port) != (previous.host, previous.port):
+            await self._bind(setup)
         await self._stop()
         self._move(ModuleState.STARTING)
         try:
             await self._launch(setup, None)
         except ModuleFailed as error:
             self._note_failure(error)
-            await self._launch(previous, None)
+            try:
+                await self._launch(previous, None)
+            except ModuleFailed as again:
+                self._note_failure(again)
+                if self.state is ModuleState.STARTING:
+                    self._quick_deaths += 1
+                    self._restart_later()
             raise
 
     async def _read_setup(self, config: dict[str, Any] | None, allow_empty: bool) -> ModuleSetup:
@@ -5574,7 +5594,9 @@ class Module:
         if self._closed:
             raise ModuleFailed("the manager is shutting down")
         self._number += 1
-        generation = self._starting = Generation(self.kind, self._number, self._generation_ended)
+        generation = self._starting = Generation(
+            self.kind, self._number, self._generation_ended, self._observer.redactor.scrub
+        )
         try:
             self._spawn(generation, setup, listener)
             await self._until_ready(generation, setup)
@@ -5719,6 +5741,8 @@ class Module:
             return
         self.restarts += 1
         try:
+            if self._listener is None:
+                await self._bind(self._setup)  # else another's listener would pass for the module's
             await self._launch(self._setup, self._listener)
         except ModuleFailed as error:
             self._note_failure(error)

@@ -341,7 +341,7 @@ def test_the_text_of_a_message_is_kept_byte_for_byte() -> None:
         (b"", "body: expected a JSON object, got nothing"),
         (b" \r\n ", "body: expected a JSON object, got nothing"),
         (b"[1]", "body: not JSON: expected an object, got an array"),
-        (b'"text"', 'body: not JSON: expected an object, got text'),
+        (b'"text"', "body: not JSON: expected an object, got text"),
         (b"null", "body: not JSON: expected an object, got null"),
         (b'{"a": \xff}', "body: not UTF-8 at byte 6"),
         (b'{"a": NaN}', "body: not JSON: NaN is not JSON"),
@@ -428,7 +428,7 @@ GOOD_INNER = {"count": 0}
             {"inner": {"count": 1, "names": ["a", 2]}},
             "inner.names[1]: expected text, got 2",
         ),
-        ({"inner": {"count": 1, "names": "abc"}}, 'inner.names: expected an array, got text'),
+        ({"inner": {"count": 1, "names": "abc"}}, "inner.names: expected an array, got text"),
         ({"inner": {"count": 1, "names": {}}}, "inner.names: expected an array, got an object"),
         ({"inner": GOOD_INNER, "grid": [[1], [2, None]]}, "grid[1][1]: expected an integer"),
         ({"inner": GOOD_INNER, "message": []}, "message: expected an object, got []"),
@@ -532,7 +532,7 @@ def test_each_required_field_of_a_run_is_required(key: str) -> None:
         ("host", None, "expected text, got null"),
         ("max_execution_minutes", 0, "above 0 and at most 1440, got 0"),
         ("max_execution_minutes", 1440.001, "above 0 and at most 1440, got 1440.001"),
-        ("extra_args", "--x", 'expected an array, got text'),
+        ("extra_args", "--x", "expected an array, got text"),
     ],
 )
 def test_each_field_of_a_run_is_checked(key: str, value: object, reason: str) -> None:

@@ -124,10 +124,13 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def assert_free(address: tuple[str, int]) -> None:
-    with pytest.raises(ConnectionRefusedError):
+def is_free(address: tuple[str, int]) -> bool:
+    try:
         socket.create_connection(address, WAIT).close()
-    socket.create_server(address).close()
+    except ConnectionRefusedError:
+        socket.create_server(address).close()
+        return True
+    return False
 
 
 @pytest.fixture
@@ -177,7 +180,7 @@ def test_start_and_stop(manager: Daemon, provider: NamedProvider) -> None:
     eventually(lambda: len(manager.descendants()) == 2)
     assert stop_module(manager) == "module_stopped"
     assert not alive(now["pid"])
-    assert_free(address)
+    assert is_free(address)
     manager.request("DELETE", f"/genvm/{genvm_id}?wait_timeout_ms=0")
     after = status(manager)
     assert after["state"] == "stopped"
@@ -442,13 +445,12 @@ def test_stop_and_start_while_it_waits_to_be_restarted(
     manager: Daemon, provider: NamedProvider
 ) -> None:
     start_module(manager, provider.config("echo"))
-    for _ in range(2):
-        kill(status(manager)["pid"])
-        eventually(lambda: status(manager)["state"] == "starting")
-        refused(try_start(manager, provider.config("echo")), code="module_already_running")
-        assert stop_module(manager) == "module_stopped"
-        assert status(manager)["state"] == "stopped"
-        start_module(manager, provider.config("echo"))
+    kill(status(manager)["pid"])
+    eventually(lambda: status(manager)["state"] == "starting")
+    refused(try_start(manager, provider.config("echo")), code="module_already_running")
+    assert stop_module(manager) == "module_stopped"
+    assert status(manager)["state"] == "stopped"
+    start_module(manager, provider.config("echo"))
     kill(status(manager)["pid"])
     eventually(lambda: status(manager)["state"] == "starting")
     assert restart(manager, provider.config("says:y"))["changed"] is True
@@ -502,12 +504,8 @@ def test_kill_9_of_the_manager(start: Start, provider: NamedProvider) -> None:
     report(f"module gone {time.monotonic() - begin:.3f} s after kill -9 of the manager")
     held.close()
     eventually(lambda: processes_with(daemon.marker) == [], 1.0)
-    assert_refused(address)
-
-
-def assert_refused(address: tuple[str, int]) -> None:
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(address, WAIT).close()
+    # The last thread of a killed process may outlive its leader by a moment, and the socket too.
+    eventually(lambda: is_free(address), 1.0, "the address is free")
 
 
 def test_sigterm_of_the_manager(start: Start, provider: NamedProvider) -> None:
@@ -525,7 +523,7 @@ def test_sigterm_of_the_manager(start: Start, provider: NamedProvider) -> None:
     report(f"SIGTERM of the manager with a module and 5 connections: {seconds:.2f} s")
     assert seconds < 3
     assert processes_with(daemon.marker) == []
-    assert_refused(address)
+    assert is_free(address)
     for client in clients:
         client.close()
     daemon.wait()
@@ -594,14 +592,7 @@ def test_restart_at_another_address(manager: Daemon, provider: NamedProvider) ->
     assert answer_at(new) == "new"
     assert status(manager)["draining"] == 1
 
-    def is_free() -> bool:
-        try:
-            socket.create_connection(old, WAIT).close()
-        except ConnectionRefusedError:
-            return True
-        return False
-
-    eventually(is_free, 2, "the old address is free")
+    eventually(lambda: is_free(old), 2, "the old address is free")
     provider.gate.set()
     assert held.receive() == ok("old")
     held.close()
@@ -688,7 +679,7 @@ def test_status_is_quick_meanwhile(manager: Daemon, provider: NamedProvider) -> 
     thread = threading.Thread(target=look)
     thread.start()
     try:
-        for number in range(3):
+        for number in range(2):
             start_module(manager, provider.config(f"named:{number}"))
             held = connect(place(manager))
             held.send(prompt("long"))
@@ -797,7 +788,7 @@ def test_a_command(external: Daemon) -> None:
     again = config_file_of(status(external)["pid"])
     assert stop_module(external) == "module_stopped"
     assert not again.parent.exists()
-    assert_free(address)
+    assert is_free(address)
 
 
 def test_a_command_that_exits_at_once(external: Daemon) -> None:
@@ -839,7 +830,7 @@ def ask_everything_at_once(daemon: Daemon, configs: list[dict[str, Any]]) -> Non
 
 def test_many_requests_at_once(manager: Daemon, provider: NamedProvider) -> None:
     port = free_port()
-    configs = [provider.config(f"named:{n}", bind_address=f"127.0.0.1:{port}") for n in range(3)]
+    configs = [provider.config(f"named:{n}", bind_address=f"127.0.0.1:{port}") for n in range(2)]
     ask_everything_at_once(manager, configs)
     assert answer_at(place(manager)) == "0"
 
@@ -884,6 +875,27 @@ def test_a_command_restarted_in_vain_that_does_not_come_back(
         start_module(external, config)
     eventually(lambda: status(external)["state"] == "running", 8, "it comes back")
     assert name_at(address) == "old"
+
+
+def test_a_command_whose_address_is_taken_when_it_dies(external: Daemon) -> None:
+    """Another's listener does not pass for the module's."""
+    start_module(external, command(name="mine"))
+    address = place(external)
+    kill(status(external)["pid"])
+
+    def take() -> socket.socket | None:
+        try:
+            return socket.create_server(address)
+        except OSError:
+            return None
+
+    other = eventually(take)
+    assert other is not None
+    with other:
+        eventually(lambda: "in use" in (status(external)["last_error"] or ""), 5)
+        assert status(external)["state"] == "starting"
+    eventually(lambda: status(external)["state"] == "running")
+    assert name_at(address) == "mine"
 
 
 def test_stop_while_it_starts(external: Daemon) -> None:
@@ -1007,5 +1019,6 @@ def test_contract_executor_module_provider_host(
     finally:
         manager.post("/log/level", {"level": "info"})
     assert record["module"] == "llm"
-    assert record["cookie"] or record["genvm_id"] == genvm_id
+    report(f"the module says of run {genvm_id}: {record}")
+    assert record.get("cookie") or record.get("genvm_id") == genvm_id
     assert provider.requests[-1]["messages"][-1]["content"][0]["text"] == "Is it so?"
