@@ -5288,6 +5288,8 @@ class Generation:
         number: int,
         ended: Callable[[Generation], None],
         scrub: Callable[[str], str],
+        *,
+        built_in: bool,
     ) -> None:
         self._kind = kind
         self._gone = ended
@@ -5302,7 +5304,8 @@ class Generation:
         self.config_file: Path | None = None
         self._errors = BoundedTail(MODULE_STDERR_BYTES)
         self._lines = {
-            STDOUT: LineSplitter(MODULE_LINE_BYTES, self._control),
+            # A command of others may print anything on its stdout: that is log.
+            STDOUT: LineSplitter(MODULE_LINE_BYTES, self._control if built_in else self._forward),
             STDERR: LineSplitter(MODULE_LINE_BYTES, self._forward),
         }
 
@@ -5341,7 +5344,7 @@ class Generation:
         self._gone(self)
 
     def _control(self, line: bytes, _cut: bool) -> None:
-        """Take a line of the control channel; an external command may print anything there."""
+        """Take a line of the control channel."""
         message = parse_log_line(line) or {}
         if message.get("event") == "ready":
             self.ready.fire(None)
@@ -5595,7 +5598,11 @@ class Module:
             raise ModuleFailed("the manager is shutting down")
         self._number += 1
         generation = self._starting = Generation(
-            self.kind, self._number, self._generation_ended, self._observer.redactor.scrub
+            self.kind,
+            self._number,
+            self._generation_ended,
+            self._observer.redactor.scrub,
+            built_in=self._command is None,
         )
         try:
             self._spawn(generation, setup, listener)
