@@ -3633,7 +3633,7 @@ class HostStorage:
     Several runs may share one.
     """
 
-    _PAGE_BYTES: Final = 4096
+    _PAGE_BYTES: Final = 64 * KIB
     _PAGE_OVERHEAD: Final = 256
 
     def __init__(self, limit: int = HOST_STORAGE_LIMIT) -> None:
@@ -3659,11 +3659,11 @@ class HostStorage:
 
     def read(self, account: bytes, slot: bytes, index: int, length: int) -> bytes:
         """Return the ``length`` bytes from offset ``index`` on."""
-        found = bytearray(length)
-        for number, start, end, at in self._spans(index, length):
-            part = self._pages.get((account, slot, number), b"")[start:end]
-            found[at : at + len(part)] = part
-        return bytes(found)
+        parts: list[bytes | bytearray | memoryview] = []
+        for number, start, end, _ in self._spans(index, length):
+            part = memoryview(self._pages.get((account, slot, number), b""))[start:end]
+            parts += (part, bytes(end - start - len(part)))
+        return b"".join(parts)
 
     def _spans(self, index: int, length: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield (page number, start and end in the page, offset in the data)."""
