@@ -9118,6 +9118,8 @@ class ApiChannel(HTTPChannel):
 
     transport: Any
     site: ApiSite
+    #: Whether a whole request is here and its answer is not complete.
+    answering = False
     _fresh = True
     _refused = False
     _linger: DelayedCall | None = None
@@ -9145,8 +9147,14 @@ class ApiChannel(HTTPChannel):
         if not self._refused:
             super().rawDataReceived(data)
 
+    def allContentReceived(self) -> None:
+        """A request is here as a whole."""
+        self.answering = True
+        HTTPChannel.allContentReceived(self)
+
     def requestDone(self, request: Request) -> None:
         """A response is complete: the connection may carry another request."""
+        self.answering = False
         self._fresh = True
         HTTPChannel.requestDone(self, request)
 
@@ -9253,7 +9261,7 @@ class ApiSite(Site):
         """Close idle connections now, others once they are answered; fires when none is left."""
         self.closing = True
         for channel in list(self.channels):
-            if channel.requests:
+            if channel.answering:
                 channel.persistent = 0
             elif channel.transport is not None:
                 channel.loseConnection()
