@@ -11013,8 +11013,10 @@ def run_demo() -> int:
 # order of start and shutdown, signals, and the commands. The only section
 # that constructs.
 
-#: Seconds in which clients that wait at shutdown get their answers.
-FAREWELL_SECONDS = 1.0
+#: Seconds in which clients that wait at shutdown get their answers, at the least.
+FAREWELL_SECONDS = 0.2
+#: Seconds that a shutdown may take if only clients that read slowly hold it up: some wait for 1 s.
+SHUTDOWN_SECONDS = 0.9
 #: Connections that may wait to be accepted.
 BACKLOG = 1024
 DAEMON_LOG = "genvm-manager.log"
@@ -11191,6 +11193,7 @@ class ManagerService(Service):
         return self._stopping
 
     async def _shut_down(self) -> None:
+        begin = self._reactor.seconds()
         await maybeDeferred(Service.stopService, self)
         self.log.info("shutting down")
         for port in self._ports:
@@ -11205,8 +11208,9 @@ class ManagerService(Service):
             self._parent.stop()
         self.spawner.stop()
         # Clients that waited for a result have their answers by now: let them be sent.
+        left = max(FAREWELL_SECONDS, SHUTDOWN_SECONDS - (self._reactor.seconds() - begin))
         with contextlib.suppress(DeferredTimeout):
-            await self.site.close().addTimeout(FAREWELL_SECONDS, self._reactor)
+            await self.site.close().addTimeout(left, self._reactor)
         self.log.info("stopped")
         if self._owns_process:
             self.observer.stop()
