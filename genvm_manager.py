@@ -3306,10 +3306,6 @@ class Executions:
                 timer.cancel()
         self._expiry = self._pacer = None
 
-    def resize(self, permits: int) -> None:
-        """Change the number of permits."""
-        self._gate.resize(permits)
-
     def active(self) -> Iterator[Execution]:
         """Yield executions that have not finished, newest first."""
         return (e for e in reversed(self._records.values()) if e.state is not State.FINISHED)

@@ -1123,15 +1123,18 @@ def test_a_longer_line_keeps_its_head() -> None:
     assert len(records[0]["line"]) == LOG_LINE_MAX_BYTES
 
 
-@pytest.mark.parametrize("filling", [b"\xff", b"\x01"])
-def test_the_bound_holds_for_what_grows_when_it_becomes_json(filling: bytes) -> None:
+@pytest.mark.parametrize(
+    ("filling", "is_cut"), [(b"\xff", True), (b"\x01", True), (b'"', False), ("é".encode(), True)]
+)
+def test_the_bound_holds_for_what_grows_when_it_becomes_json(filling: bytes, is_cut: bool) -> None:
     records = LogRecords()
     records.add((filling * LOG_LINE_MAX_BYTES)[:LOG_LINE_MAX_BYTES], False)
     kept = b"".join(records.json_pieces())
-    assert isinstance(json.loads(kept)[0]["line"], str)
+    line = json.loads(kept)[0]["line"]
     assert records.size <= LOG_MAX_BYTES
     assert len(kept) <= LOG_MAX_BYTES + 2
-    assert records.truncated
+    assert records.truncated is is_cut
+    assert is_cut or len(line) == LOG_LINE_MAX_BYTES, "what fits is kept whole"
 
 
 def test_times_of_a_result_are_milliseconds_since_the_epoch() -> None:
