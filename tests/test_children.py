@@ -24,6 +24,7 @@ from genvm_manager import (
     DRAIN_SECONDS,
     MARKER,
     PARENT_POLL_SECONDS,
+    PIECE_BYTES,
     BoundedTail,
     Child,
     ExitStatus,
@@ -44,9 +45,12 @@ def test_a_tail_holds_the_last_bytes(pieces: list[bytes], limit: int) -> None:
     tail = BoundedTail(limit)
     for piece in pieces:
         tail.add(piece)
-    tail.trim()
     everything = b"".join(pieces)
-    assert bytes(tail.content) == everything[max(0, len(everything) - limit) :]
+    last = everything[max(0, len(everything) - limit) :]
+    assert tail.content == last
+    tail.trim()
+    assert tail.content == b"".join(tail.blocks) == last
+    assert tail.size == len(last)
     assert tail.truncated == (len(everything) > limit)
 
 
@@ -54,11 +58,12 @@ def test_a_tail_holds_the_last_bytes(pieces: list[bytes], limit: int) -> None:
 def test_a_tail_never_grows_far_beyond_its_limit(size: int) -> None:
     limit = 1000
     tail = BoundedTail(limit)
-    for _ in range(max(3, min(3000, 3 * (limit + tail.SLACK) // size))):
+    for _ in range(max(3, min(3000, 3 * (limit + PIECE_BYTES) // size))):
         tail.add(b"x" * size)
-        assert len(tail.content) <= limit + tail.SLACK
+        assert tail.size == sum(map(len, tail.blocks)) <= limit + PIECE_BYTES
+        assert len(tail.content) <= limit
     tail.trim()
-    assert len(tail.content) == limit
+    assert tail.size == len(tail.content) == limit
 
 
 # --- lines ---

@@ -665,3 +665,34 @@ def test_the_file_alone_needs_nothing_but_the_listed_packages(tmp_path: Path) ->
     for module in loaded & set(packages):
         owners = {re.sub(r"[-_.]+", "-", name).lower() for name in packages[module]}
         assert owners & allowed, f"{module} comes from {owners}, which nobody lists"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "is_imported"),
+    [
+        ("genvm_manager.py", [], True),
+        ("renamed.py", [], True),
+        ("genvm-manager", [], False),
+        ("genvm_manager.v2.py", [], False),
+        ("genvm_manager.py", ["-X", "utf8"], False),
+    ],
+)
+def test_the_file_runs_whatever_its_name_is(
+    tmp_path: Path, name: str, options: list[str], is_imported: bool
+) -> None:
+    """As a script it imports itself if it can; nobody sees a difference but in its memory."""
+    shutil.copy(SOURCE, tmp_path / name)
+    arguments = ["check-config", "--root", str(tmp_path), "--port", "with space", "--host", ""]
+    run = subprocess.run(
+        [sys.executable, *options, name, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPATH": ""},
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
+    )
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.startswith("genvm-manager: flag --host: expected text that is not empty")
+    assert 'got "with space"' in run.stderr
+    assert (tmp_path / "__pycache__").exists() == is_imported

@@ -24,8 +24,8 @@ from genvm_manager import (
     LINGER_SECONDS,
     MARKER,
     MIB,
+    PIECE_BYTES,
     RECEIVE_SECONDS,
-    STREAM_PIECE_BYTES,
     Config,
     InvalidRequest,
     LogObserver,
@@ -1077,7 +1077,7 @@ async def test_a_large_result_is_sent_as_fast_as_the_client_reads(manager: Manag
         await take_turns(2)
         waiting = len(connection.transport.value())
         # A piece may hold one piece of output, of which each byte may take six as JSON.
-        assert waiting <= connection.transport.BUFFER + STREAM_PIECE_BYTES * 7
+        assert waiting <= connection.transport.BUFFER + PIECE_BYTES * 7
         if not received:
             assert waiting > 0
             await take_turns(50)
