@@ -28,7 +28,8 @@ The file is one module in sections, each of which uses only what stands above it
 5.  Versions and manifest: which executor a deployment time selects.
 6.  Contracts: how a contract's code lies in storage, and which version it states.
 7.  Permits: how many executions run at once.
-8.  Child processes: spawning, output, killing, reaping; nothing outlives us.
+8.  Child processes: output, killing, the end.
+8b. Spawning: starting and reaping children; nothing outlives us.
 9.  Execution records: one each, with its output and result.
 9b. Executions: from request to the end of retention.
 10. Host state: a contract's storage, calldata and rights in memory.
@@ -196,7 +197,13 @@ from twisted.internet.interfaces import (
     IResolutionReceiver,
     IStreamClientEndpoint,
 )
-from twisted.internet.process import reapAllProcesses, reapProcessHandlers
+from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
+from twisted.internet.process import (
+    Process,
+    ProcessReader,
+    reapAllProcesses,
+    reapProcessHandlers,
+)
 from twisted.internet.protocol import ProcessProtocol, Protocol, ServerFactory, connectionDone
 from twisted.internet.stdio import StandardIO
 from twisted.internet.task import LoopingCall
@@ -604,7 +611,10 @@ _step_value: Callable[[str, int], tuple[Any, int]] = cast(Any, json).scanner.py_
 )
 _scan_value: Callable[[str, int], tuple[Any, int]] = cast(Any, _json_decoder).scan_once
 _scan_string: Callable[[str, int, bool], tuple[str, int]] = cast(Any, json.decoder).scanstring
-_json_spaces = frozenset(" \t\n\r")
+_json_space = re.compile(r"[ \t\n\r]*+")
+_json_colon = re.compile(r"[ \t\n\r]*+:[ \t\n\r]*+")
+_json_plain_key = re.compile(r'"([^"\\\x00-\x1f]*+)"[ \t\n\r]*+:[ \t\n\r]*+')
+_json_separator = re.compile(r"[ \t\n\r]*+([,}])[ \t\n\r]*+")
 
 
 #: More members than any useful request has; each costs memory many times its text.
@@ -642,10 +652,11 @@ def parse_json_object(data: bytes) -> JsonObject:
 def _parse_members(text: str, scan: Callable[[str, int], tuple[Any, int]]) -> JsonObject:
     """Read one object member by member, to keep the text of each."""
 
-    def skip(at: int) -> int:
-        while text[at : at + 1] in _json_spaces:
-            at += 1
-        return at
+    def token(pattern: re.Pattern[str], at: int, expected: str = "") -> re.Match[str]:
+        found = pattern.match(text, at)
+        if found is None:
+            raise json.JSONDecodeError(f"expected {expected}", text, token(_json_space, at).end())
+        return found
 
     def value_at(at: int) -> tuple[Any, int]:
         try:
@@ -657,34 +668,32 @@ def _parse_members(text: str, scan: Callable[[str, int], tuple[Any, int]]) -> Js
             value.text = text[at:end]
         return value, end
 
-    start = skip(0)
+    start = token(_json_space, 0).end()
     if text[start : start + 1] != "{":
         value, end = value_at(start)
-        if skip(end) != len(text):
-            raise json.JSONDecodeError("unexpected text after the value", text, skip(end))
+        end = token(_json_space, end).end()
+        if end != len(text):
+            raise json.JSONDecodeError("unexpected text after the value", text, end)
         raise ValueError(f"expected an object, got {kind_of(value)}")
     members = JsonObject()
     members.text = text
-    at = skip(start + 1)
+    at = token(_json_space, start + 1).end()
     if text[at : at + 1] == "}":
-        at += 1
+        at = token(_json_space, at + 1).end()
     else:
-        while True:
-            if text[at : at + 1] != '"':
+        separator = ","
+        while separator == ",":
+            if plain := _json_plain_key.match(text, at):
+                key, at = plain[1], plain.end()
+            elif text[at : at + 1] == '"':
+                key, at = _scan_string(text, at + 1, True)
+                at = token(_json_colon, at, '":"').end()
+            else:
                 raise json.JSONDecodeError("expected a key in double quotes", text, at)
-            key, at = _scan_string(text, at + 1, True)
-            at = skip(at)
-            if text[at : at + 1] != ":":
-                raise json.JSONDecodeError('expected ":"', text, at)
-            members[key], at = value_at(skip(at + 1))
-            at = skip(at)
-            separator = text[at : at + 1]
-            if separator not in ("}", ","):
-                raise json.JSONDecodeError('expected "," or "}"', text, at)
-            at = skip(at + 1)
-            if separator == "}":
-                break
-    if skip(at) != len(text):
+            members[key], at = value_at(at)
+            found = token(_json_separator, at, '"," or "}"')
+            separator, at = found[1], found.end()
+    if at != len(text):
         raise json.JSONDecodeError("unexpected text after the object", text, at)
     return members
 
@@ -1167,6 +1176,7 @@ def _check_together(config: Config, origins: Mapping[str, str]) -> None:
         )
 
 
+@functools.lru_cache(maxsize=64)  # asked for each request
 def is_loopback(host: str) -> bool:
     """Tell whether a host name or IP literal stands for this machine only."""
     try:
@@ -2371,21 +2381,16 @@ class PermitGate(DeferredSemaphore):
 # 8. Child processes
 # =============================================================================
 #
-# Owns every process that the manager starts: spawning, the bytes that come
-# back, TERM then KILL, reaping, and the promise that none outlives us or its
-# parent run. Uses errors and logging. Never knows what a child is for.
+# Owns one process that the manager started: the bytes that come back, TERM
+# then KILL, its end. Uses errors and logging. Never starts one, and never
+# knows what it is for.
 
+#: Descriptors of children.
+STDIN, STDOUT, STDERR, LOG_FD = 0, 1, 2, 3
 #: Output is kept, and sent on, in pieces of about so many bytes.
 PIECE_BYTES = 64 * KIB
 #: Seconds between a child's exit and the moment its pipes are closed on whoever else holds them.
 DRAIN_SECONDS = 0.5
-#: Seconds between looks at orphans that were killed but are not reaped yet.
-ORPHAN_RETRY_SECONDS = 0.02
-GUARDIAN_RESTART_SECONDS = 1.0
-PARENT_POLL_SECONDS = 0.2
-#: The environment variable by which the guardian knows our descendants.
-MARKER = "GENVM_MANAGED_BY"
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 @frozen
@@ -2590,6 +2595,90 @@ class Child(ProcessProtocol):
         self._listener.child_closed()
 
 
+# =============================================================================
+# 8b. Spawning
+# =============================================================================
+#
+# Owns how children are started, and that none is left behind: not at the end
+# of a child, not when the manager is killed, not when its parent ends. Uses
+# child processes. Never knows what a child is for.
+
+GUARDIAN_RESTART_SECONDS = 1.0
+#: Seconds between looks at orphans that were killed but are not reaped yet.
+ORPHAN_RETRY_SECONDS = 0.02
+PARENT_POLL_SECONDS = 0.2
+#: The environment variable by which the guardian knows our descendants.
+MARKER = "GENVM_MANAGED_BY"
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+
+class PipeReader(ProcessReader):
+    """Reads what a child writes, more at a time than Twisted does."""
+
+    def doRead(self) -> Exception | None:
+        """Take what is there; see ``IReadDescriptor``."""
+        try:
+            data = os.read(self.fd, PIECE_BYTES)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return CONNECTION_LOST
+        if not data:
+            return CONNECTION_DONE
+        self.proc.childDataReceived(self.name, data)
+        return None
+
+
+class ChildProcess(Process):
+    """A process of Twisted's, with our way to read."""
+
+    processReaderFactory = PipeReader
+
+
+class LeanProcess(ChildProcess):
+    """A process that is spawned without looking at every descriptor and signal of ours.
+
+    Twisted does that at each spawn, for programs that it does not know. Where the process is ours,
+    the ``Spawner`` sees to it that what others left open is closed on exec, and that our
+    descriptors lie above those of a child. Should Twisted rename the hook below, its own way is
+    taken, which is slower and no worse.
+    """
+
+    def _trySpawnInsteadOfFork(
+        self,
+        path: object,
+        uid: object,
+        gid: object,
+        executable: str,
+        args: list[str],
+        environment: Mapping[bytes, bytes],
+        kwargs: Mapping[str, dict[int, int]],
+    ) -> bool:
+        self.pid = os.posix_spawnp(
+            executable,
+            args,
+            environment,
+            file_actions=[(os.POSIX_SPAWN_DUP2, o, t) for t, o in kwargs["fdmap"].items()],
+            setsigdef=_ignored_signals(),
+        )
+        self.status = -1
+        return True
+
+
+def _keep_descriptors() -> None:
+    """See to it that nothing that was handed down to us reaches our children."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir("/dev/fd"):
+            with contextlib.suppress(OSError):  # the descriptor of this list
+                os.set_inheritable(int(name), int(name) <= STDERR)
+
+
+@functools.cache
+def _ignored_signals() -> list[int]:
+    """Return what Python or our own starter made us ignore; children begin without that."""
+    return [n for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN]
+
+
 class Spawner:
     """Starts children and makes sure that none is left behind.
 
@@ -2603,26 +2692,29 @@ class Spawner:
     def __init__(self, reactor: Any, boot_id: str, *, owns_process: bool) -> None:
         self._reactor = reactor
         self._owns_process = owns_process
+        self._process = LeanProcess if owns_process else ChildProcess
         self._devnull: int | None = None
+        self._reserved: list[int] = []
         self._guardian: Guardian | None = None
         self._children: set[Child] = set()
         self._sweep_call: DelayedCall | None = None
-        self._siblings = Path()
+        self._siblings = ""
         self._boot_id = boot_id
         self._environment: dict[bytes, bytes] | None = None
 
     def start(self) -> None:
         """Get ready; after a fork by the daemon, before the first ``spawn``."""
-        self._devnull = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        self._siblings = Path(f"/proc/self/task/{os.getpid()}/children")
+        self._devnull = self._reserve_descriptors()
+        self._siblings = f"/proc/self/task/{os.getpid()}/children"
         if not self._owns_process:
             return
         self.set_variable(MARKER, self._boot_id)
+        _keep_descriptors()
         if sys.platform != "linux":
             self.log.warn("executors may outlive a killed manager: no guardian on this platform")
             return
         prctl = ctypes.CDLL(None, use_errno=True).prctl
-        if prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0 or not self._siblings.exists():
+        if prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0 or not os.path.exists(self._siblings):
             self._owns_process = False
             self.log.warn("what executors leave behind is not killed: the kernel does not tell us")
         self._guardian = Guardian(self._reactor, self._boot_id)
@@ -2636,9 +2728,15 @@ class Spawner:
             self._sweep_call = None
         if self._guardian is not None:
             self._guardian.stop()
-        if self._devnull is not None:
-            os.close(self._devnull)
-            self._devnull = None
+        while self._reserved:
+            os.close(self._reserved.pop())
+        self._devnull = None
+
+    def _reserve_descriptors(self) -> int:
+        """Return a descriptor of ``/dev/null``, and take the numbers that children use."""
+        while not self._reserved or self._reserved[-1] <= LOG_FD:
+            self._reserved.append(os.open(os.devnull, os.O_RDWR))
+        return self._reserved[-1]
 
     def set_variable(self, key: str, value: str) -> None:
         """Set a variable in our environment, which later children inherit.
@@ -2684,8 +2782,8 @@ class Spawner:
             self._environment = dict(os.environb)
         try:
             # No path, uid or gid: they would make Twisted fork instead of posix_spawn.
-            self._reactor.spawnProcess(
-                child, argv[0], argv, env=self._environment, childFDs=descriptors
+            self._process(
+                self._reactor, argv[0], argv, self._environment, None, child, childFDs=descriptors
             )
         except OSError as error:
             raise SpawnFailed(_spawn_problem(error)) from None
@@ -2701,7 +2799,8 @@ class Spawner:
         """Kill and reap what ended children left behind: it has become our own child by now."""
         self._sweep_call = None
         try:
-            ours = self._siblings.read_text().split()
+            with open(self._siblings, "rb", buffering=0) as file:
+                ours = file.readall().split()
         except OSError:
             return
         left = False
@@ -2871,7 +2970,6 @@ class ParentWatch:
 # Owns what one execution is: the request, the states, the captured output,
 # the result as JSON. Uses permits and children. Never starts or ends one.
 
-STDIN, STDOUT, STDERR, LOG_FD = 0, 1, 2, 3
 #: The kernel's MAX_ARG_STRLEN (32 pages), less the NUL at the end.
 ARGUMENT_MAX_BYTES = 131_071
 LOG_MAX_RECORDS = 10_000
@@ -3066,16 +3164,22 @@ class Capture:
     def json_pieces(self) -> Iterator[bytes]:
         """Yield the JSON members ``stdout``, ``stderr`` and ``genvm_log`` in small pieces."""
         for name, fd in (("stdout", STDOUT), ("stderr", STDERR)):
-            yield f'"{name}":"'.encode()
-            decoder = codecs.getincrementaldecoder("utf-8")("replace")
-            blocks = self._tails[fd].blocks
-            skipped = _first_character(blocks) if self._tails[fd].truncated else 0
-            for block in blocks:
-                yield json.dumps(decoder.decode(block[skipped:]))[1:-1].encode()
-                skipped = max(0, skipped - len(block))
-            yield json.dumps(decoder.decode(b"", True))[1:-1].encode() + b'",'
+            yield b'"%s":"' % name.encode()
+            if self._tails[fd].size:
+                yield from _tail_json(self._tails[fd])
+            yield b'",'
         yield b'"genvm_log":'
         yield from self._records.json_pieces()
+
+
+def _tail_json(tail: BoundedTail) -> Iterator[bytes]:
+    """Yield what stands between the quotes of a JSON string."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    skipped = _first_character(tail.blocks) if tail.truncated else 0
+    for block in tail.blocks:
+        yield json.dumps(decoder.decode(block[skipped:]))[1:-1].encode()
+        skipped = max(0, skipped - len(block))
+    yield json.dumps(decoder.decode(b"", True))[1:-1].encode()
 
 
 def _first_character(blocks: Iterable[bytearray]) -> int:

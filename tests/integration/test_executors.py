@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import Start
-from .support import MEMORY_LIMIT, Daemon, Root, alive, eventually, report, shell
+from .support import MEMORY_LIMIT, SOURCE, Daemon, Root, alive, eventually, report, shell
 
 MIB = 1 << 20
 
@@ -297,6 +298,25 @@ def test_results_are_valid_json_whatever_was_written(daemon: Daemon) -> None:
     genvm_id = daemon.run("print-hex " + '"\\\b\x7f\x1f\u2028</script>'.encode().hex(), "exit 0")
     raw = daemon.request("GET", f"/genvm/{genvm_id}?wait=60s").raw
     assert json.loads(raw)["status"]["stdout"] == '"\\\b\x7f\x1f\u2028</script>'
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_what_the_manager_was_given_stays_with_it(shared_root: Root, captured: bool) -> None:
+    """Neither descriptors nor ignored signals of its own starter reach an executor."""
+    start = 'trap "" INT QUIT PIPE HUP; exec 3</dev/null 4</dev/null 9</dev/null <&-; exec "$@"'
+    options = ["serve", "--root", str(shared_root.path), "--port", "0"]
+    daemon = Daemon(["/bin/sh", "-c", start, "sh", sys.executable, str(SOURCE), *options])
+    try:
+        daemon.wait_until_listening()
+        seen = shared_root.path / "seen"
+        command = f"{{ ls /proc/$$/fd; grep SigIgn /proc/$$/status; }} >{seen}"
+        daemon.result(daemon.run(**shell(command, capture_output=captured)))
+        *fds, ignored = seen.read_text().splitlines()
+        assert [fd for fd in fds if int(fd) < 10] == ["0", "1", "2", "3"], "sh has its script at 10"
+        assert int(ignored.split()[1], 16) & 0x7FFF_FFFF == 0, "glibc keeps 32 and 33 to itself"
+        seen.unlink()
+    finally:
+        daemon.close()
 
 
 def test_no_descriptor_is_lost(daemon: Daemon) -> None:
