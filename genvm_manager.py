@@ -3633,11 +3633,16 @@ class HostStorage:
     _PAGE_OVERHEAD: Final = 256
 
     def __init__(self, limit: int = HOST_STORAGE_LIMIT) -> None:
-        self._pages: dict[tuple[bytes, bytes, int], bytearray] = {}
+        self._pages: dict[tuple[bytes, bytes, int], bytearray | memoryview] = {}
         self._left = limit
 
-    def write(self, account: bytes, slot: bytes, index: int, data: bytes) -> bool:
-        """Store ``data`` from offset ``index`` on; False, with nothing stored, if it is full."""
+    def write(
+        self, account: bytes, slot: bytes, index: int, data: bytes, *, share: bool = False
+    ) -> bool:
+        """Store ``data`` from offset ``index`` on; False, with nothing stored, if it is full.
+
+        With ``share``, pages are parts of ``data`` itself where they can be, and no copies.
+        """
         spans = list(self._spans(index, len(data)))
         growth = 0
         for number, _, end, _ in spans:
@@ -3647,19 +3652,23 @@ class HostStorage:
             return False
         self._left -= growth
         for number, start, end, at in spans:
-            page = self._pages.setdefault((account, slot, number), bytearray())
+            key = (account, slot, number)
+            page = self._pages.get(key)
+            if share and start == 0 and (page is None or len(page) <= end):
+                self._pages[key] = memoryview(data)[at : at + end]
+                continue
+            if not isinstance(page, bytearray):
+                page = self._pages[key] = bytearray(page or b"")
             if len(page) < end:
                 page.extend(bytes(end - len(page)))
             page[start:end] = data[at : at + end - start]
         return True
 
-    def read(self, account: bytes, slot: bytes, index: int, length: int) -> bytes:
-        """Return the ``length`` bytes from offset ``index`` on."""
-        parts: list[bytes | bytearray | memoryview] = []
+    def read(self, account: bytes, slot: bytes, index: int, length: int) -> Iterator[bytes]:
+        """Yield the ``length`` bytes from offset ``index`` on, a page at a time."""
         for number, start, end, _ in self._spans(index, length):
-            part = memoryview(self._pages.get((account, slot, number), b""))[start:end]
-            parts += (part, bytes(end - start - len(part)))
-        return b"".join(parts)
+            page = self._pages.get((account, slot, number), b"")
+            yield bytes(page[start:end]).ljust(end - start, b"\0")
 
     def _spans(self, index: int, length: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield (page number, start and end in the page, offset in the data)."""
@@ -3689,11 +3698,12 @@ class HostState:
     def deploy(self, writes: Iterable[tuple[bytes, bytes]]) -> None:
         """Apply deployment writes (section 6) to the contract's storage.
 
-        Raises HostProtocolError if they exceed the limit of the storage.
+        The storage refers to the code instead of having a copy. Raises HostProtocolError if they
+        exceed the limit of the storage.
         """
         for key, value in writes:
             slot, index = key[:32], int.from_bytes(key[32:], "little")
-            if not self.storage.write(self.contract, slot, index, value):
+            if not self.storage.write(self.contract, slot, index, value, share=True):
                 raise HostProtocolError("the contract does not fit in the storage of the host")
 
 
@@ -3813,8 +3823,8 @@ class HostRequestParser:
 class HostSession:
     """The host's side of one connection, without the connection: bytes in, answers out.
 
-    ``outcome`` is None until the executor reports its result; from then on the session ignores
-    whatever comes.
+    An answer comes piece by piece, so that a large one is never in memory as a whole. ``outcome``
+    is None until the executor reports its result; from then on the session ignores whatever comes.
     """
 
     _log = Logger()
@@ -3822,8 +3832,8 @@ class HostSession:
     def __init__(self, state: HostState, *, blob_limit: int = HOST_BLOB_LIMIT) -> None:
         self.state = state
         self.outcome: HostOutcome | None = None
-        self._blob_limit = blob_limit
         self._parser = HostRequestParser(blob_limit)
+        self._pieces: Iterator[bytes] = iter(())
 
     def feed(self, data: bytes) -> None:
         """Take bytes of the executor."""
@@ -3831,10 +3841,13 @@ class HostSession:
             self._parser.buffer += data
 
     def step(self) -> bytes | None:
-        """Serve one request and return its answer, which may be empty; None if there is none.
+        """Return the next piece of an answer, which may be empty; None without a whole request.
 
         Raises HostProtocolError if the executor broke the protocol.
         """
+        piece = next(self._pieces, None)
+        if piece is not None:
+            return piece
         request = None if self.outcome else self._parser.next_request()
         if request is None:
             return None
@@ -3865,11 +3878,12 @@ class HostSession:
         account, slot = request.blobs
         if mode >= _STORAGE_MODES:
             raise HostProtocolError(f"the executor asked for unknown storage mode {mode}")
-        if length > self._blob_limit:
+        if length > HOST_BLOB_LIMIT:
             raise HostProtocolError(
-                f"the executor asked for {length} bytes of storage: the limit is {self._blob_limit}"
+                f"the executor asked for {length} bytes of storage: the limit is {HOST_BLOB_LIMIT}"
             )
-        return _OK + self.state.storage.read(account, slot, index, length)
+        self._pieces = self.state.storage.read(account, slot, index, length)
+        return _OK + next(self._pieces, b"")
 
     def _on_storage_write(self, request: HostRequest) -> bytes:
         (index,), (slot, data) = request.numbers, request.blobs
@@ -3899,11 +3913,11 @@ class HostProtocol(Protocol):
     """One connection of an executor: moves bytes between a transport and a HostSession.
 
     It stops reading while the executor does not take its answers, so neither direction piles up,
-    and serves a limited number of requests per turn, so a flood does not hold the reactor.
+    and sends a limited number of pieces per turn, so a flood does not hold the reactor.
     """
 
     factory: HostFactory
-    _REQUESTS_PER_TURN: Final = 500
+    _PIECES_PER_TURN: Final = 500
     _log = Logger()
 
     def __init__(self, session: HostSession, reactor: Any) -> None:
@@ -3950,18 +3964,18 @@ class HostProtocol(Protocol):
     def _serve(self) -> None:
         if self._next_turn is not None:
             return
-        for _ in range(self._REQUESTS_PER_TURN):
+        for _ in range(self._PIECES_PER_TURN):
             if self._blocked or self._ended:
                 return
             try:
-                answer = self._session.step()
+                piece = self._session.step()
             except HostProtocolError as error:
                 self._end(error)
                 return
-            if answer is None:
+            if piece is None:
                 self._transport.resumeProducing()
                 return
-            self._transport.write(answer)
+            self._transport.write(piece)
             if self._session.outcome is not None:
                 self._end(self._session.outcome)
         self._transport.pauseProducing()

@@ -96,8 +96,14 @@ def drain(session: HostSession) -> bytes:
 class Peer:
     """A HostFactory with one connection on a StringTransport."""
 
-    def __init__(self, state: HostState | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        state: HostState | None = None,
+        transport: type[StringTransport] = StringTransport,
+        **options: Any,
+    ) -> None:
         self.clock = Clock()
+        self.make_transport = transport
         self.state = state or make_state()
         self.factory = HostFactory(self.state, self.clock, **options)
         self.results: list[HostOutcome | Failure] = []
@@ -107,7 +113,7 @@ class Peer:
     def connect(self) -> tuple[StringTransport, HostProtocol]:
         protocol = self.factory.buildProtocol(None)
         assert protocol is not None
-        transport = StringTransport()
+        transport = self.make_transport()
         protocol.makeConnection(transport)
         return transport, protocol
 
@@ -184,15 +190,26 @@ def test_every_storage_mode_reads_the_same(mode: int) -> None:
     assert drain(session) == b"\x00abc"
 
 
-@given(st.lists(st.tuples(st.integers(0, 9000), st.binary(min_size=1, max_size=9000)), max_size=8))
-@settings(max_examples=50, deadline=None)
-def test_storage_behaves_like_one_array(writes: list[tuple[int, bytes]]) -> None:
-    storage, model = HostStorage(), bytearray(20_000)
-    for index, data in writes:
-        assert storage.write(ME, SLOT, index, data)
+PAGE = HostStorage._PAGE_BYTES
+# Around the borders of pages, and as long as two of them.
+WRITES = st.tuples(
+    st.sampled_from([0, PAGE, 2 * PAGE]),
+    st.integers(-5, 5),
+    st.one_of(st.integers(1, 10), st.integers(PAGE - 10, PAGE + 10), st.integers(1, 2 * PAGE)),
+    st.binary(min_size=1, max_size=7),
+    st.booleans(),
+).map(lambda w: (max(0, w[0] + w[1]), (w[3] * w[2])[: w[2]], w[4]))
+
+
+@given(st.lists(WRITES, max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_storage_behaves_like_one_array(writes: list[tuple[int, bytes, bool]]) -> None:
+    storage, model = HostStorage(), bytearray(5 * PAGE)
+    for index, data, share in writes:
+        assert storage.write(ME, SLOT, index, data, share=share)
         model[index : index + len(data)] = data
-    assert storage.read(ME, SLOT, 0, len(model)) == model
-    assert storage.read(ME, SLOT, 4000, 5000) == model[4000:9000]
+    assert b"".join(storage.read(ME, SLOT, 0, len(model))) == model
+    assert b"".join(storage.read(ME, SLOT, 4000, 2 * PAGE)) == model[4000 : 4000 + 2 * PAGE]
 
 
 def test_full_storage_answers_out_of_gas_and_keeps_what_it_has() -> None:
@@ -520,6 +537,38 @@ def test_a_deployed_contract_is_read_back() -> None:
     small = HostState(contract=ME, calldata=b"", storage=HostStorage(1000))
     with pytest.raises(HostProtocolError, match="does not fit"):
         small.deploy(deployment_writes(code))
+
+
+def test_deployed_code_is_not_copied() -> None:
+    code = bytes(20_000_000)
+    tracemalloc.start()
+    try:
+        state = HostState(contract=ME, calldata=b"")
+        state.deploy(deployment_writes(code))
+        session = HostSession(state)
+        session.feed(storage_read(4, len(code), slot=CODE_SLOT) + storage_read(0, HOST_BLOB_LIMIT))
+        sent = 0
+        while (piece := session.step()) is not None:
+            sent += len(piece)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert sent == 1 + len(code) + 1 + HOST_BLOB_LIMIT
+
+
+def test_a_large_answer_waits_for_its_reader() -> None:
+    """Nothing of the next request is served before the last piece of an answer is sent."""
+    peer = Peer(make_state(), transport=FullTransport)
+    peer.protocol.dataReceived(storage_read(0, HOST_BLOB_LIMIT) + RESULT)
+    assert len(peer.transport.value()) < 4 * FullTransport.room
+    received = 0
+    while not peer.results:
+        received += len(peer.transport.value())
+        peer.transport.clear()
+        peer.protocol.resumeProducing()
+    received += len(peer.transport.value())
+    assert received == 1 + HOST_BLOB_LIMIT + 1
+    assert not peer.clock.getDelayedCalls()
 
 
 def test_the_calldata_of_an_outcome_decodes() -> None:
