@@ -3575,41 +3575,63 @@ def describe_outcome(outcome: HostOutcome, *, limit: int = 4000) -> str:
         else:
             text = outcome.data[: 4 * limit].decode("utf-8", "replace")
     else:
-        text = _value_text(value)
+        text = ""
         if outcome.kind != "return":
-            text = _error_text(outcome.data[: 4 * limit], value) or text
+            text = _error_text(outcome.data[: 4 * limit], value, limit)
+        text = text or _value_text(value, limit)
     if len(text) > limit:
-        text = f"{text[:limit]}… ({len(text)} characters)"
+        text = f"{text[:limit]}… (more than {limit} characters)"
     return f"{outcome.kind.replace('_', ' ')}: {text}"
 
 
-def _error_text(data: bytes, value: CalldataValue) -> str | None:
-    """Return the message of an error whose data is calldata, or None if it has none.
+def _error_text(data: bytes, value: CalldataValue, limit: int) -> str:
+    """Return the message of an error whose data is calldata; empty if it has none.
 
     Plain text can happen to be calldata, never a map: then the text is what was meant.
     """
     if isinstance(value, dict):
         message = value.get("message")
         if not isinstance(message, str):
-            return None
+            return ""
         fingerprint = value.get("fingerprint")
-        return message if fingerprint is None else f"{message} [{_value_text(fingerprint)}]"
+        return message if fingerprint is None else f"{message} [{_value_text(fingerprint, limit)}]"
     text = data.decode("utf-8", "replace")
-    return text if text.isprintable() else None
+    return text if text.isprintable() else ""
 
 
-def _value_text(value: CalldataValue) -> str:
-    """Return ``value`` as JSON; the decoder has bounded the depth of the recursion."""
+def _value_text(value: CalldataValue, limit: int) -> str:
+    """Return ``value`` as JSON; beyond ``limit`` characters it is cut somewhere."""
+    text = ""
+    for piece in _value_pieces(value, limit):
+        text += piece
+        if len(text) > limit:
+            break
+    return text
+
+
+def _value_pieces(value: CalldataValue, limit: int) -> Iterator[str]:
+    """Yield ``value`` as JSON; the decoder has bounded the depth of the recursion."""
     if isinstance(value, list):
-        return f"[{', '.join(map(_value_text, value))}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{_value_text(k)}: {_value_text(v)}' for k, v in value.items())}}}"
-    if isinstance(value, bytes):
-        return f'"0x{value.hex()}"'
-    if isinstance(value, int) and value.bit_length() > 1024:
+        yield "["
+        for index, item in enumerate(value):
+            yield ", " if index else ""
+            yield from _value_pieces(item, limit)
+        yield "]"
+    elif isinstance(value, dict):
+        yield "{"
+        for index, (key, item) in enumerate(value.items()):
+            yield ", " if index else ""
+            yield from _value_pieces(key, limit)
+            yield ": "
+            yield from _value_pieces(item, limit)
+        yield "}"
+    elif isinstance(value, bytes):
+        yield f'"0x{value[:limit].hex()}"'
+    elif isinstance(value, int) and value.bit_length() > 1024:
         # Decimal conversion is quadratic, and Python refuses it beyond 4300 digits.
-        return f'"{value:#x}"'
-    return json.dumps(value, ensure_ascii=False)
+        yield f'"{value:#x}"'
+    else:
+        yield json.dumps(value[:limit] if isinstance(value, str) else value, ensure_ascii=False)
 
 
 class HostError(IntEnum):

@@ -513,6 +513,22 @@ def test_a_huge_outcome_is_described_in_bounds() -> None:
         text = describe_outcome(HostOutcome("return", encode_calldata(value)))
         assert 4000 < len(text) < 4100
         assert "characters)" in text
+
+
+@pytest.mark.parametrize("kind", ["return", "user_error"])
+def test_what_is_not_shown_of_an_outcome_is_not_rendered(kind: Any) -> None:
+    outcome = HostOutcome(kind, encode_calldata([bytes(10_000_000), "\0" * 10_000_000]))
+    tracemalloc.start()
+    try:
+        text = describe_outcome(outcome)
+        # The decoded value alone has as many bytes as the outcome.
+        assert tracemalloc.get_traced_memory()[1] < 1.6 * len(outcome.data)
+    finally:
+        tracemalloc.stop()
+    assert 4000 < len(text) < 4100
+
+
+def test_a_huge_error_is_described_in_bounds() -> None:
     assert len(describe_outcome(HostOutcome("vm_error", b"y" * 10_000_000))) < 4100
 
 
