@@ -4128,9 +4128,12 @@ READONLY_SECONDS = 30.0
 #: Seconds for an executor to end by itself once its result is there.
 READONLY_GRACE_SECONDS = 1.0
 STDERR_SHOWN_BYTES = 2000
-#: Work on more code than this is done in a thread.
-INLINE_CODE_BYTES = 64 * KIB
+#: Bytes that one request of a read-only run may have; the last one carries the schema.
+READONLY_BLOB_LIMIT = 4 * MIB
+#: Work on more code than this is done in a thread: the worst of it takes 3 ms.
+INLINE_CODE_BYTES = 16 * KIB
 _BASE64_STEP = 48 * KIB
+_JSON_STEP = 16 * KIB
 
 
 class _Answer:
@@ -4189,14 +4192,16 @@ class ContractOperations:
             return stated_major(b"#" + stated, newest)
         if len(code) <= INLINE_CODE_BYTES:
             return stated_major(code, newest)
-        return await self._inspecting.run(
-            deferToThreadPool,
-            self._reactor,
-            self._reactor.getThreadPool(),
-            stated_major,
-            code,
-            newest,
-        )
+        await self._inspecting.acquire()
+        pool = self._reactor.getThreadPool()
+        inspecting = deferToThreadPool(self._reactor, pool, stated_major, code, newest)
+        inspecting.addBoth(self._inspected)
+        # A client that leaves does not end the thread: the next one waits for that all the same.
+        return await detached(inspecting)
+
+    def _inspected(self, result: Value) -> Value:
+        self._inspecting.release()
+        return result
 
     async def _ask(self, code: bytes, version: str) -> bytes:
         """Return what an executor says about a contract's version."""
@@ -4240,10 +4245,11 @@ class ContractOperations:
             )
         return _writes_json(writes)
 
-    async def schema(self, code: bytes, moment: datetime) -> str:
-        """Return the schema of a contract, by running it with nothing but its own code in storage.
+    async def schema_pieces(self, code: bytes, moment: datetime) -> Iterator[bytes]:
+        """Return the JSON of a contract's schema, in small pieces.
 
-        Takes one permit. Raises ``ContractFailed`` and whatever starting an execution raises.
+        The contract runs with nothing but its own code in storage, and takes one permit. Raises
+        ``ContractFailed`` and whatever starting an execution raises.
         """
         state = HostState(bytes(ADDRESS_BYTES), encode_calldata({"method": "#get-schema"}))
         state.deploy(deployment_writes(code))
@@ -4252,7 +4258,7 @@ class ContractOperations:
         try:
             with tempfile.TemporaryDirectory(prefix="genvm-readonly-") as folder:
                 socket_path = f"{folder}/host.sock"
-                factory = HostFactory(state, self._reactor)
+                factory = HostFactory(state, self._reactor, blob_limit=READONLY_BLOB_LIMIT)
                 try:
                     port = self._reactor.listenUNIX(socket_path, factory, mode=0o600)
                 except CannotListenError as error:
@@ -4273,7 +4279,9 @@ class ContractOperations:
             self._read_only -= 1
             if self._closed is not None and self._read_only == 0:
                 self._closed.fire(None)
-        return _schema_of(outcome, errors)
+        pool = self._reactor.getThreadPool()
+        schema = await deferToThreadPool(self._reactor, pool, _schema_of, outcome, errors)
+        return _schema_json(schema)
 
     def close(self) -> Deferred[None]:
         """Fire once no read-only run is left; their executions must have been ended."""
@@ -4358,6 +4366,14 @@ def _schema_of(outcome: HostOutcome | ManagerError, errors: str) -> str:
     if not isinstance(value, str):
         raise ContractFailed(f"the schema is no text but a {type(value).__name__}{tail}")
     return value
+
+
+def _schema_json(schema: str) -> Iterator[bytes]:
+    """Yield ``{"schema": "..."}``."""
+    yield b'{"schema": "'
+    for at in range(0, len(schema), _JSON_STEP):
+        yield json.dumps(schema[at : at + _JSON_STEP])[1:-1].encode()
+    yield b'"}'
 
 
 def _writes_json(writes: Sequence[tuple[bytes, bytes]]) -> Iterator[bytes]:
@@ -9586,7 +9602,8 @@ class Api:
     async def schema(self, request: Request) -> Answer:
         """Answer a contract's schema."""
         moment = deployment_timestamp(request)
-        return {"schema": await self._contracts.schema(await self.read_body(request), moment)}
+        code = await self.read_body(request)
+        return await self.stream(request, await self._contracts.schema_pieces(code, moment))
 
     @_endpoint(app, "POST", "/contract/detect-version")
     async def detect_version(self, request: Request) -> Answer:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import http.client
 import json
+import math
 import os
 import re
 import stat
@@ -500,8 +501,10 @@ def latencies(daemon: Daemon, until: Future[Any]) -> list[float]:
     return sorted(found)
 
 
-def watched(daemon: Daemon, what: str, action: Callable[[], Any]) -> Any:
-    """Return what an action returns, reporting how long ``/status`` took meanwhile."""
+def watched(
+    daemon: Daemon, what: str, action: Callable[[], Any], *, at_most: float = math.inf
+) -> Any:
+    """Return what an action returns, reporting how many ms ``/status`` took meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         start = time.perf_counter()
         future = pool.submit(action)
@@ -511,6 +514,7 @@ def watched(daemon: Daemon, what: str, action: Callable[[], Any]) -> Any:
     p99, worst = found[int(len(found) * 0.99)], found[-1]
     report(f"{what}: {seconds:.2f} s; /status p99 {p99:.1f} ms, max {worst:.1f} ms, n {len(found)}")
     assert p99 < 5000, "the reactor was held"
+    assert worst < at_most, "the reactor was held"
     return value
 
 
@@ -593,8 +597,11 @@ def last_run(daemon: Daemon) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "schema",
-    ["{}", "", 'a "quoted" text\n\\', "größer, ✓ \N{PILE OF POO}", "\0", "x" * MIB],
-    ids=["JSON", "empty", "quoted", "wide", "NUL", "long"],
+    [
+        *("{}", "", 'a "quoted" text\n\\', "größer, ✓ \N{PILE OF POO}", "\0", "x" * MIB),
+        '\N{PILE OF POO}"' * 100_000,
+    ],
+    ids=["JSON", "empty", "quoted", "wide", "NUL", "long", "long and wide"],
 )
 def test_a_schema(daemon: Daemon, schema: str) -> None:
     code = schema_contract(f"return {json.dumps(schema)}")
@@ -692,6 +699,24 @@ def test_a_long_error_is_cut(daemon: Daemon) -> None:
     reply = ask(daemon, SCHEMA, schema_contract(f"error begin{'x' * 500_000}"))
     is_error(reply, "contract_failed", "begin")
     assert len(reply.raw) < 20_000
+
+
+@pytest.mark.parametrize("code", [0, 1], ids=["return", "user error"])
+def test_a_result_of_many_values_delays_nobody(daemon: Daemon, code: int) -> None:
+    """To decode it takes more than a second, which is not the reactor's."""
+    step = hex_result(code, encode_calldata([0] * 999_000))
+
+    def ask_too() -> Reply:
+        return ask(daemon, SCHEMA, schema_contract(step, "sleep 60"))
+
+    reply = watched(daemon, "a result of many values", ask_too, at_most=800)
+    is_error(reply, "contract_failed", ("the schema is no text", "user error: [0, 0")[code])
+    assert len(reply.raw) < 10_000
+
+
+def test_a_schema_that_is_too_large(daemon: Daemon) -> None:
+    code = schema_contract(f'return "{"x" * 5 * MIB}"')
+    is_error(ask(daemon, SCHEMA, code), "contract_failed", "consume_result", f"{4 * MIB}")
 
 
 def test_storage_is_read_and_never_written(daemon: Daemon) -> None:
