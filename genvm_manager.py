@@ -9134,8 +9134,10 @@ DEFAULT_GRACE_MS = 30_000
 PROTECTED_VARIABLES = re.compile(
     r"LD_.*|DYLD_.*|PATH|PYTHON.*|BASH_ENV|ENV|SHELLOPTS|BASHOPTS|BASH_FUNC_.*|IFS|GCONV_PATH"
     r"|LOCPATH|NLSPATH|PERL5?(LIB|OPT)|PERL5DB|RUBY(LIB|OPT)|NODE_(OPTIONS|PATH)|GLIBC_TUNABLES"
-    r"|MALLOC_.*|HOSTALIASES|RESOLV_HOST_CONF|TMPDIR"
+    r"|LUA_.*|MALLOC_.*|HOSTALIASES|RESOLV_HOST_CONF|TMPDIR"
 )
+#: What the environment may have in all; some kernels leave twice that for it and the arguments.
+ENVIRONMENT_MAX_BYTES = MIB
 
 Answer = dict[str, Any] | list[Any] | bytes | None
 
@@ -9226,7 +9228,11 @@ class ApiChannel(HTTPChannel):
 
     def _respondToBadRequestAndDisconnect(self) -> None:
         # Twisted's own answer has no body, which clients that parse every body cannot read.
-        self.refuse(400, InvalidRequest("malformed HTTP request"))
+        error = InvalidRequest(
+            "malformed HTTP request; its head can have "
+            f"{self.maxHeaders} headers and {self.totalHeadersSize} bytes"
+        )
+        self.refuse(400, error)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The connection is gone."""
@@ -9268,7 +9274,8 @@ class ApiRequest(Request):
         # Without this, Twisted would ask a client that waits for "100 Continue" to go on.
         self.requestHeaders.removeHeader(b"expect")
         limit = self.channel.site.max_body_bytes
-        self.channel.refuse(413, BodyTooLarge(f"body: larger than {limit} bytes"))
+        reason = f"body: larger than {limit} bytes; send less, or raise max_body_bytes"
+        self.channel.refuse(413, BodyTooLarge(reason))
 
     def getRequestHostname(self) -> bytes:
         """Return a constant: routes do not depend on ``Host``, which may hold anything."""
@@ -9700,9 +9707,10 @@ class Api:
                 "list it in env_allow in the configuration if it is meant"
             )
         try:
-            self._spawner.set_variable(key, value)
+            check_environment(os.fsencode(key), os.fsencode(value))
         except UnicodeEncodeError:
             raise EnvironmentRefused("key, value: half a surrogate pair is not text") from None
+        self._spawner.set_variable(key, value)
         self.log.info("environment variable set", key=key)
         return {"result": "env_var_set", "key": key}
 
@@ -9817,6 +9825,17 @@ def _naming(path: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise InvalidRequest(f"{path}: {error}") from None
+
+
+def check_environment(key: bytes, value: bytes) -> None:
+    """Raise ``EnvironmentRefused`` if no child could be started with this variable."""
+    size = len(key) + len(value) + 1
+    total = sum(len(k) + len(v) + 2 for k, v in (os.environb | {key: value}).items())
+    if size > ARGUMENT_MAX_BYTES or total > ENVIRONMENT_MAX_BYTES:
+        raise EnvironmentRefused(
+            f"value: {size} bytes with its key, {total} in the whole environment; shorten it: "
+            f"children can have {ARGUMENT_MAX_BYTES} and {ENVIRONMENT_MAX_BYTES}"
+        )
 
 
 def deployment_timestamp(request: Request) -> datetime:

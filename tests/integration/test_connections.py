@@ -114,6 +114,17 @@ def test_malformed_http(daemon: Daemon, request_bytes: bytes, pipelined: bool) -
     assert reply.headers["connection"] == "close"
 
 
+@pytest.mark.parametrize(
+    "head",
+    [b"GET /" + b"x" * 20_000, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 501],
+    ids=["long line", "many headers"],
+)
+def test_a_head_that_is_too_large_is_told_the_limits(daemon: Daemon, head: bytes) -> None:
+    error = talk(daemon, head + b"\r\n\r\n").json["error"]
+    assert "500 headers" in error
+    assert "16384 bytes" in error
+
+
 def test_malformed_http_closes_the_connection(daemon: Daemon) -> None:
     with daemon.connect() as peer:
         peer.sendall(DRAIN + b"no colon here\r\n\r\n")
