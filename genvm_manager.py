@@ -2034,9 +2034,6 @@ MAX_CENTRAL_DIRECTORY: Final = MIB
 MAX_STATED_BYTES: Final = 256
 """Bytes of a stated version that are looked at; a major stands at the start."""
 
-_ZIP_END: Final = b"PK\x05\x06"
-_ZIP64_END: Final = b"PK\x06\x06"
-_ZIP64_LOCATOR: Final = b"PK\x06\x07"
 _WASM_HEADER: Final = b"\0asm\x01\0\0\0"
 _WASM_VERSION_SECTION: Final = b"genvm.version"
 MAX_SECTIONS: Final = 10_000
@@ -2072,15 +2069,28 @@ def stated_version(code: bytes) -> str | None:
     return _text_version(code)
 
 
+class _HugeDirectory(Exception):
+    """An archive has a larger directory than is read."""
+
+
+class _ArchiveFile(io.BytesIO):
+    """Code as a file of which zipfile reads no huge directory, wherever it finds one.
+
+    Where a zip64 directory is looked for differs between versions of Python.
+    """
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > MAX_CENTRAL_DIRECTORY:
+            raise _HugeDirectory
+        return super().read(size)
+
+
 def _zip_version(code: bytes) -> tuple[bool, str | None]:
     """Return whether the code is an archive that a zip library opens, and its version."""
-    size = _directory_size(code)
-    if size is None or size > len(code):
-        return False, None
-    if size > MAX_CENTRAL_DIRECTORY:
-        return True, None
     try:
-        archive = zipfile.ZipFile(io.BytesIO(code))
+        archive = zipfile.ZipFile(_ArchiveFile(code))
+    except _HugeDirectory:
+        return True, None
     except Exception:  # zipfile raises many things for what is no archive
         return False, None
     try:
@@ -2094,19 +2104,6 @@ def _zip_version(code: bytes) -> tuple[bool, str | None]:
         return True, codecs.getincrementaldecoder("utf-8")().decode(start).strip()
     except Exception:  # whatever is wrong with the archive, it states no version
         return True, None
-
-
-def _directory_size(code: bytes) -> int | None:
-    """Return the size of a zip archive's directory as its last record states it."""
-    # The last record is where zipfile finds it: at the end, or before a comment.
-    plain_end = code[-22:].startswith(_ZIP_END) and code.endswith(b"\0\0")
-    end = len(code) - 22 if plain_end else code.rfind(_ZIP_END, max(0, len(code) - 65_557))
-    if end < 0:
-        return None
-    size = int.from_bytes(code[end + 12 : end + 16], "little")
-    if code[end - 20 : end - 16] == _ZIP64_LOCATOR and code[end - 76 : end - 72] == _ZIP64_END:
-        size = int.from_bytes(code[end - 36 : end - 28], "little")
-    return size
 
 
 def _wasm_version(code: bytes) -> str | None:

@@ -461,6 +461,25 @@ def test_an_archive_of_many_members(count: int) -> None:
     assert memory < 32 * MIB
 
 
+def test_a_directory_is_bounded_wherever_it_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later versions of Python find zip64 records in places where this one does not look."""
+    count = 200_000
+    entry = CENTRAL + bytes(24) + (1).to_bytes(2, "little") + bytes(16) + b"a"
+    library: Any = zipfile
+    find_record = library._EndRecData
+
+    def find_another_record(file: io.BytesIO) -> list[Any]:
+        record: list[Any] = find_record(file)
+        record[library._ECD_SIZE] = count * len(entry)
+        return record
+
+    monkeypatch.setattr(library, "_EndRecData", find_another_record)
+    code = entry * count + END + bytes(18)
+    found, memory = bounded(lambda: stated_major(code, NEWEST))
+    assert found == NOTHING
+    assert memory < 32 * MIB
+
+
 # --- hostile input ---
 
 LARGE = 16 * MIB
