@@ -2831,6 +2831,7 @@ class ParentWatch:
 STDIN, STDOUT, STDERR, LOG_FD = 0, 1, 2, 3
 #: The kernel's MAX_ARG_STRLEN (32 pages), less the NUL at the end.
 ARGUMENT_MAX_BYTES = 131_071
+EXTRA_ARGUMENTS_MAX = 4096
 LOG_MAX_RECORDS = 10_000
 LOG_MAX_BYTES = 16 * MIB
 LOG_LINE_MAX_BYTES = 6 * MIB
@@ -2863,6 +2864,10 @@ class RunRequest:
 
         Raises ``InvalidRequest`` for text that cannot be an argument of a process.
         """
+        if len(self.extra_args) > EXTRA_ARGUMENTS_MAX:
+            raise InvalidRequest(
+                f"extra_args: {len(self.extra_args)} arguments; give at most {EXTRA_ARGUMENTS_MAX}"
+            )
         texts = {f"extra_args[{i}]": text for i, text in enumerate(self.extra_args)}
         texts |= {"host_data": self.host_data, "host": self.host, "message": self.message}
         for path, text in texts.items():
@@ -9481,7 +9486,7 @@ def _endpoint(
         async def route(api: Api, request: Request, **arguments: Any) -> bytes | None:
             try:
                 if schema is not None:
-                    arguments["body"] = structure(await api.read_json(request), schema)
+                    arguments["body"] = await api.read_json(request, schema)
                 return api.reply(request, 200, await handler(api, request, **arguments))
             except CancelledError:
                 raise  # the client is gone; Klein knows
@@ -9713,29 +9718,28 @@ class Api:
 
     # --- reading and writing ---
 
-    async def read_json(self, request: Request) -> JsonObject:
-        """Return the JSON object in a request's body; a large one is parsed in a thread."""
-        return await self._read(request, parse_json_object)
+    async def read_json(self, request: Request, schema: type[Schema]) -> Schema:
+        """Return the JSON in a request's body as an instance of a class; see ``structure``."""
+        return await self._read(request, lambda data: structure(parse_json_object(data), schema))
 
     async def read_body(self, request: Request) -> bytes:
         """Return a request's body."""
         return await self._read(request, bytes)
 
     async def _read(self, request: Request, parse: Callable[[bytes], Value]) -> Value:
+        """Return what is made of a request's body, in a thread if it is large."""
         content = request.content
         assert content is not None  # handlers are called before a disconnect closes the body
         if isinstance(content, io.BytesIO):
             return parse(content.getvalue())
 
         def read() -> Value:
-            return parse(content.read())
+            with content:
+                return parse(content.read())
 
-        # The body must outlive a client that disconnects meanwhile: the request would close it.
+        # The thread closes the body: the request would do it as soon as the client disconnects.
         request.content = None
-        try:
-            return await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), read)
-        finally:
-            content.close()
+        return await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), read)
 
     async def stream(self, request: Request, pieces: Iterator[bytes]) -> Answer:
         """Send JSON piece by piece; returns what a handler returns when its answer is sent."""

@@ -6,12 +6,11 @@ import base64
 import hashlib
 import http.client
 import json
-import math
 import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from .support import (
     alive,
     eventually,
     report,
+    watched,
 )
 
 MIB = 1 << 20
@@ -470,7 +470,7 @@ def test_a_client_that_leaves_while_writes_are_sent(daemon: Daemon) -> None:
     is_answer(ask(daemon, WRITES, b"# v0.1.0\n"), writes_of(b"# v0.1.0\n"))
 
 
-# --- /status meanwhile ---
+# --- large and hostile code ---
 
 
 def raw_post(daemon: Daemon, path: str, code: bytes) -> bytes:
@@ -484,38 +484,6 @@ def raw_post(daemon: Daemon, path: str, code: bytes) -> bytes:
         connection.close()
     assert response.status == 200, body[:2000]
     return body
-
-
-def latencies(daemon: Daemon, until: Future[Any]) -> list[float]:
-    """Return how many milliseconds each ``GET /status`` took until something else was done."""
-    connection = http.client.HTTPConnection(daemon.address, timeout=SLOW)
-    found: list[float] = []
-    try:
-        while not until.done() or not found:
-            start = time.perf_counter()
-            connection.request("GET", "/status")
-            connection.getresponse().read()
-            found.append((time.perf_counter() - start) * 1000)
-    finally:
-        connection.close()
-    return sorted(found)
-
-
-def watched(
-    daemon: Daemon, what: str, action: Callable[[], Any], *, at_most: float = math.inf
-) -> Any:
-    """Return what an action returns, reporting how many ms ``/status`` took meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        start = time.perf_counter()
-        future = pool.submit(action)
-        found = latencies(daemon, future)
-        seconds = time.perf_counter() - start
-        value = future.result()
-    p99, worst = found[int(len(found) * 0.99)], found[-1]
-    report(f"{what}: {seconds:.2f} s; /status p99 {p99:.1f} ms, max {worst:.1f} ms, n {len(found)}")
-    assert p99 < 5000, "the reactor was held"
-    assert worst < at_most, "the reactor was held"
-    return value
 
 
 def test_a_contract_of_20_megabytes(daemon: Daemon) -> None:
