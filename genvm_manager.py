@@ -96,7 +96,15 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import IntEnum
@@ -347,6 +355,19 @@ class ContractFailed(ManagerError):
     """A read-only run ended without a value: an error of the contract or of the executor."""
 
     code = "contract_failed"
+
+
+class TemporaryFolderFailed(ManagerError):
+    """The temporary folder cannot hold what a request needs."""
+
+    code = "temporary_folder_failed"
+    retryable = True
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(
+            f"the temporary folder cannot be used ({reason}): make room in it, or start the "
+            "manager with TMPDIR set to a folder with a short name"
+        )
 
 
 class ModuleAlreadyRunning(ManagerError):
@@ -4256,27 +4277,11 @@ class ContractOperations:
         state = HostState(bytes(ADDRESS_BYTES), encode_calldata({"method": "#get-schema"}))
         state.deploy(deployment_writes(code))
         major = await self.major(code, moment)
+        factory = HostFactory(state, self._reactor, blob_limit=READONLY_BLOB_LIMIT)
         self._read_only += 1
         try:
-            with tempfile.TemporaryDirectory(prefix="genvm-readonly-") as folder:
-                socket_path = f"{folder}/host.sock"
-                factory = HostFactory(state, self._reactor, blob_limit=READONLY_BLOB_LIMIT)
-                try:
-                    port = self._reactor.listenUNIX(socket_path, factory, mode=0o600)
-                except CannotListenError as error:
-                    reason = str(error.socketError)
-                    self._log.error("{path}: {reason}", path=socket_path, reason=reason)
-                    raise SpawnFailed(
-                        f"the host's socket cannot be made in the temporary folder ({reason}): "
-                        "set TMPDIR to a folder with a short name and room in it"
-                    ) from None
-                try:
-                    outcome, errors = await self._run(
-                        self._request(major, moment, socket_path), factory
-                    )
-                finally:
-                    factory.abandon("the run is over")
-                    await maybeDeferred(port.stopListening)
+            async with self._serving(factory) as uri:
+                outcome, errors = await self._run(self._request(major, moment, uri), factory)
         finally:
             self._read_only -= 1
             if self._closed is not None and self._read_only == 0:
@@ -4285,6 +4290,27 @@ class ContractOperations:
         schema = await deferToThreadPool(self._reactor, pool, _schema_of, outcome, errors)
         return _schema_json(schema)
 
+    @contextlib.asynccontextmanager
+    async def _serving(self, factory: HostFactory) -> AsyncIterator[str]:
+        """Serve one run on a socket that only our user can reach; gives its URI."""
+        try:
+            folder = tempfile.TemporaryDirectory(prefix="genvm-readonly-")
+        except OSError as error:
+            self._log.error("no temporary folder: {reason}", reason=str(error))
+            raise TemporaryFolderFailed(error.strerror) from None
+        with folder:
+            path = f"{folder.name}/host.sock"
+            try:
+                port = self._reactor.listenUNIX(path, factory, mode=0o600)
+            except CannotListenError as error:
+                self._log.error("{path}: {reason}", path=path, reason=str(error.socketError))
+                raise TemporaryFolderFailed(error.socketError) from None
+            try:
+                yield f"unix://{path}"
+            finally:
+                factory.abandon("the run is over")
+                await maybeDeferred(port.stopListening)
+
     def close(self) -> Deferred[None]:
         """Fire once no read-only run is left; their executions must have been ended."""
         self._closed = Event()
@@ -4292,7 +4318,7 @@ class ContractOperations:
             self._closed.fire(None)
         return self._closed.wait()
 
-    def _request(self, major: int, moment: datetime, socket_path: str) -> RunRequest:
+    def _request(self, major: int, moment: datetime, host: str) -> RunRequest:
         nobody = base64.b64encode(bytes(ADDRESS_BYTES)).decode()
         message = {
             "contract_address": nobody,
@@ -4310,7 +4336,7 @@ class ContractOperations:
             capture_output=True,
             host_data="{}",
             timestamp=cast(Timestamp, moment),
-            host=f"unix://{socket_path}",
+            host=host,
             max_execution_minutes=PositiveMinutes(READONLY_SECONDS / 60),
             extra_args=["--permissions", "rw"],
         )
@@ -9267,10 +9293,13 @@ class ApiRequest(Request):
     def handleContentChunk(self, data: bytes) -> None:
         """Keep a piece of the body."""
         self._received += len(data)
-        if self._received <= self.channel.site.max_body_bytes:
-            cast(IO[bytes], self.content).write(data)
-        else:
+        if self._received > self.channel.site.max_body_bytes:
             self._refuse_body()
+            return
+        try:
+            cast(IO[bytes], self.content).write(data)
+        except OSError as error:
+            self.channel.refuse(500, TemporaryFolderFailed(error.strerror))
 
     def _refuse_body(self) -> None:
         # Without this, Twisted would ask a client that waits for "100 Continue" to go on.

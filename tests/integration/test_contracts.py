@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import stat
 import time
 from collections.abc import Iterator
@@ -856,20 +857,33 @@ def test_the_end_of_the_manager_during_a_run(tmp_path: Path, waits: bool) -> Non
         root.close()
 
 
-@pytest.mark.parametrize("state", ["long", "gone"])
+@pytest.mark.parametrize("state", ["long", "gone", "gone later", "full"])
 def test_a_temporary_folder_that_cannot_be_used(root: Root, state: str) -> None:
     """A socket's path has at most 107 bytes; whatever the folder, the answer is clear."""
-    folder = root.path / ("t" * 100)
+    folder = root.path / ("t" * (100 if state == "long" else 1))
     folder.mkdir()
+    if state == "gone":
+        folder.rmdir()
     daemon = Daemon.serve(root, environ={"TMPDIR": str(folder)})
+    code = schema_contract('return "hi"')
     try:
-        if state == "gone":
+        if state.startswith("gone"):
+            is_answer(ask(daemon, SCHEMA, code), {"schema": "hi"})
+        if state == "gone later":
             folder.rmdir()
-        reply = ask(daemon, SCHEMA, schema_contract('return "hi"'))
-        assert reply.status == 200 or reply.json["code"] != "internal_error", reply.raw
+        if state == "full":
+            resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (2 * MIB, 2 * MIB))
+            code += "#" * 5 * MIB
+        if state != "gone":
+            reply = ask(daemon, SCHEMA, code)
+            is_error(reply, "temporary_folder_failed", "TMPDIR")
+            assert str(folder) not in reply.json["error"]
+        if state == "gone later":
+            reply = ask(daemon, DETECT, "#" * 5 * MIB)
+            is_error(reply, "temporary_folder_failed", "TMPDIR")
         assert daemon.idle()
-        if state == "long":
-            assert list(folder.iterdir()) == []
+        assert not folder.exists() or list(folder.iterdir()) == []
+        assert "Traceback" not in daemon.text
     finally:
         daemon.close()
 
