@@ -10961,13 +10961,20 @@ DEMO_ACCOUNT = bytes(19) + b"\x01"
 
 
 def make_practice_root(root: Path, version: str = DEMO_VERSION) -> None:
-    """Make a GenVM root: a manifest with one version, and the practice executor for it."""
-    install_practice_executor(root, version)
+    """Make a GenVM root: a manifest with one version, and the practice executor for it.
+
+    Raises ``ConfigError`` for the root of something else, and if the files cannot be written.
+    """
     manifest = root / "data" / "manifest.yaml"
-    manifest.parent.mkdir(exist_ok=True)
-    manifest.write_text(
-        f'executor_versions: {{{version}: {{available_after: "2025-01-01T00:00:00Z"}}}}\n'
-    )
+    text = f'executor_versions: {{{version}: {{available_after: "2025-01-01T00:00:00Z"}}}}\n'
+    try:
+        if manifest.exists() and manifest.read_text(encoding="utf-8", errors="replace") != text:
+            raise ConfigError(f"{root} is the root of other executors: give a new folder")
+        install_practice_executor(root, version)
+        manifest.parent.mkdir(exist_ok=True)
+        manifest.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}: give another folder") from None
 
 
 class _DemoManager(ProcessProtocol):
@@ -11422,11 +11429,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = options.pop("command")
     if command == "demo":
         return run_demo()
-    if command == "practice-root":
-        make_practice_root(options["folder"].resolve())
-        return 0
     flags = {name: text for name, text in options.items() if text is not None}
     try:
+        if command == "practice-root":
+            make_practice_root(options["folder"].resolve())
+            return 0
         config = load_config(flags, os.environ)
         return check_config(config) if command == "check-config" else serve(config)
     except ManagerError as error:
