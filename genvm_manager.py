@@ -1988,14 +1988,17 @@ class ManifestStore:
         return self.manifest.resolve(major, moment).key
 
     def newest_major(self, moment: datetime) -> int:
-        """Return the highest major at a moment; with ``reroute_to``, without a manifest too.
+        """Return the highest major at a moment; raises ``VersionNotAvailable``.
 
-        Raises ``VersionNotAvailable``.
+        With ``reroute_to`` it needs no manifest entry: without one, that of the replacement counts.
         """
-        if self.reroute_to is not None and not self.manifest.versions:
+        try:
+            return self.manifest.newest_major(moment)
+        except VersionNotAvailable:
+            if self.reroute_to is None:
+                raise
             match = VERSION_KEY.fullmatch(self.reroute_to)
             return int(match.group(1)) if match else 0
-        return self.manifest.newest_major(moment)
 
     def _read(self) -> Manifest:
         try:
@@ -2165,8 +2168,9 @@ def _text_version(code: bytes) -> str | None:
     if mark is None or not _is_text(code):
         return None
     end = code.find(b"\n")
-    line = code[len(mark) : end if end >= 0 else len(code)].strip()
-    return line[:MAX_STATED_BYTES].decode("utf-8", "ignore") if line.startswith(b"v") else None
+    start = code[len(mark) : end if end >= 0 else len(code)].lstrip()[:MAX_STATED_BYTES]
+    line = start.decode("utf-8", "ignore").strip()  # of what Unicode has for spaces too
+    return line if line.startswith("v") else None
 
 
 def _is_text(code: bytes) -> bool:
@@ -10343,7 +10347,7 @@ class _Step:
 def _parse_steps(text: str) -> list[_Step]:
     """Return the steps of a script; raises _Outcome for a step that does not exist."""
     steps = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         name, _, rest = line.strip().partition(" ")
         if name and not name.startswith("#"):
             step = _Step(number, name, rest.strip())

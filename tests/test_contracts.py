@@ -76,6 +76,8 @@ def bounded(action: Callable[[], int]) -> tuple[int, int]:
         (b"#v1.2.3", 1),
         (b"--v1.2.3", 1),
         (b"# \t  v1.2.3 \t \nx", 1),
+        ("#\N{NO-BREAK SPACE}v1.2.3\n".encode(), 1),
+        ("# \N{IDEOGRAPHIC SPACE}\tv1.2.3\n".encode(), 1),
         # No comment, or not where it counts.
         (b"", NOTHING),
         (b"\n", NOTHING),

@@ -473,6 +473,11 @@ def test_references(make: Callable[..., Run]) -> None:
     assert isinstance(data["k"][0], Address)
 
 
+def test_only_a_newline_ends_a_step(make: Callable[..., Run]) -> None:
+    run = make('return "a\u2028b\x85c"\r')()
+    assert run.outcome == ("return", "a\u2028b\x85c")
+
+
 def test_stored_values_last_across_runs(make: Callable[..., Run]) -> None:
     storage = HostStorage()
     message = MESSAGE | {"is_init": True}
