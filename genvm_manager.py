@@ -3902,7 +3902,8 @@ class HostSession:
             return None
         self.state.requests[request.method] += 1
         if request.method in _WRITES_AND_SENDS and not self.state.writable:
-            self._log.debug("read-only host refuses {method}", method=request.method)
+            if self.state.requests[request.method] == 1:
+                self._log.debug("read-only host refuses {method}", method=request.method)
             return bytes((HostError.FORBIDDEN,))
         if request.method in _FIXED_ANSWERS:
             return _FIXED_ANSWERS[request.method]
@@ -3966,7 +3967,7 @@ class HostProtocol(Protocol):
     """
 
     factory: HostFactory
-    _PIECES_PER_TURN: Final = 500
+    _PIECES_PER_TURN: Final = 200
     _log = Logger()
 
     def __init__(self, session: HostSession, reactor: Any) -> None:

@@ -32,6 +32,8 @@ from genvm_manager import (
     encode_calldata,
 )
 
+from .support import observing
+
 ME = b"\x01" * 20
 OTHER = b"\x02" * 20
 SLOT = b"\x05" * 32
@@ -173,6 +175,15 @@ def test_readonly_host_stores_nothing() -> None:
     session = HostSession(make_state())
     session.feed(storage_write(7, b"new") + storage_read(7, 3))
     assert drain(session) == b"\x02" + b"\x00abc"
+
+
+def test_refusals_do_not_flood_the_log() -> None:
+    session = HostSession(make_state())
+    session.feed((storage_write(7, b"new") + EXCHANGES["eth_send"][0]) * 100)
+    logged: list[str] = []
+    with observing(lambda event: logged.append(str(event.get("method")))):
+        assert drain(session) == b"\x02" * 200
+    assert logged == ["storage_write", "eth_send"]
 
 
 def test_storage_is_zero_where_nothing_was_written_and_per_account() -> None:
