@@ -4343,7 +4343,7 @@ class ContractOperations:
             timestamp=cast(Timestamp, moment),
             host=host,
             max_execution_minutes=PositiveMinutes(READONLY_SECONDS / 60),
-            extra_args=["--permissions", "rw"],
+            extra_args=["--permissions", "r"],
         )
 
     async def _run(
