@@ -361,7 +361,6 @@ class TemporaryFolderFailed(ManagerError):
     """The temporary folder cannot hold what a request needs."""
 
     code = "temporary_folder_failed"
-    retryable = True
 
     def __init__(self, reason: object) -> None:
         super().__init__(
@@ -9196,6 +9195,18 @@ def error_status(error: ManagerError) -> int:
     return next((STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES), 500)
 
 
+def error_headers(error: ManagerError) -> dict[str, str]:
+    """Return the headers that an error needs beside its body."""
+    headers = {}
+    if isinstance(error, MethodNotAllowed):
+        headers["Allow"] = ", ".join(error.allowed)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    if error_status(error) == 503:
+        headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return headers
+
+
 class ApiChannel(HTTPChannel):
     """A connection: bounds the time in which a request must arrive, and refuses in JSON."""
 
@@ -9246,9 +9257,10 @@ class ApiChannel(HTTPChannel):
         if self._refused:
             return
         body = error_body(error)
+        headers = "".join(f"{name}: {value}\r\n" for name, value in error_headers(error).items())
         head = (
             f"HTTP/1.1 {status} {RESPONSES[status].decode()}\r\nContent-Type: {JSON_TYPE}\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            f"{headers}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
         self._refused = True
         self.setTimeout(None)
@@ -9292,6 +9304,12 @@ class ApiRequest(Request):
         """Prepare for a body; ``None`` means that its length is not known."""
         small = length is not None and length <= INLINE_BODY_BYTES
         self.content = io.BytesIO() if small else _spooled_file()
+        if not small:
+            try:
+                # Who may not make the request at all is not let fill the disk first.
+                self.channel.site.policy.check(self)
+            except ManagerError as error:
+                self._refuse(error)
         if length is not None and length > self.channel.site.max_body_bytes:
             self._refuse_body()
 
@@ -9304,14 +9322,17 @@ class ApiRequest(Request):
         try:
             cast(IO[bytes], self.content).write(data)
         except OSError as error:
-            self.channel.refuse(500, TemporaryFolderFailed(error.strerror))
+            self._refuse(TemporaryFolderFailed(error.strerror))
 
     def _refuse_body(self) -> None:
-        # Without this, Twisted would ask a client that waits for "100 Continue" to go on.
-        self.requestHeaders.removeHeader(b"expect")
         limit = self.channel.site.max_body_bytes
         reason = f"body: larger than {limit} bytes; send less, or raise max_body_bytes"
-        self.channel.refuse(413, BodyTooLarge(reason))
+        self._refuse(BodyTooLarge(reason))
+
+    def _refuse(self, error: ManagerError) -> None:
+        # Without this, Twisted would ask a client that waits for "100 Continue" to go on.
+        self.requestHeaders.removeHeader(b"expect")
+        self.channel.refuse(error_status(error), error)
 
     def getRequestHostname(self) -> bytes:
         """Return a constant: routes do not depend on ``Host``, which may hold anything."""
@@ -9326,7 +9347,9 @@ class ApiSite(Site):
     displayTracebacks = False
     noisy = False
 
-    def __init__(self, resource: Resource, reactor: Any, max_body_bytes: int) -> None:
+    def __init__(
+        self, resource: Resource, reactor: Any, max_body_bytes: int, policy: AccessPolicy
+    ) -> None:
         Site.__init__(
             self,
             resource,
@@ -9335,6 +9358,7 @@ class ApiSite(Site):
             parsePOSTFormSubmission=False,
         )
         self.max_body_bytes = max_body_bytes
+        self.policy = policy
         self.channels: set[ApiChannel] = set()
         self.closing = False
         self._emptied: Event[None] = Event()
@@ -9382,7 +9406,7 @@ class AccessPolicy:
         origin = header_text(request, b"origin")
         if self.token is not None:
             scheme, _, given = (header_text(request, b"authorization") or "").partition(" ")
-            matches = hmac.compare_digest(given.strip().encode(), self.token.encode())
+            matches = hmac.compare_digest(given.strip().encode("latin-1"), self.token.encode())
             if scheme.lower() != "bearer" or not matches:
                 raise Unauthorized("send the manager's token: Authorization: Bearer <token>")
         elif host is not None and not self._is_ours(host, request):
@@ -9802,15 +9826,10 @@ class Api:
             request_id = f"{self._boot_id[:8]}-{self._last_request}"
             self.log.failure("a request failed unexpectedly", Failure(error), request_id=request_id)
             error = ManagerError(f"internal error; the log of the manager has it as {request_id}")
-        status = error_status(error)
-        if isinstance(error, MethodNotAllowed):
-            request.setHeader("allow", ", ".join(error.allowed))
-        if status == 503:
-            request.setHeader("retry-after", str(RETRY_AFTER_SECONDS))
-        if status == 401:
-            request.setHeader("www-authenticate", "Bearer")
+        for name, value in error_headers(error).items():
+            request.setHeader(name, value)
         error.message = self._observer.redactor.scrub(error.message)
-        return self.reply(request, status, error_body(error, request_id))
+        return self.reply(request, error_status(error), error_body(error, request_id))
 
     @app.handle_errors(HTTPException)
     def routing_failed(self, request: Request, failure: Failure) -> bytes | None:
@@ -11189,8 +11208,9 @@ class ManagerService(Service):
         if token is not None:
             observer.redactor.add(token, lasting=True)
         hosts = frozenset(name.lower() for name in config.allowed_hosts)
-        root = ApiResource(self.api, AccessPolicy(token, hosts))
-        self.site = ApiSite(root, reactor, config.max_body_bytes)
+        policy = AccessPolicy(token, hosts)
+        root = ApiResource(self.api, policy)
+        self.site = ApiSite(root, reactor, config.max_body_bytes, policy)
         self._ports: list[Any] = []
         self._parent: ParentWatch | None = None
         self._stopping: Deferred[None] | None = None

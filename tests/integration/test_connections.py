@@ -227,6 +227,22 @@ def test_a_body_over_the_limit_is_not_asked_for(daemon: Daemon) -> None:
         assert peer.recv(12) == b"HTTP/1.1 413"
 
 
+@pytest.mark.parametrize("size", [b"Content-Length: 5000000", b"Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("expect", [b"", b"Expect: 100-continue\r\n"])
+def test_a_body_of_somebody_who_may_not_send_it(
+    daemon: Daemon, guarded: Daemon, size: bytes, expect: bytes
+) -> None:
+    """The answer comes before the body, which would take room on the disk."""
+    head = b"POST /genvm/run HTTP/1.1\r\n%s%s\r\nHost: %s\r\n\r\n"
+    for asked, host, status in ((guarded, b"localhost", 401), (daemon, b"evil.example", 403)):
+        with asked.connect() as peer:
+            peer.sendall(head % (expect, size, host))
+            reply = response_on(peer)
+        assert reply.status == status
+        assert reply.headers["connection"] == "close"
+        assert ("www-authenticate" in reply.headers) == (status == 401)
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_flood_of_a_body(start: Start, chunked: bool) -> None:
     """300 MB that nobody wants: refused while they arrive, and the manager does not grow."""
