@@ -3793,9 +3793,9 @@ _FIXED_ANSWERS: Final = {
 # =============================================================================
 #
 # Owns the server side of the host protocol (PROTOCOLS.md section 2): requests
-# from bytes, answers, one outcome per run. Uses the host state. Never starts an
-# executor, never listens by itself, and never holds more of a hostile peer's
-# data than its limits say.
+# from bytes, answers, one outcome per run. Uses host state and events. Never
+# starts an executor, never listens by itself, and never holds more of a hostile
+# peer's data than its limits say.
 
 
 @frozen
@@ -4007,8 +4007,9 @@ class HostProtocol(Protocol):
         """Do nothing: ``connectionLost`` follows."""
 
     def abandon(self, error: HostProtocolError) -> None:
-        """End the run with ``error`` and drop the connection."""
+        """End the run with ``error``, if it has not ended, and drop the connection."""
         self._end(error)
+        self._transport.abortConnection()
 
     def _serve(self) -> None:
         if self._next_turn is not None:
@@ -4049,94 +4050,56 @@ class HostProtocol(Protocol):
         else:
             self._log.warn("host connection failed: {problem}", problem=result.message)
             self._transport.abortConnection()
-        self.factory.run_ended(self, result)
+        self.factory.run_ended(result)
 
 
 class HostFactory(ServerFactory[HostProtocol]):
-    """Serves one run: the first connection is the run's, any other is closed at once.
-
-    With ``many`` every connection is a run of its own on the same state, one after the other or
-    at the same time: for demos and tests.
-    """
+    """Serves one run: the first connection is the run's, any other is closed at once."""
 
     noisy = False
     _log = Logger()
 
     def __init__(
-        self,
-        state: HostState,
-        reactor: Any,
-        *,
-        many: bool = False,
-        blob_limit: int = HOST_BLOB_LIMIT,
+        self, state: HostState, reactor: Any, *, blob_limit: int = HOST_BLOB_LIMIT
     ) -> None:
         """Serve ``state``; ``reactor`` is an IReactorTime."""
         self._state = state
         self._reactor = reactor
-        self._many = many
         self._blob_limit = blob_limit
-        self._connected: set[HostProtocol] = set()
-        self._started = False
-        self._result: HostOutcome | HostProtocolError | None = None
-        self._waiters: list[Deferred[HostOutcome]] = []
+        self._connection: HostProtocol | None = None
+        self._done: Event[HostOutcome] = Event()
 
     def buildProtocol(self, addr: IAddress | None) -> HostProtocol | None:
-        """Return the protocol of a new connection, or None to have it closed."""
-        if self._started and not self._many:
+        """Return the protocol of the run's connection, or None to have another one closed."""
+        if self._connection is not None or self._done.happened:
             self._log.warn("second connection to a host that serves one run: closed")
             return None
-        self._started = True
         session = HostSession(self._state, blob_limit=self._blob_limit)
-        protocol = HostProtocol(session, self._reactor)
-        protocol.factory = self
-        self._connected.add(protocol)
-        return protocol
+        self._connection = HostProtocol(session, self._reactor)
+        self._connection.factory = self
+        return self._connection
 
     def when_done(self) -> Deferred[HostOutcome]:
-        """Return a new Deferred of the run's outcome, or of its HostProtocolError.
-
-        With ``many`` it is the next run to end. Cancelling it only takes it off the list.
-        """
-        waiter: Deferred[HostOutcome] = Deferred(self._forget)
-        self._waiters.append(waiter)
-        if self._result is not None and not self._many:
-            self._fire(self._result)
-        return waiter
+        """Return a new Deferred of the run's outcome, or of its HostProtocolError."""
+        return self._done.wait()
 
     def abandon(self, reason: str) -> None:
-        """Drop the connections and fail the waiters with HostProtocolError(``reason``).
+        """Drop the connection; a run that has not ended fails with HostProtocolError(``reason``).
 
-        For an executor that ended without a word, or a caller that waits no longer. It has no
-        effect on a run that has ended.
+        For an executor that ended, perhaps without a word, or a caller that waits no longer.
         """
         error = HostProtocolError(reason)
-        self._started = True
-        if not self._connected:
-            self._finish(error)
-        for protocol in list(self._connected):
-            protocol.abandon(error)
+        if self._connection is None:
+            self.run_ended(error)
+        else:
+            self._connection.abandon(error)
 
-    def run_ended(self, protocol: HostProtocol, result: HostOutcome | HostProtocolError) -> None:
-        """Take the end of a run from its connection."""
-        self._connected.discard(protocol)
-        self._finish(result)
-
-    def _finish(self, result: HostOutcome | HostProtocolError) -> None:
-        if self._result is None or self._many:
-            self._result = result
-            self._fire(result)
-
-    def _fire(self, result: HostOutcome | HostProtocolError) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if isinstance(result, HostOutcome):
-                waiter.callback(result)
-            else:
-                waiter.errback(result)
-
-    def _forget(self, waiter: Deferred[HostOutcome]) -> None:
-        if waiter in self._waiters:
-            self._waiters.remove(waiter)
+    def run_ended(self, result: HostOutcome | HostProtocolError) -> None:
+        """Take the end of the run from its connection."""
+        if isinstance(result, HostOutcome):
+            self._done.fire(result)
+        else:
+            self._done.fail(result)
 
 
 # =============================================================================

@@ -431,19 +431,6 @@ def test_one_run_takes_one_connection() -> None:
     assert len(peer.results) == 1
 
 
-def test_many_runs_share_the_state() -> None:
-    peer = Peer(make_state(writable=True), many=True)
-    second, protocol = peer.connect()
-    peer.protocol.dataReceived(storage_write(0, b"shared") + RESULT)
-    later: list[HostOutcome] = []
-    peer.factory.when_done().addCallback(later.append)
-    assert later == []
-    protocol.dataReceived(storage_read(0, 6) + b"\x03" + blob(b"\x02oops"))
-    assert second.value() == b"\x00shared" + b"\x00"
-    assert [r.kind for r in peer.results if isinstance(r, HostOutcome)] == ["return"]
-    assert [r.kind for r in later] == ["vm_error"]
-
-
 def test_every_waiter_gets_the_outcome_early_or_late() -> None:
     peer = Peer()
     seen: list[HostOutcome] = []
@@ -486,8 +473,10 @@ def test_abandon_before_during_and_after() -> None:
 
     ended = Peer()
     ended.protocol.dataReceived(RESULT)
+    assert not ended.transport.disconnected, "the acknowledgement may still be on its way"
     ended.factory.abandon("too late")
     assert ended.results == [HostOutcome("return", encode_calldata("done"))]
+    assert ended.transport.disconnected, "whoever does not read it keeps no connection open"
 
 
 @pytest.mark.parametrize(
