@@ -3636,7 +3636,10 @@ def _value_text(value: CalldataValue, limit: int) -> str:
 
 
 def _value_pieces(value: CalldataValue, limit: int) -> Iterator[str]:
-    """Yield ``value`` as JSON; the decoder has bounded the depth of the recursion."""
+    """Yield ``value`` as JSON, with no more of a long text than is shown.
+
+    The decoder has bounded the depth of the recursion.
+    """
     if isinstance(value, list):
         yield "["
         for index, item in enumerate(value):
@@ -4120,7 +4123,7 @@ READONLY_GRACE_SECONDS = 1.0
 STDERR_SHOWN_BYTES = 2000
 #: Bytes that one request of a read-only run may have; the last one carries the schema.
 READONLY_BLOB_LIMIT = 4 * MIB
-#: Work on more code than this is done in a thread: the worst of it takes 3 ms.
+#: Work on more code than this is done in a thread: the worst takes some milliseconds.
 INLINE_CODE_BYTES = 16 * KIB
 _BASE64_STEP = 48 * KIB
 _JSON_STEP = 16 * KIB
@@ -9131,7 +9134,8 @@ PROTECTED_VARIABLES = re.compile(
     r"|LOCPATH|NLSPATH|PERL5?(LIB|OPT)|PERL5DB|RUBY(LIB|OPT)|NODE_(OPTIONS|PATH)|GLIBC_TUNABLES"
     r"|LUA_.*|MALLOC_.*|HOSTALIASES|RESOLV_HOST_CONF|TMPDIR"
 )
-#: What the environment may have in all; some kernels leave twice that for it and the arguments.
+#: What the environment may have in all: at the usual stack limit, Linux has 2 MiB for it and the
+#: arguments together.
 ENVIRONMENT_MAX_BYTES = MIB
 
 Answer = dict[str, Any] | list[Any] | bytes | None
