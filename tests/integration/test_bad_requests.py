@@ -120,7 +120,7 @@ def test_many_arguments_delay_nobody(daemon: Daemon) -> None:
     def ask() -> Reply:
         return refused(daemon, body, "invalid_request", "extra_args: 480000 arguments")
 
-    watched(daemon, "480000 arguments", ask, at_most=250)
+    watched(daemon, "480000 arguments", ask, at_most=0.3)
 
 
 @pytest.mark.parametrize(
