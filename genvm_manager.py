@@ -122,7 +122,15 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import IntEnum
@@ -379,6 +387,18 @@ class ContractFailed(ManagerError):
     """A read-only run ended without a value: an error of the contract or of the executor."""
 
     code = "contract_failed"
+
+
+class TemporaryFolderFailed(ManagerError):
+    """The temporary folder cannot hold what a request needs."""
+
+    code = "temporary_folder_failed"
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(
+            f"the temporary folder cannot be used ({reason}): make room in it, or start the "
+            "manager with TMPDIR set to a folder with a short name"
+        )
 
 
 class ModuleAlreadyRunning(ManagerError):
@@ -2002,14 +2022,17 @@ class ManifestStore:
         return self.manifest.resolve(major, moment).key
 
     def newest_major(self, moment: datetime) -> int:
-        """Return the highest major at a moment; with ``reroute_to``, without a manifest too.
+        """Return the highest major at a moment; raises ``VersionNotAvailable``.
 
-        Raises ``VersionNotAvailable``.
+        With ``reroute_to`` it needs no manifest entry: without one, that of the replacement counts.
         """
-        if self.reroute_to is not None and not self.manifest.versions:
+        try:
+            return self.manifest.newest_major(moment)
+        except VersionNotAvailable:
+            if self.reroute_to is None:
+                raise
             match = VERSION_KEY.fullmatch(self.reroute_to)
             return int(match.group(1)) if match else 0
-        return self.manifest.newest_major(moment)
 
     def _read(self) -> Manifest:
         try:
@@ -2069,9 +2092,6 @@ MAX_CENTRAL_DIRECTORY: Final = MIB
 MAX_STATED_BYTES: Final = 256
 """Bytes of a stated version that are looked at; a major stands at the start."""
 
-_ZIP_END: Final = b"PK\x05\x06"
-_ZIP64_END: Final = b"PK\x06\x06"
-_ZIP64_LOCATOR: Final = b"PK\x06\x07"
 _WASM_HEADER: Final = b"\0asm\x01\0\0\0"
 _WASM_VERSION_SECTION: Final = b"genvm.version"
 MAX_SECTIONS: Final = 10_000
@@ -2107,15 +2127,28 @@ def stated_version(code: bytes) -> str | None:
     return _text_version(code)
 
 
+class _HugeDirectory(Exception):
+    """An archive has a larger directory than is read."""
+
+
+class _ArchiveFile(io.BytesIO):
+    """Code as a file of which zipfile reads no huge directory, wherever it finds one.
+
+    Where a zip64 directory is looked for differs between versions of Python.
+    """
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > MAX_CENTRAL_DIRECTORY:
+            raise _HugeDirectory
+        return super().read(size)
+
+
 def _zip_version(code: bytes) -> tuple[bool, str | None]:
     """Return whether the code is an archive that a zip library opens, and its version."""
-    size = _directory_size(code)
-    if size is None or size > len(code):
-        return False, None
-    if size > MAX_CENTRAL_DIRECTORY:
-        return True, None
     try:
-        archive = zipfile.ZipFile(io.BytesIO(code))
+        archive = zipfile.ZipFile(_ArchiveFile(code))
+    except _HugeDirectory:
+        return True, None
     except Exception:  # zipfile raises many things for what is no archive
         return False, None
     try:
@@ -2129,19 +2162,6 @@ def _zip_version(code: bytes) -> tuple[bool, str | None]:
         return True, codecs.getincrementaldecoder("utf-8")().decode(start).strip()
     except Exception:  # whatever is wrong with the archive, it states no version
         return True, None
-
-
-def _directory_size(code: bytes) -> int | None:
-    """Return the size of a zip archive's directory as its last record states it."""
-    # The last record is where zipfile finds it: at the end, or before a comment.
-    plain_end = code[-22:].startswith(_ZIP_END) and code.endswith(b"\0\0")
-    end = len(code) - 22 if plain_end else code.rfind(_ZIP_END, max(0, len(code) - 65_557))
-    if end < 0:
-        return None
-    size = int.from_bytes(code[end + 12 : end + 16], "little")
-    if code[end - 20 : end - 16] == _ZIP64_LOCATOR and code[end - 76 : end - 72] == _ZIP64_END:
-        size = int.from_bytes(code[end - 36 : end - 28], "little")
-    return size
 
 
 def _wasm_version(code: bytes) -> str | None:
@@ -2182,8 +2202,9 @@ def _text_version(code: bytes) -> str | None:
     if mark is None or not _is_text(code):
         return None
     end = code.find(b"\n")
-    line = code[len(mark) : end if end >= 0 else len(code)].strip()
-    return line[:MAX_STATED_BYTES].decode("utf-8", "ignore") if line.startswith(b"v") else None
+    start = code[len(mark) : end if end >= 0 else len(code)].lstrip()[:MAX_STATED_BYTES]
+    line = start.decode("utf-8", "ignore").strip()  # of what Unicode has for spaces too
+    return line if line.startswith("v") else None
 
 
 def _is_text(code: bytes) -> bool:
@@ -2972,6 +2993,7 @@ class ParentWatch:
 
 #: The kernel's MAX_ARG_STRLEN (32 pages), less the NUL at the end.
 ARGUMENT_MAX_BYTES = 131_071
+EXTRA_ARGUMENTS_MAX = 4096
 LOG_MAX_RECORDS = 10_000
 LOG_MAX_BYTES = 16 * MIB
 LOG_LINE_MAX_BYTES = 6 * MIB
@@ -3003,6 +3025,10 @@ class RunRequest:
 
         Raises ``InvalidRequest`` for text that cannot be an argument of a process.
         """
+        if len(self.extra_args) > EXTRA_ARGUMENTS_MAX:
+            raise InvalidRequest(
+                f"extra_args: {len(self.extra_args)} arguments; give at most {EXTRA_ARGUMENTS_MAX}"
+            )
         texts = {f"extra_args[{i}]": text for i, text in enumerate(self.extra_args)}
         texts |= {"host_data": self.host_data, "host": self.host, "message": self.message}
         for path, text in texts.items():
@@ -3721,41 +3747,66 @@ def describe_outcome(outcome: HostOutcome, *, limit: int = 4000) -> str:
         else:
             text = outcome.data[: 4 * limit].decode("utf-8", "replace")
     else:
-        text = _value_text(value)
+        text = ""
         if outcome.kind != "return":
-            text = _error_text(outcome.data[: 4 * limit], value) or text
+            text = _error_text(outcome.data[: 4 * limit], value, limit)
+        text = text or _value_text(value, limit)
     if len(text) > limit:
-        text = f"{text[:limit]}… ({len(text)} characters)"
+        text = f"{text[:limit]}… (more than {limit} characters)"
     return f"{outcome.kind.replace('_', ' ')}: {text}"
 
 
-def _error_text(data: bytes, value: CalldataValue) -> str | None:
-    """Return the message of an error whose data is calldata, or None if it has none.
+def _error_text(data: bytes, value: CalldataValue, limit: int) -> str:
+    """Return the message of an error whose data is calldata; empty if it has none.
 
     Plain text can happen to be calldata, never a map: then the text is what was meant.
     """
     if isinstance(value, dict):
         message = value.get("message")
         if not isinstance(message, str):
-            return None
+            return ""
         fingerprint = value.get("fingerprint")
-        return message if fingerprint is None else f"{message} [{_value_text(fingerprint)}]"
+        return message if fingerprint is None else f"{message} [{_value_text(fingerprint, limit)}]"
     text = data.decode("utf-8", "replace")
-    return text if text.isprintable() else None
+    return text if text.isprintable() else ""
 
 
-def _value_text(value: CalldataValue) -> str:
-    """Return ``value`` as JSON; the decoder has bounded the depth of the recursion."""
+def _value_text(value: CalldataValue, limit: int) -> str:
+    """Return ``value`` as JSON; beyond ``limit`` characters it is cut somewhere."""
+    text = ""
+    for piece in _value_pieces(value, limit):
+        text += piece
+        if len(text) > limit:
+            break
+    return text
+
+
+def _value_pieces(value: CalldataValue, limit: int) -> Iterator[str]:
+    """Yield ``value`` as JSON, with no more of a long text than is shown.
+
+    The decoder has bounded the depth of the recursion.
+    """
     if isinstance(value, list):
-        return f"[{', '.join(map(_value_text, value))}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{_value_text(k)}: {_value_text(v)}' for k, v in value.items())}}}"
-    if isinstance(value, bytes):
-        return f'"0x{value.hex()}"'
-    if isinstance(value, int) and value.bit_length() > 1024:
+        yield "["
+        for index, item in enumerate(value):
+            yield ", " if index else ""
+            yield from _value_pieces(item, limit)
+        yield "]"
+    elif isinstance(value, dict):
+        yield "{"
+        for index, (key, item) in enumerate(value.items()):
+            yield ", " if index else ""
+            yield from _value_pieces(key, limit)
+            yield ": "
+            yield from _value_pieces(item, limit)
+        yield "}"
+    elif isinstance(value, bytes):
+        yield f'"0x{value[:limit].hex()}"'
+    elif isinstance(value, int) and value.bit_length() > 1024:
         # Decimal conversion is quadratic, and Python refuses it beyond 4300 digits.
-        return f'"{value:#x}"'
-    return json.dumps(value, ensure_ascii=False)
+        yield f'"{value:#x}"'
+    else:
+        yield json.dumps(value[:limit] if isinstance(value, str) else value, ensure_ascii=False)
 
 
 class HostError(IntEnum):
@@ -3779,11 +3830,16 @@ class HostStorage:
     _PAGE_OVERHEAD: Final = 256
 
     def __init__(self, limit: int = HOST_STORAGE_LIMIT) -> None:
-        self._pages: dict[tuple[bytes, bytes, int], bytearray] = {}
+        self._pages: dict[tuple[bytes, bytes, int], bytearray | memoryview] = {}
         self._left = limit
 
-    def write(self, account: bytes, slot: bytes, index: int, data: bytes) -> bool:
-        """Store ``data`` from offset ``index`` on; False, with nothing stored, if it is full."""
+    def write(
+        self, account: bytes, slot: bytes, index: int, data: bytes, *, share: bool = False
+    ) -> bool:
+        """Store ``data`` from offset ``index`` on; False, with nothing stored, if it is full.
+
+        With ``share``, pages are parts of ``data`` itself where they can be, and no copies.
+        """
         spans = list(self._spans(index, len(data)))
         growth = 0
         for number, _, end, _ in spans:
@@ -3793,19 +3849,23 @@ class HostStorage:
             return False
         self._left -= growth
         for number, start, end, at in spans:
-            page = self._pages.setdefault((account, slot, number), bytearray())
+            key = (account, slot, number)
+            page = self._pages.get(key)
+            if share and start == 0 and (page is None or len(page) <= end):
+                self._pages[key] = memoryview(data)[at : at + end]
+                continue
+            if not isinstance(page, bytearray):
+                page = self._pages[key] = bytearray(page or b"")
             if len(page) < end:
                 page.extend(bytes(end - len(page)))
             page[start:end] = data[at : at + end - start]
         return True
 
-    def read(self, account: bytes, slot: bytes, index: int, length: int) -> bytes:
-        """Return the ``length`` bytes from offset ``index`` on."""
-        parts: list[bytes | bytearray | memoryview] = []
+    def read(self, account: bytes, slot: bytes, index: int, length: int) -> Iterator[bytes]:
+        """Yield the ``length`` bytes from offset ``index`` on, a page at a time."""
         for number, start, end, _ in self._spans(index, length):
-            part = memoryview(self._pages.get((account, slot, number), b""))[start:end]
-            parts += (part, bytes(end - start - len(part)))
-        return b"".join(parts)
+            page = self._pages.get((account, slot, number), b"")
+            yield bytes(page[start:end]).ljust(end - start, b"\0")
 
     def _spans(self, index: int, length: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield (page number, start and end in the page, offset in the data)."""
@@ -3835,11 +3895,12 @@ class HostState:
     def deploy(self, writes: Iterable[tuple[bytes, bytes]]) -> None:
         """Apply deployment writes (section 6) to the contract's storage.
 
-        Raises HostProtocolError if they exceed the limit of the storage.
+        The storage refers to the code instead of having a copy. Raises HostProtocolError if they
+        exceed the limit of the storage.
         """
         for key, value in writes:
             slot, index = key[:32], int.from_bytes(key[32:], "little")
-            if not self.storage.write(self.contract, slot, index, value):
+            if not self.storage.write(self.contract, slot, index, value, share=True):
                 raise HostProtocolError("the contract does not fit in the storage of the host")
 
 
@@ -3881,9 +3942,9 @@ _FIXED_ANSWERS: Final = {
 # =============================================================================
 #
 # Owns the server side of the host protocol (PROTOCOLS.md section 2): requests
-# from bytes, answers, one outcome per run. Uses the host state. Never starts an
-# executor, never listens by itself, and never holds more of a hostile peer's
-# data than its limits say.
+# from bytes, answers, one outcome per run. Uses host state and events. Never
+# starts an executor, never listens by itself, and never holds more of a hostile
+# peer's data than its limits say.
 
 
 @frozen
@@ -3959,8 +4020,8 @@ class HostRequestParser:
 class HostSession:
     """The host's side of one connection, without the connection: bytes in, answers out.
 
-    ``outcome`` is None until the executor reports its result; from then on the session ignores
-    whatever comes.
+    An answer comes piece by piece, so that a large one is never in memory as a whole. ``outcome``
+    is None until the executor reports its result; from then on the session ignores whatever comes.
     """
 
     _log = Logger()
@@ -3968,8 +4029,8 @@ class HostSession:
     def __init__(self, state: HostState, *, blob_limit: int = HOST_BLOB_LIMIT) -> None:
         self.state = state
         self.outcome: HostOutcome | None = None
-        self._blob_limit = blob_limit
         self._parser = HostRequestParser(blob_limit)
+        self._pieces: Iterator[bytes] = iter(())
 
     def feed(self, data: bytes) -> None:
         """Take bytes of the executor."""
@@ -3977,16 +4038,20 @@ class HostSession:
             self._parser.buffer += data
 
     def step(self) -> bytes | None:
-        """Serve one request and return its answer, which may be empty; None if there is none.
+        """Return the next piece of an answer, which may be empty; None without a whole request.
 
         Raises HostProtocolError if the executor broke the protocol.
         """
+        piece = next(self._pieces, None)
+        if piece is not None:
+            return piece
         request = None if self.outcome else self._parser.next_request()
         if request is None:
             return None
         self.state.requests[request.method] += 1
         if request.method in _WRITES_AND_SENDS and not self.state.writable:
-            self._log.debug("read-only host refuses {method}", method=request.method)
+            if self.state.requests[request.method] == 1:
+                self._log.debug("read-only host refuses {method}", method=request.method)
             return bytes((HostError.FORBIDDEN,))
         if request.method in _FIXED_ANSWERS:
             return _FIXED_ANSWERS[request.method]
@@ -4011,11 +4076,12 @@ class HostSession:
         account, slot = request.blobs
         if mode >= _STORAGE_MODES:
             raise HostProtocolError(f"the executor asked for unknown storage mode {mode}")
-        if length > self._blob_limit:
+        if length > HOST_BLOB_LIMIT:
             raise HostProtocolError(
-                f"the executor asked for {length} bytes of storage: the limit is {self._blob_limit}"
+                f"the executor asked for {length} bytes of storage: the limit is {HOST_BLOB_LIMIT}"
             )
-        return _OK + self.state.storage.read(account, slot, index, length)
+        self._pieces = self.state.storage.read(account, slot, index, length)
+        return _OK + next(self._pieces, b"")
 
     def _on_storage_write(self, request: HostRequest) -> bytes:
         (index,), (slot, data) = request.numbers, request.blobs
@@ -4045,11 +4111,11 @@ class HostProtocol(Protocol):
     """One connection of an executor: moves bytes between a transport and a HostSession.
 
     It stops reading while the executor does not take its answers, so neither direction piles up,
-    and serves a limited number of requests per turn, so a flood does not hold the reactor.
+    and sends a limited number of pieces per turn, so a flood does not hold the reactor.
     """
 
     factory: HostFactory
-    _REQUESTS_PER_TURN: Final = 500
+    _PIECES_PER_TURN: Final = 200
     _log = Logger()
 
     def __init__(self, session: HostSession, reactor: Any) -> None:
@@ -4090,24 +4156,25 @@ class HostProtocol(Protocol):
         """Do nothing: ``connectionLost`` follows."""
 
     def abandon(self, error: HostProtocolError) -> None:
-        """End the run with ``error`` and drop the connection."""
+        """End the run with ``error``, if it has not ended, and drop the connection."""
         self._end(error)
+        self._transport.abortConnection()
 
     def _serve(self) -> None:
         if self._next_turn is not None:
             return
-        for _ in range(self._REQUESTS_PER_TURN):
+        for _ in range(self._PIECES_PER_TURN):
             if self._blocked or self._ended:
                 return
             try:
-                answer = self._session.step()
+                piece = self._session.step()
             except HostProtocolError as error:
                 self._end(error)
                 return
-            if answer is None:
+            if piece is None:
                 self._transport.resumeProducing()
                 return
-            self._transport.write(answer)
+            self._transport.write(piece)
             if self._session.outcome is not None:
                 self._end(self._session.outcome)
         self._transport.pauseProducing()
@@ -4132,94 +4199,56 @@ class HostProtocol(Protocol):
         else:
             self._log.warn("host connection failed: {problem}", problem=result.message)
             self._transport.abortConnection()
-        self.factory.run_ended(self, result)
+        self.factory.run_ended(result)
 
 
 class HostFactory(ServerFactory[HostProtocol]):
-    """Serves one run: the first connection is the run's, any other is closed at once.
-
-    With ``many`` every connection is a run of its own on the same state, one after the other or
-    at the same time: for demos and tests.
-    """
+    """Serves one run: the first connection is the run's, any other is closed at once."""
 
     noisy = False
     _log = Logger()
 
     def __init__(
-        self,
-        state: HostState,
-        reactor: Any,
-        *,
-        many: bool = False,
-        blob_limit: int = HOST_BLOB_LIMIT,
+        self, state: HostState, reactor: Any, *, blob_limit: int = HOST_BLOB_LIMIT
     ) -> None:
         """Serve ``state``; ``reactor`` is an IReactorTime."""
         self._state = state
         self._reactor = reactor
-        self._many = many
         self._blob_limit = blob_limit
-        self._connected: set[HostProtocol] = set()
-        self._started = False
-        self._result: HostOutcome | HostProtocolError | None = None
-        self._waiters: list[Deferred[HostOutcome]] = []
+        self._connection: HostProtocol | None = None
+        self._done: Event[HostOutcome] = Event()
 
     def buildProtocol(self, addr: IAddress | None) -> HostProtocol | None:
-        """Return the protocol of a new connection, or None to have it closed."""
-        if self._started and not self._many:
+        """Return the protocol of the run's connection, or None to have another one closed."""
+        if self._connection is not None or self._done.happened:
             self._log.warn("second connection to a host that serves one run: closed")
             return None
-        self._started = True
         session = HostSession(self._state, blob_limit=self._blob_limit)
-        protocol = HostProtocol(session, self._reactor)
-        protocol.factory = self
-        self._connected.add(protocol)
-        return protocol
+        self._connection = HostProtocol(session, self._reactor)
+        self._connection.factory = self
+        return self._connection
 
     def when_done(self) -> Deferred[HostOutcome]:
-        """Return a new Deferred of the run's outcome, or of its HostProtocolError.
-
-        With ``many`` it is the next run to end. Cancelling it only takes it off the list.
-        """
-        waiter: Deferred[HostOutcome] = Deferred(self._forget)
-        self._waiters.append(waiter)
-        if self._result is not None and not self._many:
-            self._fire(self._result)
-        return waiter
+        """Return a new Deferred of the run's outcome, or of its HostProtocolError."""
+        return self._done.wait()
 
     def abandon(self, reason: str) -> None:
-        """Drop the connections and fail the waiters with HostProtocolError(``reason``).
+        """Drop the connection; a run that has not ended fails with HostProtocolError(``reason``).
 
-        For an executor that ended without a word, or a caller that waits no longer. It has no
-        effect on a run that has ended.
+        For an executor that ended, perhaps without a word, or a caller that waits no longer.
         """
         error = HostProtocolError(reason)
-        self._started = True
-        if not self._connected:
-            self._finish(error)
-        for protocol in list(self._connected):
-            protocol.abandon(error)
+        if self._connection is None:
+            self.run_ended(error)
+        else:
+            self._connection.abandon(error)
 
-    def run_ended(self, protocol: HostProtocol, result: HostOutcome | HostProtocolError) -> None:
-        """Take the end of a run from its connection."""
-        self._connected.discard(protocol)
-        self._finish(result)
-
-    def _finish(self, result: HostOutcome | HostProtocolError) -> None:
-        if self._result is None or self._many:
-            self._result = result
-            self._fire(result)
-
-    def _fire(self, result: HostOutcome | HostProtocolError) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if isinstance(result, HostOutcome):
-                waiter.callback(result)
-            else:
-                waiter.errback(result)
-
-    def _forget(self, waiter: Deferred[HostOutcome]) -> None:
-        if waiter in self._waiters:
-            self._waiters.remove(waiter)
+    def run_ended(self, result: HostOutcome | HostProtocolError) -> None:
+        """Take the end of the run from its connection."""
+        if isinstance(result, HostOutcome):
+            self._done.fire(result)
+        else:
+            self._done.fail(result)
 
 
 # =============================================================================
@@ -4238,9 +4267,12 @@ READONLY_SECONDS = 30.0
 #: Seconds for an executor to end by itself once its result is there.
 READONLY_GRACE_SECONDS = 1.0
 STDERR_SHOWN_BYTES = 2000
-#: Work on more code than this is done in a thread.
-INLINE_CODE_BYTES = 64 * KIB
+#: Bytes that one request of a read-only run may have; the last one carries the schema.
+READONLY_BLOB_LIMIT = 4 * MIB
+#: Work on more code than this is done in a thread: the worst takes some milliseconds.
+INLINE_CODE_BYTES = 16 * KIB
 _BASE64_STEP = 48 * KIB
+_JSON_STEP = 16 * KIB
 
 
 class _Answer:
@@ -4299,14 +4331,16 @@ class ContractOperations:
             return stated_major(b"#" + stated, newest)
         if len(code) <= INLINE_CODE_BYTES:
             return stated_major(code, newest)
-        return await self._inspecting.run(
-            deferToThreadPool,
-            self._reactor,
-            self._reactor.getThreadPool(),
-            stated_major,
-            code,
-            newest,
-        )
+        await self._inspecting.acquire()
+        pool = self._reactor.getThreadPool()
+        inspecting = deferToThreadPool(self._reactor, pool, stated_major, code, newest)
+        inspecting.addBoth(self._inspected)
+        # A client that leaves does not end the thread: the next one waits for that all the same.
+        return await detached(inspecting)
+
+    def _inspected(self, result: Value) -> Value:
+        self._inspecting.release()
+        return result
 
     async def _ask(self, code: bytes, version: str) -> bytes:
         """Return what an executor says about a contract's version."""
@@ -4350,40 +4384,48 @@ class ContractOperations:
             )
         return _writes_json(writes)
 
-    async def schema(self, code: bytes, moment: datetime) -> str:
-        """Return the schema of a contract, by running it with nothing but its own code in storage.
+    async def schema_pieces(self, code: bytes, moment: datetime) -> Iterator[bytes]:
+        """Return the JSON of a contract's schema, in small pieces.
 
-        Takes one permit. Raises ``ContractFailed`` and whatever starting an execution raises.
+        The contract runs with nothing but its own code in storage, and takes one permit. Raises
+        ``ContractFailed`` and whatever starting an execution raises.
         """
         state = HostState(bytes(ADDRESS_BYTES), encode_calldata({"method": "#get-schema"}))
         state.deploy(deployment_writes(code))
         major = await self.major(code, moment)
+        factory = HostFactory(state, self._reactor, blob_limit=READONLY_BLOB_LIMIT)
         self._read_only += 1
         try:
-            with tempfile.TemporaryDirectory(prefix="genvm-readonly-") as folder:
-                socket_path = f"{folder}/host.sock"
-                factory = HostFactory(state, self._reactor)
-                try:
-                    port = self._reactor.listenUNIX(socket_path, factory, mode=0o600)
-                except CannotListenError as error:
-                    reason = str(error.socketError)
-                    self._log.error("{path}: {reason}", path=socket_path, reason=reason)
-                    raise SpawnFailed(
-                        f"the host's socket cannot be made in the temporary folder ({reason}): "
-                        "set TMPDIR to a folder with a short name and room in it"
-                    ) from None
-                try:
-                    outcome, errors = await self._run(
-                        self._request(major, moment, socket_path), factory
-                    )
-                finally:
-                    factory.abandon("the run is over")
-                    await maybeDeferred(port.stopListening)
+            async with self._serving(factory) as uri:
+                outcome, errors = await self._run(self._request(major, moment, uri), factory)
         finally:
             self._read_only -= 1
             if self._closed is not None and self._read_only == 0:
                 self._closed.fire(None)
-        return _schema_of(outcome, errors)
+        pool = self._reactor.getThreadPool()
+        schema = await deferToThreadPool(self._reactor, pool, _schema_of, outcome, errors)
+        return _schema_json(schema)
+
+    @contextlib.asynccontextmanager
+    async def _serving(self, factory: HostFactory) -> AsyncIterator[str]:
+        """Serve one run on a socket that only our user can reach; gives its URI."""
+        try:
+            folder = tempfile.TemporaryDirectory(prefix="genvm-readonly-")
+        except OSError as error:
+            self._log.error("no temporary folder: {reason}", reason=str(error))
+            raise TemporaryFolderFailed(error.strerror) from None
+        with folder:
+            path = f"{folder.name}/host.sock"
+            try:
+                port = self._reactor.listenUNIX(path, factory, mode=0o600)
+            except CannotListenError as error:
+                self._log.error("{path}: {reason}", path=path, reason=str(error.socketError))
+                raise TemporaryFolderFailed(error.socketError) from None
+            try:
+                yield f"unix://{path}"
+            finally:
+                factory.abandon("the run is over")
+                await maybeDeferred(port.stopListening)
 
     def close(self) -> Deferred[None]:
         """Fire once no read-only run is left; their executions must have been ended."""
@@ -4392,7 +4434,7 @@ class ContractOperations:
             self._closed.fire(None)
         return self._closed.wait()
 
-    def _request(self, major: int, moment: datetime, socket_path: str) -> RunRequest:
+    def _request(self, major: int, moment: datetime, host: str) -> RunRequest:
         nobody = base64.b64encode(bytes(ADDRESS_BYTES)).decode()
         message = {
             "contract_address": nobody,
@@ -4410,9 +4452,9 @@ class ContractOperations:
             capture_output=True,
             host_data="{}",
             timestamp=cast(Timestamp, moment),
-            host=f"unix://{socket_path}",
+            host=host,
             max_execution_minutes=PositiveMinutes(READONLY_SECONDS / 60),
-            extra_args=["--permissions", "rw"],
+            extra_args=["--permissions", "r"],
         )
 
     async def _run(
@@ -4468,6 +4510,14 @@ def _schema_of(outcome: HostOutcome | ManagerError, errors: str) -> str:
     if not isinstance(value, str):
         raise ContractFailed(f"the schema is no text but a {type(value).__name__}{tail}")
     return value
+
+
+def _schema_json(schema: str) -> Iterator[bytes]:
+    """Yield ``{"schema": "..."}``."""
+    yield b'{"schema": "'
+    for at in range(0, len(schema), _JSON_STEP):
+        yield json.dumps(schema[at : at + _JSON_STEP])[1:-1].encode()
+    yield b'"}'
 
 
 def _writes_json(writes: Sequence[tuple[bytes, bytes]]) -> Iterator[bytes]:
@@ -9227,8 +9277,11 @@ DEFAULT_GRACE_MS = 30_000
 PROTECTED_VARIABLES = re.compile(
     r"LD_.*|DYLD_.*|PATH|PYTHON.*|BASH_ENV|ENV|SHELLOPTS|BASHOPTS|BASH_FUNC_.*|IFS|GCONV_PATH"
     r"|LOCPATH|NLSPATH|PERL5?(LIB|OPT)|PERL5DB|RUBY(LIB|OPT)|NODE_(OPTIONS|PATH)|GLIBC_TUNABLES"
-    r"|MALLOC_.*|HOSTALIASES|RESOLV_HOST_CONF|TMPDIR"
+    r"|LUA_.*|MALLOC_.*|HOSTALIASES|RESOLV_HOST_CONF|TMPDIR"
 )
+#: What the environment may have in all: at the usual stack limit, Linux has 2 MiB for it and the
+#: arguments together.
+ENVIRONMENT_MAX_BYTES = MIB
 
 Answer = dict[str, Any] | list[Any] | bytes | None
 
@@ -9252,6 +9305,18 @@ def error_body(error: ManagerError, request_id: str | None = None) -> bytes:
 def error_status(error: ManagerError) -> int:
     """Return the HTTP status of an error."""
     return next((STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES), 500)
+
+
+def error_headers(error: ManagerError) -> dict[str, str]:
+    """Return the headers that an error needs beside its body."""
+    headers = {}
+    if isinstance(error, MethodNotAllowed):
+        headers["Allow"] = ", ".join(error.allowed)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    if error_status(error) == 503:
+        headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return headers
 
 
 class ApiChannel(HTTPChannel):
@@ -9304,9 +9369,10 @@ class ApiChannel(HTTPChannel):
         if self._refused:
             return
         body = error_body(error)
+        headers = "".join(f"{name}: {value}\r\n" for name, value in error_headers(error).items())
         head = (
             f"HTTP/1.1 {status} {RESPONSES[status].decode()}\r\nContent-Type: {JSON_TYPE}\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            f"{headers}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
         self._refused = True
         self.setTimeout(None)
@@ -9319,7 +9385,11 @@ class ApiChannel(HTTPChannel):
 
     def _respondToBadRequestAndDisconnect(self) -> None:
         # Twisted's own answer has no body, which clients that parse every body cannot read.
-        self.refuse(400, InvalidRequest("malformed HTTP request"))
+        error = InvalidRequest(
+            "malformed HTTP request; its head can have "
+            f"{self.maxHeaders} headers and {self.totalHeadersSize} bytes"
+        )
+        self.refuse(400, error)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The connection is gone."""
@@ -9346,22 +9416,35 @@ class ApiRequest(Request):
         """Prepare for a body; ``None`` means that its length is not known."""
         small = length is not None and length <= INLINE_BODY_BYTES
         self.content = io.BytesIO() if small else _spooled_file()
+        if not small:
+            try:
+                # Who may not make the request at all is not let fill the disk first.
+                self.channel.site.policy.check(self)
+            except ManagerError as error:
+                self._refuse(error)
         if length is not None and length > self.channel.site.max_body_bytes:
             self._refuse_body()
 
     def handleContentChunk(self, data: bytes) -> None:
         """Keep a piece of the body."""
         self._received += len(data)
-        if self._received <= self.channel.site.max_body_bytes:
-            cast(IO[bytes], self.content).write(data)
-        else:
+        if self._received > self.channel.site.max_body_bytes:
             self._refuse_body()
+            return
+        try:
+            cast(IO[bytes], self.content).write(data)
+        except OSError as error:
+            self._refuse(TemporaryFolderFailed(error.strerror))
 
     def _refuse_body(self) -> None:
+        limit = self.channel.site.max_body_bytes
+        reason = f"body: larger than {limit} bytes; send less, or raise max_body_bytes"
+        self._refuse(BodyTooLarge(reason))
+
+    def _refuse(self, error: ManagerError) -> None:
         # Without this, Twisted would ask a client that waits for "100 Continue" to go on.
         self.requestHeaders.removeHeader(b"expect")
-        limit = self.channel.site.max_body_bytes
-        self.channel.refuse(413, BodyTooLarge(f"body: larger than {limit} bytes"))
+        self.channel.refuse(error_status(error), error)
 
     def getRequestHostname(self) -> bytes:
         """Return a constant: routes do not depend on ``Host``, which may hold anything."""
@@ -9376,7 +9459,9 @@ class ApiSite(Site):
     displayTracebacks = False
     noisy = False
 
-    def __init__(self, resource: Resource, reactor: Any, max_body_bytes: int) -> None:
+    def __init__(
+        self, resource: Resource, reactor: Any, max_body_bytes: int, policy: AccessPolicy
+    ) -> None:
         Site.__init__(
             self,
             resource,
@@ -9385,6 +9470,7 @@ class ApiSite(Site):
             parsePOSTFormSubmission=False,
         )
         self.max_body_bytes = max_body_bytes
+        self.policy = policy
         self.channels: set[ApiChannel] = set()
         self.closing = False
         self._emptied: Event[None] = Event()
@@ -9432,7 +9518,7 @@ class AccessPolicy:
         origin = header_text(request, b"origin")
         if self.token is not None:
             scheme, _, given = (header_text(request, b"authorization") or "").partition(" ")
-            matches = hmac.compare_digest(given.strip().encode(), self.token.encode())
+            matches = hmac.compare_digest(given.strip().encode("latin-1"), self.token.encode())
             if scheme.lower() != "bearer" or not matches:
                 raise Unauthorized("send the manager's token: Authorization: Bearer <token>")
         elif host is not None and not self._is_ours(host, request):
@@ -9570,7 +9656,7 @@ def _endpoint(
         async def route(api: Api, request: Request, **arguments: Any) -> bytes | None:
             try:
                 if schema is not None:
-                    arguments["body"] = structure(await api.read_json(request), schema)
+                    arguments["body"] = await api.read_json(request, schema)
                 return api.reply(request, 200, await handler(api, request, **arguments))
             except CancelledError:
                 raise  # the client is gone; Klein knows
@@ -9695,7 +9781,8 @@ class Api:
     async def schema(self, request: Request) -> Answer:
         """Answer a contract's schema."""
         moment = deployment_timestamp(request)
-        return {"schema": await self._contracts.schema(await self.read_body(request), moment)}
+        code = await self.read_body(request)
+        return await self.stream(request, await self._contracts.schema_pieces(code, moment))
 
     @_endpoint(app, "POST", "/contract/detect-version")
     async def detect_version(self, request: Request) -> Answer:
@@ -9792,37 +9879,37 @@ class Api:
                 "list it in env_allow in the configuration if it is meant"
             )
         try:
-            self._spawner.set_variable(key, value)
+            check_environment(os.fsencode(key), os.fsencode(value))
         except UnicodeEncodeError:
             raise EnvironmentRefused("key, value: half a surrogate pair is not text") from None
+        self._spawner.set_variable(key, value)
         self.log.info("environment variable set", key=key)
         return {"result": "env_var_set", "key": key}
 
     # --- reading and writing ---
 
-    async def read_json(self, request: Request) -> JsonObject:
-        """Return the JSON object in a request's body; a large one is parsed in a thread."""
-        return await self._read(request, parse_json_object)
+    async def read_json(self, request: Request, schema: type[Schema]) -> Schema:
+        """Return the JSON in a request's body as an instance of a class; see ``structure``."""
+        return await self._read(request, lambda data: structure(parse_json_object(data), schema))
 
     async def read_body(self, request: Request) -> bytes:
         """Return a request's body."""
         return await self._read(request, bytes)
 
     async def _read(self, request: Request, parse: Callable[[bytes], Value]) -> Value:
+        """Return what is made of a request's body, in a thread if it is large."""
         content = request.content
         assert content is not None  # handlers are called before a disconnect closes the body
         if isinstance(content, io.BytesIO):
             return parse(content.getvalue())
 
         def read() -> Value:
-            return parse(content.read())
+            with content:
+                return parse(content.read())
 
-        # The body must outlive a client that disconnects meanwhile: the request would close it.
+        # The thread closes the body: the request would do it as soon as the client disconnects.
         request.content = None
-        try:
-            return await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), read)
-        finally:
-            content.close()
+        return await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), read)
 
     async def stream(self, request: Request, pieces: Iterator[bytes]) -> Answer:
         """Send JSON piece by piece; returns what a handler returns when its answer is sent."""
@@ -9851,15 +9938,10 @@ class Api:
             request_id = f"{self._boot_id[:8]}-{self._last_request}"
             self.log.failure("a request failed unexpectedly", Failure(error), request_id=request_id)
             error = ManagerError(f"internal error; the log of the manager has it as {request_id}")
-        status = error_status(error)
-        if isinstance(error, MethodNotAllowed):
-            request.setHeader("allow", ", ".join(error.allowed))
-        if status == 503:
-            request.setHeader("retry-after", str(RETRY_AFTER_SECONDS))
-        if status == 401:
-            request.setHeader("www-authenticate", "Bearer")
+        for name, value in error_headers(error).items():
+            request.setHeader(name, value)
         error.message = self._observer.redactor.scrub(error.message)
-        return self.reply(request, status, error_body(error, request_id))
+        return self.reply(request, error_status(error), error_body(error, request_id))
 
     @app.handle_errors(HTTPException)
     def routing_failed(self, request: Request, failure: Failure) -> bytes | None:
@@ -9909,6 +9991,17 @@ def _naming(path: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise InvalidRequest(f"{path}: {error}") from None
+
+
+def check_environment(key: bytes, value: bytes) -> None:
+    """Raise ``EnvironmentRefused`` if no child could be started with this variable."""
+    size = len(key) + len(value) + 1
+    total = sum(len(k) + len(v) + 2 for k, v in (os.environb | {key: value}).items())
+    if size > ARGUMENT_MAX_BYTES or total > ENVIRONMENT_MAX_BYTES:
+        raise EnvironmentRefused(
+            f"value: {size} bytes with its key, {total} in the whole environment; shorten it: "
+            f"children can have {ARGUMENT_MAX_BYTES} and {ENVIRONMENT_MAX_BYTES}"
+        )
 
 
 def deployment_timestamp(request: Request) -> datetime:
@@ -10386,7 +10479,7 @@ class _Step:
 def _parse_steps(text: str) -> list[_Step]:
     """Return the steps of a script; raises _Outcome for a step that does not exist."""
     steps = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         name, _, rest = line.strip().partition(" ")
         if name and not name.startswith("#"):
             step = _Step(number, name, rest.strip())
@@ -11004,13 +11097,20 @@ DEMO_ACCOUNT = bytes(19) + b"\x01"
 
 
 def make_practice_root(root: Path, version: str = DEMO_VERSION) -> None:
-    """Make a GenVM root: a manifest with one version, and the practice executor for it."""
-    install_practice_executor(root, version)
+    """Make a GenVM root: a manifest with one version, and the practice executor for it.
+
+    Raises ``ConfigError`` for the root of something else, and if the files cannot be written.
+    """
     manifest = root / "data" / "manifest.yaml"
-    manifest.parent.mkdir(exist_ok=True)
-    manifest.write_text(
-        f'executor_versions: {{{version}: {{available_after: "2025-01-01T00:00:00Z"}}}}\n'
-    )
+    text = f'executor_versions: {{{version}: {{available_after: "2025-01-01T00:00:00Z"}}}}\n'
+    try:
+        if manifest.exists() and manifest.read_text(encoding="utf-8", errors="replace") != text:
+            raise ConfigError(f"{root} is the root of other executors: give a new folder")
+        install_practice_executor(root, version)
+        manifest.parent.mkdir(exist_ok=True)
+        manifest.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}: give another folder") from None
 
 
 class _DemoManager(ProcessProtocol):
@@ -11224,8 +11324,9 @@ class ManagerService(Service):
         if token is not None:
             observer.redactor.add(token, lasting=True)
         hosts = frozenset(name.lower() for name in config.allowed_hosts)
-        root = ApiResource(self.api, AccessPolicy(token, hosts))
-        self.site = ApiSite(root, reactor, config.max_body_bytes)
+        policy = AccessPolicy(token, hosts)
+        root = ApiResource(self.api, policy)
+        self.site = ApiSite(root, reactor, config.max_body_bytes, policy)
         self._ports: list[Any] = []
         self._parent: ParentWatch | None = None
         self._stopping: Deferred[None] | None = None
@@ -11485,11 +11586,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = options.pop("command")
     if command == "demo":
         return run_demo()
-    if command == "practice-root":
-        make_practice_root(options["folder"].resolve())
-        return 0
     flags = {name: text for name, text in options.items() if text is not None}
     try:
+        if command == "practice-root":
+            make_practice_root(options["folder"].resolve())
+            return 0
         config = load_config(flags, os.environ)
         return check_config(config) if command == "check-config" else serve(config)
     except ManagerError as error:

@@ -1,4 +1,7 @@
-"""Section 6: the version that a contract states, and the writes that deploy it."""
+"""Section 6: the version that a contract states, and the writes that deploy it.
+
+How code is inspected in threads (section 10c) is here too; the rest of it is in ``integration``.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,37 @@ import hashlib
 import importlib.metadata
 import io
 import sys
+import threading
 import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wasmtime
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from twisted.internet.defer import CancelledError, Deferred
 
+import genvm_manager
 from genvm_manager import (
     CODE_SLOT,
+    INLINE_CODE_BYTES,
+    Config,
+    ContractOperations,
     InvalidRequest,
+    Manifest,
+    ManifestStore,
+    Version,
     deployment_writes,
     stated_major,
     stated_version,
 )
+
+from .support import PATIENCE, async_test, outcome, real_reactor, soon
 
 NEWEST = 7
 """The newest major in these tests; contracts that state a version state 1."""
@@ -60,6 +76,8 @@ def bounded(action: Callable[[], int]) -> tuple[int, int]:
         (b"#v1.2.3", 1),
         (b"--v1.2.3", 1),
         (b"# \t  v1.2.3 \t \nx", 1),
+        ("#\N{NO-BREAK SPACE}v1.2.3\n".encode(), 1),
+        ("# \N{IDEOGRAPHIC SPACE}\tv1.2.3\n".encode(), 1),
         # No comment, or not where it counts.
         (b"", NOTHING),
         (b"\n", NOTHING),
@@ -445,6 +463,25 @@ def test_an_archive_of_many_members(count: int) -> None:
     assert memory < 32 * MIB
 
 
+def test_a_directory_is_bounded_wherever_it_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later versions of Python find zip64 records in places where this one does not look."""
+    count = 200_000
+    entry = CENTRAL + bytes(24) + (1).to_bytes(2, "little") + bytes(16) + b"a"
+    library: Any = zipfile
+    find_record = library._EndRecData
+
+    def find_another_record(file: io.BytesIO) -> list[Any]:
+        record: list[Any] = find_record(file)
+        record[library._ECD_SIZE] = count * len(entry)
+        return record
+
+    monkeypatch.setattr(library, "_EndRecData", find_another_record)
+    code = entry * count + END + bytes(18)
+    found, memory = bounded(lambda: stated_major(code, NEWEST))
+    assert found == NOTHING
+    assert memory < 32 * MIB
+
+
 # --- hostile input ---
 
 LARGE = 16 * MIB
@@ -603,3 +640,53 @@ def test_code_that_fits_in_no_slot() -> None:
     code = bytes(1 << 32)  # zero pages, which cost nothing until they are read
     with pytest.raises(InvalidRequest, match="slot"):
         deployment_writes(code)
+
+
+# --- in threads ---
+
+
+class CountingPool:
+    """The reactor and its thread pool, with a count of what the pool was asked to do."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def getThreadPool(self) -> CountingPool:
+        return self
+
+    def callInThreadWithCallback(self, *work: Any) -> None:
+        self.asked += 1
+        real_reactor().getThreadPool().callInThreadWithCallback(*work)
+
+    def callFromThread(self, *work: Any) -> None:
+        real_reactor().callFromThread(*work)
+
+
+@async_test
+async def test_a_client_that_leaves_frees_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many clients come and leave, one thread inspects code."""
+    go = threading.Event()
+
+    def inspect(code: bytes, newest: int) -> int:
+        assert go.wait(PATIENCE)
+        return code[0]
+
+    monkeypatch.setattr(genvm_manager, "stated_major", inspect)
+    pool, store = CountingPool(), ManifestStore(Config())
+    moment = datetime(2025, 6, 1, tzinfo=UTC)
+    store.manifest = Manifest((Version((7, 0, 0), "v7.0.0", moment),))
+    nobody: Any = None
+    contracts = ContractOperations(Config(), pool, store, nobody, nobody)
+
+    def major(code: bytes) -> Deferred[int]:
+        return Deferred.fromCoroutine(contracts.major(code * (INLINE_CODE_BYTES + 1), moment))
+
+    first, second, third = major(b"1"), major(b"2"), major(b"3")
+    gone = [outcome(first), outcome(second)]
+    first.cancel()
+    second.cancel()
+    assert [type(error) for (error,) in gone] == [CancelledError, CancelledError]
+    assert pool.asked == 1
+    go.set()
+    assert await soon(third) == ord("3")
+    assert pool.asked == 2

@@ -32,6 +32,8 @@ from genvm_manager import (
     encode_calldata,
 )
 
+from .support import observing
+
 ME = b"\x01" * 20
 OTHER = b"\x02" * 20
 SLOT = b"\x05" * 32
@@ -96,8 +98,14 @@ def drain(session: HostSession) -> bytes:
 class Peer:
     """A HostFactory with one connection on a StringTransport."""
 
-    def __init__(self, state: HostState | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        state: HostState | None = None,
+        transport: type[StringTransport] = StringTransport,
+        **options: Any,
+    ) -> None:
         self.clock = Clock()
+        self.make_transport = transport
         self.state = state or make_state()
         self.factory = HostFactory(self.state, self.clock, **options)
         self.results: list[HostOutcome | Failure] = []
@@ -107,7 +115,7 @@ class Peer:
     def connect(self) -> tuple[StringTransport, HostProtocol]:
         protocol = self.factory.buildProtocol(None)
         assert protocol is not None
-        transport = StringTransport()
+        transport = self.make_transport()
         protocol.makeConnection(transport)
         return transport, protocol
 
@@ -169,6 +177,15 @@ def test_readonly_host_stores_nothing() -> None:
     assert drain(session) == b"\x02" + b"\x00abc"
 
 
+def test_refusals_do_not_flood_the_log() -> None:
+    session = HostSession(make_state())
+    session.feed((storage_write(7, b"new") + EXCHANGES["eth_send"][0]) * 100)
+    logged: list[str] = []
+    with observing(lambda event: logged.append(str(event.get("method")))):
+        assert drain(session) == b"\x02" * 200
+    assert logged == ["storage_write", "eth_send"]
+
+
 def test_storage_is_zero_where_nothing_was_written_and_per_account() -> None:
     session = HostSession(make_state(writable=True))
     session.feed(storage_read(0, 12) + storage_read(7, 3, account=OTHER) + storage_read(7, 0))
@@ -184,15 +201,26 @@ def test_every_storage_mode_reads_the_same(mode: int) -> None:
     assert drain(session) == b"\x00abc"
 
 
-@given(st.lists(st.tuples(st.integers(0, 9000), st.binary(min_size=1, max_size=9000)), max_size=8))
-@settings(max_examples=50, deadline=None)
-def test_storage_behaves_like_one_array(writes: list[tuple[int, bytes]]) -> None:
-    storage, model = HostStorage(), bytearray(20_000)
-    for index, data in writes:
-        assert storage.write(ME, SLOT, index, data)
+PAGE = HostStorage._PAGE_BYTES
+# Around the borders of pages, and as long as two of them.
+WRITES = st.tuples(
+    st.sampled_from([0, PAGE, 2 * PAGE]),
+    st.integers(-5, 5),
+    st.one_of(st.integers(1, 10), st.integers(PAGE - 10, PAGE + 10), st.integers(1, 2 * PAGE)),
+    st.binary(min_size=1, max_size=7),
+    st.booleans(),
+).map(lambda w: (max(0, w[0] + w[1]), (w[3] * w[2])[: w[2]], w[4]))
+
+
+@given(st.lists(WRITES, max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_storage_behaves_like_one_array(writes: list[tuple[int, bytes, bool]]) -> None:
+    storage, model = HostStorage(), bytearray(5 * PAGE)
+    for index, data, share in writes:
+        assert storage.write(ME, SLOT, index, data, share=share)
         model[index : index + len(data)] = data
-    assert storage.read(ME, SLOT, 0, len(model)) == model
-    assert storage.read(ME, SLOT, 4000, 5000) == model[4000:9000]
+    assert b"".join(storage.read(ME, SLOT, 0, len(model))) == model
+    assert b"".join(storage.read(ME, SLOT, 4000, 2 * PAGE)) == model[4000 : 4000 + 2 * PAGE]
 
 
 def test_full_storage_answers_out_of_gas_and_keeps_what_it_has() -> None:
@@ -403,19 +431,6 @@ def test_one_run_takes_one_connection() -> None:
     assert len(peer.results) == 1
 
 
-def test_many_runs_share_the_state() -> None:
-    peer = Peer(make_state(writable=True), many=True)
-    second, protocol = peer.connect()
-    peer.protocol.dataReceived(storage_write(0, b"shared") + RESULT)
-    later: list[HostOutcome] = []
-    peer.factory.when_done().addCallback(later.append)
-    assert later == []
-    protocol.dataReceived(storage_read(0, 6) + b"\x03" + blob(b"\x02oops"))
-    assert second.value() == b"\x00shared" + b"\x00"
-    assert [r.kind for r in peer.results if isinstance(r, HostOutcome)] == ["return"]
-    assert [r.kind for r in later] == ["vm_error"]
-
-
 def test_every_waiter_gets_the_outcome_early_or_late() -> None:
     peer = Peer()
     seen: list[HostOutcome] = []
@@ -458,8 +473,10 @@ def test_abandon_before_during_and_after() -> None:
 
     ended = Peer()
     ended.protocol.dataReceived(RESULT)
+    assert not ended.transport.disconnected, "the acknowledgement may still be on its way"
     ended.factory.abandon("too late")
     assert ended.results == [HostOutcome("return", encode_calldata("done"))]
+    assert ended.transport.disconnected, "whoever does not read it keeps no connection open"
 
 
 @pytest.mark.parametrize(
@@ -496,6 +513,22 @@ def test_a_huge_outcome_is_described_in_bounds() -> None:
         text = describe_outcome(HostOutcome("return", encode_calldata(value)))
         assert 4000 < len(text) < 4100
         assert "characters)" in text
+
+
+@pytest.mark.parametrize("kind", ["return", "user_error"])
+def test_what_is_not_shown_of_an_outcome_is_not_rendered(kind: Any) -> None:
+    outcome = HostOutcome(kind, encode_calldata([bytes(10_000_000), "\0" * 10_000_000]))
+    tracemalloc.start()
+    try:
+        text = describe_outcome(outcome)
+        # The decoded value alone has as many bytes as the outcome.
+        assert tracemalloc.get_traced_memory()[1] < 1.6 * len(outcome.data)
+    finally:
+        tracemalloc.stop()
+    assert 4000 < len(text) < 4100
+
+
+def test_a_huge_error_is_described_in_bounds() -> None:
     assert len(describe_outcome(HostOutcome("vm_error", b"y" * 10_000_000))) < 4100
 
 
@@ -520,6 +553,38 @@ def test_a_deployed_contract_is_read_back() -> None:
     small = HostState(contract=ME, calldata=b"", storage=HostStorage(1000))
     with pytest.raises(HostProtocolError, match="does not fit"):
         small.deploy(deployment_writes(code))
+
+
+def test_deployed_code_is_not_copied() -> None:
+    code = bytes(20_000_000)
+    tracemalloc.start()
+    try:
+        state = HostState(contract=ME, calldata=b"")
+        state.deploy(deployment_writes(code))
+        session = HostSession(state)
+        session.feed(storage_read(4, len(code), slot=CODE_SLOT) + storage_read(0, HOST_BLOB_LIMIT))
+        sent = 0
+        while (piece := session.step()) is not None:
+            sent += len(piece)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert sent == 1 + len(code) + 1 + HOST_BLOB_LIMIT
+
+
+def test_a_large_answer_waits_for_its_reader() -> None:
+    """Nothing of the next request is served before the last piece of an answer is sent."""
+    peer = Peer(make_state(), transport=FullTransport)
+    peer.protocol.dataReceived(storage_read(0, HOST_BLOB_LIMIT) + RESULT)
+    assert len(peer.transport.value()) < 4 * FullTransport.room
+    received = 0
+    while not peer.results:
+        received += len(peer.transport.value())
+        peer.transport.clear()
+        peer.protocol.resumeProducing()
+    received += len(peer.transport.value())
+    assert received == 1 + HOST_BLOB_LIMIT + 1
+    assert not peer.clock.getDelayedCalls()
 
 
 def test_the_calldata_of_an_outcome_decodes() -> None:

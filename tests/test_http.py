@@ -824,6 +824,15 @@ def test_a_token_is_required_everywhere(
         assert "t0ken-t0ken" not in response.json["error"]
 
 
+def test_a_token_beyond_ascii(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("gr\u00fcn-\u2713", encoding="utf-8")
+    manager = Manager(tmp_path, auth_token_file=file)
+    right, wrong = b"Bearer gr\xc3\xbcn-\xe2\x9c\x93", b"Bearer gr\xfcn"
+    assert manager.request("GET", "/status", authorization=right).status == 200
+    assert manager.request("GET", "/status", authorization=wrong).status == 401
+
+
 def test_the_token_appears_in_no_answer_and_no_log(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("t0ken-t0ken\n")
@@ -953,8 +962,8 @@ def test_an_idle_connection_is_closed(manager: Manager) -> None:
     [
         b"",
         b"GET /status HTTP/1.1\r\nX: ",
-        b"POST /permits HTTP/1.1\r\nHost: h\r\nContent-Length: 100000\r\n\r\n",
-        b"POST /permits HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n100000\r\n",
+        b"POST /permits HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 100000\r\n\r\n",
+        b"POST /permits HTTP/1.1\r\nHost: [::1]\r\nTransfer-Encoding: chunked\r\n\r\n100000\r\n",
     ],
     ids=["request line", "header", "body", "chunk"],
 )

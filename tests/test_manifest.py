@@ -366,6 +366,19 @@ def test_rerouting_needs_no_manifest_and_replaces_any_version(tmp_path: Path) ->
     assert store.resolve(0, at(6)) == "local-build"
 
 
+@pytest.mark.parametrize(("replacement", "major"), [("local-build", 0), ("v3.0.0-dev", 3)])
+def test_the_major_of_a_replacement(tmp_path: Path, replacement: str, major: int) -> None:
+    """It counts where the manifest has nothing, for runs take place there as well."""
+    path = tmp_path / "m.yaml"
+    store = make_store(path, reroute_to=replacement)
+    store.load()
+    assert store.newest_major(at(1)) == major
+    write(path, f"executor_versions: {{v7.0.0: {{available_after: {DAY.format(5)}}}}}")
+    store.load()
+    assert store.newest_major(at(1)) == major
+    assert store.newest_major(at(6)) == 7
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -30,6 +30,7 @@ from genvm_manager import (
     deployment_writes,
     encode_calldata,
     install_practice_executor,
+    main,
     practice_executor_source,
 )
 
@@ -472,6 +473,11 @@ def test_references(make: Callable[..., Run]) -> None:
     assert isinstance(data["k"][0], Address)
 
 
+def test_only_a_newline_ends_a_step(make: Callable[..., Run]) -> None:
+    run = make('return "a\u2028b\x85c"\r')()
+    assert run.outcome == ("return", "a\u2028b\x85c")
+
+
 def test_stored_values_last_across_runs(make: Callable[..., Run]) -> None:
     storage = HostStorage()
     message = MESSAGE | {"is_init": True}
@@ -483,7 +489,8 @@ def test_stored_values_last_across_runs(make: Callable[..., Run]) -> None:
     assert second.outcome == ("return", [{"n": 2**70}, {"n": 2**70}, None])
     slot = hashlib.sha3_256(b"practice:total").digest()
     wire = encode_calldata({"n": 2**70})
-    assert storage.read(ME, slot, 0, 4 + len(wire)) == len(wire).to_bytes(4, "little") + wire
+    stored = b"".join(storage.read(ME, slot, 0, 4 + len(wire)))
+    assert stored == len(wire).to_bytes(4, "little") + wire
 
 
 @pytest.mark.parametrize(
@@ -751,3 +758,27 @@ def test_ignore_sigterm(make: Callable[..., Run]) -> None:
     (run.directory / "go").touch()
     run.finish()
     assert (run.status, run.outcome) == (0, ("return", 1))
+
+
+def test_a_practice_root_replaces_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Made twice it is the same; the root of a release stays as it is."""
+    program = tmp_path / "executor" / "v0.1.0" / "bin" / "genvm"
+    assert main(["practice-root", str(tmp_path)]) == 0
+    assert main(["practice-root", str(tmp_path)]) == 0
+    program.write_text("a release\n")
+    manifest = tmp_path / "data" / "manifest.yaml"
+    manifest.write_text("executor_versions: {}\n")
+    assert main(["practice-root", str(tmp_path)]) == 1
+    assert "new folder" in capsys.readouterr().err
+    assert manifest.read_text() == "executor_versions: {}\n"
+    assert program.read_text() == "a release\n"
+
+
+def test_a_practice_root_that_cannot_be_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["practice-root", str(tmp_path / "file")]) == 1
+    assert "Not a directory" in capsys.readouterr().err

@@ -21,6 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self, TypeVar
 
@@ -495,6 +496,42 @@ class Daemon:
         assert self.process.stdout is not None
         self.process.stdout.close()
         self._stderr.close()
+
+
+# --- GET /status meanwhile ---
+
+
+def latencies(daemon: Daemon, until: Future[Any]) -> list[float]:
+    """Return how many milliseconds each ``GET /status`` took until something else was done."""
+    connection = http.client.HTTPConnection(daemon.address, timeout=WAIT)
+    found: list[float] = []
+    try:
+        while not until.done() or not found:
+            start = time.perf_counter()
+            connection.request("GET", "/status")
+            connection.getresponse().read()
+            found.append((time.perf_counter() - start) * 1000)
+    finally:
+        connection.close()
+    return sorted(found)
+
+
+def watched(daemon: Daemon, what: str, action: Callable[[], Any], *, at_most: float = 1.0) -> Any:
+    """Return what an action returns, reporting how many ms ``/status`` took meanwhile.
+
+    No ``/status`` may take more than the part ``at_most`` of the time of the action.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        start = time.perf_counter()
+        future = pool.submit(action)
+        found = latencies(daemon, future)
+        seconds = time.perf_counter() - start
+        value = future.result()
+    p99, worst = found[int(len(found) * 0.99)], found[-1]
+    report(f"{what}: {seconds:.2f} s; /status p99 {p99:.1f} ms, max {worst:.1f} ms, n {len(found)}")
+    assert p99 < 5000, "the reactor was held"
+    assert worst <= at_most * seconds * 1000, "the reactor was held"
+    return value
 
 
 # --- a host ---

@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 
 from .conftest import IDLE, Start
-from .support import MEMORY_LIMIT, VERSION, Daemon, Reply, Root, message, report, run_body
+from .support import (
+    MEMORY_LIMIT,
+    VERSION,
+    Daemon,
+    Reply,
+    Root,
+    message,
+    report,
+    run_body,
+    watched,
+)
 
 MISSING = object()
 TOO_LONG = 131_072
@@ -103,6 +113,16 @@ def test_everything_wrong_is_named(daemon: Daemon) -> None:
     refused(daemon, body, "invalid_request", "major: ", "is_sync: ", "host: ")
 
 
+def test_many_arguments_delay_nobody(daemon: Daemon) -> None:
+    """It is a thread that looks at a large request."""
+    body = changed(extra_args=[""] * 480_000)
+
+    def ask() -> Reply:
+        return refused(daemon, body, "invalid_request", "extra_args: 480000 arguments")
+
+    watched(daemon, "480000 arguments", ask, at_most=0.3)
+
+
 @pytest.mark.parametrize(
     "timestamp",
     [
@@ -154,7 +174,7 @@ def test_an_argument_of_the_largest_size(root: Root, start: Start) -> None:
     assert str(TOO_LONG - 1) in status["stdout"].split()
 
 
-@pytest.mark.parametrize("count", [40, 200_000])
+@pytest.mark.parametrize("count", [40, 4096])
 def test_more_arguments_than_the_kernel_takes(daemon: Daemon, count: int) -> None:
     body = changed(extra_args=["x" * min(130_000, 5_000_000 // count)] * count)
     refused(daemon, body, "spawn_failed", VERSION, "extra_args")

@@ -114,6 +114,17 @@ def test_malformed_http(daemon: Daemon, request_bytes: bytes, pipelined: bool) -
     assert reply.headers["connection"] == "close"
 
 
+@pytest.mark.parametrize(
+    "head",
+    [b"GET /" + b"x" * 20_000, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 501],
+    ids=["long line", "many headers"],
+)
+def test_a_head_that_is_too_large_is_told_the_limits(daemon: Daemon, head: bytes) -> None:
+    error = talk(daemon, head + b"\r\n\r\n").json["error"]
+    assert "500 headers" in error
+    assert "16384 bytes" in error
+
+
 def test_malformed_http_closes_the_connection(daemon: Daemon) -> None:
     with daemon.connect() as peer:
         peer.sendall(DRAIN + b"no colon here\r\n\r\n")
@@ -214,6 +225,22 @@ def test_a_body_over_the_limit_is_not_asked_for(daemon: Daemon) -> None:
     with daemon.connect() as peer:
         peer.sendall(head)
         assert peer.recv(12) == b"HTTP/1.1 413"
+
+
+@pytest.mark.parametrize("size", [b"Content-Length: 5000000", b"Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("expect", [b"", b"Expect: 100-continue\r\n"])
+def test_a_body_of_somebody_who_may_not_send_it(
+    daemon: Daemon, guarded: Daemon, size: bytes, expect: bytes
+) -> None:
+    """The answer comes before the body, which would take room on the disk."""
+    head = b"POST /genvm/run HTTP/1.1\r\n%s%s\r\nHost: %s\r\n\r\n"
+    for asked, host, status in ((guarded, b"localhost", 401), (daemon, b"evil.example", 403)):
+        with asked.connect() as peer:
+            peer.sendall(head % (expect, size, host))
+            reply = response_on(peer)
+        assert reply.status == status
+        assert reply.headers["connection"] == "close"
+        assert ("www-authenticate" in reply.headers) == (status == 401)
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -8,9 +8,10 @@ import http.client
 import json
 import os
 import re
+import resource
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .support import (
     alive,
     eventually,
     report,
+    watched,
 )
 
 MIB = 1 << 20
@@ -469,7 +471,7 @@ def test_a_client_that_leaves_while_writes_are_sent(daemon: Daemon) -> None:
     is_answer(ask(daemon, WRITES, b"# v0.1.0\n"), writes_of(b"# v0.1.0\n"))
 
 
-# --- /status meanwhile ---
+# --- large and hostile code ---
 
 
 def raw_post(daemon: Daemon, path: str, code: bytes) -> bytes:
@@ -483,35 +485,6 @@ def raw_post(daemon: Daemon, path: str, code: bytes) -> bytes:
         connection.close()
     assert response.status == 200, body[:2000]
     return body
-
-
-def latencies(daemon: Daemon, until: Future[Any]) -> list[float]:
-    """Return how many milliseconds each ``GET /status`` took until something else was done."""
-    connection = http.client.HTTPConnection(daemon.address, timeout=SLOW)
-    found: list[float] = []
-    try:
-        while not until.done() or not found:
-            start = time.perf_counter()
-            connection.request("GET", "/status")
-            connection.getresponse().read()
-            found.append((time.perf_counter() - start) * 1000)
-    finally:
-        connection.close()
-    return sorted(found)
-
-
-def watched(daemon: Daemon, what: str, action: Callable[[], Any]) -> Any:
-    """Return what an action returns, reporting how long ``/status`` took meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        start = time.perf_counter()
-        future = pool.submit(action)
-        found = latencies(daemon, future)
-        seconds = time.perf_counter() - start
-        value = future.result()
-    p99, worst = found[int(len(found) * 0.99)], found[-1]
-    report(f"{what}: {seconds:.2f} s; /status p99 {p99:.1f} ms, max {worst:.1f} ms, n {len(found)}")
-    assert p99 < 5000, "the reactor was held"
-    return value
 
 
 def test_a_contract_of_20_megabytes(daemon: Daemon) -> None:
@@ -593,8 +566,11 @@ def last_run(daemon: Daemon) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "schema",
-    ["{}", "", 'a "quoted" text\n\\', "größer, ✓ \N{PILE OF POO}", "\0", "x" * MIB],
-    ids=["JSON", "empty", "quoted", "wide", "NUL", "long"],
+    [
+        *("{}", "", 'a "quoted" text\n\\', "größer, ✓ \N{PILE OF POO}", "\0", "x" * MIB),
+        '\N{PILE OF POO}"' * 100_000,
+    ],
+    ids=["JSON", "empty", "quoted", "wide", "NUL", "long", "long and wide"],
 )
 def test_a_schema(daemon: Daemon, schema: str) -> None:
     code = schema_contract(f"return {json.dumps(schema)}")
@@ -632,7 +608,8 @@ FAILURES = {
     "user error": (schema_contract("error out of cheese"), ("user error: out of cheese",)),
     "VM error": (schema_contract("vm-error exit_code 1"), ("VM error: exit_code 1",)),
     "internal error": (schema_contract(hex_result(3, b"oops")), ("internal error: oops",)),
-    "writes": (schema_contract("store x 1", 'return "no"'), ("storage_write", "error 2")),
+    "writes": (schema_contract("store x 1", 'return "no"'), ("forbidden: storage write",)),
+    "asks a module": (schema_contract("ask-llm x", 'return "no"'), ("forbidden",)),
     "dies": (schema_contract("die KILL"), ("without a result",)),
     "exits": (schema_contract("exit 0"), ("without a result",)),
     "dies in a request": (
@@ -694,11 +671,29 @@ def test_a_long_error_is_cut(daemon: Daemon) -> None:
     assert len(reply.raw) < 20_000
 
 
+@pytest.mark.parametrize("code", [0, 1], ids=["return", "user error"])
+def test_a_result_of_many_values_delays_nobody(daemon: Daemon, code: int) -> None:
+    """To decode it takes more than a second, which is not the reactor's."""
+    step = hex_result(code, encode_calldata([0] * 999_000))
+
+    def ask_too() -> Reply:
+        return ask(daemon, SCHEMA, schema_contract(step, "sleep 60"))
+
+    reply = watched(daemon, "a result of many values", ask_too, at_most=0.3)
+    is_error(reply, "contract_failed", ("the schema is no text", "user error: [0, 0")[code])
+    assert len(reply.raw) < 10_000
+
+
+def test_a_schema_that_is_too_large(daemon: Daemon) -> None:
+    code = schema_contract(f'return "{"x" * 5 * MIB}"')
+    is_error(ask(daemon, SCHEMA, code), "contract_failed", "consume_result", f"{4 * MIB}")
+
+
 def test_storage_is_read_and_never_written(daemon: Daemon) -> None:
     """What is not the contract's code reads as zeros, in every run anew."""
     code = schema_contract("load x", 'set ["$last"]', "store x 5", 'return "no"')
     for _ in range(2):
-        is_error(ask(daemon, SCHEMA, code), "contract_failed", "storage_write")
+        is_error(ask(daemon, SCHEMA, code), "contract_failed", "storage write")
     is_answer(ask(daemon, SCHEMA, schema_contract("load x", 'return "ok"')), {"schema": "ok"})
     is_error(
         ask(daemon, SCHEMA, schema_contract('return "$storage.x"')), "contract_failed", "string"
@@ -863,20 +858,33 @@ def test_the_end_of_the_manager_during_a_run(tmp_path: Path, waits: bool) -> Non
         root.close()
 
 
-@pytest.mark.parametrize("state", ["long", "gone"])
+@pytest.mark.parametrize("state", ["long", "gone", "gone later", "full"])
 def test_a_temporary_folder_that_cannot_be_used(root: Root, state: str) -> None:
     """A socket's path has at most 107 bytes; whatever the folder, the answer is clear."""
-    folder = root.path / ("t" * 100)
+    folder = root.path / ("t" * (100 if state == "long" else 1))
     folder.mkdir()
+    if state == "gone":
+        folder.rmdir()
     daemon = Daemon.serve(root, environ={"TMPDIR": str(folder)})
+    code = schema_contract('return "hi"')
     try:
-        if state == "gone":
+        if state.startswith("gone"):
+            is_answer(ask(daemon, SCHEMA, code), {"schema": "hi"})
+        if state == "gone later":
             folder.rmdir()
-        reply = ask(daemon, SCHEMA, schema_contract('return "hi"'))
-        assert reply.status == 200 or reply.json["code"] != "internal_error", reply.raw
+        if state == "full":
+            resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (2 * MIB, 2 * MIB))
+            code += "#" * 5 * MIB
+        if state != "gone":
+            reply = ask(daemon, SCHEMA, code)
+            is_error(reply, "temporary_folder_failed", "TMPDIR")
+            assert str(folder) not in reply.json["error"]
+        if state == "gone later":
+            reply = ask(daemon, DETECT, "#" * 5 * MIB)
+            is_error(reply, "temporary_folder_failed", "TMPDIR")
         assert daemon.idle()
-        if state == "long":
-            assert list(folder.iterdir()) == []
+        assert not folder.exists() or list(folder.iterdir()) == []
+        assert "Traceback" not in daemon.text
     finally:
         daemon.close()
 

@@ -570,6 +570,7 @@ def test_environment(start: Start, root: Root) -> None:
     [
         *("", "A=B", "A\0B", "=", "PATH", "LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH"),
         *("PYTHONSTARTUP", "BASH_ENV", "IFS", "GCONV_PATH", "\ud800", "GENVM_MANAGED_BY"),
+        *("LUA_PATH", "LUA_CPATH_5_4", "LUA_INIT"),
     ],
 )
 def test_refused_variables(daemon: Daemon, key: str) -> None:
@@ -615,6 +616,22 @@ def test_a_value_with_half_a_surrogate_pair_in_the_environment(daemon: Daemon) -
     """What was refused must not break later executions."""
     daemon.request("POST", "/env", {"key": "HALF", "value": "\ud800"})
     assert daemon.result(daemon.run("exit 0"))["exit_code"] == 0
+
+
+def test_variables_with_which_nothing_can_be_started(daemon: Daemon) -> None:
+    """As large as the kernel takes is accepted, one byte more is not, nor too many of them."""
+    largest = "x" * (131_071 - len("LARGE="))
+    daemon.post("/env", {"key": "LARGE", "value": largest})
+    assert daemon.result(daemon.run("exit 0"))["exit_code"] == 0
+    reply = daemon.request("POST", "/env", {"key": "LARGE", "value": largest + "x"})
+    is_error(reply, 500, "environment_refused", "value: 131072 bytes")
+    keys = [f"LARGE_{number}" for number in range(40)]
+    replies = [daemon.request("POST", "/env", {"key": k, "value": "x" * 100_000}) for k in keys]
+    assert replies[0].status == 200
+    is_error(replies[-1], 500, "environment_refused", "whole environment")
+    assert daemon.result(daemon.run("exit 0"))["exit_code"] == 0
+    for key in ("LARGE", *keys):
+        daemon.post("/env", {"key": key, "value": ""})
 
 
 # --- manifest ---
