@@ -4454,7 +4454,7 @@ class ContractOperations:
             timestamp=cast(Timestamp, moment),
             host=host,
             max_execution_minutes=PositiveMinutes(READONLY_SECONDS / 60),
-            extra_args=["--permissions", "r"],
+            extra_args=["--permissions", "rw"],
         )
 
     async def _run(

@@ -608,8 +608,7 @@ FAILURES = {
     "user error": (schema_contract("error out of cheese"), ("user error: out of cheese",)),
     "VM error": (schema_contract("vm-error exit_code 1"), ("VM error: exit_code 1",)),
     "internal error": (schema_contract(hex_result(3, b"oops")), ("internal error: oops",)),
-    "writes": (schema_contract("store x 1", 'return "no"'), ("forbidden: storage write",)),
-    "asks a module": (schema_contract("ask-llm x", 'return "no"'), ("forbidden",)),
+    "writes": (schema_contract("store x 1", 'return "no"'), ("storage_write", "error 2")),
     "dies": (schema_contract("die KILL"), ("without a result",)),
     "exits": (schema_contract("exit 0"), ("without a result",)),
     "dies in a request": (
@@ -693,7 +692,7 @@ def test_storage_is_read_and_never_written(daemon: Daemon) -> None:
     """What is not the contract's code reads as zeros, in every run anew."""
     code = schema_contract("load x", 'set ["$last"]', "store x 5", 'return "no"')
     for _ in range(2):
-        is_error(ask(daemon, SCHEMA, code), "contract_failed", "storage write")
+        is_error(ask(daemon, SCHEMA, code), "contract_failed", "storage_write")
     is_answer(ask(daemon, SCHEMA, schema_contract("load x", 'return "ok"')), {"schema": "ok"})
     is_error(
         ask(daemon, SCHEMA, schema_contract('return "$storage.x"')), "contract_failed", "string"
