@@ -392,6 +392,7 @@ def test_what_cannot_be_spawned_is_an_error_with_a_reason_and_leaves_nothing(
     make: Any, reason: str, tmp_path: Path, spawner: Spawner
 ) -> None:
     argv = make(tmp_path)
+    gc.collect()  # of what earlier tests left
     before = sorted(os.listdir("/proc/self/fd"))
     owner = Owner()
     for _ in range(20):
