@@ -7589,44 +7589,72 @@ async def open_addresses(reactor: Any, target: Target) -> list[str]:
     return usable
 
 
-class ByteBudget:
-    """Counts received bytes, and says when they are too many."""
+class Traffic:
+    """The connections of one request or one page: how many bytes came, and which are open."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.used = 0
+        self.received = 0
+        self.connections: set[MeteredConnection] = set()
 
     def take(self, count: int) -> bool:
-        """Count bytes; False if the limit is exceeded."""
-        self.used += count
-        return self.used <= self.limit
+        """Count received bytes; False if the limit is exceeded."""
+        self.received += count
+        return self.received <= self.limit
+
+    def end(self) -> None:
+        """Close what is still open, since nobody needs it any more."""
+        for connection in list(self.connections):
+            connection.finish()
 
 
 class MeteredConnection(ProtocolWrapper):
-    """A connection that ends when more comes than its budget has."""
+    """A connection that ends when its traffic is too much, or is over."""
 
     transport: Any
 
-    def __init__(self, factory: Any, wrapped: Any, budget: ByteBudget) -> None:
+    def __init__(self, factory: Any, wrapped: Any, reactor: Any, traffic: Traffic) -> None:
         super().__init__(factory, wrapped)
-        self._budget = budget
+        self._reactor = reactor
+        self._traffic = traffic
+        self._linger: DelayedCall | None = None
+
+    def makeConnection(self, transport: Any) -> None:
+        """The connection is made."""
+        self._traffic.connections.add(self)
+        ProtocolWrapper.makeConnection(self, transport)
 
     def dataReceived(self, data: bytes) -> None:
         """Pass bytes on."""
-        if self._budget.take(len(data)):
+        if self._traffic.take(len(data)):
             ProtocolWrapper.dataReceived(self, data)
         else:
             self.transport.abortConnection()
+
+    def finish(self) -> None:
+        """Close TCP once everything is sent or the time for it is over.
+
+        What is above may wait for ever: TLS for the peer's farewell, HTTP for it to read.
+        """
+        self.transport.loseConnection()
+        self._linger = self._reactor.callLater(CLOSE_SECONDS, self.transport.abortConnection)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The connection is gone."""
+        self._traffic.connections.discard(self)
+        if self._linger is not None and self._linger.active():
+            self._linger.cancel()
+        ProtocolWrapper.connectionLost(self, reason)
 
 
 @implementer(IStreamClientEndpoint)
 class CheckedEndpoint:
     """Connects to a target: to the very address that was checked, so no second answer counts."""
 
-    def __init__(self, reactor: Any, target: Target, budget: ByteBudget) -> None:
+    def __init__(self, reactor: Any, target: Target, traffic: Traffic) -> None:
         self._reactor = reactor
         self._target = target
-        self._budget = budget
+        self._traffic = traffic
 
     def connect(self, protocolFactory: Any) -> Deferred[Any]:
         """See ``IStreamClientEndpoint``; fails as ``open_addresses`` does, too."""
@@ -7636,7 +7664,9 @@ class CheckedEndpoint:
         addresses = await open_addresses(self._reactor, self._target)
         metered: Any = WrappingFactory(protocol_factory)
         metered.noisy = False
-        metered.protocol = functools.partial(MeteredConnection, budget=self._budget)
+        metered.protocol = functools.partial(
+            MeteredConnection, reactor=self._reactor, traffic=self._traffic
+        )
         while True:
             address = addresses.pop(0)
             kind = TCP6ClientEndpoint if ":" in address else TCP4ClientEndpoint
@@ -7817,10 +7847,10 @@ class _Body:
 class _TargetEndpoints:
     """Leads an agent to a target that was checked, whatever it makes of the URL."""
 
-    def __init__(self, reactor: Any, target: Target, tls: Any, budget: ByteBudget) -> None:
+    def __init__(self, reactor: Any, target: Target, tls: Any, traffic: Traffic) -> None:
         self._target = target
         self._tls = tls
-        self._endpoint: Any = CheckedEndpoint(reactor, target, budget)
+        self._endpoint: Any = CheckedEndpoint(reactor, target, traffic)
 
     def endpointForURI(self, uri: object) -> Any:
         """See ``IAgentEndpointFactory``."""
@@ -7838,14 +7868,14 @@ class WebClient:
         self._rules = rules
         self._tls = BrowserLikePolicyForHTTPS()
 
-    async def fetch(self, request: WebRequest, budget: ByteBudget) -> WebResponse:
+    async def fetch(self, request: WebRequest, traffic: Traffic) -> WebResponse:
         """Return the response at the end of all redirects; raises ``RequestFailure``."""
         origin = request.target.url
         for _ in range(MAX_REDIRECTS + 1):
-            response, unpacked = await self._send(request, budget)
+            response, unpacked = await self._send(request, traffic)
             location = response.headers.getRawHeaders(b"location")
             if response.code not in _REDIRECTS or not location:
-                body = await self._read(request, response, budget, unpacked=unpacked)
+                body = await self._read(request, response, traffic, unpacked=unpacked)
                 headers = joined_headers(response.headers)
                 if unpacked:
                     headers.pop("content-encoding", None)
@@ -7867,7 +7897,7 @@ class WebClient:
             raise refused("SCHEMA_FORBIDDEN", url, "a redirect from https to http")
         return request.redirected(status, target)
 
-    async def _send(self, request: WebRequest, budget: ByteBudget) -> tuple[Any, bool]:
+    async def _send(self, request: WebRequest, traffic: Traffic) -> tuple[Any, bool]:
         """Return the response's head, and whether its body is to be decompressed."""
         target = request.target
         headers = Headers({k.encode(): [value] for k, value in request.headers.items()})
@@ -7876,7 +7906,7 @@ class WebClient:
             headers.setRawHeaders(b"accept-encoding", [b"gzip"])
         if not headers.hasHeader(b"user-agent"):
             headers.setRawHeaders(b"user-agent", [f"genvm-manager/{__version__}".encode()])
-        endpoints = _TargetEndpoints(self._reactor, target, self._tls, budget)
+        endpoints = _TargetEndpoints(self._reactor, target, self._tls, traffic)
         pool = HTTPConnectionPool(self._reactor, persistent=False)
         agent = Agent.usingEndpointFactory(self._reactor, endpoints, pool)
         body = None if request.body is None else _Body(request.body)
@@ -7887,13 +7917,13 @@ class WebClient:
         except (CancelledError, RequestFailure):
             raise
         except Exception as error:
-            raise self._problem("SENDING_REQUEST", target, error, budget) from None
+            raise self._problem("SENDING_REQUEST", target, error, traffic) from None
         coding = response.headers.getRawHeaders(b"content-encoding") or [b""]
         gzip = len(coding) == 1 and coding[0].strip().lower() in (b"gzip", b"x-gzip")
         return response, asks_gzip and gzip
 
     async def _read(
-        self, request: WebRequest, response: Any, budget: ByteBudget, *, unpacked: bool
+        self, request: WebRequest, response: Any, traffic: Traffic, *, unpacked: bool
     ) -> bytes:
         reader = (_GzipReader if unpacked else _BodyReader)(WEB_BODY_MAX_BYTES)
         response.deliverBody(reader)
@@ -7902,13 +7932,13 @@ class WebClient:
         except CancelledError:
             raise
         except Exception as error:
-            raise self._problem("READING_BODY", request.target, error, budget) from None
+            raise self._problem("READING_BODY", request.target, error, traffic) from None
 
     def _problem(
-        self, cause: str, target: Target, error: Exception, budget: ByteBudget
+        self, cause: str, target: Target, error: Exception, traffic: Traffic
     ) -> RequestFailure:
-        if budget.used > budget.limit:
-            return refused(cause, target.url, f"more than {budget.limit} bytes were received")
+        if traffic.received > traffic.limit:
+            return refused(cause, target.url, f"more than {traffic.limit} bytes were received")
         if isinstance(error, ProviderError):
             return refused(cause, target.url, error.message)
         return refused(cause, target.url, connection_problem(error)[1])
@@ -8290,10 +8320,10 @@ class SocksGate(ServerFactory):
 
     noisy = False
 
-    def __init__(self, reactor: Any, rules: UrlRules, budget: ByteBudget) -> None:
+    def __init__(self, reactor: Any, rules: UrlRules, traffic: Traffic) -> None:
         self._reactor = reactor
         self._rules = rules
-        self._budget = budget
+        self._traffic = traffic
         self._connections: list[Any] = []
         self.refusals: dict[str, RequestFailure] = {}
         self._port = reactor.listenTCP(0, self, interface="127.0.0.1")
@@ -8319,7 +8349,7 @@ class SocksGate(ServerFactory):
         try:
             target = Target(scheme, read_host(host), port)
             target = self._rules.admit(target, target.url)
-            endpoint = CheckedEndpoint(self._reactor, target, self._budget)
+            endpoint = CheckedEndpoint(self._reactor, target, self._traffic)
             return await connectProtocol(endpoint, _Relay())
         except RequestFailure as failure:
             if len(self.refusals) < SOCKS_CONNECTIONS:
@@ -8655,16 +8685,16 @@ class ChromiumRenderer:
         self._memory_mib = memory_mib
         self._slots = DeferredSemaphore(limit)
 
-    async def render(self, target: Target, mode: str, wait: float, budget: ByteBudget) -> Page:
+    async def render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
         """Return a rendered page; raises ``RequestFailure``. Cancelling ends Chromium."""
         await self._slots.acquire()
         try:
-            return await self._render(target, mode, wait, budget)
+            return await self._render(target, mode, wait, traffic)
         finally:
             self._slots.release()
 
-    async def _render(self, target: Target, mode: str, wait: float, budget: ByteBudget) -> Page:
-        gate = SocksGate(self._reactor, self._rules, budget)
+    async def _render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
+        gate = SocksGate(self._reactor, self._rules, traffic)
         visit = PageVisit(self._reactor, self._rules, target, gate)
         try:
             self._spawn(visit.browser, gate.address)
@@ -8845,14 +8875,14 @@ class WebdriverClient:
         self._timeout = timeout
         self._rules = rules
 
-    async def render(self, target: Target, mode: str, wait: float, budget: ByteBudget) -> Page:
+    async def render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
         """Return a rendered page; raises ``RequestFailure``."""
         # The service resolves the name again, so this is only half a promise; see README.
         try:
             await open_addresses(self._reactor, target)
         except DNSLookupError as error:
             raise page_failed(target.url, 0, str(error)) from None
-        work = Deferred.fromCoroutine(self._ask(target, mode, wait, budget))
+        work = Deferred.fromCoroutine(self._ask(target, mode, wait, traffic))
         seconds = self._timeout + wait
 
         def too_late(_result: object, _seconds: float) -> Failure:
@@ -8860,7 +8890,7 @@ class WebdriverClient:
 
         return await work.addTimeout(seconds, self._reactor, too_late)
 
-    async def _ask(self, target: Target, mode: str, wait: float, budget: ByteBudget) -> Page:
+    async def _ask(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
         query = urlencode({"url": target.url, "mode": mode, "waitAfterLoaded": f"{wait:g}"})
         try:
             response = await self._http.request(
@@ -8875,7 +8905,7 @@ class WebdriverClient:
             raise self._failed("READING_BODY", reason=error.message) from None
         except Exception as error:
             raise self._failed("SENDING_REQUEST", reason=connection_problem(error)[1]) from None
-        budget.take(len(body))
+        traffic.take(len(body))
         text = body.decode("utf-8", "replace")
         if response.code != 200:
             shown_body = text[:REPORTED_BODY_CHARACTERS]
@@ -8961,13 +8991,13 @@ class WebService(ModuleService):
             raise _bad_request("expected a map")
         kind = "requests" if name == "Request" else "renders"
         limit = WEB_TRAFFIC_MAX_BYTES if name == "Request" else RENDER_TRAFFIC_MAX_BYTES
-        counts, start, budget = self._statistics[kind], self._reactor.seconds(), ByteBudget(limit)
+        counts, start, traffic = self._statistics[kind], self._reactor.seconds(), Traffic(limit)
         counts.requests += 1
         self.changed()
         try:
             if name == "Render":
-                return await self._render(payload, budget)
-            return await self._request(payload, caller, counts, budget)
+                return await self._render(payload, traffic)
+            return await self._request(payload, caller, counts, traffic)
         except RequestFailure as failure:
             counts.errors[failure.causes[0]] += 1
             raise
@@ -8975,11 +9005,12 @@ class WebService(ModuleService):
             counts.errors["CANCELLED"] += 1
             raise
         finally:
+            traffic.end()
             seconds = self._reactor.seconds() - start
             counts.add_latency(seconds)
-            counts.bytes_received += budget.used
+            counts.bytes_received += traffic.received
             self.changed()
-            fields = {"latency_ms": round(seconds * 1000), "bytes": budget.used}
+            fields = {"latency_ms": round(seconds * 1000), "bytes": traffic.received}
             self.log.debug("the web was asked", kind=name, **fields, **caller.log_fields())
 
     async def _request(
@@ -8987,12 +9018,12 @@ class WebService(ModuleService):
         members: dict[str, CalldataValue],
         caller: Caller,
         counts: WebStatistics,
-        budget: ByteBudget,
+        traffic: Traffic,
     ) -> CalldataValue:
         request, sign = self._read_request(members), members.get("sign", False)
         if not isinstance(sign, bool):
             raise _bad_request("sign: expected true or false")
-        work = Deferred.fromCoroutine(self._exchange(request, caller, budget, sign=sign))
+        work = Deferred.fromCoroutine(self._exchange(request, caller, traffic, sign=sign))
         seconds = self._settings.timeout
 
         def too_late(_result: object, _seconds: float) -> Failure:
@@ -9017,16 +9048,16 @@ class WebService(ModuleService):
         return WebRequest(method, target, read_headers(headers), body)
 
     async def _exchange(
-        self, request: WebRequest, caller: Caller, budget: ByteBudget, *, sign: bool
+        self, request: WebRequest, caller: Caller, traffic: Traffic, *, sign: bool
     ) -> WebResponse:
         if sign:
             if self._signer is None:
                 reason = "the Web module has no signer_url"
                 raise RequestFailure("SIGNING_FAILED", context={"reason": reason})
             request = await self._signer.sign(request, caller)
-        return await self._client.fetch(request, budget)
+        return await self._client.fetch(request, traffic)
 
-    async def _render(self, members: dict[str, CalldataValue], budget: ByteBudget) -> CalldataValue:
+    async def _render(self, members: dict[str, CalldataValue], traffic: Traffic) -> CalldataValue:
         mode = _text_member(members, "mode")
         if mode not in RENDER_MODES:
             raise _bad_request(f"mode: expected one of {', '.join(RENDER_MODES)}")
@@ -9038,7 +9069,7 @@ class WebService(ModuleService):
         if self._renderer is None:
             reason = "the Web module has no webdriver_host"
             raise RequestFailure("RENDERER_FAILED", context={"reason": reason})
-        page = await self._renderer.render(target, mode, wait, budget)
+        page = await self._renderer.render(target, mode, wait, traffic)
         return {"image" if mode == "screenshot" else "text": cast(CalldataValue, page.content)}
 
 

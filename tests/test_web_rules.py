@@ -22,12 +22,12 @@ from twisted.web.http_headers import Headers
 from genvm_manager import (
     TOP_LEVEL_DOMAINS,
     AnyObject,
-    ByteBudget,
     CheckedEndpoint,
     ConfigError,
     InvalidRequest,
     RequestFailure,
     Target,
+    Traffic,
     UrlRules,
     WebRequest,
     address_is_public,
@@ -335,8 +335,8 @@ TARGET = Target("https", "example.com", 443)
 FORBIDDEN = ["127.0.0.1", "10.0.0.1", "169.254.169.254", "::1", "::ffff:127.0.0.1", "0.0.0.0"]
 
 
-def connect(reactor: Any, target: Target, budget: ByteBudget | None = None) -> Deferred[Any]:
-    endpoint = CheckedEndpoint(reactor, target, budget or ByteBudget(100))
+def connect(reactor: Any, target: Target, traffic: Traffic | None = None) -> Deferred[Any]:
+    endpoint = CheckedEndpoint(reactor, target, traffic or Traffic(100))
     return endpoint.connect(Factory.forProtocol(Protocol))
 
 
@@ -391,11 +391,11 @@ def test_a_name_without_addresses() -> None:
     assert isinstance(problem_of(connect(reactor, TARGET)), DNSLookupError)
 
 
-def test_byte_budget() -> None:
-    budget = ByteBudget(10)
-    assert budget.take(10)
-    assert not budget.take(1)
-    assert budget.used == 11
+def test_bytes_are_counted() -> None:
+    traffic = Traffic(10)
+    assert traffic.take(10)
+    assert not traffic.take(1)
+    assert traffic.received == 11
 
 
 # --- headers and redirects ---

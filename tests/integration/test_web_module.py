@@ -8,6 +8,8 @@ import datetime
 import gzip
 import hashlib
 import ipaddress
+import os
+import socket
 import ssl
 import threading
 import time
@@ -26,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import (
 )
 from cryptography.x509.oid import NameOID
 
-from .support import WAIT, Root, memory_of, report
+from .support import WAIT, Root, eventually, memory_of, report
 from .test_module_service import call
 from .web_support import Exchange, WebModule, WebServer, causes, render, request
 
@@ -99,12 +101,13 @@ def module(authority: tuple[Path, ssl.SSLContext]) -> Iterator[WebModule]:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., WebModule]]:
+def start(authority: tuple[Path, ssl.SSLContext]) -> Iterator[Callable[..., WebModule]]:
     started: list[WebModule] = []
 
     def begin(**config: Any) -> WebModule:
         whole = {"always_allow_hosts": TRUSTED, "extra_tld": ["test"], **config}
-        started.append(WebModule(whole, names=NAMES))
+        environment = {"SSL_CERT_FILE": str(authority[0])}
+        started.append(WebModule(whole, names=NAMES, environment=environment))
         started[-1].event("ready")
         return started[-1]
 
@@ -308,6 +311,55 @@ def test_a_client_that_vanishes_cancels_its_request(module: WebModule, web: WebS
     assert held.wait(WAIT)
     client.close()
     assert gone.wait(WAIT)
+
+
+def sockets_of(pid: int) -> int:
+    """Return how many sockets a process has open."""
+    found = 0
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found += os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:")
+    return found
+
+
+def test_a_server_that_keeps_its_connections(
+    start: Start, web: WebServer, authority: tuple[Path, ssl.SSLContext]
+) -> None:
+    """The end of TLS needs two, and so does a body: who does not take part is left."""
+    module = start(timeout="2s")
+    secure = WebServer(authority[1])
+    over = threading.Event()
+
+    def hold(exchange: Exchange) -> None:
+        exchange.reply(b"ok")
+        over.wait(WAIT)
+
+    def stall(exchange: Exchange) -> None:
+        exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok")
+        over.wait(WAIT)
+
+    secure.answers["/"] = hold
+    secure.answers["/stall"] = stall
+    impolite = socket.create_server(("127.0.0.1", 0))
+    place = "http://{}:{}".format(*impolite.getsockname())
+    before = sockets_of(module.process.pid)
+    try:
+        with impolite:
+            client = module.client()
+            client.send(request(place, method="POST", body=bytes(30 << 20)))
+            peer = impolite.accept()[0]
+            peer.recv(1)  # of what follows, it reads nothing
+            peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            assert response(client.receive())["body"] == b"ok"
+            client.close()
+            base = f"https://secure.test:{secure.port}"
+            assert response(module.get(base))["body"] == b"ok"
+            assert causes(module.get(f"{base}/stall")) == ["TIMEOUT"]
+            eventually(lambda: sockets_of(module.process.pid) == before, what="all are closed")
+            peer.close()
+    finally:
+        over.set()
+        secure.close()
 
 
 def test_no_server(module: WebModule) -> None:
