@@ -7691,6 +7691,8 @@ WEB_SECONDS = 30.0
 WEB_BODY_MAX_BYTES = 10 * MIB
 #: What may come for one request, all redirects and what compression adds included.
 WEB_TRAFFIC_MAX_BYTES = 2 * WEB_BODY_MAX_BYTES
+#: The head of a response with what may come at one go behind it; a request's headers.
+WEB_HEAD_MAX_BYTES = 128 * KIB
 MAX_REDIRECTS = 10
 SIGNATURE_MAX_BYTES = 64 * KIB
 WEB_METHODS = ("GET", "POST", "HEAD", "DELETE", "OPTIONS", "PATCH", "PUT")
@@ -7754,12 +7756,17 @@ class WebResponse:
 def read_headers(members: CalldataValue) -> dict[str, bytes]:
     """Return a contract's headers without those that are ours; raises ``RequestFailure``."""
     headers: dict[str, bytes] = {}
+    size = 0
     for name, given in (members if isinstance(members, dict) else {}).items():
         value = given.encode() if isinstance(given, str) else given
         if not isinstance(value, bytes):
             raise _bad_request(f"headers.{shown(name)}: expected bytes")
+        size += len(name) + len(value)
+        context: dict[str, CalldataValue] = {"name": name[:100]}
+        if size > WEB_HEAD_MAX_BYTES:
+            context["reason"] = f"the headers are longer than {WEB_HEAD_MAX_BYTES} bytes"
+            raise RequestFailure("INVALID_HEADER", fatal=False, context=context)
         if _TOKEN.fullmatch(name) is None or _HEADER_VALUE.fullmatch(value) is None:
-            context: dict[str, CalldataValue] = {"name": name[:100]}
             raise RequestFailure("INVALID_HEADER", fatal=False, context=context)
         if name.lower() not in _OUR_HEADERS:
             headers[name.lower()] = value.strip(b" \t")
@@ -7910,6 +7917,9 @@ class WebClient:
         pool = HTTPConnectionPool(self._reactor, persistent=False)
         agent = Agent.usingEndpointFactory(self._reactor, endpoints, pool)
         body = None if request.body is None else _Body(request.body)
+        whole = traffic.limit
+        # Twisted keeps all headers, however many; each costs far more than its bytes.
+        traffic.limit = min(whole, traffic.received + WEB_HEAD_MAX_BYTES)
         try:
             response: Any = await agent.request(
                 request.method.encode(), target.url.encode(), headers, cast(Any, body)
@@ -7918,6 +7928,8 @@ class WebClient:
             raise
         except Exception as error:
             raise self._problem("SENDING_REQUEST", target, error, traffic) from None
+        finally:
+            traffic.limit = whole
         coding = response.headers.getRawHeaders(b"content-encoding") or [b""]
         gzip = len(coding) == 1 and coding[0].strip().lower() in (b"gzip", b"x-gzip")
         return response, asks_gzip and gzip

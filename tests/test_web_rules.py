@@ -21,6 +21,7 @@ from twisted.web.http_headers import Headers
 
 from genvm_manager import (
     TOP_LEVEL_DOMAINS,
+    WEB_HEAD_MAX_BYTES,
     AnyObject,
     CheckedEndpoint,
     ConfigError,
@@ -422,6 +423,12 @@ def test_headers_of_contracts() -> None:
         assert caught.value.causes == ("INVALID_HEADER",)
     with pytest.raises(RequestFailure, match="INVALID_REQUEST"):
         read_headers({"x": 1})
+    many: Any = {f"x{number}": b"" for number in range(100_000)}
+    long: Any = {"x": b"y" * (WEB_HEAD_MAX_BYTES + 1)}
+    for large in (many, long):
+        with pytest.raises(RequestFailure, match="INVALID_HEADER") as caught:
+            read_headers(large)
+        assert caught.value.context["reason"] == "the headers are longer than 131072 bytes"
 
 
 def test_joined_headers() -> None:

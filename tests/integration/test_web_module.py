@@ -268,7 +268,18 @@ def test_endless_headers(module: WebModule, web: WebServer) -> None:
             exchange.send(b"X: " + b"y" * 1000 + b"\r\n")
 
     web.answers["/"] = answer
-    assert causes(module.get(web.url)) == ["SENDING_REQUEST"]
+    got = module.get(web.url)
+    assert causes(got) == ["SENDING_REQUEST"]
+    assert reason(got) == "more than 131072 bytes were received"
+
+
+def test_headers_of_many_kinds(module: WebModule, web: WebServer) -> None:
+    """A body follows at once, and is not counted with them."""
+    names = [b"x-%d: %s" % (number, b"y" * 90) for number in range(600)]
+    web.answers["/"] = lambda e: e.reply(bytes(1 << 20), *names)
+    got = response(module.get(web.url))
+    assert len(got["headers"]) == 600
+    assert len(got["body"]) == 1 << 20
 
 
 @pytest.mark.parametrize("kind", ["slow body", "no answer", "slow head"])
