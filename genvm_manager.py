@@ -7595,11 +7595,14 @@ class Traffic:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.received = 0
+        self.exceeded: Event[None] = Event()
         self.connections: set[MeteredConnection] = set()
 
     def take(self, count: int) -> bool:
         """Count received bytes; False if the limit is exceeded."""
         self.received += count
+        if self.received > self.limit:
+            self.exceeded.fire(None)
         return self.received <= self.limit
 
     def end(self) -> None:
@@ -8335,7 +8338,7 @@ class SocksGate(ServerFactory):
     def __init__(self, reactor: Any, rules: UrlRules, traffic: Traffic) -> None:
         self._reactor = reactor
         self._rules = rules
-        self._traffic = traffic
+        self.traffic = traffic
         self._connections: list[Any] = []
         self.refusals: dict[str, RequestFailure] = {}
         self._port = reactor.listenTCP(0, self, interface="127.0.0.1")
@@ -8361,7 +8364,7 @@ class SocksGate(ServerFactory):
         try:
             target = Target(scheme, read_host(host), port)
             target = self._rules.admit(target, target.url)
-            endpoint = CheckedEndpoint(self._reactor, target, self._traffic)
+            endpoint = CheckedEndpoint(self._reactor, target, self.traffic)
             return await connectProtocol(endpoint, _Relay())
         except RequestFailure as failure:
             if len(self.refusals) < SOCKS_CONNECTIONS:
@@ -8437,7 +8440,9 @@ class BrowserProcess(ProcessProtocol):
         if childFD != 4:
             self.stderr.add(data)
             return
-        start = max(0, len(self._input))
+        if self.gone:
+            return
+        start = len(self._input)
         self._input += data
         if len(self._input) > CDP_MESSAGE_MAX_BYTES:
             self.end()
@@ -8495,6 +8500,7 @@ RENDER_MEMORY_MIB = 1024
 RENDER_TRAFFIC_MAX_BYTES = 64 * MIB
 #: Seconds in which the keeper ends Chromium and removes its profile.
 KEEPER_SECONDS = 10.0
+READ_ATTEMPTS = 3
 _KEEPER_MEMORY = 3
 _TEXT_SCRIPT = "document.body ? document.body.innerText : ''"
 _HTML_SCRIPT = "document.documentElement ? document.documentElement.outerHTML : ''"
@@ -8534,6 +8540,9 @@ class PageVisit:
         self._failure: RequestFailure | None = None
         self._over: Event[None] = Event()
         self.browser = BrowserProcess(self._event, self._gone)
+        traffic = gate.traffic
+        problem = f"the page brings more than {traffic.limit} bytes"
+        traffic.exceeded.wait().addCallback(lambda _: self._fail(problem))
 
     async def render(self, mode: str, wait: float) -> Page:
         """Load the page, wait, and return what is there by then; raises ``BrowserGone``."""
@@ -8546,6 +8555,13 @@ class PageVisit:
             await self._over.wait().addTimeout(wait, self._reactor)
         if self._failure is not None:
             raise self._failure
+        for _ in range(READ_ATTEMPTS):
+            # The page may go elsewhere between one command and the next.
+            with contextlib.suppress(ValueError):
+                return await self._read(mode)
+        raise page_failed(self._target.url, self._status, "the page does not stay")
+
+    async def _read(self, mode: str) -> Page:
         if not page_loaded(self._status):
             text = collapse_text(await self._evaluate(_TEXT_SCRIPT))
             raise page_failed(self._target.url, self._status, text)
@@ -8618,8 +8634,12 @@ class PageVisit:
         elif method == "Page.javascriptDialogOpening":
             self.browser.tell("Page.handleJavaScriptDialog", self._session, accept=False)
         elif method == "Inspector.targetCrashed":
-            self._failure = page_failed(self._target.url, self._status, "the page crashed")
-            self.browser.end()
+            self._fail("the page crashed")
+
+    def _fail(self, problem: str) -> None:
+        if self._failure is None:
+            self._failure = page_failed(self._target.url, self._status, problem)
+        self.browser.end()
 
     def _check_document(self, given: dict[str, Any]) -> None:
         """Let a document be loaded if the rules allow its URL: the page itself or a frame."""

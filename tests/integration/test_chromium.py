@@ -202,6 +202,38 @@ def test_a_page_that_takes_too_much_memory(folder: Path, web: WebServer) -> None
         module.close()
 
 
+@pytest.mark.parametrize("kind", ["document", "fetch"])
+def test_a_page_that_brings_too_much(
+    module: WebModule, web: WebServer, folder: Path, kind: str
+) -> None:
+    sent = 0
+
+    def answer(exchange: Exchange) -> None:
+        nonlocal sent
+        exchange.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<p>begin")
+        while True:
+            exchange.send(b"<!--%s-->" % bytes(b"x" * ((1 << 20) - 7)))
+            sent += 1 << 20
+
+    web.answers["/document"] = answer
+    web.page("/fetch", "<p>small<script>fetch('/document').then((r) => r.text())</script>")
+    url = f"{web.url}/{kind}"
+    assert module.render(url, wait_after_loaded="50s") == {
+        "UserError": {
+            "causes": ["WEBPAGE_LOAD_FAILED"],
+            "ctx": {
+                "url": url,
+                "status": 200,
+                "body": "the page brings more than 67108864 bytes",
+            },
+        }
+    }
+    nothing_left(module, folder)
+    received = module.client().ask("GetStats")["Ok"]["renders"]["bytes_received"]
+    assert 64 << 20 < received < 65 << 20
+    assert sent < 80 << 20
+
+
 def test_five_at_once(module: WebModule, web: WebServer, folder: Path) -> None:
     gate = Gate(web, "/gated")
     clients = [module.client() for _ in range(5)]
@@ -288,6 +320,15 @@ def test_the_end_of_the_module(
     eventually(lambda: not [pid for pid in started if alive(pid)], what="no process is left")
     eventually(lambda: not left_in(folder), what="no folder is left")
     gate.go.set()
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_page_that_never_stays(module: WebModule, web: WebServer, number: int) -> None:
+    """Whatever a page does, the contract can catch it."""
+    script = "onload = () => setInterval(() => location.reload(), 0)"
+    url = web.page("/", f"<p>x<script>{script}</script>")
+    answer = module.render(url, wait_after_loaded=f"{number}s")
+    assert "FatalError" not in answer
 
 
 # --- rules ---
