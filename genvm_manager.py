@@ -67,6 +67,7 @@ import contextlib
 import ctypes
 import enum
 import errno
+import fcntl
 import functools
 import hashlib
 import hmac
@@ -2354,6 +2355,8 @@ class PermitGate(DeferredSemaphore):
 DRAIN_SECONDS = 0.5
 #: Seconds between looks at orphans that were killed but are not reaped yet.
 ORPHAN_RETRY_SECONDS = 0.02
+#: Seconds for an orphan without the marker to tidy up, as the guardian would let it.
+ORPHAN_GRACE_SECONDS = 0.7
 GUARDIAN_RESTART_SECONDS = 1.0
 PARENT_POLL_SECONDS = 0.2
 #: The environment variable by which the guardian knows our descendants.
@@ -2567,6 +2570,7 @@ class Spawner:
         self._guardian: Guardian | None = None
         self._children: set[Child] = set()
         self._sweep_call: DelayedCall | None = None
+        self._orphans: dict[int, float] = {}
         self._siblings = Path()
         self._boot_id = boot_id
         self._environment: dict[bytes, bytes] | None = None
@@ -2664,15 +2668,26 @@ class Spawner:
             ours = self._siblings.read_text().split()
         except OSError:
             return
-        left = False
-        for pid in map(int, ours):
-            # Twisted knows every process that was started on purpose.
-            if pid not in reapProcessHandlers:
-                with contextlib.suppress(OSError):
+        # Twisted knows every process that was started on purpose.
+        orphans = set(map(int, ours)).difference(reapProcessHandlers)
+        now = self._reactor.seconds()
+        self._orphans = {pid: self._orphans.get(pid, now) for pid in orphans}
+        for pid, since in list(self._orphans.items()):
+            try:
+                if os.waitpid(pid, os.WNOHANG)[0]:
+                    del self._orphans[pid]
+                elif now - since >= ORPHAN_GRACE_SECONDS or self._is_marked(pid):
                     os.kill(pid, signal.SIGKILL)
-                    left = os.waitpid(pid, os.WNOHANG)[0] == 0 or left
-        if left:
+            except OSError:  # not ours to kill
+                del self._orphans[pid]
+        if self._orphans:
             self._sweep_call = self._reactor.callLater(ORPHAN_RETRY_SECONDS, self._sweep)
+
+    def _is_marked(self, pid: int) -> bool:
+        marker = f"{MARKER}={self._boot_id}".encode()
+        with contextlib.suppress(OSError):
+            return marker in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return False
 
 
 def _spawn_problem(error: OSError) -> str:
@@ -8101,7 +8116,6 @@ CDP_MESSAGE_MAX_BYTES = 8 * RENDER_MAX_BYTES
 CHROMIUM_STDERR_BYTES = 16 * KIB
 SOCKS_CONNECTIONS = 256
 PROFILE_PREFIX = "genvm-page-"
-STALE_SECONDS = 600
 _CHROMIUM_FLAGS = (
     "--headless=new",
     "--remote-debugging-pipe",
@@ -8143,14 +8157,16 @@ def find_chromium() -> str | None:
 
 
 def remove_stale_profiles(folder: Path) -> None:
-    """Remove the profiles of modules that were killed together with their keepers."""
-    for path in folder.glob(f"{PROFILE_PREFIX}*-*"):
-        pid = path.name.removeprefix(PROFILE_PREFIX).partition("-")[0]
+    """Remove the profiles of keepers that were killed: those that nobody has locked."""
+    for path in folder.glob(f"{PROFILE_PREFIX}*"):
         with contextlib.suppress(OSError):
-            status = path.stat()
-            is_old = status.st_mtime < time.time() - STALE_SECONDS
-            if is_old and status.st_uid == os.geteuid() and not Path("/proc", pid).exists():
-                shutil.rmtree(path, ignore_errors=True)
+            profile = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(profile).st_uid == os.geteuid():
+                    fcntl.flock(profile, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(profile)
 
 
 def family_of(pid: int) -> set[int]:
@@ -8187,11 +8203,13 @@ def memory_of_family(pid: int) -> int:
 def keep_browser() -> None:
     """Run a browser, and end it with all it started when stdin ends or it takes too much memory.
 
-    The arguments: the profile's folder, which is removed at the end, the limit of memory in MiB,
-    an environment variable for the browser, the browser's command. This function runs alone, under
-    a bare Python: it uses nothing but its own imports and the two functions above.
+    The arguments: the profile's folder, which is made here and removed at the end, the limit of
+    memory in MiB, an environment variable for the browser, the browser's command. The folder is
+    locked until then. This function runs alone, under a bare Python: it uses nothing but its own
+    imports and the two functions above.
     """
     import ctypes
+    import fcntl
     import os
     import select
     import shutil
@@ -8203,6 +8221,11 @@ def keep_browser() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.setsid()
+    while True:
+        os.mkdir(profile, 0o700)
+        fcntl.flock(os.open(profile, os.O_RDONLY), fcntl.LOCK_EX)
+        if os.path.exists(profile):  # no module that starts has taken it for a stale one
+            break
     prctl(36, 1, 0, 0, 0)  # what the browser leaves behind comes to us
     pid = os.fork()
     if pid == 0:
@@ -8732,7 +8755,9 @@ class ChromiumRenderer:
             self._spawn(visit.browser, gate.address)
         except OSError as error:
             gate.close()
-            raise RequestFailure("RENDERER_FAILED", context={"reason": str(error)}) from None
+            raise RequestFailure(
+                "RENDERER_FAILED", context={"reason": error.strerror or str(error)}
+            ) from None
         work = Deferred.fromCoroutine(visit.render(mode, wait))
         seconds = self._timeout + wait
 
@@ -8754,15 +8779,20 @@ class ChromiumRenderer:
         browser.end()
         gate.close().addErrback(lambda _: None)
         try:
-            return await browser.ended.wait().addTimeout(KEEPER_SECONDS, self._reactor)
+            code = await browser.ended.wait().addTimeout(KEEPER_SECONDS, self._reactor)
         except DeferredTimeout:
             self.log.error("a keeper of Chromium does not end", pid=browser.transport.pid)
             with contextlib.suppress(ProcessExitedAlready):
                 browser.transport.signalProcess("KILL")
-            return -1
+            code = await browser.ended.wait()
+        if code < 0:  # it was killed
+            pool = self._reactor.getThreadPool()
+            folder = Path(tempfile.gettempdir())
+            await deferToThreadPool(self._reactor, pool, remove_stale_profiles, folder)
+        return code
 
     def _spawn(self, browser: BrowserProcess, proxy: str) -> None:
-        profile = tempfile.mkdtemp(prefix=f"{PROFILE_PREFIX}{os.getpid()}-")
+        profile = f"{tempfile.gettempdir()}/{PROFILE_PREFIX}{secrets.token_hex(8)}"
         marker = f"{MARKER}={os.environ[MARKER]}" if MARKER in os.environ else ""
         alone: tuple[Any, ...] = (family_of, memory_of_family, keep_browser)
         source = "\n".join(map(inspect.getsource, alone))
@@ -8778,17 +8808,13 @@ class ChromiumRenderer:
         ]
         places = dict.fromkeys(("HOME", "TMPDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"), profile)
         kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-        try:
-            self._reactor.spawnProcess(
-                browser,
-                argv[0],
-                argv,
-                env={**kept, **places},
-                childFDs={0: "w", 1: "r", 2: "r", 3: "w", 4: "r"},
-            )
-        except OSError:
-            shutil.rmtree(profile, ignore_errors=True)
-            raise
+        self._reactor.spawnProcess(
+            browser,
+            argv[0],
+            argv,
+            env={**kept, **places},
+            childFDs={0: "w", 1: "r", 2: "r", 3: "w", 4: "r"},
+        )
 
 
 # =============================================================================

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import os
 from pathlib import Path
@@ -514,19 +515,21 @@ def test_collapsing_twice_changes_nothing(text: str) -> None:
 
 
 def test_stale_profiles(tmp_path: Path) -> None:
-    """What a killed module left behind goes; what is young, or somebody's, stays."""
-    dead, ours = 2**22 + 1, os.getpid()  # beyond the largest pid of Linux
-    for name in (f"genvm-page-{dead}-old", f"genvm-page-{ours}-old", "genvm-page-x", "other"):
+    """What a killed keeper left behind goes; what a keeper has locked, or somebody's, stays."""
+    for name in ("genvm-page-left", "genvm-page-used", "other"):
         (tmp_path / name / "profile").mkdir(parents=True)
-        os.utime(tmp_path / name, (1, 1))
-    (tmp_path / f"genvm-page-{dead}-young").mkdir()
+    (tmp_path / "genvm-page-link").symlink_to(tmp_path / "other")
+    lock = os.open(tmp_path / "genvm-page-used", os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_stale_profiles(tmp_path)
+        kept = {"genvm-page-used", "genvm-page-link", "other"}
+        assert set(os.listdir(tmp_path)) == kept
+        assert os.listdir(tmp_path / "other") == ["profile"]
+    finally:
+        os.close(lock)
     remove_stale_profiles(tmp_path)
-    assert set(os.listdir(tmp_path)) == {
-        f"genvm-page-{dead}-young",
-        f"genvm-page-{ours}-old",
-        "genvm-page-x",
-        "other",
-    }
+    assert set(os.listdir(tmp_path)) == {"genvm-page-link", "other"}
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,10 @@ import pytest
 
 from genvm_manager import VIEWPORT_HEIGHT, VIEWPORT_WIDTH, find_chromium
 
+from .conftest import Start
 from .support import alive, children_of, command_of, eventually, kill, report
-from .web_support import Exchange, WebModule, WebServer, causes, render
+from .test_module_service import Client
+from .web_support import HELLO, Exchange, WebModule, WebServer, causes, render
 
 pytestmark = [
     pytest.mark.skipif(
@@ -289,6 +291,21 @@ def test_a_chromium_that_crashes(module: WebModule, web: WebServer, folder: Path
     assert "Ok" in client.ask(render(web.page("/next", "next")))
 
 
+def test_a_keeper_that_is_killed(module: WebModule, web: WebServer, folder: Path) -> None:
+    gate = Gate(web, "/gated")
+    client = module.client()
+    client.socket.settimeout(60)
+    client.send(render(f"{web.url}/gated"))
+    assert gate.held.acquire(timeout=60)
+    started = family(module.process.pid)
+    (keeper,) = children_of(module.process.pid)
+    kill(keeper)
+    assert 'causes: ["RENDERER_FAILED"], fatal: true' in client.receive()["FatalError"]
+    eventually(lambda: not [pid for pid in started if alive(pid)], what="no process is left")
+    eventually(lambda: not left_in(folder), what="no folder is left")
+    gate.go.set()
+
+
 def test_a_client_that_vanishes(module: WebModule, web: WebServer, folder: Path) -> None:
     gate = Gate(web, "/gated")
     client = module.client()
@@ -329,6 +346,61 @@ def test_a_page_that_never_stays(module: WebModule, web: WebServer, number: int)
     url = web.page("/", f"<p>x<script>{script}</script>")
     answer = module.render(url, wait_after_loaded=f"{number}s")
     assert "FatalError" not in answer
+
+
+def test_the_end_of_a_module_and_its_keepers(web: WebServer, folder: Path) -> None:
+    """What nobody was left to remove, the next module removes, but nothing that is in use."""
+    gate = Gate(web, "/gated")
+    killed, other = begin(folder), begin(folder)
+    clients = [killed.client(), other.client()]
+    for client in clients:
+        client.send(render(f"{web.url}/gated"))
+        assert gate.held.acquire(timeout=60)
+    both = set(left_in(folder))
+    # All at once, as when a container is killed.
+    pids = [killed.process.pid, *children_of(killed.process.pid)]
+    started = family(killed.process.pid)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    for pid in pids:
+        kill(pid)
+    killed.wait()
+    eventually(lambda: not [pid for pid in started if alive(pid)], what="no process is left")
+    assert set(left_in(folder)) == both
+    third = begin(folder)
+    (kept,) = left_in(folder)
+    assert kept in both
+    assert command_of(children_of(other.process.pid)[0]).find(kept) > 0
+    gate.go.set()
+    for module in (killed, other, third):
+        module.close()
+    eventually(lambda: not left_in(folder), what="no folder is left")
+
+
+def test_the_end_of_a_module_below_its_manager(start: Start, web: WebServer, folder: Path) -> None:
+    gate = Gate(web, "/gated")
+    daemon = start(environ={"TMPDIR": str(folder)})
+    config = {
+        "always_allow_hosts": ["127.0.0.1"],
+        "webdriver_host": "chromium",
+        "bind_address": "127.0.0.1:0",
+    }
+    body = {"module_type": "web", "config": config}
+    assert daemon.post("/module/start", body) == {"result": "module_started"}
+    module = daemon.get("/status")["modules"]["web"]
+    host, _, port = module["address"].rpartition(":")
+    client = Client((host, int(port)))
+    client.send(HELLO)
+    client.send(render(f"{web.url}/gated"))
+    assert gate.held.acquire(timeout=60)
+    started = family(module["pid"])
+    assert len(left_in(folder)) == 1
+    kill(module["pid"])
+    # No other module comes that would tidy up.
+    daemon.post("/module/stop", {"module_type": "web"})
+    eventually(lambda: not [pid for pid in started if alive(pid)], what="no process is left")
+    assert left_in(folder) == []
+    gate.go.set()
 
 
 # --- rules ---
