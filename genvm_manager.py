@@ -7376,27 +7376,32 @@ _PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
 _FORBIDDEN_V6 = tuple(
     map(ipaddress.IPv6Network, ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"))
 )
-#: Addresses that carry an IPv4 address: how many bits stand to the right of it.
-_CARRIERS_OF_V4 = (
-    (ipaddress.IPv6Network("::ffff:0:0/96"), 0),
-    (ipaddress.IPv6Network("64:ff9b::/96"), 0),
-    (ipaddress.IPv6Network("2002::/16"), 80),
-)
+#: Addresses that end in an IPv4 address: mapped ones, and those of NAT64.
+_CARRIERS_OF_V4 = tuple(map(ipaddress.IPv6Network, ("::ffff:0:0/96", "64:ff9b::/96")))
 
 
 def address_is_public(text: str) -> bool:
-    """Tell whether an IP address belongs to the public internet and to nothing of ours."""
+    """Tell whether an IP address belongs to the public internet."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
         return False
     if isinstance(address, ipaddress.IPv6Address):
-        for network, shift in _CARRIERS_OF_V4:
-            if address in network:
-                inner = ipaddress.IPv4Address((int(address) >> shift) & 0xFFFFFFFF)
-                return address_is_public(str(inner))
+        if any(address in network for network in _CARRIERS_OF_V4):
+            return address_is_public(str(ipaddress.IPv4Address(address.packed[-4:])))
         return address in _PUBLIC_V6 and not any(address in net for net in _FORBIDDEN_V6)
     return not any(address in network for network in _FORBIDDEN_V4)
+
+
+def address_is_ours(text: str) -> bool:
+    """Tell whether an IP address is one of this machine's: its route leads from there to there."""
+    family = socket.AF_INET6 if ":" in text else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((text, DEFAULT_PORTS["http"]))  # UDP: nothing is sent
+            return bool(probe.getsockname()[0] == text)
+    except OSError:  # no route leads there
+        return False
 
 
 def canonical_host(host: str) -> str:
@@ -7593,12 +7598,16 @@ async def open_addresses(reactor: Any, target: Target) -> list[str]:
         found = [target.host]
     else:
         resolution = _Resolution()
-        reactor.nameResolver.resolveHostName(resolution, target.host, portNumber=target.port)
+        # Only what the operator named may depend on the search list of this machine.
+        name = target.host if target.trusted else f"{target.host}."
+        reactor.nameResolver.resolveHostName(resolution, name, portNumber=target.port)
         await resolution.done
         found = resolution.addresses
     if not found:
         raise DNSLookupError(f"the name {target.host} has no address")
-    usable = found if target.trusted else [text for text in found if address_is_public(text)]
+    if target.trusted:
+        return found
+    usable = [text for text in found if address_is_public(text) and not address_is_ours(text)]
     if not usable:
         raise refused("ADDRESS_FORBIDDEN", target.url, "the host is not on the public internet")
     return usable

@@ -269,6 +269,7 @@ def test_all_spellings_of_an_address_are_one(value: int) -> None:
         "64:ff9b:1::808:808",
         "2002:7f00:1::",
         "2002:a00:1::1",
+        "2002:808:808::1",
         "2001:0:1::1",
         "2001:db8::1",
         "fe80::1",
@@ -369,7 +370,7 @@ def test_the_address_checked_is_the_address_connected_to() -> None:
     reactor, resolver = reactor_with(["93.184.216.34"], ["127.0.0.1"])
     connect(reactor, TARGET)
     assert [client[:2] for client in reactor.tcpClients] == [("93.184.216.34", 443)]
-    assert resolver.asked == ["example.com"]
+    assert resolver.asked == ["example.com."]
     # And a second connection is checked anew.
     assert isinstance(problem_of(connect(reactor, TARGET)), RequestFailure)
     assert len(reactor.tcpClients) == 1

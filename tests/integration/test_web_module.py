@@ -9,8 +9,10 @@ import gzip
 import hashlib
 import ipaddress
 import os
+import shutil
 import socket
 import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -445,6 +447,48 @@ def test_every_hop_is_checked(
 def test_names_that_lead_inside(module: WebModule, name: str) -> None:
     assert causes(module.get(f"http://{name}/")) == ["ADDRESS_FORBIDDEN"]
     assert causes(module.get(f"https://{name}/")) == ["ADDRESS_FORBIDDEN"]
+
+
+def test_names_are_absolute(web: WebServer) -> None:
+    """The search list of the machine does not apply, unless the operator named the host."""
+    names = {"search.test": ["127.0.0.1"], "private.test": ["10.0.0.1"]}
+    module = WebModule({"always_allow_hosts": ["listed.test"], "extra_tld": ["test"]}, names=names)
+    web.page("/", "found")
+    try:
+        module.event("ready")
+        assert causes(module.get("http://unknown.test/")) == ["SENDING_REQUEST"]
+        assert causes(module.get("http://private.test/")) == ["ADDRESS_FORBIDDEN"]
+        assert response(module.get(f"http://listed.test:{web.port}/"))["body"] == b"found"
+    finally:
+        module.close()
+
+
+_IN_A_NETWORK_OF_ITS_OWN = ["unshare", "--user", "--map-root-user", "--net", "sh", "-c"]
+
+
+def can_have_a_network() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    return not subprocess.run(
+        [*_IN_A_NETWORK_OF_ITS_OWN, "ip link"], capture_output=True
+    ).returncode
+
+
+@pytest.mark.skipif(not can_have_a_network(), reason="network namespaces are not allowed here")
+def test_public_addresses_of_this_machine() -> None:
+    addresses = {"four.test": "93.184.216.34", "six.test": "2606:4700::1111"}
+    steps = "ip link set lo up && ip addr add $1 dev lo && ip addr add $2 dev lo && shift 2"
+    module = WebModule(
+        {"extra_tld": ["test"]},
+        names={name: [text] for name, text in addresses.items()},
+        prefix=[*_IN_A_NETWORK_OF_ITS_OWN, f'{steps} && exec "$@"', "sh", *addresses.values()],
+    )
+    try:
+        module.event("ready")
+        for name in addresses:
+            assert causes(module.get(f"http://{name}/")) == ["ADDRESS_FORBIDDEN"]
+    finally:
+        module.close()
 
 
 def test_https_and_its_redirects(
