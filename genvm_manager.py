@@ -157,6 +157,7 @@ from twisted.internet.endpoints import (
 from twisted.internet.error import (
     CannotListenError,
     ConnectError,
+    ConnectingCancelledError,
     ConnectionDone,
     DNSLookupError,
     ProcessExitedAlready,
@@ -7810,15 +7811,25 @@ def joined_headers(headers: Headers) -> dict[str, bytes]:
     }
 
 
+def was_cancelled(error: BaseException) -> bool:
+    """Tell whether an exception of the HTTP client says that the request was cancelled."""
+    causes = (failure.value for failure in getattr(error, "reasons", ()))
+    return isinstance(error, (CancelledError, ConnectingCancelledError)) or any(
+        map(was_cancelled, causes)
+    )
+
+
 class _GzipReader(_BodyReader):
     """Collects a compressed body; the limit is that of the text."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(limit)
         self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        self._begun = False
 
     def dataReceived(self, data: bytes) -> None:
         """See ``Protocol``."""
+        self._begun = True
         try:
             while data and not self.done.called:
                 if self._gzip.eof:  # another member of the file follows
@@ -7832,7 +7843,7 @@ class _GzipReader(_BodyReader):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """See ``Protocol``."""
-        if not self._gzip.eof and not self.done.called and self._data:
+        if self._begun and not self._gzip.eof and not self.done.called:
             self.done.errback(ProviderError(ErrorKind.BAD_RESPONSE, "gzip: cut off"))
         super().connectionLost(reason)
 
@@ -7951,9 +7962,11 @@ class WebClient:
             response: Any = await agent.request(
                 request.method.encode(), target.url.encode(), headers, cast(Any, body)
             )
-        except (CancelledError, RequestFailure):
+        except RequestFailure:
             raise
         except Exception as error:
+            if was_cancelled(error):
+                raise CancelledError from None
             raise self._problem("SENDING_REQUEST", target, error, traffic) from None
         finally:
             traffic.limit = whole
@@ -8029,6 +8042,8 @@ def signature_base(request: WebRequest, created: int) -> tuple[str, str]:
 class RequestSigner:
     """Signs requests by way of the signer service."""
 
+    log = Logger()
+
     def __init__(
         self,
         signer: Signer,
@@ -8078,12 +8093,14 @@ class RequestSigner:
             reader = _BodyReader(SIGNATURE_MAX_BYTES)
             response.deliverBody(reader)
             body = await reader.done
-        except CancelledError:
-            raise
         except ProviderError as error:
             raise _signing_failed("READING_BODY", error.message) from None
         except Exception as error:
-            raise _signing_failed("SENDING_REQUEST", connection_problem(error)[1]) from None
+            if was_cancelled(error):
+                raise CancelledError from None
+            kind, text = connection_problem(error)
+            self.log.warn("the signer cannot be asked: {text}", text=text)
+            raise _signing_failed("SENDING_REQUEST", f"no connection: {kind.value}") from None
         if response.code != 200:
             raise _signing_failed("STATUS_NOT_OK", f"status {response.code}")
         return body
@@ -8642,7 +8659,7 @@ class PageVisit:
             returnByValue=True,
         )
         text = answer["result"].get("value")
-        if not isinstance(text, str):
+        if not isinstance(text, str) or len(_json_text(text).encode()) > RENDER_MAX_BYTES:
             raise page_failed(self._target.url, self._status, "the page's text is too long")
         return text
 
@@ -8944,11 +8961,6 @@ class WebdriverClient:
 
     async def render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
         """Return a rendered page; raises ``RequestFailure``."""
-        # The service resolves the name again, so this is only half a promise; see README.
-        try:
-            await open_addresses(self._reactor, target)
-        except DNSLookupError as error:
-            raise page_failed(target.url, 0, str(error)) from None
         work = Deferred.fromCoroutine(self._ask(target, mode, wait, traffic))
         seconds = self._timeout + wait
 
@@ -8958,6 +8970,11 @@ class WebdriverClient:
         return await work.addTimeout(seconds, self._reactor, too_late)
 
     async def _ask(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
+        # The service resolves the name again, so this is only half a promise; see README.
+        try:
+            await open_addresses(self._reactor, target)
+        except DNSLookupError as error:
+            raise page_failed(target.url, 0, str(error)) from None
         query = urlencode({"url": target.url, "mode": mode, "waitAfterLoaded": f"{wait:g}"})
         try:
             response = await self._http.request(
@@ -8966,11 +8983,11 @@ class WebdriverClient:
             reader = _BodyReader(RENDER_MAX_BYTES)
             response.deliverBody(reader)
             body = await reader.done
-        except CancelledError:
-            raise
         except ProviderError as error:
             raise self._failed("READING_BODY", reason=error.message) from None
         except Exception as error:
+            if was_cancelled(error):
+                raise CancelledError from None
             raise self._failed("SENDING_REQUEST", reason=connection_problem(error)[1]) from None
         traffic.take(len(body))
         text = body.decode("utf-8", "replace")

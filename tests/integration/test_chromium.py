@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import os
 import signal
 import socket
+import ssl
 import tempfile
 import threading
 import time
@@ -14,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from genvm_manager import VIEWPORT_HEIGHT, VIEWPORT_WIDTH, find_chromium
 
@@ -39,7 +44,7 @@ def folder() -> Iterator[Path]:
         yield Path(made)
 
 
-def begin(folder: Path, **config: Any) -> WebModule:
+def begin(folder: Path, path: str = os.environ["PATH"], **config: Any) -> WebModule:
     made = WebModule(
         {
             "always_allow_hosts": ["127.0.0.1"],
@@ -49,7 +54,7 @@ def begin(folder: Path, **config: Any) -> WebModule:
             **config,
         },
         names=NAMES,
-        environment={"TMPDIR": str(folder)},
+        environment={"TMPDIR": str(folder), "PATH": path},
     )
     made.event("ready")
     return made
@@ -234,6 +239,15 @@ def test_a_page_that_brings_too_much(
     received = module.client().ask("GetStats")["Ok"]["renders"]["bytes_received"]
     assert 64 << 20 < received < 65 << 20
     assert sent < 80 << 20
+
+
+def test_text_is_measured_in_bytes(module: WebModule, web: WebServer) -> None:
+    script = "document.body.append('\\u20ac'.repeat({}))"
+    fits = web.page("/fits", f"<body><script>{script.format(3 << 20)}</script>")
+    assert len(module.render(fits)["Ok"]["text"]) == 3 << 20
+    answer = module.render(web.page("/more", f"<body><script>{script.format(4 << 20)}</script>"))
+    assert causes(answer) == ["WEBPAGE_LOAD_FAILED"]
+    assert answer["UserError"]["ctx"]["body"] == "the page's text is too long"
 
 
 def test_five_at_once(module: WebModule, web: WebServer, folder: Path) -> None:
@@ -422,6 +436,42 @@ def test_redirects_of_the_page(
     web.answers["/"] = lambda e: e.reply(b"", moved, status=b"302 Found")
     assert causes(module.render(web.url)) == [cause]
     assert causes(module.render(location)) == [cause]
+
+
+def test_redirects_from_https_to_http(
+    authority: tuple[Path, ssl.SSLContext], folder: Path, tmp_path: Path, web: WebServer
+) -> None:
+    """Of the page; what its scripts do is a matter of Chromium, and new pages are allowed."""
+    path, context = authority
+    key = x509.load_pem_x509_certificate(path.read_bytes()).public_key()
+    info = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    pin = base64.b64encode(hashlib.sha256(info).digest()).decode()
+    # Chromium as it is, but for the certificate that it takes.
+    wrapper = tmp_path / "chromium"
+    flag = f"--ignore-certificate-errors-spki-list={pin}"
+    wrapper.write_text(f'#!/bin/sh\nexec {find_chromium()} {flag} "$@"\n')
+    wrapper.chmod(0o755)
+    secure = WebServer(context)
+    plain = web.page("/plain", "in the open")
+    moved = f"Location: {plain}".encode()
+    secure.answers["/down"] = lambda e: e.reply(b"", moved, status=b"302 Found")
+    secure.answers["/twice"] = lambda e: e.reply(b"", b"Location: /down", status=b"301 X")
+    up = f"Location: {secure.url}/page".encode()
+    web.answers["/up"] = lambda e: e.reply(b"", up, status=b"302 Found")
+    secure.page("/page", "over TLS")
+    secure.page("/script", f"<script>location = '{plain}'</script>")
+    module = begin(folder, path=f"{tmp_path}:{os.environ['PATH']}")
+    try:
+        assert module.render(f"{secure.url}/page") == {"Ok": {"text": "over TLS"}}
+        assert module.render(f"{web.url}/up") == {"Ok": {"text": "over TLS"}}
+        for start in ("down", "twice"):
+            assert causes(module.render(f"{secure.url}/{start}")) == ["SCHEMA_FORBIDDEN"]
+        assert not [seen for seen in web.requests if seen.path == "/plain"]
+        answer = module.render(f"{secure.url}/script", wait_after_loaded="2s")
+        assert answer == {"Ok": {"text": "in the open"}}
+    finally:
+        module.close()
+        secure.close()
 
 
 def test_ten_redirects_pass_and_eleven_fail(module: WebModule, web: WebServer) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import datetime
 import gzip
 import hashlib
-import ipaddress
 import os
 import shutil
 import socket
@@ -15,20 +13,19 @@ import ssl
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import (
     decode_dss_signature,
     encode_dss_signature,
 )
-from cryptography.x509.oid import NameOID
 
 from .support import WAIT, Root, eventually, memory_of, report
 from .test_module_service import call
@@ -46,41 +43,6 @@ INSIDE = {
 }
 NAMES = {**INSIDE, "secure.test": ["127.0.0.1"], "trusted.test": ["127.0.0.1"]}
 TRUSTED = ["127.0.0.1", "secure.test", "trusted.test"]
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ssl.SSLContext]:
-    """A certificate for secure.test that is its own authority, and a server's context with it."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "secure.test")])
-    now = datetime.datetime.now(datetime.UTC)
-    names = x509.SubjectAlternativeName(
-        [x509.DNSName("secure.test"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    )
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(names, critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path = tmp_path_factory.mktemp("tls") / "certificate.pem"
-    path.write_bytes(
-        certificate.public_bytes(serialization.Encoding.PEM)
-        + key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path)
-    return path, context
 
 
 @pytest.fixture
@@ -225,7 +187,7 @@ def test_gzip(module: WebModule, web: WebServer) -> None:
     assert raw["headers"]["content-encoding"] == b"gzip"
 
 
-@pytest.mark.parametrize("data", [b"no gzip", gzip.compress(b"x" * 9999)[:-9]])
+@pytest.mark.parametrize("data", [b"no gzip", gzip.compress(b"x" * 9999)[:-9], b"\x1f\x8b\x08"])
 def test_broken_gzip(module: WebModule, web: WebServer, data: bytes) -> None:
     web.answers["/"] = lambda e: e.reply(data, b"Content-Encoding: gzip")
     answer = module.get(web.url)
@@ -308,6 +270,11 @@ def test_time(start: Start, web: WebServer, kind: str) -> None:
     assert gone.wait(WAIT)
 
 
+def counted(module: WebModule) -> Counter[str]:
+    """Return how many requests failed, by cause."""
+    return Counter(module.client().ask("GetStats")["Ok"]["requests"]["errors"])
+
+
 def test_a_client_that_vanishes_cancels_its_request(module: WebModule, web: WebServer) -> None:
     held, gone = threading.Event(), threading.Event()
 
@@ -319,11 +286,14 @@ def test_a_client_that_vanishes_cancels_its_request(module: WebModule, web: WebS
         gone.set()
 
     web.answers["/"] = answer
+    before = counted(module)
     client = module.client()
     client.send(request(web.url))
     assert held.wait(WAIT)
     client.close()
     assert gone.wait(WAIT)
+    eventually(lambda: counted(module) != before, what="it is counted")
+    assert counted(module) - before == {"CANCELLED": 1}
 
 
 def sockets_of(pid: int) -> int:
@@ -469,9 +439,8 @@ _IN_A_NETWORK_OF_ITS_OWN = ["unshare", "--user", "--map-root-user", "--net", "sh
 def can_have_a_network() -> bool:
     if shutil.which("unshare") is None:
         return False
-    return not subprocess.run(
-        [*_IN_A_NETWORK_OF_ITS_OWN, "ip link"], capture_output=True
-    ).returncode
+    command = [*_IN_A_NETWORK_OF_ITS_OWN, "ip link"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.skipif(not can_have_a_network(), reason="network namespaces are not allowed here")
@@ -677,6 +646,7 @@ def test_signing(start: Start, web: WebServer) -> None:
     ("changes", "cause"),
     [
         ({"signer_url": "http://127.0.0.1:1/"}, "SENDING_REQUEST"),
+        ({"signer_url": "http://signer.inside.test/"}, "SENDING_REQUEST"),
         ({"signer_url": "URL/none"}, "STATUS_NOT_OK"),
         ({"signer_url": "URL/#{unknown}"}, "TEMPLATE"),
         ({"signer_url": "URL/", "signer_headers": {"x": "#{unknown}"}}, "TEMPLATE"),
@@ -690,6 +660,7 @@ def test_signers_that_fail(
     text = module.get(f"{web.url}/page", sign=True)["FatalError"]
     assert f'causes: ["SIGNING_FAILED", "{cause}"], fatal: true' in text
     assert str(web.port) not in text
+    assert "inside" not in text
     assert not [seen for seen in web.requests if seen.path == "/page"]
 
 
@@ -716,6 +687,13 @@ def test_webdriver(start: Start, web: WebServer) -> None:
     assert module.render(url, mode="screenshot", wait_after_loaded="2m") == {"Ok": {"image": PNG}}
     assert parse_qs(urlsplit(web.requests[1].path).query)["waitAfterLoaded"] == ["60"]
     assert module.render("http://private.test/")["UserError"]["causes"] == ["ADDRESS_FORBIDDEN"]
+
+
+def test_webdriver_and_a_name_server_that_is_silent(start: Start, web: WebServer) -> None:
+    module = start(webdriver_host=f"{web.url}/wd/", render_timeout="1s")
+    webdriver(web, b"late", b"Resulting-Status: 200")
+    assert causes(module.render("http://silent.test/")) == ["TIMEOUT"]
+    assert web.requests == []
 
 
 def test_webdriver_errors(start: Start, web: WebServer) -> None:
