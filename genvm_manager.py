@@ -8585,6 +8585,7 @@ class PageVisit:
         self._last = target
         self._redirects = 0
         self._status = 0
+        self._arrived = False
         self._loaded: Event[None] = Event()
         self._failure: RequestFailure | None = None
         self._over: Event[None] = Event()
@@ -8598,7 +8599,8 @@ class PageVisit:
         await self._prepare()
         answer = await self._call("Page.navigate", url=self._target.url)
         if answer.get("errorText"):
-            await self._navigation_failed(str(answer["errorText"]))
+            self._navigation_failed(str(answer["errorText"]))
+        self._arrived = True
         await self._loaded.wait()
         with contextlib.suppress(DeferredTimeout):
             await self._over.wait().addTimeout(wait, self._reactor)
@@ -8663,10 +8665,9 @@ class PageVisit:
             raise page_failed(self._target.url, self._status, "the page's text is too long")
         return text
 
-    async def _navigation_failed(self, problem: str) -> None:
-        if self._failure is None:
-            self._failure = self._gate.refusals.get(self._last.host)
-        raise self._failure or page_failed(self._target.url, self._status, problem)
+    def _navigation_failed(self, problem: str) -> NoReturn:
+        refusal = self._failure or self._gate.refusals.get(self._last.host)
+        raise refusal or page_failed(self._target.url, self._status, problem)
 
     def _gone(self) -> None:
         self._loaded.fail(BrowserGone("Chromium has ended"))
@@ -8677,6 +8678,8 @@ class PageVisit:
             self._check_document(given)
         elif method == "Page.loadEventFired" and self._status:
             self._loaded.fire(None)
+        elif method == "Page.frameNavigated" and self._arrived:
+            self._check_arrival(given["frame"])
         elif method == "Network.responseReceived":
             if given["type"] == "Document" and given.get("frameId") == self._frame:
                 self._status = int(given["response"]["status"])
@@ -8707,6 +8710,14 @@ class PageVisit:
             )
         else:
             self.browser.tell("Fetch.continueRequest", self._session, requestId=number)
+
+    def _check_arrival(self, frame: dict[str, Any]) -> None:
+        """See that the page, once it was there, is not replaced by one that Chromium shows."""
+        url = frame.get("unreachableUrl")
+        if url and frame["id"] == self._frame and self._failure is None:
+            problem = f"it went to {url}, which cannot be loaded"
+            failure = page_failed(self._target.url, 0, problem)
+            self._failure = self._gate.refusals.get(self._last.host, failure)
 
     def _follow(self, target: Target, *, is_redirect: bool) -> None:
         old, self._last = self._last, target

@@ -159,6 +159,8 @@ def test_statuses_dialogs_and_no_server(module: WebModule, web: WebServer) -> No
             "ctx": {"url": missing, "status": 404, "body": "not here"},
         }
     }
+    empty = web.page("/empty", "", b"500 X")
+    assert module.render(empty)["UserError"]["ctx"]["status"] == 500
     talks = web.page("/talks", "<script>alert(1); document.write(confirm(2))</script>")
     assert module.render(talks) == {"Ok": {"text": "false"}}
     answer = module.render("http://127.0.0.1:1/")
@@ -472,6 +474,44 @@ def test_redirects_from_https_to_http(
     finally:
         module.close()
         secure.close()
+
+
+@pytest.mark.parametrize(
+    ("place", "cause"),
+    [
+        ("http://127.0.0.1:1/", "WEBPAGE_LOAD_FAILED"),
+        ("http://unknown.test/", "WEBPAGE_LOAD_FAILED"),
+        ("http://inside.test/", "ADDRESS_FORBIDDEN"),
+        ("http://127.0.0.2/", "TLD_FORBIDDEN"),
+    ],
+)
+@pytest.mark.parametrize("event", ["", "onload = () => "])
+def test_pages_that_go_where_nothing_is(
+    module: WebModule, web: WebServer, event: str, place: str, cause: str
+) -> None:
+    """What Chromium shows then is no answer."""
+    url = web.page("/", f"<p>x<script>{event}location = '{place}'</script>")
+    answer = module.render(url, wait_after_loaded="1s")
+    assert causes(answer) == [cause]
+    if cause == "WEBPAGE_LOAD_FAILED":
+        expected = {"url": url, "status": 0, "body": f"it went to {place}, which cannot be loaded"}
+        assert answer["UserError"]["ctx"] == expected
+
+
+def test_what_a_page_leaves_unsent(module: WebModule, web: WebServer, folder: Path) -> None:
+    before = len(os.listdir(f"/proc/{module.process.pid}/fd"))
+    with socket.create_server(("127.0.0.1", 0)) as impolite:  # it reads nothing
+        place = "http://{}:{}/".format(*impolite.getsockname())
+        script = f"fetch('{place}', {{method: 'POST', mode: 'no-cors', body: 'x'.repeat(2e7)}})"
+        url = web.page("/", f"<p>x<script>{script}</script>")
+        assert module.render(url, wait_after_loaded="1s") == {"Ok": {"text": "x"}}
+        peer = impolite.accept()[0]
+        eventually(
+            lambda: len(os.listdir(f"/proc/{module.process.pid}/fd")) == before,
+            what="all is closed",
+        )
+        peer.close()
+    nothing_left(module, folder)
 
 
 def test_ten_redirects_pass_and_eleven_fail(module: WebModule, web: WebServer) -> None:
