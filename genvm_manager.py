@@ -94,6 +94,7 @@ import contextlib
 import ctypes
 import enum
 import errno
+import fcntl
 import functools
 import gc
 import hashlib
@@ -190,6 +191,7 @@ from twisted.internet.endpoints import (
 from twisted.internet.error import (
     CannotListenError,
     ConnectError,
+    ConnectingCancelledError,
     ConnectionDone,
     DNSLookupError,
     ProcessExitedAlready,
@@ -2627,6 +2629,8 @@ class Child(ProcessProtocol):
 GUARDIAN_RESTART_SECONDS = 1.0
 #: Seconds between looks at orphans that were killed but are not reaped yet.
 ORPHAN_RETRY_SECONDS = 0.02
+#: Seconds for an orphan without the marker to tidy up, as the guardian would let it.
+ORPHAN_GRACE_SECONDS = 0.7
 PARENT_POLL_SECONDS = 0.2
 #: The environment variable by which the guardian knows our descendants.
 MARKER = "GENVM_MANAGED_BY"
@@ -2719,6 +2723,7 @@ class Spawner:
         self._guardian: Guardian | None = None
         self._children: set[Child] = set()
         self._sweep_call: DelayedCall | None = None
+        self._orphans: dict[int, float] = {}
         self._siblings = ""
         self._boot_id = boot_id
         self._environment: dict[bytes, bytes] | None = None
@@ -2824,15 +2829,26 @@ class Spawner:
                 ours = file.readall().split()
         except OSError:
             return
-        left = False
-        for pid in map(int, ours):
-            # Twisted knows every process that was started on purpose.
-            if pid not in reapProcessHandlers:
-                with contextlib.suppress(OSError):
+        # Twisted knows every process that was started on purpose.
+        orphans = set(map(int, ours)).difference(reapProcessHandlers)
+        now = self._reactor.seconds()
+        self._orphans = {pid: self._orphans.get(pid, now) for pid in orphans}
+        for pid, since in list(self._orphans.items()):
+            try:
+                if os.waitpid(pid, os.WNOHANG)[0]:
+                    del self._orphans[pid]
+                elif now - since >= ORPHAN_GRACE_SECONDS or self._is_marked(pid):
                     os.kill(pid, signal.SIGKILL)
-                    left = os.waitpid(pid, os.WNOHANG)[0] == 0 or left
-        if left:
+            except OSError:  # not ours to kill
+                del self._orphans[pid]
+        if self._orphans:
             self._sweep_call = self._reactor.callLater(ORPHAN_RETRY_SECONDS, self._sweep)
+
+    def _is_marked(self, pid: int) -> bool:
+        marker = f"{MARKER}={self._boot_id}".encode()
+        with contextlib.suppress(OSError):
+            return marker in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return False
 
 
 def _spawn_problem(error: OSError) -> str:
@@ -7557,27 +7573,32 @@ _PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
 _FORBIDDEN_V6 = tuple(
     map(ipaddress.IPv6Network, ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"))
 )
-#: Addresses that carry an IPv4 address: how many bits stand to the right of it.
-_CARRIERS_OF_V4 = (
-    (ipaddress.IPv6Network("::ffff:0:0/96"), 0),
-    (ipaddress.IPv6Network("64:ff9b::/96"), 0),
-    (ipaddress.IPv6Network("2002::/16"), 80),
-)
+#: Addresses that end in an IPv4 address: mapped ones, and those of NAT64.
+_CARRIERS_OF_V4 = tuple(map(ipaddress.IPv6Network, ("::ffff:0:0/96", "64:ff9b::/96")))
 
 
 def address_is_public(text: str) -> bool:
-    """Tell whether an IP address belongs to the public internet and to nothing of ours."""
+    """Tell whether an IP address belongs to the public internet."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
         return False
     if isinstance(address, ipaddress.IPv6Address):
-        for network, shift in _CARRIERS_OF_V4:
-            if address in network:
-                inner = ipaddress.IPv4Address((int(address) >> shift) & 0xFFFFFFFF)
-                return address_is_public(str(inner))
+        if any(address in network for network in _CARRIERS_OF_V4):
+            return address_is_public(str(ipaddress.IPv4Address(address.packed[-4:])))
         return address in _PUBLIC_V6 and not any(address in net for net in _FORBIDDEN_V6)
     return not any(address in network for network in _FORBIDDEN_V4)
+
+
+def address_is_ours(text: str) -> bool:
+    """Tell whether an IP address is one of this machine's: its route leads from there to there."""
+    family = socket.AF_INET6 if ":" in text else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((text, DEFAULT_PORTS["http"]))  # UDP: nothing is sent
+            return bool(probe.getsockname()[0] == text)
+    except OSError:  # no route leads there
+        return False
 
 
 def canonical_host(host: str) -> str:
@@ -7774,55 +7795,90 @@ async def open_addresses(reactor: Any, target: Target) -> list[str]:
         found = [target.host]
     else:
         resolution = _Resolution()
-        reactor.nameResolver.resolveHostName(resolution, target.host, portNumber=target.port)
+        # Only what the operator named may depend on the search list of this machine.
+        name = target.host if target.trusted else f"{target.host}."
+        reactor.nameResolver.resolveHostName(resolution, name, portNumber=target.port)
         await resolution.done
         found = resolution.addresses
     if not found:
         raise DNSLookupError(f"the name {target.host} has no address")
-    usable = found if target.trusted else [text for text in found if address_is_public(text)]
+    if target.trusted:
+        return found
+    usable = [text for text in found if address_is_public(text) and not address_is_ours(text)]
     if not usable:
         raise refused("ADDRESS_FORBIDDEN", target.url, "the host is not on the public internet")
     return usable
 
 
-class ByteBudget:
-    """Counts received bytes, and says when they are too many."""
+class Traffic:
+    """The connections of one request or one page: how many bytes came, and which are open."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.used = 0
+        self.received = 0
+        self.exceeded: Event[None] = Event()
+        self.connections: set[MeteredConnection] = set()
 
     def take(self, count: int) -> bool:
-        """Count bytes; False if the limit is exceeded."""
-        self.used += count
-        return self.used <= self.limit
+        """Count received bytes; False if the limit is exceeded."""
+        self.received += count
+        if self.received > self.limit:
+            self.exceeded.fire(None)
+        return self.received <= self.limit
+
+    def end(self) -> None:
+        """Close what is still open, since nobody needs it any more."""
+        for connection in list(self.connections):
+            connection.finish()
 
 
 class MeteredConnection(ProtocolWrapper):
-    """A connection that ends when more comes than its budget has."""
+    """A connection that ends when its traffic is too much, or is over."""
 
     transport: Any
 
-    def __init__(self, factory: Any, wrapped: Any, budget: ByteBudget) -> None:
+    def __init__(self, factory: Any, wrapped: Any, reactor: Any, traffic: Traffic) -> None:
         super().__init__(factory, wrapped)
-        self._budget = budget
+        self._reactor = reactor
+        self._traffic = traffic
+        self._linger: DelayedCall | None = None
+
+    def makeConnection(self, transport: Any) -> None:
+        """The connection is made."""
+        self._traffic.connections.add(self)
+        ProtocolWrapper.makeConnection(self, transport)
 
     def dataReceived(self, data: bytes) -> None:
         """Pass bytes on."""
-        if self._budget.take(len(data)):
+        if self._traffic.take(len(data)):
             ProtocolWrapper.dataReceived(self, data)
         else:
             self.transport.abortConnection()
+
+    def finish(self) -> None:
+        """Close TCP once everything is sent or the time for it is over.
+
+        What is above may wait for ever: TLS for the peer's farewell, HTTP for it to read.
+        """
+        self.transport.loseConnection()
+        self._linger = self._reactor.callLater(CLOSE_SECONDS, self.transport.abortConnection)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The connection is gone."""
+        self._traffic.connections.discard(self)
+        if self._linger is not None and self._linger.active():
+            self._linger.cancel()
+        ProtocolWrapper.connectionLost(self, reason)
 
 
 @implementer(IStreamClientEndpoint)
 class CheckedEndpoint:
     """Connects to a target: to the very address that was checked, so no second answer counts."""
 
-    def __init__(self, reactor: Any, target: Target, budget: ByteBudget) -> None:
+    def __init__(self, reactor: Any, target: Target, traffic: Traffic) -> None:
         self._reactor = reactor
         self._target = target
-        self._budget = budget
+        self._traffic = traffic
 
     def connect(self, protocolFactory: Any) -> Deferred[Any]:
         """See ``IStreamClientEndpoint``; fails as ``open_addresses`` does, too."""
@@ -7832,7 +7888,9 @@ class CheckedEndpoint:
         addresses = await open_addresses(self._reactor, self._target)
         metered: Any = WrappingFactory(protocol_factory)
         metered.noisy = False
-        metered.protocol = functools.partial(MeteredConnection, budget=self._budget)
+        metered.protocol = functools.partial(
+            MeteredConnection, reactor=self._reactor, traffic=self._traffic
+        )
         while True:
             address = addresses.pop(0)
             kind = TCP6ClientEndpoint if ":" in address else TCP4ClientEndpoint
@@ -7857,6 +7915,8 @@ WEB_SECONDS = 30.0
 WEB_BODY_MAX_BYTES = 10 * MIB
 #: What may come for one request, all redirects and what compression adds included.
 WEB_TRAFFIC_MAX_BYTES = 2 * WEB_BODY_MAX_BYTES
+#: The head of a response with what may come at one go behind it; a request's headers.
+WEB_HEAD_MAX_BYTES = 128 * KIB
 MAX_REDIRECTS = 10
 SIGNATURE_MAX_BYTES = 64 * KIB
 WEB_METHODS = ("GET", "POST", "HEAD", "DELETE", "OPTIONS", "PATCH", "PUT")
@@ -7920,12 +7980,17 @@ class WebResponse:
 def read_headers(members: CalldataValue) -> dict[str, bytes]:
     """Return a contract's headers without those that are ours; raises ``RequestFailure``."""
     headers: dict[str, bytes] = {}
+    size = 0
     for name, given in (members if isinstance(members, dict) else {}).items():
         value = given.encode() if isinstance(given, str) else given
         if not isinstance(value, bytes):
             raise _bad_request(f"headers.{shown(name)}: expected bytes")
+        size += len(name) + len(value)
+        context: dict[str, CalldataValue] = {"name": name[:100]}
+        if size > WEB_HEAD_MAX_BYTES:
+            context["reason"] = f"the headers are longer than {WEB_HEAD_MAX_BYTES} bytes"
+            raise RequestFailure("INVALID_HEADER", fatal=False, context=context)
         if _TOKEN.fullmatch(name) is None or _HEADER_VALUE.fullmatch(value) is None:
-            context: dict[str, CalldataValue] = {"name": name[:100]}
             raise RequestFailure("INVALID_HEADER", fatal=False, context=context)
         if name.lower() not in _OUR_HEADERS:
             headers[name.lower()] = value.strip(b" \t")
@@ -7942,15 +8007,25 @@ def joined_headers(headers: Headers) -> dict[str, bytes]:
     }
 
 
+def was_cancelled(error: BaseException) -> bool:
+    """Tell whether an exception of the HTTP client says that the request was cancelled."""
+    causes = (failure.value for failure in getattr(error, "reasons", ()))
+    return isinstance(error, (CancelledError, ConnectingCancelledError)) or any(
+        map(was_cancelled, causes)
+    )
+
+
 class _GzipReader(_BodyReader):
     """Collects a compressed body; the limit is that of the text."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(limit)
         self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        self._begun = False
 
     def dataReceived(self, data: bytes) -> None:
         """See ``Protocol``."""
+        self._begun = True
         try:
             while data and not self.done.called:
                 if self._gzip.eof:  # another member of the file follows
@@ -7964,7 +8039,7 @@ class _GzipReader(_BodyReader):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """See ``Protocol``."""
-        if not self._gzip.eof and not self.done.called and self._data:
+        if self._begun and not self._gzip.eof and not self.done.called:
             self.done.errback(ProviderError(ErrorKind.BAD_RESPONSE, "gzip: cut off"))
         super().connectionLost(reason)
 
@@ -8013,10 +8088,10 @@ class _Body:
 class _TargetEndpoints:
     """Leads an agent to a target that was checked, whatever it makes of the URL."""
 
-    def __init__(self, reactor: Any, target: Target, tls: Any, budget: ByteBudget) -> None:
+    def __init__(self, reactor: Any, target: Target, tls: Any, traffic: Traffic) -> None:
         self._target = target
         self._tls = tls
-        self._endpoint: Any = CheckedEndpoint(reactor, target, budget)
+        self._endpoint: Any = CheckedEndpoint(reactor, target, traffic)
 
     def endpointForURI(self, uri: object) -> Any:
         """See ``IAgentEndpointFactory``."""
@@ -8034,14 +8109,14 @@ class WebClient:
         self._rules = rules
         self._tls = BrowserLikePolicyForHTTPS()
 
-    async def fetch(self, request: WebRequest, budget: ByteBudget) -> WebResponse:
+    async def fetch(self, request: WebRequest, traffic: Traffic) -> WebResponse:
         """Return the response at the end of all redirects; raises ``RequestFailure``."""
         origin = request.target.url
         for _ in range(MAX_REDIRECTS + 1):
-            response, unpacked = await self._send(request, budget)
+            response, unpacked = await self._send(request, traffic)
             location = response.headers.getRawHeaders(b"location")
             if response.code not in _REDIRECTS or not location:
-                body = await self._read(request, response, budget, unpacked=unpacked)
+                body = await self._read(request, response, traffic, unpacked=unpacked)
                 headers = joined_headers(response.headers)
                 if unpacked:
                     headers.pop("content-encoding", None)
@@ -8063,7 +8138,7 @@ class WebClient:
             raise refused("SCHEMA_FORBIDDEN", url, "a redirect from https to http")
         return request.redirected(status, target)
 
-    async def _send(self, request: WebRequest, budget: ByteBudget) -> tuple[Any, bool]:
+    async def _send(self, request: WebRequest, traffic: Traffic) -> tuple[Any, bool]:
         """Return the response's head, and whether its body is to be decompressed."""
         target = request.target
         headers = Headers({k.encode(): [value] for k, value in request.headers.items()})
@@ -8072,24 +8147,31 @@ class WebClient:
             headers.setRawHeaders(b"accept-encoding", [b"gzip"])
         if not headers.hasHeader(b"user-agent"):
             headers.setRawHeaders(b"user-agent", [f"genvm-manager/{__version__}".encode()])
-        endpoints = _TargetEndpoints(self._reactor, target, self._tls, budget)
+        endpoints = _TargetEndpoints(self._reactor, target, self._tls, traffic)
         pool = HTTPConnectionPool(self._reactor, persistent=False)
         agent = Agent.usingEndpointFactory(self._reactor, endpoints, pool)
         body = None if request.body is None else _Body(request.body)
+        whole = traffic.limit
+        # Twisted keeps all headers, however many; each costs far more than its bytes.
+        traffic.limit = min(whole, traffic.received + WEB_HEAD_MAX_BYTES)
         try:
             response: Any = await agent.request(
                 request.method.encode(), target.url.encode(), headers, cast(Any, body)
             )
-        except (CancelledError, RequestFailure):
+        except RequestFailure:
             raise
         except Exception as error:
-            raise self._problem("SENDING_REQUEST", target, error, budget) from None
+            if was_cancelled(error):
+                raise CancelledError from None
+            raise self._problem("SENDING_REQUEST", target, error, traffic) from None
+        finally:
+            traffic.limit = whole
         coding = response.headers.getRawHeaders(b"content-encoding") or [b""]
         gzip = len(coding) == 1 and coding[0].strip().lower() in (b"gzip", b"x-gzip")
         return response, asks_gzip and gzip
 
     async def _read(
-        self, request: WebRequest, response: Any, budget: ByteBudget, *, unpacked: bool
+        self, request: WebRequest, response: Any, traffic: Traffic, *, unpacked: bool
     ) -> bytes:
         reader = (_GzipReader if unpacked else _BodyReader)(WEB_BODY_MAX_BYTES)
         response.deliverBody(reader)
@@ -8098,13 +8180,13 @@ class WebClient:
         except CancelledError:
             raise
         except Exception as error:
-            raise self._problem("READING_BODY", request.target, error, budget) from None
+            raise self._problem("READING_BODY", request.target, error, traffic) from None
 
     def _problem(
-        self, cause: str, target: Target, error: Exception, budget: ByteBudget
+        self, cause: str, target: Target, error: Exception, traffic: Traffic
     ) -> RequestFailure:
-        if budget.used > budget.limit:
-            return refused(cause, target.url, f"more than {budget.limit} bytes were received")
+        if traffic.received > traffic.limit:
+            return refused(cause, target.url, f"more than {traffic.limit} bytes were received")
         if isinstance(error, ProviderError):
             return refused(cause, target.url, error.message)
         return refused(cause, target.url, connection_problem(error)[1])
@@ -8156,6 +8238,8 @@ def signature_base(request: WebRequest, created: int) -> tuple[str, str]:
 class RequestSigner:
     """Signs requests by way of the signer service."""
 
+    log = Logger()
+
     def __init__(
         self,
         signer: Signer,
@@ -8205,12 +8289,14 @@ class RequestSigner:
             reader = _BodyReader(SIGNATURE_MAX_BYTES)
             response.deliverBody(reader)
             body = await reader.done
-        except CancelledError:
-            raise
         except ProviderError as error:
             raise _signing_failed("READING_BODY", error.message) from None
         except Exception as error:
-            raise _signing_failed("SENDING_REQUEST", connection_problem(error)[1]) from None
+            if was_cancelled(error):
+                raise CancelledError from None
+            kind, text = connection_problem(error)
+            self.log.warn("the signer cannot be asked: {text}", text=text)
+            raise _signing_failed("SENDING_REQUEST", f"no connection: {kind.value}") from None
         if response.code != 200:
             raise _signing_failed("STATUS_NOT_OK", f"status {response.code}")
         return body
@@ -8252,7 +8338,6 @@ CDP_MESSAGE_MAX_BYTES = 8 * RENDER_MAX_BYTES
 CHROMIUM_STDERR_BYTES = 16 * KIB
 SOCKS_CONNECTIONS = 256
 PROFILE_PREFIX = "genvm-page-"
-STALE_SECONDS = 600
 _CHROMIUM_FLAGS = (
     "--headless=new",
     "--remote-debugging-pipe",
@@ -8294,14 +8379,16 @@ def find_chromium() -> str | None:
 
 
 def remove_stale_profiles(folder: Path) -> None:
-    """Remove the profiles of modules that were killed together with their keepers."""
-    for path in folder.glob(f"{PROFILE_PREFIX}*-*"):
-        pid = path.name.removeprefix(PROFILE_PREFIX).partition("-")[0]
+    """Remove the profiles of keepers that were killed: those that nobody has locked."""
+    for path in folder.glob(f"{PROFILE_PREFIX}*"):
         with contextlib.suppress(OSError):
-            status = path.stat()
-            is_old = status.st_mtime < time.time() - STALE_SECONDS
-            if is_old and status.st_uid == os.geteuid() and not Path("/proc", pid).exists():
-                shutil.rmtree(path, ignore_errors=True)
+            profile = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(profile).st_uid == os.geteuid():
+                    fcntl.flock(profile, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(profile)
 
 
 def family_of(pid: int) -> set[int]:
@@ -8338,11 +8425,13 @@ def memory_of_family(pid: int) -> int:
 def keep_browser() -> None:
     """Run a browser, and end it with all it started when stdin ends or it takes too much memory.
 
-    The arguments: the profile's folder, which is removed at the end, the limit of memory in MiB,
-    an environment variable for the browser, the browser's command. This function runs alone, under
-    a bare Python: it uses nothing but its own imports and the two functions above.
+    The arguments: the profile's folder, which is made here and removed at the end, the limit of
+    memory in MiB, an environment variable for the browser, the browser's command. The folder is
+    locked until then. This function runs alone, under a bare Python: it uses nothing but its own
+    imports and the two functions above.
     """
     import ctypes
+    import fcntl
     import os
     import select
     import shutil
@@ -8354,6 +8443,11 @@ def keep_browser() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.setsid()
+    while True:
+        os.mkdir(profile, 0o700)
+        fcntl.flock(os.open(profile, os.O_RDONLY), fcntl.LOCK_EX)
+        if os.path.exists(profile):  # no module that starts has taken it for a stale one
+            break
     prctl(36, 1, 0, 0, 0)  # what the browser leaves behind comes to us
     pid = os.fork()
     if pid == 0:
@@ -8486,10 +8580,10 @@ class SocksGate(ServerFactory):
 
     noisy = False
 
-    def __init__(self, reactor: Any, rules: UrlRules, budget: ByteBudget) -> None:
+    def __init__(self, reactor: Any, rules: UrlRules, traffic: Traffic) -> None:
         self._reactor = reactor
         self._rules = rules
-        self._budget = budget
+        self.traffic = traffic
         self._connections: list[Any] = []
         self.refusals: dict[str, RequestFailure] = {}
         self._port = reactor.listenTCP(0, self, interface="127.0.0.1")
@@ -8515,7 +8609,7 @@ class SocksGate(ServerFactory):
         try:
             target = Target(scheme, read_host(host), port)
             target = self._rules.admit(target, target.url)
-            endpoint = CheckedEndpoint(self._reactor, target, self._budget)
+            endpoint = CheckedEndpoint(self._reactor, target, self.traffic)
             return await connectProtocol(endpoint, _Relay())
         except RequestFailure as failure:
             if len(self.refusals) < SOCKS_CONNECTIONS:
@@ -8591,7 +8685,9 @@ class BrowserProcess(ProcessProtocol):
         if childFD != 4:
             self.stderr.add(data)
             return
-        start = max(0, len(self._input))
+        if self.gone:
+            return
+        start = len(self._input)
         self._input += data
         if len(self._input) > CDP_MESSAGE_MAX_BYTES:
             self.end()
@@ -8649,6 +8745,7 @@ RENDER_MEMORY_MIB = 1024
 RENDER_TRAFFIC_MAX_BYTES = 64 * MIB
 #: Seconds in which the keeper ends Chromium and removes its profile.
 KEEPER_SECONDS = 10.0
+READ_ATTEMPTS = 3
 _KEEPER_MEMORY = 3
 _TEXT_SCRIPT = "document.body ? document.body.innerText : ''"
 _HTML_SCRIPT = "document.documentElement ? document.documentElement.outerHTML : ''"
@@ -8684,22 +8781,34 @@ class PageVisit:
         self._last = target
         self._redirects = 0
         self._status = 0
+        self._arrived = False
         self._loaded: Event[None] = Event()
         self._failure: RequestFailure | None = None
         self._over: Event[None] = Event()
         self.browser = BrowserProcess(self._event, self._gone)
+        traffic = gate.traffic
+        problem = f"the page brings more than {traffic.limit} bytes"
+        traffic.exceeded.wait().addCallback(lambda _: self._fail(problem))
 
     async def render(self, mode: str, wait: float) -> Page:
         """Load the page, wait, and return what is there by then; raises ``BrowserGone``."""
         await self._prepare()
         answer = await self._call("Page.navigate", url=self._target.url)
         if answer.get("errorText"):
-            await self._navigation_failed(str(answer["errorText"]))
+            self._navigation_failed(str(answer["errorText"]))
+        self._arrived = True
         await self._loaded.wait()
         with contextlib.suppress(DeferredTimeout):
             await self._over.wait().addTimeout(wait, self._reactor)
         if self._failure is not None:
             raise self._failure
+        for _ in range(READ_ATTEMPTS):
+            # The page may go elsewhere between one command and the next.
+            with contextlib.suppress(ValueError):
+                return await self._read(mode)
+        raise page_failed(self._target.url, self._status, "the page does not stay")
+
+    async def _read(self, mode: str) -> Page:
         if not page_loaded(self._status):
             text = collapse_text(await self._evaluate(_TEXT_SCRIPT))
             raise page_failed(self._target.url, self._status, text)
@@ -8748,14 +8857,13 @@ class PageVisit:
             returnByValue=True,
         )
         text = answer["result"].get("value")
-        if not isinstance(text, str):
+        if not isinstance(text, str) or len(_json_text(text).encode()) > RENDER_MAX_BYTES:
             raise page_failed(self._target.url, self._status, "the page's text is too long")
         return text
 
-    async def _navigation_failed(self, problem: str) -> None:
-        if self._failure is None:
-            self._failure = self._gate.refusals.get(self._last.host)
-        raise self._failure or page_failed(self._target.url, self._status, problem)
+    def _navigation_failed(self, problem: str) -> NoReturn:
+        refusal = self._failure or self._gate.refusals.get(self._last.host)
+        raise refusal or page_failed(self._target.url, self._status, problem)
 
     def _gone(self) -> None:
         self._loaded.fail(BrowserGone("Chromium has ended"))
@@ -8766,14 +8874,20 @@ class PageVisit:
             self._check_document(given)
         elif method == "Page.loadEventFired" and self._status:
             self._loaded.fire(None)
+        elif method == "Page.frameNavigated" and self._arrived:
+            self._check_arrival(given["frame"])
         elif method == "Network.responseReceived":
             if given["type"] == "Document" and given.get("frameId") == self._frame:
                 self._status = int(given["response"]["status"])
         elif method == "Page.javascriptDialogOpening":
             self.browser.tell("Page.handleJavaScriptDialog", self._session, accept=False)
         elif method == "Inspector.targetCrashed":
-            self._failure = page_failed(self._target.url, self._status, "the page crashed")
-            self.browser.end()
+            self._fail("the page crashed")
+
+    def _fail(self, problem: str) -> None:
+        if self._failure is None:
+            self._failure = page_failed(self._target.url, self._status, problem)
+        self.browser.end()
 
     def _check_document(self, given: dict[str, Any]) -> None:
         """Let a document be loaded if the rules allow its URL: the page itself or a frame."""
@@ -8792,6 +8906,14 @@ class PageVisit:
             )
         else:
             self.browser.tell("Fetch.continueRequest", self._session, requestId=number)
+
+    def _check_arrival(self, frame: dict[str, Any]) -> None:
+        """See that the page, once it was there, is not replaced by one that Chromium shows."""
+        url = frame.get("unreachableUrl")
+        if url and frame["id"] == self._frame and self._failure is None:
+            problem = f"it went to {url}, which cannot be loaded"
+            failure = page_failed(self._target.url, 0, problem)
+            self._failure = self._gate.refusals.get(self._last.host, failure)
 
     def _follow(self, target: Target, *, is_redirect: bool) -> None:
         old, self._last = self._last, target
@@ -8851,22 +8973,24 @@ class ChromiumRenderer:
         self._memory_mib = memory_mib
         self._slots = DeferredSemaphore(limit)
 
-    async def render(self, target: Target, mode: str, wait: float, budget: ByteBudget) -> Page:
+    async def render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
         """Return a rendered page; raises ``RequestFailure``. Cancelling ends Chromium."""
         await self._slots.acquire()
         try:
-            return await self._render(target, mode, wait, budget)
+            return await self._render(target, mode, wait, traffic)
         finally:
             self._slots.release()
 
-    async def _render(self, target: Target, mode: str, wait: float, budget: ByteBudget) -> Page:
-        gate = SocksGate(self._reactor, self._rules, budget)
+    async def _render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
+        gate = SocksGate(self._reactor, self._rules, traffic)
         visit = PageVisit(self._reactor, self._rules, target, gate)
         try:
             self._spawn(visit.browser, gate.address)
         except OSError as error:
             gate.close()
-            raise RequestFailure("RENDERER_FAILED", context={"reason": str(error)}) from None
+            raise RequestFailure(
+                "RENDERER_FAILED", context={"reason": error.strerror or str(error)}
+            ) from None
         work = Deferred.fromCoroutine(visit.render(mode, wait))
         seconds = self._timeout + wait
 
@@ -8888,15 +9012,20 @@ class ChromiumRenderer:
         browser.end()
         gate.close().addErrback(lambda _: None)
         try:
-            return await browser.ended.wait().addTimeout(KEEPER_SECONDS, self._reactor)
+            code = await browser.ended.wait().addTimeout(KEEPER_SECONDS, self._reactor)
         except DeferredTimeout:
             self.log.error("a keeper of Chromium does not end", pid=browser.transport.pid)
             with contextlib.suppress(ProcessExitedAlready):
                 browser.transport.signalProcess("KILL")
-            return -1
+            code = await browser.ended.wait()
+        if code < 0:  # it was killed
+            pool = self._reactor.getThreadPool()
+            folder = Path(tempfile.gettempdir())
+            await deferToThreadPool(self._reactor, pool, remove_stale_profiles, folder)
+        return code
 
     def _spawn(self, browser: BrowserProcess, proxy: str) -> None:
-        profile = tempfile.mkdtemp(prefix=f"{PROFILE_PREFIX}{os.getpid()}-")
+        profile = f"{tempfile.gettempdir()}/{PROFILE_PREFIX}{secrets.token_hex(8)}"
         marker = f"{MARKER}={os.environ[MARKER]}" if MARKER in os.environ else ""
         alone: tuple[Any, ...] = (family_of, memory_of_family, keep_browser)
         source = "\n".join(map(inspect.getsource, alone))
@@ -8912,17 +9041,13 @@ class ChromiumRenderer:
         ]
         places = dict.fromkeys(("HOME", "TMPDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"), profile)
         kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-        try:
-            self._reactor.spawnProcess(
-                browser,
-                argv[0],
-                argv,
-                env={**kept, **places},
-                childFDs={0: "w", 1: "r", 2: "r", 3: "w", 4: "r"},
-            )
-        except OSError:
-            shutil.rmtree(profile, ignore_errors=True)
-            raise
+        self._reactor.spawnProcess(
+            browser,
+            argv[0],
+            argv,
+            env={**kept, **places},
+            childFDs={0: "w", 1: "r", 2: "r", 3: "w", 4: "r"},
+        )
 
 
 # =============================================================================
@@ -9041,14 +9166,9 @@ class WebdriverClient:
         self._timeout = timeout
         self._rules = rules
 
-    async def render(self, target: Target, mode: str, wait: float, budget: ByteBudget) -> Page:
+    async def render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
         """Return a rendered page; raises ``RequestFailure``."""
-        # The service resolves the name again, so this is only half a promise; see README.
-        try:
-            await open_addresses(self._reactor, target)
-        except DNSLookupError as error:
-            raise page_failed(target.url, 0, str(error)) from None
-        work = Deferred.fromCoroutine(self._ask(target, mode, wait, budget))
+        work = Deferred.fromCoroutine(self._ask(target, mode, wait, traffic))
         seconds = self._timeout + wait
 
         def too_late(_result: object, _seconds: float) -> Failure:
@@ -9056,7 +9176,12 @@ class WebdriverClient:
 
         return await work.addTimeout(seconds, self._reactor, too_late)
 
-    async def _ask(self, target: Target, mode: str, wait: float, budget: ByteBudget) -> Page:
+    async def _ask(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
+        # The service resolves the name again, so this is only half a promise; see README.
+        try:
+            await open_addresses(self._reactor, target)
+        except DNSLookupError as error:
+            raise page_failed(target.url, 0, str(error)) from None
         query = urlencode({"url": target.url, "mode": mode, "waitAfterLoaded": f"{wait:g}"})
         try:
             response = await self._http.request(
@@ -9065,13 +9190,13 @@ class WebdriverClient:
             reader = _BodyReader(RENDER_MAX_BYTES)
             response.deliverBody(reader)
             body = await reader.done
-        except CancelledError:
-            raise
         except ProviderError as error:
             raise self._failed("READING_BODY", reason=error.message) from None
         except Exception as error:
+            if was_cancelled(error):
+                raise CancelledError from None
             raise self._failed("SENDING_REQUEST", reason=connection_problem(error)[1]) from None
-        budget.take(len(body))
+        traffic.take(len(body))
         text = body.decode("utf-8", "replace")
         if response.code != 200:
             shown_body = text[:REPORTED_BODY_CHARACTERS]
@@ -9157,13 +9282,13 @@ class WebService(ModuleService):
             raise _bad_request("expected a map")
         kind = "requests" if name == "Request" else "renders"
         limit = WEB_TRAFFIC_MAX_BYTES if name == "Request" else RENDER_TRAFFIC_MAX_BYTES
-        counts, start, budget = self._statistics[kind], self._reactor.seconds(), ByteBudget(limit)
+        counts, start, traffic = self._statistics[kind], self._reactor.seconds(), Traffic(limit)
         counts.requests += 1
         self.changed()
         try:
             if name == "Render":
-                return await self._render(payload, budget)
-            return await self._request(payload, caller, counts, budget)
+                return await self._render(payload, traffic)
+            return await self._request(payload, caller, counts, traffic)
         except RequestFailure as failure:
             counts.errors[failure.causes[0]] += 1
             raise
@@ -9171,11 +9296,12 @@ class WebService(ModuleService):
             counts.errors["CANCELLED"] += 1
             raise
         finally:
+            traffic.end()
             seconds = self._reactor.seconds() - start
             counts.add_latency(seconds)
-            counts.bytes_received += budget.used
+            counts.bytes_received += traffic.received
             self.changed()
-            fields = {"latency_ms": round(seconds * 1000), "bytes": budget.used}
+            fields = {"latency_ms": round(seconds * 1000), "bytes": traffic.received}
             self.log.debug("the web was asked", kind=name, **fields, **caller.log_fields())
 
     async def _request(
@@ -9183,12 +9309,12 @@ class WebService(ModuleService):
         members: dict[str, CalldataValue],
         caller: Caller,
         counts: WebStatistics,
-        budget: ByteBudget,
+        traffic: Traffic,
     ) -> CalldataValue:
         request, sign = self._read_request(members), members.get("sign", False)
         if not isinstance(sign, bool):
             raise _bad_request("sign: expected true or false")
-        work = Deferred.fromCoroutine(self._exchange(request, caller, budget, sign=sign))
+        work = Deferred.fromCoroutine(self._exchange(request, caller, traffic, sign=sign))
         seconds = self._settings.timeout
 
         def too_late(_result: object, _seconds: float) -> Failure:
@@ -9213,16 +9339,16 @@ class WebService(ModuleService):
         return WebRequest(method, target, read_headers(headers), body)
 
     async def _exchange(
-        self, request: WebRequest, caller: Caller, budget: ByteBudget, *, sign: bool
+        self, request: WebRequest, caller: Caller, traffic: Traffic, *, sign: bool
     ) -> WebResponse:
         if sign:
             if self._signer is None:
                 reason = "the Web module has no signer_url"
                 raise RequestFailure("SIGNING_FAILED", context={"reason": reason})
             request = await self._signer.sign(request, caller)
-        return await self._client.fetch(request, budget)
+        return await self._client.fetch(request, traffic)
 
-    async def _render(self, members: dict[str, CalldataValue], budget: ByteBudget) -> CalldataValue:
+    async def _render(self, members: dict[str, CalldataValue], traffic: Traffic) -> CalldataValue:
         mode = _text_member(members, "mode")
         if mode not in RENDER_MODES:
             raise _bad_request(f"mode: expected one of {', '.join(RENDER_MODES)}")
@@ -9234,7 +9360,7 @@ class WebService(ModuleService):
         if self._renderer is None:
             reason = "the Web module has no webdriver_host"
             raise RequestFailure("RENDERER_FAILED", context={"reason": reason})
-        page = await self._renderer.render(target, mode, wait, budget)
+        page = await self._renderer.render(target, mode, wait, traffic)
         return {"image" if mode == "screenshot" else "text": cast(CalldataValue, page.content)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import os
 from pathlib import Path
@@ -21,13 +22,14 @@ from twisted.web.http_headers import Headers
 
 from genvm_manager import (
     TOP_LEVEL_DOMAINS,
+    WEB_HEAD_MAX_BYTES,
     AnyObject,
-    ByteBudget,
     CheckedEndpoint,
     ConfigError,
     InvalidRequest,
     RequestFailure,
     Target,
+    Traffic,
     UrlRules,
     WebRequest,
     address_is_public,
@@ -267,6 +269,7 @@ def test_all_spellings_of_an_address_are_one(value: int) -> None:
         "64:ff9b:1::808:808",
         "2002:7f00:1::",
         "2002:a00:1::1",
+        "2002:808:808::1",
         "2001:0:1::1",
         "2001:db8::1",
         "fe80::1",
@@ -335,8 +338,8 @@ TARGET = Target("https", "example.com", 443)
 FORBIDDEN = ["127.0.0.1", "10.0.0.1", "169.254.169.254", "::1", "::ffff:127.0.0.1", "0.0.0.0"]
 
 
-def connect(reactor: Any, target: Target, budget: ByteBudget | None = None) -> Deferred[Any]:
-    endpoint = CheckedEndpoint(reactor, target, budget or ByteBudget(100))
+def connect(reactor: Any, target: Target, traffic: Traffic | None = None) -> Deferred[Any]:
+    endpoint = CheckedEndpoint(reactor, target, traffic or Traffic(100))
     return endpoint.connect(Factory.forProtocol(Protocol))
 
 
@@ -367,7 +370,7 @@ def test_the_address_checked_is_the_address_connected_to() -> None:
     reactor, resolver = reactor_with(["93.184.216.34"], ["127.0.0.1"])
     connect(reactor, TARGET)
     assert [client[:2] for client in reactor.tcpClients] == [("93.184.216.34", 443)]
-    assert resolver.asked == ["example.com"]
+    assert resolver.asked == ["example.com."]
     # And a second connection is checked anew.
     assert isinstance(problem_of(connect(reactor, TARGET)), RequestFailure)
     assert len(reactor.tcpClients) == 1
@@ -391,11 +394,11 @@ def test_a_name_without_addresses() -> None:
     assert isinstance(problem_of(connect(reactor, TARGET)), DNSLookupError)
 
 
-def test_byte_budget() -> None:
-    budget = ByteBudget(10)
-    assert budget.take(10)
-    assert not budget.take(1)
-    assert budget.used == 11
+def test_bytes_are_counted() -> None:
+    traffic = Traffic(10)
+    assert traffic.take(10)
+    assert not traffic.take(1)
+    assert traffic.received == 11
 
 
 # --- headers and redirects ---
@@ -422,6 +425,12 @@ def test_headers_of_contracts() -> None:
         assert caught.value.causes == ("INVALID_HEADER",)
     with pytest.raises(RequestFailure, match="INVALID_REQUEST"):
         read_headers({"x": 1})
+    many: Any = {f"x{number}": b"" for number in range(100_000)}
+    long: Any = {"x": b"y" * (WEB_HEAD_MAX_BYTES + 1)}
+    for large in (many, long):
+        with pytest.raises(RequestFailure, match="INVALID_HEADER") as caught:
+            read_headers(large)
+        assert caught.value.context["reason"] == "the headers are longer than 131072 bytes"
 
 
 def test_joined_headers() -> None:
@@ -507,19 +516,21 @@ def test_collapsing_twice_changes_nothing(text: str) -> None:
 
 
 def test_stale_profiles(tmp_path: Path) -> None:
-    """What a killed module left behind goes; what is young, or somebody's, stays."""
-    dead, ours = 2**22 + 1, os.getpid()  # beyond the largest pid of Linux
-    for name in (f"genvm-page-{dead}-old", f"genvm-page-{ours}-old", "genvm-page-x", "other"):
+    """What a killed keeper left behind goes; what a keeper has locked, or somebody's, stays."""
+    for name in ("genvm-page-left", "genvm-page-used", "other"):
         (tmp_path / name / "profile").mkdir(parents=True)
-        os.utime(tmp_path / name, (1, 1))
-    (tmp_path / f"genvm-page-{dead}-young").mkdir()
+    (tmp_path / "genvm-page-link").symlink_to(tmp_path / "other")
+    lock = os.open(tmp_path / "genvm-page-used", os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_stale_profiles(tmp_path)
+        kept = {"genvm-page-used", "genvm-page-link", "other"}
+        assert set(os.listdir(tmp_path)) == kept
+        assert os.listdir(tmp_path / "other") == ["profile"]
+    finally:
+        os.close(lock)
     remove_stale_profiles(tmp_path)
-    assert set(os.listdir(tmp_path)) == {
-        f"genvm-page-{dead}-young",
-        f"genvm-page-{ours}-old",
-        "genvm-page-x",
-        "other",
-    }
+    assert set(os.listdir(tmp_path)) == {"genvm-page-link", "other"}
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import os
 import signal
 import socket
+import ssl
 import tempfile
 import threading
 import time
@@ -14,11 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from genvm_manager import VIEWPORT_HEIGHT, VIEWPORT_WIDTH, find_chromium
 
+from .conftest import Start
 from .support import alive, children_of, command_of, eventually, kill, report
-from .web_support import Exchange, WebModule, WebServer, causes, render
+from .test_module_service import Client
+from .web_support import HELLO, Exchange, WebModule, WebServer, causes, render
 
 pytestmark = [
     pytest.mark.skipif(
@@ -37,7 +44,7 @@ def folder() -> Iterator[Path]:
         yield Path(made)
 
 
-def begin(folder: Path, **config: Any) -> WebModule:
+def begin(folder: Path, path: str = os.environ["PATH"], **config: Any) -> WebModule:
     made = WebModule(
         {
             "always_allow_hosts": ["127.0.0.1"],
@@ -47,7 +54,7 @@ def begin(folder: Path, **config: Any) -> WebModule:
             **config,
         },
         names=NAMES,
-        environment={"TMPDIR": str(folder)},
+        environment={"TMPDIR": str(folder), "PATH": path},
     )
     made.event("ready")
     return made
@@ -152,6 +159,8 @@ def test_statuses_dialogs_and_no_server(module: WebModule, web: WebServer) -> No
             "ctx": {"url": missing, "status": 404, "body": "not here"},
         }
     }
+    empty = web.page("/empty", "", b"500 X")
+    assert module.render(empty)["UserError"]["ctx"]["status"] == 500
     talks = web.page("/talks", "<script>alert(1); document.write(confirm(2))</script>")
     assert module.render(talks) == {"Ok": {"text": "false"}}
     answer = module.render("http://127.0.0.1:1/")
@@ -200,6 +209,47 @@ def test_a_page_that_takes_too_much_memory(folder: Path, web: WebServer) -> None
         nothing_left(module, folder)
     finally:
         module.close()
+
+
+@pytest.mark.parametrize("kind", ["document", "fetch"])
+def test_a_page_that_brings_too_much(
+    module: WebModule, web: WebServer, folder: Path, kind: str
+) -> None:
+    sent = 0
+
+    def answer(exchange: Exchange) -> None:
+        nonlocal sent
+        exchange.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<p>begin")
+        while True:
+            exchange.send(b"<!--%s-->" % bytes(b"x" * ((1 << 20) - 7)))
+            sent += 1 << 20
+
+    web.answers["/document"] = answer
+    web.page("/fetch", "<p>small<script>fetch('/document').then((r) => r.text())</script>")
+    url = f"{web.url}/{kind}"
+    assert module.render(url, wait_after_loaded="50s") == {
+        "UserError": {
+            "causes": ["WEBPAGE_LOAD_FAILED"],
+            "ctx": {
+                "url": url,
+                "status": 200,
+                "body": "the page brings more than 67108864 bytes",
+            },
+        }
+    }
+    nothing_left(module, folder)
+    received = module.client().ask("GetStats")["Ok"]["renders"]["bytes_received"]
+    assert 64 << 20 < received < 65 << 20
+    assert sent < 80 << 20
+
+
+def test_text_is_measured_in_bytes(module: WebModule, web: WebServer) -> None:
+    script = "document.body.append('\\u20ac'.repeat({}))"
+    fits = web.page("/fits", f"<body><script>{script.format(3 << 20)}</script>")
+    assert len(module.render(fits)["Ok"]["text"]) == 3 << 20
+    answer = module.render(web.page("/more", f"<body><script>{script.format(4 << 20)}</script>"))
+    assert causes(answer) == ["WEBPAGE_LOAD_FAILED"]
+    assert answer["UserError"]["ctx"]["body"] == "the page's text is too long"
 
 
 def test_five_at_once(module: WebModule, web: WebServer, folder: Path) -> None:
@@ -257,6 +307,21 @@ def test_a_chromium_that_crashes(module: WebModule, web: WebServer, folder: Path
     assert "Ok" in client.ask(render(web.page("/next", "next")))
 
 
+def test_a_keeper_that_is_killed(module: WebModule, web: WebServer, folder: Path) -> None:
+    gate = Gate(web, "/gated")
+    client = module.client()
+    client.socket.settimeout(60)
+    client.send(render(f"{web.url}/gated"))
+    assert gate.held.acquire(timeout=60)
+    started = family(module.process.pid)
+    (keeper,) = children_of(module.process.pid)
+    kill(keeper)
+    assert 'causes: ["RENDERER_FAILED"], fatal: true' in client.receive()["FatalError"]
+    eventually(lambda: not [pid for pid in started if alive(pid)], what="no process is left")
+    eventually(lambda: not left_in(folder), what="no folder is left")
+    gate.go.set()
+
+
 def test_a_client_that_vanishes(module: WebModule, web: WebServer, folder: Path) -> None:
     gate = Gate(web, "/gated")
     client = module.client()
@@ -290,6 +355,70 @@ def test_the_end_of_the_module(
     gate.go.set()
 
 
+@pytest.mark.parametrize("number", range(3))
+def test_a_page_that_never_stays(module: WebModule, web: WebServer, number: int) -> None:
+    """Whatever a page does, the contract can catch it."""
+    script = "onload = () => setInterval(() => location.reload(), 0)"
+    url = web.page("/", f"<p>x<script>{script}</script>")
+    answer = module.render(url, wait_after_loaded=f"{number}s")
+    assert "FatalError" not in answer
+
+
+def test_the_end_of_a_module_and_its_keepers(web: WebServer, folder: Path) -> None:
+    """What nobody was left to remove, the next module removes, but nothing that is in use."""
+    gate = Gate(web, "/gated")
+    killed, other = begin(folder), begin(folder)
+    clients = [killed.client(), other.client()]
+    for client in clients:
+        client.send(render(f"{web.url}/gated"))
+        assert gate.held.acquire(timeout=60)
+    both = set(left_in(folder))
+    # All at once, as when a container is killed.
+    pids = [killed.process.pid, *children_of(killed.process.pid)]
+    started = family(killed.process.pid)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    for pid in pids:
+        kill(pid)
+    killed.wait()
+    eventually(lambda: not [pid for pid in started if alive(pid)], what="no process is left")
+    assert set(left_in(folder)) == both
+    third = begin(folder)
+    (kept,) = left_in(folder)
+    assert kept in both
+    assert command_of(children_of(other.process.pid)[0]).find(kept) > 0
+    gate.go.set()
+    for module in (killed, other, third):
+        module.close()
+    eventually(lambda: not left_in(folder), what="no folder is left")
+
+
+def test_the_end_of_a_module_below_its_manager(start: Start, web: WebServer, folder: Path) -> None:
+    gate = Gate(web, "/gated")
+    daemon = start(environ={"TMPDIR": str(folder)})
+    config = {
+        "always_allow_hosts": ["127.0.0.1"],
+        "webdriver_host": "chromium",
+        "bind_address": "127.0.0.1:0",
+    }
+    body = {"module_type": "web", "config": config}
+    assert daemon.post("/module/start", body) == {"result": "module_started"}
+    module = daemon.get("/status")["modules"]["web"]
+    host, _, port = module["address"].rpartition(":")
+    client = Client((host, int(port)))
+    client.send(HELLO)
+    client.send(render(f"{web.url}/gated"))
+    assert gate.held.acquire(timeout=60)
+    started = family(module["pid"])
+    assert len(left_in(folder)) == 1
+    kill(module["pid"])
+    # No other module comes that would tidy up.
+    daemon.post("/module/stop", {"module_type": "web"})
+    eventually(lambda: not [pid for pid in started if alive(pid)], what="no process is left")
+    assert left_in(folder) == []
+    gate.go.set()
+
+
 # --- rules ---
 
 
@@ -309,6 +438,80 @@ def test_redirects_of_the_page(
     web.answers["/"] = lambda e: e.reply(b"", moved, status=b"302 Found")
     assert causes(module.render(web.url)) == [cause]
     assert causes(module.render(location)) == [cause]
+
+
+def test_redirects_from_https_to_http(
+    authority: tuple[Path, ssl.SSLContext], folder: Path, tmp_path: Path, web: WebServer
+) -> None:
+    """Of the page; what its scripts do is a matter of Chromium, and new pages are allowed."""
+    path, context = authority
+    key = x509.load_pem_x509_certificate(path.read_bytes()).public_key()
+    info = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    pin = base64.b64encode(hashlib.sha256(info).digest()).decode()
+    # Chromium as it is, but for the certificate that it takes.
+    wrapper = tmp_path / "chromium"
+    flag = f"--ignore-certificate-errors-spki-list={pin}"
+    wrapper.write_text(f'#!/bin/sh\nexec {find_chromium()} {flag} "$@"\n')
+    wrapper.chmod(0o755)
+    secure = WebServer(context)
+    plain = web.page("/plain", "in the open")
+    moved = f"Location: {plain}".encode()
+    secure.answers["/down"] = lambda e: e.reply(b"", moved, status=b"302 Found")
+    secure.answers["/twice"] = lambda e: e.reply(b"", b"Location: /down", status=b"301 X")
+    up = f"Location: {secure.url}/page".encode()
+    web.answers["/up"] = lambda e: e.reply(b"", up, status=b"302 Found")
+    secure.page("/page", "over TLS")
+    secure.page("/script", f"<script>location = '{plain}'</script>")
+    module = begin(folder, path=f"{tmp_path}:{os.environ['PATH']}")
+    try:
+        assert module.render(f"{secure.url}/page") == {"Ok": {"text": "over TLS"}}
+        assert module.render(f"{web.url}/up") == {"Ok": {"text": "over TLS"}}
+        for start in ("down", "twice"):
+            assert causes(module.render(f"{secure.url}/{start}")) == ["SCHEMA_FORBIDDEN"]
+        assert not [seen for seen in web.requests if seen.path == "/plain"]
+        answer = module.render(f"{secure.url}/script", wait_after_loaded="2s")
+        assert answer == {"Ok": {"text": "in the open"}}
+    finally:
+        module.close()
+        secure.close()
+
+
+@pytest.mark.parametrize(
+    ("place", "cause"),
+    [
+        ("http://127.0.0.1:1/", "WEBPAGE_LOAD_FAILED"),
+        ("http://unknown.test/", "WEBPAGE_LOAD_FAILED"),
+        ("http://inside.test/", "ADDRESS_FORBIDDEN"),
+        ("http://127.0.0.2/", "TLD_FORBIDDEN"),
+    ],
+)
+@pytest.mark.parametrize("event", ["", "onload = () => "])
+def test_pages_that_go_where_nothing_is(
+    module: WebModule, web: WebServer, event: str, place: str, cause: str
+) -> None:
+    """What Chromium shows then is no answer."""
+    url = web.page("/", f"<p>x<script>{event}location = '{place}'</script>")
+    answer = module.render(url, wait_after_loaded="1s")
+    assert causes(answer) == [cause]
+    if cause == "WEBPAGE_LOAD_FAILED":
+        expected = {"url": url, "status": 0, "body": f"it went to {place}, which cannot be loaded"}
+        assert answer["UserError"]["ctx"] == expected
+
+
+def test_what_a_page_leaves_unsent(module: WebModule, web: WebServer, folder: Path) -> None:
+    before = len(os.listdir(f"/proc/{module.process.pid}/fd"))
+    with socket.create_server(("127.0.0.1", 0)) as impolite:  # it reads nothing
+        place = "http://{}:{}/".format(*impolite.getsockname())
+        script = f"fetch('{place}', {{method: 'POST', mode: 'no-cors', body: 'x'.repeat(2e7)}})"
+        url = web.page("/", f"<p>x<script>{script}</script>")
+        assert module.render(url, wait_after_loaded="1s") == {"Ok": {"text": "x"}}
+        peer = impolite.accept()[0]
+        eventually(
+            lambda: len(os.listdir(f"/proc/{module.process.pid}/fd")) == before,
+            what="all is closed",
+        )
+        peer.close()
+    nothing_left(module, folder)
 
 
 def test_ten_redirects_pass_and_eleven_fail(module: WebModule, web: WebServer) -> None:

@@ -280,6 +280,21 @@ def test_grandchildren_of_a_killed_executor(daemon: Daemon, shared_root: Root) -
     up.unlink()
 
 
+def test_grandchildren_without_the_marker(daemon: Daemon, shared_root: Root) -> None:
+    """They may tidy up, as below the guardian, but not for long."""
+    done, pids = shared_root.path / "done", shared_root.path / "pids"
+    steps = f"(sleep 0.2; touch {done}) & sleep 300 & echo $! $$ > {pids}.new; mv {pids}.new {pids}"
+    start = f"env -i PATH=$PATH setsid sh -c '{steps}; exec sleep 300' &"
+    genvm_id = daemon.run(**shell(f"{start} while ! [ -e {pids} ]; do sleep 0.01; done; exit 0"))
+    assert daemon.result(genvm_id)["exit_code"] == 0
+    left = [int(word) for word in pids.read_text().split()]
+    assert len(left) == 2
+    eventually(lambda: not any(map(alive, left)), 2.0, "nothing is left")
+    assert done.exists()
+    done.unlink()
+    pids.unlink()
+
+
 def test_grandchildren_do_not_harm_other_runs(daemon: Daemon, shared_root: Root) -> None:
     """Cleaning up after one run leaves what another one started alone."""
     go = shared_root.path / "go"

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import datetime
 import gzip
 import hashlib
-import ipaddress
+import os
+import shutil
+import socket
 import ssl
+import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import (
     decode_dss_signature,
     encode_dss_signature,
 )
-from cryptography.x509.oid import NameOID
 
-from .support import WAIT, Root, memory_of, report
+from .support import WAIT, Root, eventually, memory_of, report
 from .test_module_service import call
 from .web_support import Exchange, WebModule, WebServer, causes, render, request
 
@@ -42,41 +43,6 @@ INSIDE = {
 }
 NAMES = {**INSIDE, "secure.test": ["127.0.0.1"], "trusted.test": ["127.0.0.1"]}
 TRUSTED = ["127.0.0.1", "secure.test", "trusted.test"]
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ssl.SSLContext]:
-    """A certificate for secure.test that is its own authority, and a server's context with it."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "secure.test")])
-    now = datetime.datetime.now(datetime.UTC)
-    names = x509.SubjectAlternativeName(
-        [x509.DNSName("secure.test"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    )
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(names, critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path = tmp_path_factory.mktemp("tls") / "certificate.pem"
-    path.write_bytes(
-        certificate.public_bytes(serialization.Encoding.PEM)
-        + key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path)
-    return path, context
 
 
 @pytest.fixture
@@ -99,12 +65,13 @@ def module(authority: tuple[Path, ssl.SSLContext]) -> Iterator[WebModule]:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., WebModule]]:
+def start(authority: tuple[Path, ssl.SSLContext]) -> Iterator[Callable[..., WebModule]]:
     started: list[WebModule] = []
 
     def begin(**config: Any) -> WebModule:
         whole = {"always_allow_hosts": TRUSTED, "extra_tld": ["test"], **config}
-        started.append(WebModule(whole, names=NAMES))
+        environment = {"SSL_CERT_FILE": str(authority[0])}
+        started.append(WebModule(whole, names=NAMES, environment=environment))
         started[-1].event("ready")
         return started[-1]
 
@@ -220,7 +187,7 @@ def test_gzip(module: WebModule, web: WebServer) -> None:
     assert raw["headers"]["content-encoding"] == b"gzip"
 
 
-@pytest.mark.parametrize("data", [b"no gzip", gzip.compress(b"x" * 9999)[:-9]])
+@pytest.mark.parametrize("data", [b"no gzip", gzip.compress(b"x" * 9999)[:-9], b"\x1f\x8b\x08"])
 def test_broken_gzip(module: WebModule, web: WebServer, data: bytes) -> None:
     web.answers["/"] = lambda e: e.reply(data, b"Content-Encoding: gzip")
     answer = module.get(web.url)
@@ -265,7 +232,18 @@ def test_endless_headers(module: WebModule, web: WebServer) -> None:
             exchange.send(b"X: " + b"y" * 1000 + b"\r\n")
 
     web.answers["/"] = answer
-    assert causes(module.get(web.url)) == ["SENDING_REQUEST"]
+    got = module.get(web.url)
+    assert causes(got) == ["SENDING_REQUEST"]
+    assert reason(got) == "more than 131072 bytes were received"
+
+
+def test_headers_of_many_kinds(module: WebModule, web: WebServer) -> None:
+    """A body follows at once, and is not counted with them."""
+    names = [b"x-%d: %s" % (number, b"y" * 90) for number in range(600)]
+    web.answers["/"] = lambda e: e.reply(bytes(1 << 20), *names)
+    got = response(module.get(web.url))
+    assert len(got["headers"]) == 600
+    assert len(got["body"]) == 1 << 20
 
 
 @pytest.mark.parametrize("kind", ["slow body", "no answer", "slow head"])
@@ -292,6 +270,11 @@ def test_time(start: Start, web: WebServer, kind: str) -> None:
     assert gone.wait(WAIT)
 
 
+def counted(module: WebModule) -> Counter[str]:
+    """Return how many requests failed, by cause."""
+    return Counter(module.client().ask("GetStats")["Ok"]["requests"]["errors"])
+
+
 def test_a_client_that_vanishes_cancels_its_request(module: WebModule, web: WebServer) -> None:
     held, gone = threading.Event(), threading.Event()
 
@@ -303,11 +286,63 @@ def test_a_client_that_vanishes_cancels_its_request(module: WebModule, web: WebS
         gone.set()
 
     web.answers["/"] = answer
+    before = counted(module)
     client = module.client()
     client.send(request(web.url))
     assert held.wait(WAIT)
     client.close()
     assert gone.wait(WAIT)
+    eventually(lambda: counted(module) != before, what="it is counted")
+    assert counted(module) - before == {"CANCELLED": 1}
+
+
+def sockets_of(pid: int) -> int:
+    """Return how many sockets a process has open."""
+    found = 0
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found += os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:")
+    return found
+
+
+def test_a_server_that_keeps_its_connections(
+    start: Start, web: WebServer, authority: tuple[Path, ssl.SSLContext]
+) -> None:
+    """The end of TLS needs two, and so does a body: who does not take part is left."""
+    module = start(timeout="2s")
+    secure = WebServer(authority[1])
+    over = threading.Event()
+
+    def hold(exchange: Exchange) -> None:
+        exchange.reply(b"ok")
+        over.wait(WAIT)
+
+    def stall(exchange: Exchange) -> None:
+        exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok")
+        over.wait(WAIT)
+
+    secure.answers["/"] = hold
+    secure.answers["/stall"] = stall
+    impolite = socket.create_server(("127.0.0.1", 0))
+    place = "http://{}:{}".format(*impolite.getsockname())
+    before = sockets_of(module.process.pid)
+    try:
+        with impolite:
+            client = module.client()
+            client.send(request(place, method="POST", body=bytes(30 << 20)))
+            peer = impolite.accept()[0]
+            peer.recv(1)  # of what follows, it reads nothing
+            peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            assert response(client.receive())["body"] == b"ok"
+            client.close()
+            base = f"https://secure.test:{secure.port}"
+            assert response(module.get(base))["body"] == b"ok"
+            assert causes(module.get(f"{base}/stall")) == ["TIMEOUT"]
+            eventually(lambda: sockets_of(module.process.pid) == before, what="all are closed")
+            peer.close()
+    finally:
+        over.set()
+        secure.close()
 
 
 def test_no_server(module: WebModule) -> None:
@@ -382,6 +417,47 @@ def test_every_hop_is_checked(
 def test_names_that_lead_inside(module: WebModule, name: str) -> None:
     assert causes(module.get(f"http://{name}/")) == ["ADDRESS_FORBIDDEN"]
     assert causes(module.get(f"https://{name}/")) == ["ADDRESS_FORBIDDEN"]
+
+
+def test_names_are_absolute(web: WebServer) -> None:
+    """The search list of the machine does not apply, unless the operator named the host."""
+    names = {"search.test": ["127.0.0.1"], "private.test": ["10.0.0.1"]}
+    module = WebModule({"always_allow_hosts": ["listed.test"], "extra_tld": ["test"]}, names=names)
+    web.page("/", "found")
+    try:
+        module.event("ready")
+        assert causes(module.get("http://unknown.test/")) == ["SENDING_REQUEST"]
+        assert causes(module.get("http://private.test/")) == ["ADDRESS_FORBIDDEN"]
+        assert response(module.get(f"http://listed.test:{web.port}/"))["body"] == b"found"
+    finally:
+        module.close()
+
+
+_IN_A_NETWORK_OF_ITS_OWN = ["unshare", "--user", "--map-root-user", "--net", "sh", "-c"]
+
+
+def can_have_a_network() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    command = [*_IN_A_NETWORK_OF_ITS_OWN, "ip link"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not can_have_a_network(), reason="network namespaces are not allowed here")
+def test_public_addresses_of_this_machine() -> None:
+    addresses = {"four.test": "93.184.216.34", "six.test": "2606:4700::1111"}
+    steps = "ip link set lo up && ip addr add $1 dev lo && ip addr add $2 dev lo && shift 2"
+    module = WebModule(
+        {"extra_tld": ["test"]},
+        names={name: [text] for name, text in addresses.items()},
+        prefix=[*_IN_A_NETWORK_OF_ITS_OWN, f'{steps} && exec "$@"', "sh", *addresses.values()],
+    )
+    try:
+        module.event("ready")
+        for name in addresses:
+            assert causes(module.get(f"http://{name}/")) == ["ADDRESS_FORBIDDEN"]
+    finally:
+        module.close()
 
 
 def test_https_and_its_redirects(
@@ -570,6 +646,7 @@ def test_signing(start: Start, web: WebServer) -> None:
     ("changes", "cause"),
     [
         ({"signer_url": "http://127.0.0.1:1/"}, "SENDING_REQUEST"),
+        ({"signer_url": "http://signer.inside.test/"}, "SENDING_REQUEST"),
         ({"signer_url": "URL/none"}, "STATUS_NOT_OK"),
         ({"signer_url": "URL/#{unknown}"}, "TEMPLATE"),
         ({"signer_url": "URL/", "signer_headers": {"x": "#{unknown}"}}, "TEMPLATE"),
@@ -583,6 +660,7 @@ def test_signers_that_fail(
     text = module.get(f"{web.url}/page", sign=True)["FatalError"]
     assert f'causes: ["SIGNING_FAILED", "{cause}"], fatal: true' in text
     assert str(web.port) not in text
+    assert "inside" not in text
     assert not [seen for seen in web.requests if seen.path == "/page"]
 
 
@@ -609,6 +687,13 @@ def test_webdriver(start: Start, web: WebServer) -> None:
     assert module.render(url, mode="screenshot", wait_after_loaded="2m") == {"Ok": {"image": PNG}}
     assert parse_qs(urlsplit(web.requests[1].path).query)["waitAfterLoaded"] == ["60"]
     assert module.render("http://private.test/")["UserError"]["causes"] == ["ADDRESS_FORBIDDEN"]
+
+
+def test_webdriver_and_a_name_server_that_is_silent(start: Start, web: WebServer) -> None:
+    module = start(webdriver_host=f"{web.url}/wd/", render_timeout="1s")
+    webdriver(web, b"late", b"Resulting-Status: 200")
+    assert causes(module.render("http://silent.test/")) == ["TIMEOUT"]
+    assert web.requests == []
 
 
 def test_webdriver_errors(start: Start, web: WebServer) -> None:

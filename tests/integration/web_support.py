@@ -11,7 +11,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 from .support import SOURCE
@@ -22,19 +22,24 @@ HELLO = {"cookie": "w1", "host_data": {"node_address": "0xaa", "tx_id": "0xbb", 
 
 #: Starts a module with names that no name server knows; the real resolver answers for others.
 _WITH_NAMES = """
-import json, os, runpy, socket, sys
+import json, os, runpy, socket, sys, time
 os.dup2(int(sys.argv[1]), 3, inheritable=True)
 if int(sys.argv[1]) != 3: os.close(int(sys.argv[1]))
 table, real = json.loads(sys.argv[3]), socket.getaddrinfo
 def getaddrinfo(host, port, *rest, **options):
-    if not str(host).endswith(".test"):
+    name = str(host).removesuffix(".")
+    if not name.endswith(".test"):
         return real(host, port, *rest, **options)
-    if host not in table:
+    if not str(host).endswith(".") and "search.test" in table:  # as a search list would have it
+        name = "search.test"
+    if name == "silent.test":  # no name server answers
+        time.sleep(10)
+    if name not in table:
         raise socket.gaierror(socket.EAI_NONAME, "no such name")
     return [
         (socket.AF_INET6, 1, 6, "", (ip, port, 0, 0)) if ":" in ip
         else (socket.AF_INET, 1, 6, "", (ip, port))
-        for ip in table[host]
+        for ip in table[name]
     ]
 socket.getaddrinfo = getaddrinfo
 sys.argv = [sys.argv[2], "module", "web"]
@@ -45,7 +50,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 class WebModule(ModuleProcess):
     """``genvm_manager.py module web``, with the manager's ends of its pipes.
 
-    ``names`` holds the addresses of names under ``.test``.
+    ``names`` holds the addresses of names under ``.test``; ``search.test`` is what names that are
+    not absolute lead to. ``prefix`` is a command that starts the process.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class WebModule(ModuleProcess):
         names: Mapping[str, list[str]] | None = None,
         environment: Mapping[str, str] | None = None,
         log_level: str = "debug",
+        prefix: Sequence[str] = (),
     ) -> None:
         listener = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.address = listener.getsockname()[:2]
@@ -63,7 +70,7 @@ class WebModule(ModuleProcess):
         self._changed = threading.Condition()
         words = [str(listener.fileno()), str(SOURCE), json.dumps(dict(names or {}))]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _WITH_NAMES, *words],
+            [*prefix, sys.executable, "-c", _WITH_NAMES, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
