@@ -4383,7 +4383,7 @@ class ErrorKind(enum.Enum):
 
 ADVICE = {
     ErrorKind.DNS: "the provider's name cannot be resolved; check host",
-    ErrorKind.CONNECT: "the provider cannot be reached; check host and network",
+    ErrorKind.CONNECT: "the connection to the provider failed; check host and network",
     ErrorKind.TLS: "the provider's certificate or TLS is not acceptable; check host",
     ErrorKind.TIMEOUT: "the provider did not answer in time",
     ErrorKind.AUTH: "the provider refused the key; check key and its rights",
@@ -4396,7 +4396,10 @@ ADVICE = {
 
 
 class ProviderError(ManagerError):
-    """A provider gave no answer; ``status`` and ``body`` are those of its reply, if any."""
+    """A provider gave no answer; ``status`` and ``body`` are those of its reply, if any.
+
+    Where there is a status of 200, what came after it is at fault.
+    """
 
     code = "provider_error"
 
@@ -4709,6 +4712,10 @@ def provider_named(name: str) -> Provider:
 # asks, or why.
 
 
+class _BodyTooLong(Exception):
+    """A response body is longer than its reader takes."""
+
+
 class _BodyReader(Protocol):
     """Collects a response body up to a limit; cancelling drops the connection."""
 
@@ -4725,8 +4732,7 @@ class _BodyReader(Protocol):
         if len(self._data) > self._limit:
             self._drop()
             if not self.done.called:
-                detail = f"longer than {self._limit} bytes"
-                self.done.errback(ProviderError(ErrorKind.BAD_RESPONSE, detail))
+                self.done.errback(_BodyTooLong(f"longer than {self._limit} bytes"))
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """See ``Protocol``."""
@@ -4793,18 +4799,21 @@ class LlmClient:
         key: str,
         prompt_size: int,
     ) -> LlmAnswer:
+        status = None
         try:
             response = await self._send(url, request, prompt_size)
+            status = response.code
             reader = _BodyReader(LLM_ANSWER_MAX_BYTES)
             response.deliverBody(reader)
             body = await reader.done
-        except (CancelledError, ProviderError):
+        except CancelledError:
             raise
         except Exception as error:
             if any(reason.check(CancelledError) for reason in getattr(error, "reasons", ())):
                 raise CancelledError from None
             kind, detail = connection_problem(error)
-            raise ProviderError(kind, detail, url=url) from None
+            detail = detail if status is None else f"in the body of its answer: {detail}"
+            raise ProviderError(kind, detail, url=url, status=status) from None
         if response.code != 200:
             raise status_problem(response.code, url, body, key)
         try:
@@ -4897,6 +4906,8 @@ def connection_problem(error: BaseException) -> tuple[ErrorKind, str]:
         return ErrorKind.TLS, str(error) or type(error).__name__
     if isinstance(error, (ConnectTimeoutError, TCPTimedOutError)):
         return ErrorKind.TIMEOUT, str(error)
+    if isinstance(error, _BodyTooLong):
+        return ErrorKind.BAD_RESPONSE, str(error)
     if type(error).__name__ == "ParseError":  # Twisted's, for a reply that is no HTTP; private
         return ErrorKind.BAD_RESPONSE, f"no HTTP: {error}"
     if isinstance(error, (SchemeNotSupported, UnicodeError, hyperlink.URLParseError)):
@@ -6825,7 +6836,7 @@ def parse_json_answer(text: str) -> dict[str, CalldataValue]:
 def json_object_to_calldata(value: object) -> dict[str, CalldataValue]:
     """Return a JSON object as calldata; raises ``ValueError``, also for what is no object."""
     if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {shown(value)}")
+        raise ValueError(f"expected a JSON object, got {kind_of(value)}")
     return cast(dict[str, CalldataValue], _json_to_calldata(value, JSON_MAX_DEPTH))
 
 
@@ -6933,6 +6944,8 @@ _answer_decoder = json.JSONDecoder(
 # LLM client. Never knows how messages arrive.
 
 MAX_PROMPT_IMAGES = 2
+#: A shorter key may be a word, as servers that need none are given; answers keep their words.
+ANSWER_KEY_CHARACTERS = 12
 REPORTED_BODY_CHARACTERS = 2000
 REPORTED_REASON_CHARACTERS = 500
 #: Kinds of errors that say nothing about the prompt: another backend may well answer.
@@ -7009,9 +7022,9 @@ def failure_cause(error: ProviderError) -> str:
     """Return the cause that an executor is told for a provider's error."""
     if error.kind is ErrorKind.TIMEOUT:
         return "TIMEOUT"
-    if error.kind is ErrorKind.BAD_RESPONSE:
-        return "READING_BODY"
-    return "SENDING_REQUEST" if error.status is None else "STATUS_NOT_OK"
+    if error.status is None:
+        return "SENDING_REQUEST"
+    return "READING_BODY" if error.status == 200 else "STATUS_NOT_OK"
 
 
 class LlmService(ModuleService):
@@ -7105,10 +7118,7 @@ class LlmService(ModuleService):
             # What the exchange fails with when it is cancelled is no reason to ask another model.
             answer = await detached(asked)
             counts.add_usage(answer.usage)
-            # A provider that repeats the key must not bring it into a contract.
-            scrub, value = self._redactor.scrub, answer.value
-            told = scrub(value) if isinstance(value, str) else json.loads(scrub(json.dumps(value)))
-            return read_answer(told, question.mode)
+            return without_key(read_answer(answer.value, question.mode), model.backend.key)
         except ProviderError as error:
             counts.errors[error.kind.value] += 1
             raise
@@ -7204,10 +7214,28 @@ def read_answer(answer: str | dict[str, Any], mode: AnswerMode) -> CalldataValue
             value = json_object_to_calldata(answer)
         if mode is AnswerMode.BOOL:
             if not isinstance(value.get("result"), bool):
-                raise ValueError(f"expected result to be true or false in {shown(value)}")
+                found = kind_of(value["result"]) if "result" in value else "nothing"
+                raise ValueError(f"result: expected true or false, got {found}")
             return value["result"]
     except ValueError as error:
-        raise ProviderError(ErrorKind.BAD_RESPONSE, str(error)) from None
+        # What it says is not shown in the message, which is cut before it is masked.
+        text = answer if isinstance(answer, str) else ""
+        raise ProviderError(ErrorKind.BAD_RESPONSE, str(error), status=200, body=text) from None
+    return value
+
+
+def without_key(value: CalldataValue, key: str) -> CalldataValue:
+    """Return an answer in which a provider that repeats the key does not tell it to a contract."""
+    if len(key) < ANSWER_KEY_CHARACTERS:
+        return value
+    if isinstance(value, str):
+        return value.replace(key, Redactor.MASK)
+    if isinstance(value, list):
+        return [without_key(item, key) for item in value]
+    if isinstance(value, dict):
+        return {
+            name.replace(key, Redactor.MASK): without_key(item, key) for name, item in value.items()
+        }
     return value
 
 

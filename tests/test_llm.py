@@ -857,7 +857,7 @@ def test_a_body_that_is_too_large_is_dropped() -> None:
     assert exchange.result == []
     assert LLM_ANSWER_MAX_BYTES == 32 << 20
     response.send(b" ", end=None)
-    assert exchange.problem.kind is ErrorKind.BAD_RESPONSE
+    assert (exchange.problem.kind, exchange.problem.status) == (ErrorKind.BAD_RESPONSE, 200)
     assert response.transport.dropped
     assert exchange.clock.getDelayedCalls() == []
 
@@ -888,7 +888,9 @@ def test_a_body_that_breaks_off() -> None:
     response = exchange.respond()
     response.send(b'{"choices"', end=None)
     response.protocol.connectionLost(Failure(ResponseFailed([Failure(ConnectionLost())])))
-    assert exchange.problem.kind is ErrorKind.CONNECT
+    assert (exchange.problem.kind, exchange.problem.status) == (ErrorKind.CONNECT, 200)
+    assert "in the body" in exchange.problem.message
+    assert exchange.problem.url == f"http://h{PATHS['openai-compatible']}"
 
 
 # --- the check ---
