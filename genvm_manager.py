@@ -4346,8 +4346,8 @@ def _writes_json(writes: Sequence[tuple[bytes, bytes]]) -> Iterator[bytes]:
 
 LLM_SECONDS = 60.0
 LLM_ANSWER_MAX_BYTES = 32 * MIB
-#: A larger prompt is encoded in a thread.
-INLINE_PROMPT_BYTES = 64 * KIB
+#: A larger prompt is encoded, and a larger answer is read, in a thread.
+INLINE_LLM_BYTES = 64 * KIB
 PROVIDER_MESSAGE_CHARACTERS = 500
 ANTHROPIC_VERSION = "2023-06-01"
 IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
@@ -4455,7 +4455,8 @@ class Prompt:
     @property
     def size(self) -> int:
         """About how many bytes a request with this prompt has."""
-        return len(self.user_message) + sum(len(image.data) for image in self.images)
+        text = len(self.user_message) + len(self.system_message or "")
+        return text + sum(len(image.data) for image in self.images)
 
 
 @frozen
@@ -4488,9 +4489,8 @@ class LlmAnswer:
 
 @frozen
 class ProviderRequest:
-    """An HTTP request to a provider."""
+    """Headers and body of an HTTP request to a provider."""
 
-    path: str
     headers: dict[str, str]
     body: dict[str, Any]
 
@@ -4505,8 +4505,12 @@ class Provider:
     #: Where the answer has its token counts: prompt, completion, total.
     usage_paths: ClassVar[tuple[tuple[str, ...], ...]]
 
+    def path(self, backend: Backend) -> str:
+        """Return where a provider is asked."""
+        raise NotImplementedError
+
     def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
-        """Return the request for a prompt."""
+        """Return the request for a prompt, which takes as long as the prompt is large."""
         raise NotImplementedError
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
@@ -4543,6 +4547,10 @@ class OpenAiCompatible(Provider):
         ("usage", "total_tokens"),
     )
 
+    def path(self, backend: Backend) -> str:
+        """See ``Provider``."""
+        return "/v1/chat/completions"
+
     def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
         """See ``Provider``."""
         content: list[dict[str, Any]] = [{"type": "text", "text": prompt.user_message}]
@@ -4562,7 +4570,7 @@ class OpenAiCompatible(Provider):
             response_format=None if mode is AnswerMode.TEXT else {"type": "json_object"},
         )
         headers = {"Authorization": f"Bearer {backend.key}"}
-        return ProviderRequest("/v1/chat/completions", headers, {**body, limit: prompt.max_tokens})
+        return ProviderRequest(headers, {**body, limit: prompt.max_tokens})
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
         """See ``Provider``."""
@@ -4577,6 +4585,10 @@ class Anthropic(Provider):
     """Anthropic's messages."""
 
     usage_paths = (("usage", "input_tokens"), ("usage", "output_tokens"))
+
+    def path(self, backend: Backend) -> str:
+        """See ``Provider``."""
+        return "/v1/messages"
 
     def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
         """See ``Provider``."""
@@ -4611,7 +4623,7 @@ class Anthropic(Provider):
             }
             body |= {"tools": [tool], "tool_choice": {"type": "tool", "name": _JSON_TOOL}}
         headers = {"x-api-key": backend.key, "anthropic-version": ANTHROPIC_VERSION}
-        return ProviderRequest("/v1/messages", headers, body)
+        return ProviderRequest(headers, body)
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
         """See ``Provider``."""
@@ -4632,6 +4644,10 @@ class Google(Provider):
         ("usageMetadata", "totalTokenCount"),
     )
 
+    def path(self, backend: Backend) -> str:
+        """See ``Provider``."""
+        return f"/v1beta/models/{quote(backend.model, safe='', errors='replace')}:generateContent"
+
     def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
         """See ``Provider``."""
         parts: list[dict[str, Any]] = [
@@ -4649,8 +4665,7 @@ class Google(Provider):
             system_instruction=None if system is None else {"parts": [{"text": system}]},
             contents=[{"parts": parts}],
         )
-        path = f"/v1beta/models/{quote(backend.model, safe='')}:generateContent"
-        return ProviderRequest(path, {"x-goog-api-key": backend.key}, body)
+        return ProviderRequest({"x-goog-api-key": backend.key}, body)
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
         """See ``Provider``."""
@@ -4667,6 +4682,10 @@ class Ollama(Provider):
 
     usage_paths = (("prompt_eval_count",), ("eval_count",))
 
+    def path(self, backend: Backend) -> str:
+        """See ``Provider``."""
+        return "/api/generate"
+
     def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
         """See ``Provider``."""
         options = {"temperature": prompt.temperature, "num_predict": prompt.max_tokens}
@@ -4680,7 +4699,7 @@ class Ollama(Provider):
             format=None if mode is AnswerMode.TEXT else "json",
         )
         headers = {"Authorization": f"Bearer {backend.key}"} if backend.key else {}
-        return ProviderRequest("/api/generate", headers, body)
+        return ProviderRequest(headers, body)
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
         """See ``Provider``."""
@@ -4774,13 +4793,10 @@ class LlmClient:
             if not _HEADER_TEXT.fullmatch(backend.key):
                 detail = "key: has characters that cannot be sent in a header"
                 raise ProviderError(ErrorKind.CONFIG, detail)
-            request = provider.request(backend, prompt, mode)
-            url = provider_url(backend.host, request.path)
+            url = provider_url(backend.host, provider.path(backend))
         except ProviderError as error:
             return fail(error)
-        exchange = self._exchange(
-            provider, request, url, mode, key=backend.key, prompt_size=prompt.size
-        )
+        exchange = self._exchange(provider, backend, prompt, mode, url)
         answer = Deferred.fromCoroutine(exchange)
 
         def too_late(_result: object, _seconds: float) -> Failure:
@@ -4790,18 +4806,18 @@ class LlmClient:
         return answer.addTimeout(backend.timeout, self._reactor, too_late)
 
     async def _exchange(
-        self,
-        provider: Provider,
-        request: ProviderRequest,
-        url: str,
-        mode: AnswerMode,
-        *,
-        key: str,
-        prompt_size: int,
+        self, provider: Provider, backend: Backend, prompt: Prompt, mode: AnswerMode, url: str
     ) -> LlmAnswer:
+        def encode() -> tuple[Headers, bytes]:
+            request = provider.request(backend, prompt, mode)
+            headers = Headers({name: [value] for name, value in request.headers.items()})
+            headers.addRawHeader("Content-Type", "application/json")
+            return headers, json.dumps(request.body).encode()
+
+        headers, data = await self._work(prompt.size, encode)
         status = None
         try:
-            response = await self._send(url, request, prompt_size)
+            response = await self._send(url, headers, data)
             status = response.code
             reader = _BodyReader(LLM_ANSWER_MAX_BYTES)
             response.deliverBody(reader)
@@ -4814,19 +4830,31 @@ class LlmClient:
             kind, detail = connection_problem(error)
             detail = detail if status is None else f"in the body of its answer: {detail}"
             raise ProviderError(kind, detail, url=url, status=status) from None
-        if response.code != 200:
-            raise status_problem(response.code, url, body, key)
-        try:
-            data = json.loads(body)
-            return LlmAnswer(provider.answer(data, mode), provider.usage(data))
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            excerpt = masked(body, key)[:PROVIDER_MESSAGE_CHARACTERS]
-            detail = f"{type(error).__name__} in {excerpt}"
-            raise ProviderError(
-                ErrorKind.BAD_RESPONSE, detail, url=url, status=200, body=excerpt
-            ) from None
+        if status != 200:
+            raise status_problem(response.code, url, body, backend.key)
 
-    async def _send(self, url: str, request: ProviderRequest, prompt_size: int) -> Any:
+        def read() -> LlmAnswer:
+            try:
+                found = parse_json_object(body.removeprefix(codecs.BOM_UTF8))
+                return LlmAnswer(provider.answer(found, mode), provider.usage(found))
+            except InvalidRequest as error:
+                problem = error.message.removeprefix("body: ")
+            except (LookupError, TypeError, ValueError, AttributeError):
+                problem = "no answer where it belongs"
+            excerpt = masked(body, backend.key)[:PROVIDER_MESSAGE_CHARACTERS]
+            raise ProviderError(
+                ErrorKind.BAD_RESPONSE, f"{problem}: {excerpt}", url=url, status=200, body=excerpt
+            )
+
+        return await self._work(len(body), read)
+
+    async def _work(self, size: int, work: Callable[[], Value]) -> Value:
+        """Do what takes as long as there are bytes; in a thread if these are many."""
+        if size <= INLINE_LLM_BYTES:
+            return work()
+        return await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work)
+
+    async def _send(self, url: str, headers: Headers, data: bytes) -> Any:
         """Send a request and return the response; its body is still to come.
 
         A kept connection that the provider closes while it is used again is no answer: the
@@ -4837,11 +4865,8 @@ class LlmClient:
                 return await self._http.request(
                     "POST",
                     url,
-                    headers=Headers(
-                        {name: [value] for name, value in request.headers.items()}
-                        | {"Content-Type": ["application/json"]}
-                    ),
-                    data=await self._encoded(request.body, prompt_size),
+                    headers=headers,
+                    data=data,
                     # A redirect would take the key along to wherever it leads.
                     allow_redirects=False,
                     unbuffered=True,
@@ -4852,16 +4877,6 @@ class LlmClient:
                 if last or not closed:
                     raise
         raise AssertionError("unreachable")
-
-    async def _encoded(self, body: dict[str, Any], prompt_size: int) -> bytes:
-        """Return a body as JSON; one with large images is encoded in a thread."""
-
-        def encode() -> bytes:
-            return json.dumps(body).encode()
-
-        if prompt_size <= INLINE_PROMPT_BYTES:
-            return encode()
-        return await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), encode)
 
 
 def masked(body: bytes, key: str) -> str:
@@ -4954,6 +4969,8 @@ def _provider_message(text: str) -> str:
 
 MAX_CHECKS = 10_000
 MAX_CHECK_MS = 3_600_000
+#: More of a model's answer is not shown.
+CHECK_RESPONSE_CHARACTERS = 64 * KIB
 
 
 @frozen

@@ -1,4 +1,5 @@
-"""What several test modules share: the real reactor, fakes of a process and of its spawner."""
+"""What several test modules share: the real reactor, fakes of threads, of a process and
+of its spawner."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any, ParamSpec, cast
 import pytest_twisted
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
+from twisted.internet.testing import MemoryReactorClock
 from twisted.logger import ILogObserver, globalLogPublisher
 from twisted.python.failure import Failure
 
@@ -61,6 +63,42 @@ def exit_reason(code: int | None, signal_number: int | None = None) -> Failure:
     if code == 0:
         return Failure(ProcessDone(0))
     return Failure(ProcessTerminated(code, signal_number, 0))
+
+
+class ThreadlessReactor(MemoryReactorClock):
+    """A reactor in memory whose threads work when the test says so."""
+
+    def __init__(self) -> None:
+        MemoryReactorClock.__init__(self)
+        self.jobs: list[Callable[[], None]] = []
+
+    def getThreadPool(self) -> ThreadlessReactor:
+        return self
+
+    def callInThreadWithCallback(
+        self,
+        on_result: Callable[[bool, Any], None],
+        work: Callable[..., Any],
+        *arguments: Any,
+        **options: Any,
+    ) -> None:
+        def job() -> None:
+            try:
+                result = work(*arguments, **options)
+            except Exception:
+                on_result(False, Failure())
+            else:
+                on_result(True, result)
+
+        self.jobs.append(job)
+
+    def callFromThread(self, call: Callable[..., Any], *args: Any, **kw: Any) -> None:
+        call(*args, **kw)
+
+    def work(self) -> None:
+        """Let the threads do what they were given."""
+        while self.jobs:
+            self.jobs.pop(0)()
 
 
 class FakeProcess:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,8 +41,10 @@ from twisted.web.error import SchemeNotSupported
 from twisted.web.http import PotentialDataLoss
 
 from genvm_manager import (
+    INLINE_LLM_BYTES,
     LLM_ANSWER_MAX_BYTES,
     LLM_SECONDS,
+    MAX_JSON_MEMBERS,
     PROVIDER_MESSAGE_CHARACTERS,
     PROVIDERS,
     AnswerMode,
@@ -67,6 +70,8 @@ from genvm_manager import (
     status_problem,
     structure,
 )
+
+from .support import ThreadlessReactor
 
 KINDS = ("openai-compatible", "anthropic", "google", "ollama")
 KEY = "sk-proj-" + "".join(f"{n:02x}" for n in range(80))
@@ -231,7 +236,7 @@ FULL_BODIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_request_for_text(kind: str) -> None:
     request = provider_named(kind).request(backend(kind), PLAIN, AnswerMode.TEXT)
-    assert request.path == PATHS[kind]
+    assert provider_named(kind).path(backend(kind)) == PATHS[kind]
     assert request.body == PLAIN_BODIES[kind]
     assert json.loads(json.dumps(request.body)) == request.body
 
@@ -288,7 +293,7 @@ def test_ollama_needs_no_key() -> None:
 def test_the_key_is_in_no_path_and_no_body(kind: str) -> None:
     for mode in AnswerMode:
         request = provider_named(kind).request(backend(kind), FULL, mode)
-        assert KEY not in request.path + json.dumps(request.body)
+        assert KEY not in provider_named(kind).path(backend(kind)) + json.dumps(request.body)
 
 
 @pytest.mark.parametrize("use", [False, True])
@@ -341,13 +346,12 @@ def test_anthropic_is_forced_to_use_a_tool_for_json(mode: AnswerMode) -> None:
         ("m?key=1#x", "m%3Fkey%3D1%23x"),
         ("m n\r\n", "m%20n%0D%0A"),
         ("ü", "%C3%BC"),
+        ("\ud800", "%3F"),
     ],
 )
 def test_a_model_stays_within_its_part_of_the_path(model: str, segment: str) -> None:
-    request = provider_named("google").request(
-        backend("google", model=model), PLAIN, AnswerMode.TEXT
-    )
-    assert request.path == f"/v1beta/models/{segment}:generateContent"
+    path = provider_named("google").path(backend("google", model=model))
+    assert path == f"/v1beta/models/{segment}:generateContent"
 
 
 def test_unknown_provider() -> None:
@@ -712,7 +716,7 @@ class Exchange:
         self, target: Backend | None = None, prompt: Prompt = PLAIN, mode: Any = AnswerMode.TEXT
     ) -> None:
         self.http = FakeHttp()
-        self.clock = Clock()
+        self.clock = ThreadlessReactor()
         self.result: list[Any] = []
         client = LlmClient(self.clock, self.http)  # type: ignore[arg-type]
         self.waiting = client.ask(target or backend(), prompt, mode)
@@ -866,6 +870,60 @@ def test_a_body_of_the_largest_size_is_read() -> None:
     exchange = Exchange()
     data = json.dumps(answer("openai-compatible", "OK")).encode()
     exchange.respond().send(data + b" " * (LLM_ANSWER_MAX_BYTES - len(data)))
+    exchange.clock.work()
+    assert exchange.answer.value == "OK"
+
+
+@pytest.mark.parametrize("large", ["user_message", "system_message", "images"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_large_prompt_is_encoded_in_a_thread(kind: str, large: str) -> None:
+    text = "x" * (INLINE_LLM_BYTES + 1)
+    value: Any = (Image(text.encode(), "image/png"),) if large == "images" else text
+    exchange = Exchange(backend(kind), attrs.evolve(PLAIN, **{large: value}))
+    assert exchange.http.requests == []
+    assert len(exchange.clock.jobs) == 1
+    exchange.clock.work()
+    ((_, _, options),) = exchange.http.requests
+    assert len(options["data"]) > INLINE_LLM_BYTES
+
+
+def test_cancelling_while_a_prompt_is_encoded() -> None:
+    exchange = Exchange(prompt=attrs.evolve(PLAIN, user_message="x" * 100_000))
+    exchange.waiting.cancel()
+    assert isinstance(exchange.error, CancelledError)
+    exchange.clock.work()
+    assert exchange.http.requests == []
+    assert exchange.clock.getDelayedCalls() == []
+
+
+def test_a_large_answer_is_read_in_a_thread_and_within_the_time() -> None:
+    data = json.dumps(answer("openai-compatible", "x" * INLINE_LLM_BYTES)).encode()
+    exchange = Exchange()
+    exchange.respond().send(data)
+    assert exchange.result == []
+    exchange.clock.work()
+    assert exchange.answer.value == "x" * INLINE_LLM_BYTES
+    late = Exchange(backend(timeout=5))
+    late.respond().send(data)
+    late.clock.advance(5.1)
+    assert late.problem.kind is ErrorKind.TIMEOUT
+    late.clock.work()
+    assert len(late.result) == 1
+
+
+def test_an_answer_of_a_great_many_members_is_refused() -> None:
+    """In memory they are a hundred times as large."""
+    exchange = Exchange()
+    exchange.respond().send(b'{"choices": [' + b"[]," * (MAX_JSON_MEMBERS + 1) + b"[]]}")
+    exchange.clock.work()
+    assert (exchange.problem.kind, exchange.problem.status) == (ErrorKind.BAD_RESPONSE, 200)
+    assert "members" in exchange.problem.message
+
+
+def test_a_byte_order_mark_before_an_answer() -> None:
+    data = json.dumps(answer("openai-compatible", "OK")).encode()
+    exchange = Exchange()
+    exchange.respond().send(b"\xef\xbb\xbf" + data)
     assert exchange.answer.value == "OK"
 
 
@@ -880,6 +938,7 @@ def test_a_body_whose_end_only_the_connection_tells_is_read() -> None:
 def test_a_body_that_is_no_json(data: bytes) -> None:
     exchange = Exchange()
     exchange.respond().send(data)
+    exchange.clock.work()
     assert (exchange.problem.kind, exchange.problem.status) == (ErrorKind.BAD_RESPONSE, 200)
 
 
