@@ -579,7 +579,7 @@ _step_value: Callable[[str, int], tuple[Any, int]] = cast(Any, json).scanner.py_
 )
 _scan_value: Callable[[str, int], tuple[Any, int]] = cast(Any, _json_decoder).scan_once
 _scan_string: Callable[[str, int, bool], tuple[str, int]] = cast(Any, json.decoder).scanstring
-_json_spaces = frozenset(" \t\n\r")
+_json_spaces = re.compile(r"[ \t\n\r]*+")
 
 
 #: More members than any useful request has; each costs memory many times its text.
@@ -618,9 +618,8 @@ def _parse_members(text: str, scan: Callable[[str, int], tuple[Any, int]]) -> Js
     """Read one object member by member, to keep the text of each."""
 
     def skip(at: int) -> int:
-        while text[at : at + 1] in _json_spaces:
-            at += 1
-        return at
+        spaces = _json_spaces.match(text, at)
+        return at if spaces is None else spaces.end()
 
     def value_at(at: int) -> tuple[Any, int]:
         try:
@@ -4789,11 +4788,7 @@ class LlmClient:
         Cancelling drops the connection.
         """
         try:
-            provider = provider_named(backend.provider)
-            if not _HEADER_TEXT.fullmatch(backend.key):
-                detail = "key: has characters that cannot be sent in a header"
-                raise ProviderError(ErrorKind.CONFIG, detail)
-            url = provider_url(backend.host, provider.path(backend))
+            provider, url = provider_of(backend)
         except ProviderError as error:
             return fail(error)
         exchange = self._exchange(provider, backend, prompt, mode, url)
@@ -4910,6 +4905,15 @@ def provider_url(host: str, path: str) -> str:
     return base + path
 
 
+def provider_of(backend: Backend) -> tuple[Provider, str]:
+    """Return how and at which URL a backend is asked; raises ``ProviderError`` if it cannot be."""
+    provider = provider_named(backend.provider)
+    if not _HEADER_TEXT.fullmatch(backend.key):
+        detail = "key: has characters that cannot be sent in a header"
+        raise ProviderError(ErrorKind.CONFIG, detail)
+    return provider, provider_url(backend.host, provider.path(backend))
+
+
 def connection_problem(error: BaseException) -> tuple[ErrorKind, str]:
     """Return what kind of problem an exception of the HTTP client is, and its text."""
     inner = getattr(error, "reasons", None)
@@ -4969,6 +4973,10 @@ def _provider_message(text: str) -> str:
 
 MAX_CHECKS = 10_000
 MAX_CHECK_MS = 3_600_000
+#: More configurations and prompts than these are read in a thread.
+INLINE_CHECKS = 32
+#: More of a model's answer is not shown.
+CHECK_RESPONSE_CHARACTERS = 64 * KIB
 #: More of a model's answer is not shown.
 CHECK_RESPONSE_CHARACTERS = 64 * KIB
 
@@ -5025,158 +5033,221 @@ class TestPrompt:
         )
 
 
+CheckedBackend: TypeAlias = tuple[Backend, int | None]  # with its time limit in milliseconds
+CheckedPrompt: TypeAlias = tuple[Prompt, int | None]
+CheckResult: TypeAlias = dict[str, Any]
+
+
 class AvailabilityCheck:
-    """Checks whether models answer."""
+    """Checks whether models answer.
+
+    At most ``llm_check_concurrency`` pairs of a request are asked at once. A request has one slot
+    of its own and shares the others with all requests: none waits for the models of another.
+    """
 
     log = Logger()
 
     def __init__(self, config: Config, reactor: Any, client: LlmClient, redactor: Redactor) -> None:
-        self._config = config
+        self._variables = config.variables
         self._reactor = reactor
         self._client = client
         self._redactor = redactor
-        self._running = DeferredSemaphore(max(1, config.llm_check_concurrency))
+        self._at_once = max(1, config.llm_check_concurrency)
+        self._shared_slots = DeferredSemaphore(max(1, self._at_once - 1))
 
-    async def check(self, body: CheckBody) -> list[dict[str, Any]]:
+    async def check(self, body: CheckBody) -> list[CheckResult]:
         """Return one result for each pair, by configuration first; raises ``InvalidRequest``."""
         count = len(body.configs) * len(body.test_prompts)
-        if count > MAX_CHECKS:
+        if max(count, len(body.configs), len(body.test_prompts)) > MAX_CHECKS:
             raise InvalidRequest(f"configs, test_prompts: {count} pairs; at most {MAX_CHECKS}")
-        for config in body.configs:
-            self._keep_secret(config.get("key"))
+        read = functools.partial(self._read, body)
+        if _is_large(body):
+            secrets, backends, prompts = await deferToThreadPool(
+                self._reactor, self._reactor.getThreadPool(), read
+            )
+        else:
+            secrets, backends, prompts = read()
+        for secret in secrets:
+            self._redactor.add(secret)
+        results: list[CheckResult] = []
+        waiting: deque[tuple[CheckResult, CheckedBackend, CheckedPrompt]] = deque()
+        for (config, backend), (number, prompt) in itertools.product(
+            enumerate(backends), enumerate(prompts)
+        ):
+            result: CheckResult = {"config_index": config, "prompt_index": number}
+            if isinstance(backend, dict):
+                result |= backend
+            elif isinstance(prompt, dict):
+                result |= prompt
+            else:
+                waiting.append((result, backend, prompt))
+            results.append(result)
+        if waiting:
+            await self._ask_all(waiting)
+        return results
+
+    async def _ask_all(
+        self, waiting: deque[tuple[CheckResult, CheckedBackend, CheckedPrompt]]
+    ) -> None:
+        """Complete the results of pairs; one that waits is asked as soon as there is a slot."""
+        left = len(waiting)
+        done: Event[None] = Event()
+
+        async def work(slots: DeferredSemaphore) -> None:
+            nonlocal left
+            try:
+                while waiting:
+                    async with slots:
+                        if waiting:
+                            result, backend, prompt = waiting.popleft()
+                            result |= await self._ask(backend, prompt)
+                            left -= 1
+                if not left:
+                    done.fire(None)
+            except Exception as error:  # cancelled, if all is well
+                done.fail(error)
+
+        slots = [DeferredSemaphore(1), *[self._shared_slots] * (self._at_once - 1)]
+        workers = [Deferred.fromCoroutine(work(some)) for some in slots[: len(waiting)]]
+        try:
+            await done.wait()
+        finally:
+            # Whoever still waits for a slot is not needed, or the client is gone.
+            waiting.clear()
+            for worker in workers:
+                worker.cancel()
+
+    def _read(
+        self, body: CheckBody
+    ) -> tuple[list[str], list[CheckedBackend | CheckResult], list[CheckedPrompt | CheckResult]]:
+        """Return the secrets, and each item as it is meant or the result if it cannot be used.
+
+        This may run in a thread.
+        """
+        secrets: list[str] = []
+        for key in dict.fromkeys(config.get("key") for config in body.configs):
+            if isinstance(key, str):
+                secrets.append(key)
+                with contextlib.suppress(ConfigError):
+                    secrets.append(self._expand(key))
+        redactor = Redactor()
+        for secret in secrets[-Redactor.MOST :]:
+            redactor.add(secret)
+        scrub = redactor.scrub
         backends = [
-            self._readable(self._backend, config, f"configs[{index}]")
+            _readable(functools.partial(self._backend, config, f"configs[{index}]", scrub), scrub)
             for index, config in enumerate(body.configs)
         ]
         prompts = [
-            self._readable(self._prompt, prompt, f"test_prompts[{index}]")
+            _readable(functools.partial(_read_prompt, prompt, f"test_prompts[{index}]"), scrub)
             for index, prompt in enumerate(body.test_prompts)
         ]
-        pairs = list(itertools.product(range(len(backends)), range(len(prompts))))
-        results: list[dict[str, Any]] = [{}] * count
-        waiting = iter(range(count))
-
-        async def work() -> None:
-            # A loop, not a chain of callbacks: pairs that need no waiting may be thousands.
-            for index in waiting:
-                config, prompt = pairs[index]
-                results[index] = {
-                    "config_index": config,
-                    "prompt_index": prompt,
-                    **await self._running.run(self._check, backends[config], prompts[prompt]),
-                }
-
-        workers = [Deferred.fromCoroutine(work()) for _ in range(min(count, self._running.limit))]
-        all_done: Event[None] = Event()
-        left = len(workers)
-
-        def ended(_: object) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                all_done.fire(None)
-
-        for worker in workers:
-            worker.addBoth(ended)
-        if workers:
-            try:
-                await all_done.wait()
-            except CancelledError:  # the client is gone
-                deque(waiting, maxlen=0)  # nothing else begins
-                # Those that wait for a slot first, or each that gives one up would start them.
-                for worker in reversed(workers):
-                    worker.cancel()
-                raise
-        return results
-
-    def _keep_secret(self, key: object) -> None:
-        """Let no reply and no log show a key, as it stands or as it is expanded."""
-        if isinstance(key, str):
-            self._redactor.add(key)
-            with contextlib.suppress(ConfigError):
-                self._redactor.add(self._expand(key))
+        return secrets[-Redactor.MOST :], backends, prompts
 
     def _expand(self, text: str) -> str:
-        return expand_template(text, self._config.variables, os.environ)
+        return expand_template(text, self._variables, os.environ)
 
-    def _readable(
-        self, read: Callable[[dict[str, Any], str], Value], data: dict[str, Any], path: str
-    ) -> Value | ProviderError:
-        """Return an item as it is meant, or why it cannot be used."""
-        try:
-            return read(data, path)
-        except ProviderError as error:
-            return error
-        except (ConfigError, InvalidRequest) as error:
-            return ProviderError(ErrorKind.CONFIG, error.message)
-
-    def _backend(self, data: dict[str, Any], path: str) -> tuple[Backend, int | None]:
+    def _backend(
+        self, data: dict[str, Any], path: str, scrub: Callable[[str], str]
+    ) -> CheckedBackend:
         expanded = {
             name: self._expand(value) if isinstance(value, str) else value
             for name, value in data.items()
         }
         try:
-            found = structure(expanded, ProviderConfig, path=path)
-            provider_named(found.provider)
+            return _read_backend_of(expanded, path)
         except (InvalidRequest, ProviderError):
             # The message shows the start of a value; let that be no key in a wrong place.
-            scrub = self._redactor.scrub
             shareable = {
                 name: scrub(value) if isinstance(value, str) else value
                 for name, value in expanded.items()
             }
-            provider_named(structure(shareable, ProviderConfig, path=path).provider)
+            _read_backend_of(shareable, path)
             raise
-        if not found.model:
-            raise ProviderError(ErrorKind.CONFIG, f"{path}.model: expected a name, got nothing")
-        return Backend(found.host, found.provider, found.model, found.key), found.timeout_ms
 
-    def _prompt(self, data: dict[str, Any], path: str) -> tuple[Prompt, int | None]:
-        found = structure(data, TestPrompt, path=path)
-        return found.prompt(), found.timeout_ms
-
-    async def _check(
-        self,
-        backend: tuple[Backend, int | None] | ProviderError,
-        prompt: tuple[Prompt, int | None] | ProviderError,
-    ) -> dict[str, Any]:
+    async def _ask(self, backend: CheckedBackend, prompt: CheckedPrompt) -> CheckResult:
         """Return the result for one pair; only being cancelled makes it fail."""
         start = self._reactor.seconds()
-        answer: LlmAnswer | None = None
-        problem: ProviderError | None = None
+        target, limit_ms = backend[0], prompt[1] or backend[1] or LLM_SECONDS * 1000
+        target = attrs.evolve(target, timeout=min(limit_ms, MAX_CHECK_MS) / 1000)
+        answer: LlmAnswer | ProviderError
         try:
-            if isinstance(backend, ProviderError):
-                raise backend
-            if isinstance(prompt, ProviderError):
-                raise prompt
-            limit_ms = prompt[1] or backend[1] or LLM_SECONDS * 1000
-            limited = attrs.evolve(backend[0], timeout=min(limit_ms, MAX_CHECK_MS) / 1000)
-            answer = await self._client.ask(limited, prompt[0], AnswerMode.TEXT)
+            answer = await self._client.ask(target, prompt[0], AnswerMode.TEXT)
         except ProviderError as error:
-            problem = error
+            answer = error
         except CancelledError:
             raise
         except Exception:
             self.log.failure("a check failed unexpectedly")
-            problem = ProviderError(ErrorKind.HTTP, "internal error; see the log of the manager")
-        if isinstance(backend, tuple):
-            self._redactor.add(backend[0].key)  # others may have pushed it out meanwhile
+            answer = ProviderError(ErrorKind.HTTP, "internal error; see the log of the manager")
+        latency_ms = round((self._reactor.seconds() - start) * 1000)
+        self._redactor.add(target.key)  # others may have pushed it out meanwhile
         scrub = self._redactor.scrub
+        if isinstance(answer, ProviderError):
+            return {**_failed_check(answer, scrub), "latency_ms": latency_ms}
+        text = str(answer.value)
+        response = scrub(text[:CHECK_RESPONSE_CHARACTERS])
+        if len(text) > CHECK_RESPONSE_CHARACTERS:
+            response = response[: -len(target.key) or None] + "…"  # the end may be half a key
         return {
-            "available": answer is not None,
-            "error": None if problem is None else self._shown(problem),
-            "response": None if answer is None else scrub(str(answer.value)),
-            "latency_ms": round((self._reactor.seconds() - start) * 1000),
-            "usage": None if answer is None else attrs.asdict(answer.usage),
-            "error_kind": None if problem is None else problem.kind.value,
-            "http_status": 200 if problem is None else problem.status,
+            "available": True,
+            "error": None,
+            "response": response,
+            "latency_ms": latency_ms,
+            "usage": attrs.asdict(answer.usage),
+            "error_kind": None,
+            "http_status": 200,
         }
 
-    def _shown(self, problem: ProviderError) -> str:
-        # Masked before it is cut: half a key is a secret too.
-        text = self._redactor.scrub(problem.message)
-        limit = PROVIDER_MESSAGE_CHARACTERS + len(ADVICE.get(problem.kind, "")) + 20
-        return text if len(text) <= limit else text[:limit] + "…"
+
+def _is_large(body: CheckBody) -> bool:
+    """Tell whether reading a request would hold the reactor."""
+    items = [*body.configs, *body.test_prompts]
+    if len(items) > INLINE_CHECKS or any(prompt.get("images") for prompt in body.test_prompts):
+        return True
+    values = [value for item in items for value in item.values()]
+    texts = sum(len(value) for value in values if isinstance(value, str))
+    return len(values) + texts > INLINE_LLM_BYTES
+
+
+def _readable(read: Callable[[], Value], scrub: Callable[[str], str]) -> Value | CheckResult:
+    """Return an item as it is meant, or the result of all its pairs if it cannot be used."""
+    try:
+        return read()
+    except (ProviderError, ConfigError, InvalidRequest) as error:
+        return _failed_check(ProviderError(ErrorKind.CONFIG, error.message), scrub)
+
+
+def _read_backend_of(data: dict[str, Any], path: str) -> CheckedBackend:
+    found = structure(data, ProviderConfig, path=path)
+    if not found.model:
+        raise ProviderError(ErrorKind.CONFIG, f"{path}.model: expected a name, got nothing")
+    backend = Backend(found.host, found.provider, found.model, found.key)
+    try:
+        provider_of(backend)
+    except ProviderError as error:
+        raise ProviderError(ErrorKind.CONFIG, f"{path}.{error.message}") from None
+    return backend, found.timeout_ms
+
+
+def _read_prompt(data: dict[str, Any], path: str) -> CheckedPrompt:
+    found = structure(data, TestPrompt, path=path)
+    return found.prompt(), found.timeout_ms
+
+
+def _failed_check(problem: ProviderError, scrub: Callable[[str], str]) -> CheckResult:
+    # Masked before it is cut: half a key is a secret too.
+    text = scrub(problem.message)
+    limit = PROVIDER_MESSAGE_CHARACTERS + len(ADVICE.get(problem.kind, "")) + 20
+    return {
+        "available": False,
+        "error": text if len(text) <= limit else text[:limit] + "…",
+        "response": None,
+        "latency_ms": 0,
+        "usage": None,
+        "error_kind": problem.kind.value,
+        "http_status": problem.status,
+    }
 
 
 # =============================================================================
@@ -6735,15 +6806,10 @@ def _read_backend(
     if not _read_entry(data, _Switch, path).enabled:
         return "disabled"
     entry = _read_entry(data, _BackendEntry, path)
-    if entry.provider not in PROVIDERS:
-        known = ", ".join(PROVIDERS)
-        raise ConfigError(f"{path}.provider: unknown {shown(entry.provider)}; known are {known}")
     if not entry.key:
         return "it has no key"
-    if not _HEADER_TEXT.fullmatch(entry.key):
-        raise ConfigError(f"{path}.key: has characters that cannot be sent in a header")
     try:
-        provider_url(entry.host, "/")
+        provider_of(Backend(entry.host, entry.provider, "", entry.key))
     except ProviderError as error:
         raise ConfigError(f"{path}.{error.message}") from None
     timeout = _timeout(entry.timeout, timeout, f"{path}.timeout")

@@ -8,7 +8,8 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +42,8 @@ from twisted.web.error import SchemeNotSupported
 from twisted.web.http import PotentialDataLoss
 
 from genvm_manager import (
+    CHECK_RESPONSE_CHARACTERS,
+    INLINE_CHECKS,
     INLINE_LLM_BYTES,
     LLM_ANSWER_MAX_BYTES,
     LLM_SECONDS,
@@ -997,9 +1000,10 @@ class Checked:
         client: Any = None,
         redactor: Redactor | None = None,
         check: AvailabilityCheck | None = None,
+        threads: bool = True,
         **settings: Any,
     ) -> None:
-        self.clock = Clock()
+        self.clock = ThreadlessReactor()
         self.client = cast(Any, client or FakeClient())
         self.redactor = redactor or Redactor()
         config = Config(root=Path("/genvm"), **settings)
@@ -1009,10 +1013,13 @@ class Checked:
             self.client,
             self.redactor,
         )
+        self.threads = cast(Any, self.check)._reactor
         self.outcome: list[Any] = []
         body = structure({"configs": configs, "test_prompts": prompts}, CheckBody)
         self.waiting = Deferred.fromCoroutine(self.check.check(body))
         self.waiting.addBoth(self.outcome.append)
+        if threads:
+            self.threads.work()
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -1151,7 +1158,7 @@ def test_nobody_is_asked_after_cancelling() -> None:
 def test_cancelling_one_check_leaves_another_alone() -> None:
     first = Checked([config("a")], [prompt()] * 3, llm_check_concurrency=2)
     second = Checked([config("b")], [prompt()] * 2, check=first.check)
-    assert [model for model, _ in first.asked()] == ["a", "a"]
+    assert [model for model, _ in first.asked()] == ["a", "a", "b"]
     first.waiting.cancel()
     asked_models = [target.model for target, *_ in first.client.asked]
     assert asked_models.count("b") == 2
@@ -1161,6 +1168,80 @@ def test_cancelling_one_check_leaves_another_alone() -> None:
     third = Checked([config("c")], [prompt()] * 2, check=first.check)
     assert [target.model for target, *_ in first.client.asked][-2:] == ["c", "c"]
     assert third.outcome == []
+
+
+def test_nobody_waits_for_the_models_of_another() -> None:
+    """Each request has a slot of its own, and the others are given in turn."""
+    first = Checked([config("a")], [prompt()] * 9, llm_check_concurrency=3)
+    second = Checked([config("b")], [prompt()] * 4, check=first.check)
+    assert [model for model, _ in first.asked()] == ["a", "a", "a", "b"]
+    first.client.answer(3)  # in its own slot
+    assert [model for model, _ in first.asked()][4:] == ["b"]
+    first.client.answer(0)  # the first one's own slot
+    first.client.answer(1)  # a shared one
+    assert [model for model, _ in first.asked()][5:] == ["a", "b"]
+    for index in (4, 6, 7):
+        first.client.answer(index)
+    assert [found["available"] for found in second.results] == [True] * 4
+    assert first.outcome == []
+
+
+@pytest.mark.parametrize(
+    ("configs", "prompts"),
+    [
+        ([{}] * (INLINE_CHECKS + 1), []),
+        ([], [prompt()] * (INLINE_CHECKS + 1)),
+        ([config()], [prompt(images=["iVBORw0KGgpwaXhlbHM="])]),
+        ([config(key="k" * INLINE_LLM_BYTES)], [prompt()]),
+        ([dict.fromkeys(map(str, range(INLINE_LLM_BYTES)), 0)], [prompt()]),
+    ],
+)
+def test_large_requests_are_read_in_a_thread(configs: list[Any], prompts: list[Any]) -> None:
+    checked = Checked(configs, prompts, threads=False)
+    assert checked.client.asked == checked.outcome == []
+    assert len(checked.threads.jobs) == 1
+    checked.threads.work()
+    assert checked.client.asked or checked.outcome
+
+
+def test_a_request_that_is_cancelled_while_it_is_read() -> None:
+    checked = Checked([config()] * 40, [prompt()], threads=False)
+    checked.waiting.cancel()
+    checked.threads.work()
+    assert checked.client.asked == []
+    (failure,) = checked.outcome
+    assert failure.check(CancelledError)
+
+
+def test_thousands_of_wrong_ones_do_not_hold_the_reactor() -> None:
+    checked = Checked([{}] * 5000, [prompt()] * 2, threads=False)
+    for number in range(1000):
+        checked.redactor.add(f"an older key {number}")
+    calls: list[Callable[[], object]] = []
+    checked.threads.callFromThread = lambda call, *args: calls.append(partial(call, *args))
+    begin = time.monotonic()
+    checked.threads.work()
+    in_thread = time.monotonic() - begin
+    (go_on,) = calls
+    begin = time.monotonic()
+    go_on()
+    in_reactor = time.monotonic() - begin
+    assert len(checked.results) == 10_000
+    assert in_reactor < in_thread / 3
+
+
+def test_only_the_beginning_of_a_long_answer_is_shown() -> None:
+    key = "sk-0123456789abcdef"
+    for before in range(CHECK_RESPONSE_CHARACTERS - 25, CHECK_RESPONSE_CHARACTERS + 5):
+        checked = Checked([config(key=key)], [prompt()])
+        checked.client.answer(0, "~" * before + key + "~" * 1000)
+        (found,) = checked.results
+        assert len(found["response"]) <= CHECK_RESPONSE_CHARACTERS
+        assert found["response"].endswith("…")
+        assert secret_in(found["response"], key, 4) is None
+    checked = Checked([config(key=key)], [prompt()])
+    checked.client.answer(0, "~" * CHECK_RESPONSE_CHARACTERS)
+    assert checked.results[0]["response"] == "~" * CHECK_RESPONSE_CHARACTERS
 
 
 def test_many_wrong_configurations_behind_one_that_is_asked() -> None:
@@ -1180,6 +1261,9 @@ def test_so_many_pairs_are_refused_as_a_whole() -> None:
     assert isinstance(failure.value, InvalidRequest)
     assert "configs, test_prompts: 10100 pairs" in failure.value.message
     assert len(Checked([{}] * 100, [{}] * 100).results) == 10_000
+    for configs, prompts in (([{}] * 10_001, []), ([], [{}] * 10_001)):
+        (failure,) = Checked(configs, prompts).outcome
+        assert isinstance(failure.value, InvalidRequest)
 
 
 @pytest.mark.parametrize(
