@@ -5272,6 +5272,9 @@ MODULE_PROBE_SECONDS = 0.05
 MODULE_STDERR_BYTES = 4 * KIB
 MODULE_LINE_BYTES = 256 * KIB
 MODULE_BACKLOG = 1024
+#: The child's descriptor that ``{config_file}`` of an external command names.
+CONFIG_FD = 3
+CONFIG_FILE = f"/proc/self/fd/{CONFIG_FD}" if sys.platform == "linux" else f"/dev/fd/{CONFIG_FD}"
 _SECRET_NAMES = re.compile(r"key|token|secret|password|authorization|headers", re.IGNORECASE)
 
 
@@ -5396,7 +5399,6 @@ class Generation:
         self.ready: Event[None] = Event()
         self.ended: Event[None] = Event()
         self.ready_at: float | None = None
-        self.config_file: Path | None = None
         self._errors = BoundedTail(MODULE_STDERR_BYTES)
         self._lines = {
             # A command of others may print anything on its stdout: that is log.
@@ -5432,9 +5434,6 @@ class Generation:
     def child_closed(self) -> None:
         for lines in self._lines.values():
             lines.end()
-        if self.config_file is not None:
-            self.config_file.unlink(missing_ok=True)
-            self.config_file.parent.rmdir()
         self.ended.fire(None)
         self._gone(self)
 
@@ -5730,8 +5729,7 @@ class Module:
     ) -> None:
         try:
             if listener is None:
-                argv = self._external_command(generation, setup)
-                self._spawner.spawn(generation, argv, pipes={STDOUT, STDERR}, nulls={STDIN})
+                self._spawn_external(generation, setup)
             else:
                 argv = [sys.executable, os.path.abspath(__file__), "module", self.kind]
                 self._spawner.spawn(
@@ -5755,18 +5753,26 @@ class Module:
                 }
             )
 
-    def _external_command(self, generation: Generation, setup: ModuleSetup) -> list[str]:
-        """Return the configured command; ``{config_file}`` becomes a file that only we can read."""
+    def _spawn_external(self, generation: Generation, setup: ModuleSetup) -> None:
+        """Start the configured command; ``{config_file}`` becomes a file that has no name.
+
+        It holds secrets: so it is gone with the last process that has it open, however that ends.
+        """
         command = cast(tuple[str, ...], self._command)
-        if any("{config_file}" in word for word in command):
-            folder = Path(tempfile.mkdtemp(prefix=f"genvm-{self.kind}-"))  # mode 0700
-            generation.config_file = folder / f"genvm-module-{self.kind}.yaml"
-            descriptor = os.open(
-                generation.config_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600
+        with contextlib.ExitStack() as files:
+            inherited: dict[int, int] = {}
+            if any("{config_file}" in word for word in command):
+                try:
+                    file = files.enter_context(tempfile.TemporaryFile())
+                    file.write(json.dumps(setup.config).encode())  # JSON is YAML too
+                    file.seek(0)
+                except OSError as error:
+                    raise SpawnFailed(f"its configuration cannot be stored: {error}") from None
+                inherited[CONFIG_FD] = file.fileno()
+            argv = [word.replace("{config_file}", CONFIG_FILE) for word in command]
+            self._spawner.spawn(
+                generation, argv, pipes={STDOUT, STDERR}, nulls={STDIN}, inherited=inherited
             )
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(setup.config, file)  # JSON is YAML too
-        return [word.replace("{config_file}", str(generation.config_file)) for word in command]
 
     async def _until_ready(self, generation: Generation, setup: ModuleSetup) -> None:
         probe = None
