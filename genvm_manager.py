@@ -97,7 +97,7 @@ import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import IntEnum
 from http.cookiejar import DefaultCookiePolicy
@@ -458,14 +458,28 @@ def shown(value: object, limit: int = 60) -> str:
             if len(text) > limit:
                 break
     except (TypeError, ValueError, RecursionError):
-        text = text or f"a {type(value).__name__}"
+        text = text or kind_of(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+#: What users call the types of plain values.
+_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (bool, "true or false"),
+    ((int, float), "a number"),
+    (str, "text"),
+    (dict, "an object"),
+    (list, "an array"),
+    (bytes, "bytes"),
+    (date, "a date"),
+)
+
+
 def kind_of(value: object) -> str:
-    """Return what a JSON value is, for a message that must not show what may be secret."""
-    kinds = {dict: "an object", list: "an array", str: "text", bool: "true or false"}
-    return kinds.get(type(value), "null" if value is None else "a number")
+    """Return what a value of JSON, YAML or calldata is, for a message that must not show it."""
+    for types, name in _KINDS:
+        if isinstance(value, types):
+            return name
+    return "null" if value is None else f"a {type(value).__name__}"
 
 
 def expand_template(text: str, variables: Mapping[str, str], environ: Mapping[str, str]) -> str:
@@ -1650,7 +1664,8 @@ class _Encoder:
         elif isinstance(value, (list, dict)):
             self._enter(value)
         else:
-            raise self._error(f"a {type(value).__name__} has no calldata form")
+            what = "a fraction" if isinstance(value, float) else kind_of(value)
+            raise self._error(f"{what} has no calldata form")
 
     def _header(self, number: int, tag: int) -> None:
         self._out += _uleb128(number << 3 | tag)
@@ -1664,7 +1679,7 @@ class _Encoder:
         else:
             for key in value:
                 if not isinstance(key, str):
-                    raise self._error(f"map keys are strings, not {type(key).__name__}")
+                    raise self._error(f"map keys are text, not {kind_of(key)}")
             # The format orders keys by their UTF-8 bytes. Python compares strings by code points,
             # which is the same order.
             self._open.append(iter(sorted(value.items(), key=lambda item: item[0])))
@@ -4319,7 +4334,7 @@ def _schema_of(outcome: HostOutcome | ManagerError, errors: str) -> str:
     except CalldataError as error:
         raise ContractFailed(f"the schema is not calldata: {error.message}{tail}") from None
     if not isinstance(value, str):
-        raise ContractFailed(f"the schema is no text but a {type(value).__name__}{tail}")
+        raise ContractFailed(f"the schema is no text but {kind_of(value)}{tail}")
     return value
 
 
@@ -5900,7 +5915,7 @@ def _read_module_file(path: Path) -> dict[str, Any]:
     except ConfigError as error:
         raise ModuleFailed(f"{path.name}: {error.message}") from None
     if not isinstance(data, dict):
-        raise ModuleFailed(f"{path.name}: expected a mapping, got {shown(data)}")
+        raise ModuleFailed(f"{path.name}: expected a mapping, got {kind_of(data)}")
     return data
 
 
@@ -5946,7 +5961,7 @@ def rust_debug(value: object) -> str:
         return f"Array([{', '.join(map(rust_debug, value))}])"
     if isinstance(value, dict):
         return f"Map({_rust_map(value)})"
-    raise TypeError(f"a {type(value).__name__} has no place in an error's context")
+    raise TypeError(f"{kind_of(value)} has no place in an error's context")
 
 
 def _rust_map(members: Mapping[str, object]) -> str:
