@@ -5356,7 +5356,7 @@ def bind_listener(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for what can be no name
         raise ModuleFailed(f"the address {host}:{port} cannot be used: {error}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -5527,6 +5527,7 @@ class Module:
         self._number = 0
         self._quick_deaths = 0
         self._restart_timer: DelayedCall | None = None
+        self._stops_waiting = 0
         self._closed = False
         self.state = ModuleState.STOPPED
         self.address: str | None = None
@@ -5558,12 +5559,13 @@ class Module:
 
         The result tells whether it was running.
         """
-        if self.state in (ModuleState.STOPPED, ModuleState.FAILED):
+        if self.state in (ModuleState.STOPPED, ModuleState.FAILED) and not self._alive:
             self._move(ModuleState.STOPPED)
             return succeed(False)
         if self._starting is not None and self._starting.child is not None:
             self._starting.child.kill()
-        return detached(self._lock.run(self._stop))
+        self._stops_waiting += 1
+        return detached(self._lock.run(self._stop_as_asked))
 
     def restart(self, config: dict[str, Any] | None, allow_empty: bool) -> Deferred[bool]:
         """Replace the running generation by one with another configuration, or start the module.
@@ -5591,7 +5593,7 @@ class Module:
             "restarts": self.restarts,
             "since": None if self.since is None else timestamp_of(self.since),
             "last_error": self.last_error,
-            "draining": len(self._alive) - (current in self._alive),
+            "draining": len(self._alive - {current, self._starting}),
             "stats": {} if current is None else current.stats,
         }
 
@@ -5621,6 +5623,10 @@ class Module:
             self._move(ModuleState.STOPPED)
             raise
 
+    async def _stop_as_asked(self) -> bool:
+        self._stops_waiting -= 1
+        return await self._stop()
+
     async def _stop(self) -> bool:
         self._cancel_restart()
         was_running = self.state in (ModuleState.STARTING, ModuleState.RUNNING)
@@ -5649,8 +5655,9 @@ class Module:
         except Exception as error:
             if listener is not old_listener and listener is not None:
                 listener.close()
-            self._note_failure(error)
+            self._launch_failed(error)
             raise
+        self._quick_deaths = 0
         self._listener = listener
         if old_listener is not None and not same_place:
             old_listener.close()
@@ -5671,10 +5678,7 @@ class Module:
             try:
                 await self._launch(previous, None)
             except ModuleFailed as again:
-                self._note_failure(again)
-                if self.state is ModuleState.STARTING:
-                    self._quick_deaths += 1
-                    self._restart_later()
+                self._launch_failed(again)
             raise
 
     async def _read_setup(self, config: dict[str, Any] | None, allow_empty: bool) -> ModuleSetup:
@@ -5682,10 +5686,18 @@ class Module:
         if config is None:
             path = self._config.root / "config" / f"genvm-module-{self.kind}.yaml"
             config = await deferToThreadPool(self._reactor, pool, _read_module_file, path)
+        problem = None
         try:
             expanded = expand_templates(config, self._config.variables, os.environ)
+            json.dumps(expanded)  # so it is passed on
         except ConfigError as error:
-            raise ModuleFailed(f"the {self.kind} module's configuration: {error.message}") from None
+            problem = error.message
+        except TypeError:
+            problem = "it has a value that JSON does not have; put a date in quotes"
+        except RecursionError:
+            problem = "nested too deeply"
+        if problem is not None:
+            raise ModuleFailed(f"the {self.kind} module's configuration: {problem}")
         for secret in secrets_in(expanded):
             self._observer.redactor.add(secret)
         return ModuleSetup.of(self.kind, cast(dict[str, Any], expanded), allow_empty)
@@ -5705,6 +5717,8 @@ class Module:
         """Start a process and make it the current generation once it accepts connections."""
         if self._closed:
             raise ModuleFailed("the manager is shutting down")
+        if self._stops_waiting:
+            raise ModuleFailed(f"the {self.kind} module was stopped before it was started")
         self._number += 1
         generation = self._starting = Generation(
             self.kind,
@@ -5840,7 +5854,9 @@ class Module:
         )
         self._quick_deaths = self._quick_deaths + 1 if lived < MODULE_QUICK_SECONDS else 0
         self.last_error = f"it died ({generation.status}); its stderr ends: {generation.stderr}"
-        self._restart_later()
+        self._move(ModuleState.STARTING)
+        if self._starting is None:  # else it is for the successor to begin or to fail
+            self._restart_later()
 
     def _restart_later(self) -> None:
         """Restart the module after a while, unless it has died too often."""
@@ -5868,10 +5884,14 @@ class Module:
                 await self._bind(self._setup)  # else another's listener would pass for the module's
             await self._launch(self._setup, self._listener)
         except ModuleFailed as error:
-            self._note_failure(error)
-            if self.state is ModuleState.STARTING:
-                self._quick_deaths += 1
-                self._restart_later()
+            self._launch_failed(error)
+
+    def _launch_failed(self, error: BaseException) -> None:
+        """Note why a generation did not get ready; where no older one serves, try again later."""
+        self._note_failure(error)
+        if self.state is ModuleState.STARTING:
+            self._quick_deaths += 1
+            self._restart_later()
 
     def _note_failure(self, error: BaseException) -> None:
         text = error.message if isinstance(error, ManagerError) else repr(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, cast
 
 import pytest_twisted
@@ -164,6 +164,8 @@ class FakeProcess:
 class FakeSpawner:
     """Stands in for ``Spawner``; its processes are in the hands of the test."""
 
+    process_class = FakeProcess
+
     def __init__(self, clock: Any) -> None:
         self.clock = clock
         self.processes: list[FakeProcess] = []
@@ -178,15 +180,16 @@ class FakeSpawner:
         argv: Sequence[str],
         *,
         pipes: Iterable[int],
-        nulls: Iterable[int],
+        nulls: Iterable[int] = (),
         feeds: Iterable[int] = (),
+        inherited: Mapping[int, int] | None = None,
     ) -> None:
         """Start nothing; see ``Spawner.spawn``."""
         self.commands.append(list(argv))
         self.descriptors.append((set(pipes), set(nulls)))
         if self.problem is not None:
             raise SpawnFailed(self.problem)
-        process = FakeProcess(1000 + len(self.processes), [*pipes, *feeds])
+        process = self.process_class(1000 + len(self.processes), [*pipes, *feeds])
         self.processes.append(process)
         process.child = child = Child(self.clock, listener, lambda child: None)
         child.makeConnection(process)
