@@ -1269,11 +1269,15 @@ class Redactor:
 
     def __init__(self) -> None:
         self._lasting: list[str] = []
-        self._passing: deque[str] = deque(maxlen=self.MOST)
+        self._passing: dict[str, deque[str]] = {}
 
-    def add(self, secret: str, *, lasting: bool = False) -> None:
-        """Never let this text pass again; of more than ``MOST`` passing ones the oldest goes."""
-        known = self._lasting if lasting else self._passing
+    def add(self, secret: str, *, lasting: bool = False, source: str = "") -> None:
+        """Never let this text pass again.
+
+        Of more than ``MOST`` passing ones of the same source the oldest goes.
+        """
+        passing = self._passing.setdefault(source, deque(maxlen=self.MOST))
+        known = self._lasting if lasting else passing
         if len(secret) < self.SHORTEST:
             return
         if secret in known:
@@ -1282,9 +1286,8 @@ class Redactor:
 
     def scrub(self, text: str) -> str:
         """Return the text with every known secret masked."""
-        found = [
-            secret for known in (self._lasting, self._passing) for secret in known if secret in text
-        ]
+        known = itertools.chain(self._lasting, *self._passing.values())
+        found = [secret for secret in known if secret in text]
         # The longest first: one secret may be part of another.
         for secret in sorted(found, key=len, reverse=True):
             text = text.replace(secret, self.MASK)
@@ -4868,7 +4871,7 @@ class LlmClient:
         """Send a request and return the response; its body is still to come.
 
         A kept connection that the provider closes while it is used again is no answer: the
-        request is sent once more.
+        request is sent once more. So it is on a new one, which cannot be told apart.
         """
         for last in (False, True):
             try:
@@ -4911,6 +4914,7 @@ def provider_url(host: str, path: str) -> str:
     try:
         url = hyperlink.URL.from_text(base)
         usable = url.scheme in ("http", "https") and url.host != "" and base.isprintable()
+        usable = usable and not url.userinfo  # addresses are shown, and nobody sends it
         usable = usable and not set("?#") & set(base)
     except (ValueError, TypeError):
         usable = False
@@ -5286,6 +5290,8 @@ MODULE_BACKOFF_SECONDS = (1.0, 60.0)
 MODULE_PROBE_SECONDS = 0.05
 MODULE_STDERR_BYTES = 4 * KIB
 MODULE_LINE_BYTES = 256 * KIB
+#: Of a line that is cut, the end may be half a secret.
+MODULE_LINE_END = 1 * KIB
 MODULE_BACKLOG = 1024
 #: The child's descriptor that ``{config_file}`` of an external command names.
 CONFIG_FD = 3
@@ -5460,7 +5466,7 @@ class Generation:
         elif message.get("event") == "stats" and isinstance(message.get("stats"), dict):
             self.stats = message["stats"]
 
-    def _forward(self, line: bytes, _cut: bool) -> None:
+    def _forward(self, line: bytes, cut: bool) -> None:
         if not line.strip():
             return
         record = parse_log_line(line) or {"message": line.decode("utf-8", "replace")}
@@ -5469,9 +5475,11 @@ class Generation:
         except ValueError:
             level = "info"
         record.pop("time", None)
-        text = str(record.pop("message", ""))
         # Masked before it is cut: half a secret would not be known as one.
-        self._errors.add(self._scrub(text).encode("utf-8", "replace") + b"\n")
+        text = self._scrub(str(record.pop("message", "")))
+        if cut:
+            text = text[:-MODULE_LINE_END]
+        self._errors.add(text.encode("utf-8", "replace") + b"\n")
         known: dict[str, Any] = {
             name: record.pop(name) for name in ("genvm_id", "cookie") if name in record
         }
@@ -5699,7 +5707,8 @@ class Module:
         if problem is not None:
             raise ModuleFailed(f"the {self.kind} module's configuration: {problem}")
         for secret in secrets_in(expanded):
-            self._observer.redactor.add(secret)
+            # Whoever makes up keys for checks does not push these out.
+            self._observer.redactor.add(secret, source=self.kind)
         return ModuleSetup.of(self.kind, cast(dict[str, Any], expanded), allow_empty)
 
     async def _bind(self, setup: ModuleSetup) -> socket.socket | None:
@@ -6800,7 +6809,6 @@ class _BackendEntry:
 
 @frozen
 class _ModelEntry:
-    enabled: bool = True
     supports_json: bool = False
     supports_image: bool = False
     use_max_completion_tokens: bool = False
@@ -6847,18 +6855,20 @@ def _read_backend(
     if not _read_entry(data, _Switch, path).enabled:
         return "disabled"
     entry = _read_entry(data, _BackendEntry, path)
-    if not entry.key:
-        return "it has no key"
     try:
+        provider_named(entry.provider)
+        if not entry.key:
+            return "it has no key"
         provider_of(Backend(entry.host, entry.provider, "", entry.key))
     except ProviderError as error:
         raise ConfigError(f"{path}.{error.message}") from None
     timeout = _timeout(entry.timeout, timeout, f"{path}.timeout")
     models = []
-    for name, model_data in (entry.models or {}).items():
+    for name, given in (entry.models or {}).items():
         model_path = f"{path}.models.{name}"
-        model = _read_entry({} if model_data is None else model_data, _ModelEntry, model_path)
-        if model.enabled:
+        model_data = {} if given is None else given
+        if _read_entry(model_data, _Switch, model_path).enabled:
+            model = _read_entry(model_data, _ModelEntry, model_path)
             limit = _timeout(model.timeout, timeout, f"{model_path}.timeout")
             backend = Backend(entry.host, entry.provider, name, entry.key, limit)
             place = (-_priority(model.meta, model_path), name)

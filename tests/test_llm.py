@@ -560,6 +560,7 @@ def test_provider_url(host: str, url: str) -> None:
         *("", "/", "api.openai.com", "localhost:80", "//h", "http://", "http:///p", "https:h"),
         *("ftp://h", "file:///etc/passwd", "unix:///s", "http://h:x", "http://h\r\nX: 1"),
         *("http://h h", "http://h\x00", "http://[::1", "javascript:alert(1)"),
+        *("https://user:password@h", "https://user@h"),
     ],
 )
 def test_what_is_no_address_of_a_provider(host: str) -> None:

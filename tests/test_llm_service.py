@@ -268,6 +268,21 @@ def test_wrong_configurations(config: dict[str, Any], reason: str) -> None:
     assert KEY not in caught.value.message
 
 
+def test_what_is_disabled_or_has_no_key_is_not_looked_at() -> None:
+    broken = {"enabled": False, "supports_json": "maybe", "timeout": "soon"}
+    found = read(
+        {
+            "backends": {
+                "a": backend(models={"broken": broken, "m": {}}),
+                "b": {"enabled": False, "host": 5},
+                "c": {"host": "", "provider": "ollama", "key": ""},
+            }
+        }
+    )
+    assert names(found) == [["a/m"]]
+    assert found.notes == ("backends.b: left out: disabled", "backends.c: left out: it has no key")
+
+
 def test_no_backend_may_be_what_is_wanted() -> None:
     assert names(read({}, allow_empty=True)) == []
     with pytest.raises((ConfigError, InvalidRequest)):

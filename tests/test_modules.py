@@ -10,16 +10,19 @@ import pytest
 from twisted.internet.defer import Deferred
 
 from genvm_manager import (
+    MODULE_LINE_BYTES,
     MODULE_QUICK_DEATHS,
     MODULE_STOP_SECONDS,
+    STDERR,
     STDOUT,
     Config,
     LogObserver,
     Module,
     ModuleFailed,
+    Redactor,
 )
 
-from .support import FakeProcess, FakeSpawner, ThreadlessReactor, outcome
+from .support import FakeProcess, FakeSpawner, ThreadlessReactor, observing, outcome
 
 READY = b'{"event": "ready"}\n'
 ANY_PORT = "127.0.0.1:0"
@@ -51,8 +54,11 @@ class Supervised:
         self.reactor = ThreadlessReactor()
         self.spawner = ServiceSpawner(self.reactor)
         config = Config(root=root, modules={} if command is None else {"llm": command})
-        observer = LogObserver(Config(), write=lambda data: None)
-        self.module = Module("llm", config, self.reactor, cast(Any, self.spawner), observer)
+        self.log: list[bytes] = []
+        self.observer = LogObserver(Config(), write=self.log.append)
+        self.redactor = self.observer.redactor
+        spawner = cast(Any, self.spawner)
+        self.module = Module("llm", config, self.reactor, spawner, self.observer)
 
     def ask(self, operation: Deferred[Any]) -> list[Any]:
         """Return where the outcome of an operation will be, once its threads have worked."""
@@ -254,6 +260,23 @@ def test_files_that_are_no_configuration(
     assert "sk-" not in message
     assert supervised.spawner.processes == []
     assert supervised.state == "stopped"
+
+
+def test_secrets_of_a_command_after_the_keys_of_many_checks(tmp_path: Path) -> None:
+    """They do not push each other out; neither does a line that is cut show half of one."""
+    supervised = Supervised(tmp_path, ("module",))
+    secret = "s3cret-" + "0123456789" * 5
+    result = supervised.start(api_key=secret)
+    for number in range(Redactor.MOST):
+        supervised.redactor.add(f"another key {number}")
+    line = b"x" * (MODULE_LINE_BYTES - 30) + secret.encode()
+    with observing(supervised.observer):
+        supervised.newest.write(STDERR, b"%b\n%b\n" % (line, secret.encode()))
+        supervised.newest.end(1)
+    assert secret[:12] not in failure_of(result)
+    assert "[redacted]" in failure_of(result)
+    assert len(supervised.log) > 0
+    assert secret[:12] not in b"".join(supervised.log).decode()
 
 
 def test_a_configuration_that_cannot_be_stored(
