@@ -4996,8 +4996,6 @@ MAX_CHECK_MS = 3_600_000
 INLINE_CHECKS = 32
 #: More of a model's answer is not shown.
 CHECK_RESPONSE_CHARACTERS = 64 * KIB
-#: More of a model's answer is not shown.
-CHECK_RESPONSE_CHARACTERS = 64 * KIB
 
 
 @frozen
@@ -5144,11 +5142,11 @@ class AvailabilityCheck:
         This may run in a thread.
         """
         secrets: list[str] = []
-        for key in dict.fromkeys(config.get("key") for config in body.configs):
-            if isinstance(key, str):
-                secrets.append(key)
-                with contextlib.suppress(ConfigError):
-                    secrets.append(self._expand(key))
+        keys = [config.get("key") for config in body.configs]
+        for key in dict.fromkeys(key for key in keys if isinstance(key, str)):
+            secrets.append(key)
+            with contextlib.suppress(ConfigError):
+                secrets.append(self._expand(key))
         redactor = Redactor()
         for secret in secrets[-Redactor.MOST :]:
             redactor.add(secret)

@@ -1365,6 +1365,15 @@ def test_a_prompt_needs_only_a_message() -> None:
     assert checked.client.asked[0][1] == Prompt("u", None, 0.7, (), 1000, False, None)
 
 
+@pytest.mark.parametrize("key", [None, 5, ["k"], {"k": 1}])
+def test_a_key_that_is_no_text(key: object) -> None:
+    checked = Checked([config(key=key), config()], [prompt()])
+    checked.client.answer(0)
+    wrong, right = checked.results
+    assert (wrong["error_kind"], wrong["error"]) == ("config", "configs[0].key: expected text")
+    assert right["available"]
+
+
 def test_a_key_is_not_required() -> None:
     without = {key: value for key, value in config(provider="ollama").items() if key != "key"}
     assert Checked([without], [prompt()]).client.asked[0][0].key == ""
