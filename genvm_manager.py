@@ -5109,30 +5109,46 @@ class AvailabilityCheck:
         """Complete the results of pairs; one that waits is asked as soon as there is a slot."""
         left = len(waiting)
         done: Event[None] = Event()
+        pending: set[Deferred[Any]] = set()
+
+        async def until(step: Deferred[Value]) -> Value:
+            pending.add(step)
+            try:
+                return await step
+            finally:
+                pending.discard(step)
 
         async def work(slots: DeferredSemaphore) -> None:
             nonlocal left
+            while waiting:
+                await until(slots.acquire())
+                try:
+                    if waiting:
+                        result, backend, prompt = waiting.popleft()
+                        result |= await until(Deferred.fromCoroutine(self._ask(backend, prompt)))
+                        left -= 1
+                finally:
+                    slots.release()
+            if not left:
+                done.fire(None)
+
+        async def guarded(slots: DeferredSemaphore) -> None:
             try:
-                while waiting:
-                    async with slots:
-                        if waiting:
-                            result, backend, prompt = waiting.popleft()
-                            result |= await self._ask(backend, prompt)
-                            left -= 1
-                if not left:
-                    done.fire(None)
+                await work(slots)
             except Exception as error:  # cancelled, if all is well
                 done.fail(error)
 
         slots = [DeferredSemaphore(1), *[self._shared_slots] * (self._at_once - 1)]
-        workers = [Deferred.fromCoroutine(work(some)) for some in slots[: len(waiting)]]
+        for some in slots[: len(waiting)]:
+            Deferred.fromCoroutine(guarded(some))
         try:
             await done.wait()
         finally:
-            # Whoever still waits for a slot is not needed, or the client is gone.
+            # Whoever still waits for a slot is not needed, or the client is gone. Not the workers
+            # are cancelled, one of which may be what runs at this very moment.
             waiting.clear()
-            for worker in workers:
-                worker.cancel()
+            for step in list(pending):
+                step.cancel()
 
     def _read(
         self, body: CheckBody

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import os
 import re
@@ -74,7 +75,7 @@ from genvm_manager import (
     structure,
 )
 
-from .support import ThreadlessReactor
+from .support import ThreadlessReactor, observing
 
 KINDS = ("openai-compatible", "anthropic", "google", "ollama")
 KEY = "sk-proj-" + "".join(f"{n:02x}" for n in range(80))
@@ -1185,6 +1186,21 @@ def test_nobody_waits_for_the_models_of_another() -> None:
         first.client.answer(index)
     assert [found["available"] for found in second.results] == [True] * 4
     assert first.outcome == []
+    first.waiting.cancel()
+
+
+def test_whoever_ends_last_leaves_nothing_behind() -> None:
+    problems: list[dict[str, Any]] = []
+    with observing(lambda event: problems.append(event) if "log_failure" in event else None):
+        first = Checked([config("a")], [prompt()] * 9, llm_check_concurrency=3)
+        second = Checked([config("b")], [prompt()] * 4, check=first.check)
+        for index in (3, 0, 1, 4, 6, 7):  # the last one in a shared slot
+            first.client.answer(index)
+        assert [found["available"] for found in second.results] == [True] * 4
+        first.waiting.cancel()
+        del first, second
+        gc.collect()
+    assert problems == []
 
 
 @pytest.mark.parametrize(
