@@ -132,7 +132,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import IntEnum
 from http.cookiejar import DefaultCookiePolicy
@@ -512,14 +512,28 @@ def shown(value: object, limit: int = 60) -> str:
             if len(text) > limit:
                 break
     except (TypeError, ValueError, RecursionError):
-        text = text or f"a {type(value).__name__}"
+        text = text or kind_of(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+#: What users call the types of plain values.
+_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (bool, "true or false"),
+    ((int, float), "a number"),
+    (str, "text"),
+    (dict, "an object"),
+    (list, "an array"),
+    (bytes, "bytes"),
+    (date, "a date"),
+)
+
+
 def kind_of(value: object) -> str:
-    """Return what a JSON value is, for a message that must not show what may be secret."""
-    kinds = {dict: "an object", list: "an array", str: "text", bool: "true or false"}
-    return kinds.get(type(value), "null" if value is None else "a number")
+    """Return what a value of JSON, YAML or calldata is, for a message that must not show it."""
+    for types, name in _KINDS:
+        if isinstance(value, types):
+            return name
+    return "null" if value is None else f"a {type(value).__name__}"
 
 
 def expand_template(text: str, variables: Mapping[str, str], environ: Mapping[str, str]) -> str:
@@ -1313,11 +1327,15 @@ class Redactor:
 
     def __init__(self) -> None:
         self._lasting: list[str] = []
-        self._passing: deque[str] = deque(maxlen=self.MOST)
+        self._passing: dict[str, deque[str]] = {}
 
-    def add(self, secret: str, *, lasting: bool = False) -> None:
-        """Never let this text pass again; of more than ``MOST`` passing ones the oldest goes."""
-        known = self._lasting if lasting else self._passing
+    def add(self, secret: str, *, lasting: bool = False, source: str = "") -> None:
+        """Never let this text pass again.
+
+        Of more than ``MOST`` passing ones of the same source the oldest goes.
+        """
+        passing = self._passing.setdefault(source, deque(maxlen=self.MOST))
+        known = self._lasting if lasting else passing
         if len(secret) < self.SHORTEST:
             return
         if secret in known:
@@ -1326,9 +1344,8 @@ class Redactor:
 
     def scrub(self, text: str) -> str:
         """Return the text with every known secret masked."""
-        found = [
-            secret for known in (self._lasting, self._passing) for secret in known if secret in text
-        ]
+        known = itertools.chain(self._lasting, *self._passing.values())
+        found = [secret for secret in known if secret in text]
         # The longest first: one secret may be part of another.
         for secret in sorted(found, key=len, reverse=True):
             text = text.replace(secret, self.MASK)
@@ -1708,7 +1725,8 @@ class _Encoder:
         elif isinstance(value, (list, dict)):
             self._enter(value)
         else:
-            raise self._error(f"a {type(value).__name__} has no calldata form")
+            what = "a fraction" if isinstance(value, float) else kind_of(value)
+            raise self._error(f"{what} has no calldata form")
 
     def _header(self, number: int, tag: int) -> None:
         self._out += _uleb128(number << 3 | tag)
@@ -1722,7 +1740,7 @@ class _Encoder:
         else:
             for key in value:
                 if not isinstance(key, str):
-                    raise self._error(f"map keys are strings, not {type(key).__name__}")
+                    raise self._error(f"map keys are text, not {kind_of(key)}")
             # The format orders keys by their UTF-8 bytes. Python compares strings by code points,
             # which is the same order.
             self._open.append(iter(sorted(value.items(), key=lambda item: item[0])))
@@ -4524,7 +4542,7 @@ def _schema_of(outcome: HostOutcome | ManagerError, errors: str) -> str:
     except CalldataError as error:
         raise ContractFailed(f"the schema is not calldata: {error.message}{tail}") from None
     if not isinstance(value, str):
-        raise ContractFailed(f"the schema is no text but a {type(value).__name__}{tail}")
+        raise ContractFailed(f"the schema is no text but {kind_of(value)}{tail}")
     return value
 
 
@@ -4558,8 +4576,8 @@ def _writes_json(writes: Sequence[tuple[bytes, bytes]]) -> Iterator[bytes]:
 
 LLM_SECONDS = 60.0
 LLM_ANSWER_MAX_BYTES = 32 * MIB
-#: A larger prompt is encoded in a thread.
-INLINE_PROMPT_BYTES = 64 * KIB
+#: A larger prompt is encoded, and a larger answer is read, in a thread.
+INLINE_LLM_BYTES = 64 * KIB
 PROVIDER_MESSAGE_CHARACTERS = 500
 ANTHROPIC_VERSION = "2023-06-01"
 IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
@@ -4595,7 +4613,7 @@ class ErrorKind(enum.Enum):
 
 ADVICE = {
     ErrorKind.DNS: "the provider's name cannot be resolved; check host",
-    ErrorKind.CONNECT: "the provider cannot be reached; check host and network",
+    ErrorKind.CONNECT: "the connection to the provider failed; check host and network",
     ErrorKind.TLS: "the provider's certificate or TLS is not acceptable; check host",
     ErrorKind.TIMEOUT: "the provider did not answer in time",
     ErrorKind.AUTH: "the provider refused the key; check key and its rights",
@@ -4608,7 +4626,10 @@ ADVICE = {
 
 
 class ProviderError(ManagerError):
-    """A provider gave no answer; ``status`` and ``body`` are those of its reply, if any."""
+    """A provider gave no answer; ``status`` and ``body`` are those of its reply, if any.
+
+    Where there is a status of 200, what came after it is at fault.
+    """
 
     code = "provider_error"
 
@@ -4664,7 +4685,8 @@ class Prompt:
     @property
     def size(self) -> int:
         """About how many bytes a request with this prompt has."""
-        return len(self.user_message) + sum(len(image.data) for image in self.images)
+        text = len(self.user_message) + len(self.system_message or "")
+        return text + sum(len(image.data) for image in self.images)
 
 
 @frozen
@@ -4697,9 +4719,8 @@ class LlmAnswer:
 
 @frozen
 class ProviderRequest:
-    """An HTTP request to a provider."""
+    """Headers and body of an HTTP request to a provider."""
 
-    path: str
     headers: dict[str, str]
     body: dict[str, Any]
 
@@ -4714,8 +4735,12 @@ class Provider:
     #: Where the answer has its token counts: prompt, completion, total.
     usage_paths: ClassVar[tuple[tuple[str, ...], ...]]
 
+    def path(self, backend: Backend) -> str:
+        """Return where a provider is asked."""
+        raise NotImplementedError
+
     def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
-        """Return the request for a prompt."""
+        """Return the request for a prompt, which takes as long as the prompt is large."""
         raise NotImplementedError
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
@@ -4752,6 +4777,10 @@ class OpenAiCompatible(Provider):
         ("usage", "total_tokens"),
     )
 
+    def path(self, backend: Backend) -> str:
+        """See ``Provider``."""
+        return "/v1/chat/completions"
+
     def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
         """See ``Provider``."""
         content: list[dict[str, Any]] = [{"type": "text", "text": prompt.user_message}]
@@ -4771,7 +4800,7 @@ class OpenAiCompatible(Provider):
             response_format=None if mode is AnswerMode.TEXT else {"type": "json_object"},
         )
         headers = {"Authorization": f"Bearer {backend.key}"}
-        return ProviderRequest("/v1/chat/completions", headers, {**body, limit: prompt.max_tokens})
+        return ProviderRequest(headers, {**body, limit: prompt.max_tokens})
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
         """See ``Provider``."""
@@ -4786,6 +4815,10 @@ class Anthropic(Provider):
     """Anthropic's messages."""
 
     usage_paths = (("usage", "input_tokens"), ("usage", "output_tokens"))
+
+    def path(self, backend: Backend) -> str:
+        """See ``Provider``."""
+        return "/v1/messages"
 
     def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
         """See ``Provider``."""
@@ -4820,7 +4853,7 @@ class Anthropic(Provider):
             }
             body |= {"tools": [tool], "tool_choice": {"type": "tool", "name": _JSON_TOOL}}
         headers = {"x-api-key": backend.key, "anthropic-version": ANTHROPIC_VERSION}
-        return ProviderRequest("/v1/messages", headers, body)
+        return ProviderRequest(headers, body)
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
         """See ``Provider``."""
@@ -4841,6 +4874,10 @@ class Google(Provider):
         ("usageMetadata", "totalTokenCount"),
     )
 
+    def path(self, backend: Backend) -> str:
+        """See ``Provider``."""
+        return f"/v1beta/models/{quote(backend.model, safe='', errors='replace')}:generateContent"
+
     def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
         """See ``Provider``."""
         parts: list[dict[str, Any]] = [
@@ -4858,8 +4895,7 @@ class Google(Provider):
             system_instruction=None if system is None else {"parts": [{"text": system}]},
             contents=[{"parts": parts}],
         )
-        path = f"/v1beta/models/{quote(backend.model, safe='')}:generateContent"
-        return ProviderRequest(path, {"x-goog-api-key": backend.key}, body)
+        return ProviderRequest({"x-goog-api-key": backend.key}, body)
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
         """See ``Provider``."""
@@ -4876,6 +4912,10 @@ class Ollama(Provider):
 
     usage_paths = (("prompt_eval_count",), ("eval_count",))
 
+    def path(self, backend: Backend) -> str:
+        """See ``Provider``."""
+        return "/api/generate"
+
     def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
         """See ``Provider``."""
         options = {"temperature": prompt.temperature, "num_predict": prompt.max_tokens}
@@ -4889,7 +4929,7 @@ class Ollama(Provider):
             format=None if mode is AnswerMode.TEXT else "json",
         )
         headers = {"Authorization": f"Bearer {backend.key}"} if backend.key else {}
-        return ProviderRequest("/api/generate", headers, body)
+        return ProviderRequest(headers, body)
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
         """See ``Provider``."""
@@ -4921,6 +4961,10 @@ def provider_named(name: str) -> Provider:
 # asks, or why.
 
 
+class _BodyTooLong(Exception):
+    """A response body is longer than its reader takes."""
+
+
 class _BodyReader(Protocol):
     """Collects a response body up to a limit; cancelling drops the connection."""
 
@@ -4937,8 +4981,7 @@ class _BodyReader(Protocol):
         if len(self._data) > self._limit:
             self._drop()
             if not self.done.called:
-                detail = f"longer than {self._limit} bytes"
-                self.done.errback(ProviderError(ErrorKind.BAD_RESPONSE, detail))
+                self.done.errback(_BodyTooLong(f"longer than {self._limit} bytes"))
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """See ``Protocol``."""
@@ -4976,17 +5019,10 @@ class LlmClient:
         Cancelling drops the connection.
         """
         try:
-            provider = provider_named(backend.provider)
-            if not _HEADER_TEXT.fullmatch(backend.key):
-                detail = "key: has characters that cannot be sent in a header"
-                raise ProviderError(ErrorKind.CONFIG, detail)
-            request = provider.request(backend, prompt, mode)
-            url = provider_url(backend.host, request.path)
+            provider, url = provider_of(backend)
         except ProviderError as error:
             return fail(error)
-        exchange = self._exchange(
-            provider, request, url, mode, key=backend.key, prompt_size=prompt.size
-        )
+        exchange = self._exchange(provider, backend, prompt, mode, url)
         answer = Deferred.fromCoroutine(exchange)
 
         def too_late(_result: object, _seconds: float) -> Failure:
@@ -4996,55 +5032,67 @@ class LlmClient:
         return answer.addTimeout(backend.timeout, self._reactor, too_late)
 
     async def _exchange(
-        self,
-        provider: Provider,
-        request: ProviderRequest,
-        url: str,
-        mode: AnswerMode,
-        *,
-        key: str,
-        prompt_size: int,
+        self, provider: Provider, backend: Backend, prompt: Prompt, mode: AnswerMode, url: str
     ) -> LlmAnswer:
+        def encode() -> tuple[Headers, bytes]:
+            request = provider.request(backend, prompt, mode)
+            headers = Headers({name: [value] for name, value in request.headers.items()})
+            headers.addRawHeader("Content-Type", "application/json")
+            return headers, json.dumps(request.body).encode()
+
+        headers, data = await self._work(prompt.size, encode)
+        status = None
         try:
-            response = await self._send(url, request, prompt_size)
+            response = await self._send(url, headers, data)
+            status = response.code
             reader = _BodyReader(LLM_ANSWER_MAX_BYTES)
             response.deliverBody(reader)
             body = await reader.done
-        except (CancelledError, ProviderError):
+        except CancelledError:
             raise
         except Exception as error:
             if any(reason.check(CancelledError) for reason in getattr(error, "reasons", ())):
                 raise CancelledError from None
             kind, detail = connection_problem(error)
-            raise ProviderError(kind, detail, url=url) from None
-        if response.code != 200:
-            raise status_problem(response.code, url, body, key)
-        try:
-            data = json.loads(body)
-            return LlmAnswer(provider.answer(data, mode), provider.usage(data))
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            excerpt = masked(body, key)[:PROVIDER_MESSAGE_CHARACTERS]
-            detail = f"{type(error).__name__} in {excerpt}"
-            raise ProviderError(
-                ErrorKind.BAD_RESPONSE, detail, url=url, status=200, body=excerpt
-            ) from None
+            detail = detail if status is None else f"in the body of its answer: {detail}"
+            raise ProviderError(kind, detail, url=url, status=status) from None
+        if status != 200:
+            raise status_problem(response.code, url, body, backend.key)
 
-    async def _send(self, url: str, request: ProviderRequest, prompt_size: int) -> Any:
+        def read() -> LlmAnswer:
+            try:
+                found = parse_json_object(body.removeprefix(codecs.BOM_UTF8))
+                return LlmAnswer(provider.answer(found, mode), provider.usage(found))
+            except InvalidRequest as error:
+                problem = error.message.removeprefix("body: ")
+            except (LookupError, TypeError, ValueError, AttributeError):
+                problem = "no answer where it belongs"
+            excerpt = masked(body, backend.key)[:PROVIDER_MESSAGE_CHARACTERS]
+            raise ProviderError(
+                ErrorKind.BAD_RESPONSE, f"{problem}: {excerpt}", url=url, status=200, body=excerpt
+            )
+
+        return await self._work(len(body), read)
+
+    async def _work(self, size: int, work: Callable[[], Value]) -> Value:
+        """Do what takes as long as there are bytes; in a thread if these are many."""
+        if size <= INLINE_LLM_BYTES:
+            return work()
+        return await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work)
+
+    async def _send(self, url: str, headers: Headers, data: bytes) -> Any:
         """Send a request and return the response; its body is still to come.
 
         A kept connection that the provider closes while it is used again is no answer: the
-        request is sent once more.
+        request is sent once more. So it is on a new one, which cannot be told apart.
         """
         for last in (False, True):
             try:
                 return await self._http.request(
                     "POST",
                     url,
-                    headers=Headers(
-                        {name: [value] for name, value in request.headers.items()}
-                        | {"Content-Type": ["application/json"]}
-                    ),
-                    data=await self._encoded(request.body, prompt_size),
+                    headers=headers,
+                    data=data,
                     # A redirect would take the key along to wherever it leads.
                     allow_redirects=False,
                     unbuffered=True,
@@ -5055,16 +5103,6 @@ class LlmClient:
                 if last or not closed:
                     raise
         raise AssertionError("unreachable")
-
-    async def _encoded(self, body: dict[str, Any], prompt_size: int) -> bytes:
-        """Return a body as JSON; one with large images is encoded in a thread."""
-
-        def encode() -> bytes:
-            return json.dumps(body).encode()
-
-        if prompt_size <= INLINE_PROMPT_BYTES:
-            return encode()
-        return await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), encode)
 
 
 def masked(body: bytes, key: str) -> str:
@@ -5089,6 +5127,7 @@ def provider_url(host: str, path: str) -> str:
     try:
         url = hyperlink.URL.from_text(base)
         usable = url.scheme in ("http", "https") and url.host != "" and base.isprintable()
+        usable = usable and not url.userinfo  # addresses are shown, and nobody sends it
         usable = usable and not set("?#") & set(base)
     except (ValueError, TypeError):
         usable = False
@@ -5096,6 +5135,15 @@ def provider_url(host: str, path: str) -> str:
         detail = "host: expected a URL such as https://api.example.com"
         raise ProviderError(ErrorKind.CONFIG, detail)
     return base + path
+
+
+def provider_of(backend: Backend) -> tuple[Provider, str]:
+    """Return how and at which URL a backend is asked; raises ``ProviderError`` if it cannot be."""
+    provider = provider_named(backend.provider)
+    if not _HEADER_TEXT.fullmatch(backend.key):
+        detail = "key: has characters that cannot be sent in a header"
+        raise ProviderError(ErrorKind.CONFIG, detail)
+    return provider, provider_url(backend.host, provider.path(backend))
 
 
 def connection_problem(error: BaseException) -> tuple[ErrorKind, str]:
@@ -5109,6 +5157,8 @@ def connection_problem(error: BaseException) -> tuple[ErrorKind, str]:
         return ErrorKind.TLS, str(error) or type(error).__name__
     if isinstance(error, (ConnectTimeoutError, TCPTimedOutError)):
         return ErrorKind.TIMEOUT, str(error)
+    if isinstance(error, _BodyTooLong):
+        return ErrorKind.BAD_RESPONSE, str(error)
     if type(error).__name__ == "ParseError":  # Twisted's, for a reply that is no HTTP; private
         return ErrorKind.BAD_RESPONSE, f"no HTTP: {error}"
     if isinstance(error, (SchemeNotSupported, UnicodeError, hyperlink.URLParseError)):
@@ -5155,6 +5205,10 @@ def _provider_message(text: str) -> str:
 
 MAX_CHECKS = 10_000
 MAX_CHECK_MS = 3_600_000
+#: More configurations and prompts than these are read in a thread.
+INLINE_CHECKS = 32
+#: More of a model's answer is not shown.
+CHECK_RESPONSE_CHARACTERS = 64 * KIB
 
 
 @frozen
@@ -5209,158 +5263,237 @@ class TestPrompt:
         )
 
 
+CheckedBackend: TypeAlias = tuple[Backend, int | None]  # with its time limit in milliseconds
+CheckedPrompt: TypeAlias = tuple[Prompt, int | None]
+CheckResult: TypeAlias = dict[str, Any]
+
+
 class AvailabilityCheck:
-    """Checks whether models answer."""
+    """Checks whether models answer.
+
+    At most ``llm_check_concurrency`` pairs of a request are asked at once. A request has one slot
+    of its own and shares the others with all requests: none waits for the models of another.
+    """
 
     log = Logger()
 
     def __init__(self, config: Config, reactor: Any, client: LlmClient, redactor: Redactor) -> None:
-        self._config = config
+        self._variables = config.variables
         self._reactor = reactor
         self._client = client
         self._redactor = redactor
-        self._running = DeferredSemaphore(max(1, config.llm_check_concurrency))
+        self._at_once = max(1, config.llm_check_concurrency)
+        self._shared_slots = DeferredSemaphore(max(1, self._at_once - 1))
 
-    async def check(self, body: CheckBody) -> list[dict[str, Any]]:
+    async def check(self, body: CheckBody) -> list[CheckResult]:
         """Return one result for each pair, by configuration first; raises ``InvalidRequest``."""
         count = len(body.configs) * len(body.test_prompts)
-        if count > MAX_CHECKS:
+        if max(count, len(body.configs), len(body.test_prompts)) > MAX_CHECKS:
             raise InvalidRequest(f"configs, test_prompts: {count} pairs; at most {MAX_CHECKS}")
-        for config in body.configs:
-            self._keep_secret(config.get("key"))
+        read = functools.partial(self._read, body)
+        if _is_large(body):
+            secrets, backends, prompts = await deferToThreadPool(
+                self._reactor, self._reactor.getThreadPool(), read
+            )
+        else:
+            secrets, backends, prompts = read()
+        for secret in secrets:
+            self._redactor.add(secret)
+        results: list[CheckResult] = []
+        waiting: deque[tuple[CheckResult, CheckedBackend, CheckedPrompt]] = deque()
+        for (config, backend), (number, prompt) in itertools.product(
+            enumerate(backends), enumerate(prompts)
+        ):
+            result: CheckResult = {"config_index": config, "prompt_index": number}
+            if isinstance(backend, dict):
+                result |= backend
+            elif isinstance(prompt, dict):
+                result |= prompt
+            else:
+                waiting.append((result, backend, prompt))
+            results.append(result)
+        if waiting:
+            await self._ask_all(waiting)
+        return results
+
+    async def _ask_all(
+        self, waiting: deque[tuple[CheckResult, CheckedBackend, CheckedPrompt]]
+    ) -> None:
+        """Complete the results of pairs; one that waits is asked as soon as there is a slot."""
+        left = len(waiting)
+        done: Event[None] = Event()
+        pending: set[Deferred[Any]] = set()
+
+        async def until(step: Deferred[Value]) -> Value:
+            pending.add(step)
+            try:
+                return await step
+            finally:
+                pending.discard(step)
+
+        async def work(slots: DeferredSemaphore) -> None:
+            nonlocal left
+            while waiting:
+                await until(slots.acquire())
+                try:
+                    if waiting:
+                        result, backend, prompt = waiting.popleft()
+                        result |= await until(Deferred.fromCoroutine(self._ask(backend, prompt)))
+                        left -= 1
+                finally:
+                    slots.release()
+            if not left:
+                done.fire(None)
+
+        async def guarded(slots: DeferredSemaphore) -> None:
+            try:
+                await work(slots)
+            except Exception as error:  # cancelled, if all is well
+                done.fail(error)
+
+        slots = [DeferredSemaphore(1), *[self._shared_slots] * (self._at_once - 1)]
+        for some in slots[: len(waiting)]:
+            Deferred.fromCoroutine(guarded(some))
+        try:
+            await done.wait()
+        finally:
+            # Whoever still waits for a slot is not needed, or the client is gone. Not the workers
+            # are cancelled, one of which may be what runs at this very moment.
+            waiting.clear()
+            for step in list(pending):
+                step.cancel()
+
+    def _read(
+        self, body: CheckBody
+    ) -> tuple[list[str], list[CheckedBackend | CheckResult], list[CheckedPrompt | CheckResult]]:
+        """Return the secrets, and each item as it is meant or the result if it cannot be used.
+
+        This may run in a thread.
+        """
+        secrets: list[str] = []
+        keys = [config.get("key") for config in body.configs]
+        for key in dict.fromkeys(key for key in keys if isinstance(key, str)):
+            secrets.append(key)
+            with contextlib.suppress(ConfigError):
+                secrets.append(self._expand(key))
+        redactor = Redactor()
+        for secret in secrets[-Redactor.MOST :]:
+            redactor.add(secret)
+        scrub = redactor.scrub
         backends = [
-            self._readable(self._backend, config, f"configs[{index}]")
+            _readable(functools.partial(self._backend, config, f"configs[{index}]", scrub), scrub)
             for index, config in enumerate(body.configs)
         ]
         prompts = [
-            self._readable(self._prompt, prompt, f"test_prompts[{index}]")
+            _readable(functools.partial(_read_prompt, prompt, f"test_prompts[{index}]"), scrub)
             for index, prompt in enumerate(body.test_prompts)
         ]
-        pairs = list(itertools.product(range(len(backends)), range(len(prompts))))
-        results: list[dict[str, Any]] = [{}] * count
-        waiting = iter(range(count))
-
-        async def work() -> None:
-            # A loop, not a chain of callbacks: pairs that need no waiting may be thousands.
-            for index in waiting:
-                config, prompt = pairs[index]
-                results[index] = {
-                    "config_index": config,
-                    "prompt_index": prompt,
-                    **await self._running.run(self._check, backends[config], prompts[prompt]),
-                }
-
-        workers = [Deferred.fromCoroutine(work()) for _ in range(min(count, self._running.limit))]
-        all_done: Event[None] = Event()
-        left = len(workers)
-
-        def ended(_: object) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                all_done.fire(None)
-
-        for worker in workers:
-            worker.addBoth(ended)
-        if workers:
-            try:
-                await all_done.wait()
-            except CancelledError:  # the client is gone
-                deque(waiting, maxlen=0)  # nothing else begins
-                # Those that wait for a slot first, or each that gives one up would start them.
-                for worker in reversed(workers):
-                    worker.cancel()
-                raise
-        return results
-
-    def _keep_secret(self, key: object) -> None:
-        """Let no reply and no log show a key, as it stands or as it is expanded."""
-        if isinstance(key, str):
-            self._redactor.add(key)
-            with contextlib.suppress(ConfigError):
-                self._redactor.add(self._expand(key))
+        return secrets[-Redactor.MOST :], backends, prompts
 
     def _expand(self, text: str) -> str:
-        return expand_template(text, self._config.variables, os.environ)
+        return expand_template(text, self._variables, os.environ)
 
-    def _readable(
-        self, read: Callable[[dict[str, Any], str], Value], data: dict[str, Any], path: str
-    ) -> Value | ProviderError:
-        """Return an item as it is meant, or why it cannot be used."""
-        try:
-            return read(data, path)
-        except ProviderError as error:
-            return error
-        except (ConfigError, InvalidRequest) as error:
-            return ProviderError(ErrorKind.CONFIG, error.message)
-
-    def _backend(self, data: dict[str, Any], path: str) -> tuple[Backend, int | None]:
+    def _backend(
+        self, data: dict[str, Any], path: str, scrub: Callable[[str], str]
+    ) -> CheckedBackend:
         expanded = {
             name: self._expand(value) if isinstance(value, str) else value
             for name, value in data.items()
         }
         try:
-            found = structure(expanded, ProviderConfig, path=path)
-            provider_named(found.provider)
+            return _read_backend_of(expanded, path)
         except (InvalidRequest, ProviderError):
             # The message shows the start of a value; let that be no key in a wrong place.
-            scrub = self._redactor.scrub
             shareable = {
                 name: scrub(value) if isinstance(value, str) else value
                 for name, value in expanded.items()
             }
-            provider_named(structure(shareable, ProviderConfig, path=path).provider)
+            _read_backend_of(shareable, path)
             raise
-        if not found.model:
-            raise ProviderError(ErrorKind.CONFIG, f"{path}.model: expected a name, got nothing")
-        return Backend(found.host, found.provider, found.model, found.key), found.timeout_ms
 
-    def _prompt(self, data: dict[str, Any], path: str) -> tuple[Prompt, int | None]:
-        found = structure(data, TestPrompt, path=path)
-        return found.prompt(), found.timeout_ms
-
-    async def _check(
-        self,
-        backend: tuple[Backend, int | None] | ProviderError,
-        prompt: tuple[Prompt, int | None] | ProviderError,
-    ) -> dict[str, Any]:
+    async def _ask(self, backend: CheckedBackend, prompt: CheckedPrompt) -> CheckResult:
         """Return the result for one pair; only being cancelled makes it fail."""
         start = self._reactor.seconds()
-        answer: LlmAnswer | None = None
-        problem: ProviderError | None = None
+        target, limit_ms = backend[0], prompt[1] or backend[1] or LLM_SECONDS * 1000
+        target = attrs.evolve(target, timeout=min(limit_ms, MAX_CHECK_MS) / 1000)
+        answer: LlmAnswer | ProviderError
         try:
-            if isinstance(backend, ProviderError):
-                raise backend
-            if isinstance(prompt, ProviderError):
-                raise prompt
-            limit_ms = prompt[1] or backend[1] or LLM_SECONDS * 1000
-            limited = attrs.evolve(backend[0], timeout=min(limit_ms, MAX_CHECK_MS) / 1000)
-            answer = await self._client.ask(limited, prompt[0], AnswerMode.TEXT)
+            answer = await self._client.ask(target, prompt[0], AnswerMode.TEXT)
         except ProviderError as error:
-            problem = error
+            answer = error
         except CancelledError:
             raise
         except Exception:
             self.log.failure("a check failed unexpectedly")
-            problem = ProviderError(ErrorKind.HTTP, "internal error; see the log of the manager")
-        if isinstance(backend, tuple):
-            self._redactor.add(backend[0].key)  # others may have pushed it out meanwhile
+            answer = ProviderError(ErrorKind.HTTP, "internal error; see the log of the manager")
+        latency_ms = round((self._reactor.seconds() - start) * 1000)
+        self._redactor.add(target.key)  # others may have pushed it out meanwhile
         scrub = self._redactor.scrub
+        if isinstance(answer, ProviderError):
+            return {**_failed_check(answer, scrub), "latency_ms": latency_ms}
+        text = str(answer.value)
+        response = scrub(text[:CHECK_RESPONSE_CHARACTERS])
+        if len(text) > CHECK_RESPONSE_CHARACTERS:
+            response = response[: -len(target.key) or None] + "…"  # the end may be half a key
         return {
-            "available": answer is not None,
-            "error": None if problem is None else self._shown(problem),
-            "response": None if answer is None else scrub(str(answer.value)),
-            "latency_ms": round((self._reactor.seconds() - start) * 1000),
-            "usage": None if answer is None else attrs.asdict(answer.usage),
-            "error_kind": None if problem is None else problem.kind.value,
-            "http_status": 200 if problem is None else problem.status,
+            "available": True,
+            "error": None,
+            "response": response,
+            "latency_ms": latency_ms,
+            "usage": attrs.asdict(answer.usage),
+            "error_kind": None,
+            "http_status": 200,
         }
 
-    def _shown(self, problem: ProviderError) -> str:
-        # Masked before it is cut: half a key is a secret too.
-        text = self._redactor.scrub(problem.message)
-        limit = PROVIDER_MESSAGE_CHARACTERS + len(ADVICE.get(problem.kind, "")) + 20
-        return text if len(text) <= limit else text[:limit] + "…"
+
+def _is_large(body: CheckBody) -> bool:
+    """Tell whether reading a request would hold the reactor."""
+    items = [*body.configs, *body.test_prompts]
+    if len(items) > INLINE_CHECKS or any(prompt.get("images") for prompt in body.test_prompts):
+        return True
+    values = [value for item in items for value in item.values()]
+    texts = sum(len(value) for value in values if isinstance(value, str))
+    return len(values) + texts > INLINE_LLM_BYTES
+
+
+def _readable(read: Callable[[], Value], scrub: Callable[[str], str]) -> Value | CheckResult:
+    """Return an item as it is meant, or the result of all its pairs if it cannot be used."""
+    try:
+        return read()
+    except (ProviderError, ConfigError, InvalidRequest) as error:
+        return _failed_check(ProviderError(ErrorKind.CONFIG, error.message), scrub)
+
+
+def _read_backend_of(data: dict[str, Any], path: str) -> CheckedBackend:
+    found = structure(data, ProviderConfig, path=path)
+    if not found.model:
+        raise ProviderError(ErrorKind.CONFIG, f"{path}.model: expected a name, got nothing")
+    backend = Backend(found.host, found.provider, found.model, found.key)
+    try:
+        provider_of(backend)
+    except ProviderError as error:
+        raise ProviderError(ErrorKind.CONFIG, f"{path}.{error.message}") from None
+    return backend, found.timeout_ms
+
+
+def _read_prompt(data: dict[str, Any], path: str) -> CheckedPrompt:
+    found = structure(data, TestPrompt, path=path)
+    return found.prompt(), found.timeout_ms
+
+
+def _failed_check(problem: ProviderError, scrub: Callable[[str], str]) -> CheckResult:
+    # Masked before it is cut: half a key is a secret too.
+    text = scrub(problem.message)
+    limit = PROVIDER_MESSAGE_CHARACTERS + len(ADVICE.get(problem.kind, "")) + 20
+    return {
+        "available": False,
+        "error": text if len(text) <= limit else text[:limit] + "…",
+        "response": None,
+        "latency_ms": 0,
+        "usage": None,
+        "error_kind": problem.kind.value,
+        "http_status": problem.status,
+    }
 
 
 # =============================================================================
@@ -5384,7 +5517,12 @@ MODULE_BACKOFF_SECONDS = (1.0, 60.0)
 MODULE_PROBE_SECONDS = 0.05
 MODULE_STDERR_BYTES = 4 * KIB
 MODULE_LINE_BYTES = 256 * KIB
+#: Of a line that is cut, the end may be half a secret.
+MODULE_LINE_END = 1 * KIB
 MODULE_BACKLOG = 1024
+#: The child's descriptor that ``{config_file}`` of an external command names.
+CONFIG_FD = 3
+CONFIG_FILE = f"/proc/self/fd/{CONFIG_FD}" if sys.platform == "linux" else f"/dev/fd/{CONFIG_FD}"
 _SECRET_NAMES = re.compile(r"key|token|secret|password|authorization|headers", re.IGNORECASE)
 
 
@@ -5451,7 +5589,7 @@ def bind_listener(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for what can be no name
         raise ModuleFailed(f"the address {host}:{port} cannot be used: {error}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -5509,7 +5647,6 @@ class Generation:
         self.ready: Event[None] = Event()
         self.ended: Event[None] = Event()
         self.ready_at: float | None = None
-        self.config_file: Path | None = None
         self._errors = BoundedTail(MODULE_STDERR_BYTES)
         self._lines = {
             # A command of others may print anything on its stdout: that is log.
@@ -5545,9 +5682,6 @@ class Generation:
     def child_closed(self) -> None:
         for lines in self._lines.values():
             lines.end()
-        if self.config_file is not None:
-            self.config_file.unlink(missing_ok=True)
-            self.config_file.parent.rmdir()
         self.ended.fire(None)
         self._gone(self)
 
@@ -5559,7 +5693,7 @@ class Generation:
         elif message.get("event") == "stats" and isinstance(message.get("stats"), dict):
             self.stats = message["stats"]
 
-    def _forward(self, line: bytes, _cut: bool) -> None:
+    def _forward(self, line: bytes, cut: bool) -> None:
         if not line.strip():
             return
         record = parse_log_line(line) or {"message": line.decode("utf-8", "replace")}
@@ -5568,9 +5702,11 @@ class Generation:
         except ValueError:
             level = "info"
         record.pop("time", None)
-        text = str(record.pop("message", ""))
         # Masked before it is cut: half a secret would not be known as one.
-        self._errors.add(self._scrub(text).encode("utf-8", "replace") + b"\n")
+        text = self._scrub(str(record.pop("message", "")))
+        if cut:
+            text = text[:-MODULE_LINE_END]
+        self._errors.add(text.encode("utf-8", "replace") + b"\n")
         known: dict[str, Any] = {
             name: record.pop(name) for name in ("genvm_id", "cookie") if name in record
         }
@@ -5626,6 +5762,7 @@ class Module:
         self._number = 0
         self._quick_deaths = 0
         self._restart_timer: DelayedCall | None = None
+        self._stops_waiting = 0
         self._closed = False
         self.state = ModuleState.STOPPED
         self.address: str | None = None
@@ -5657,12 +5794,13 @@ class Module:
 
         The result tells whether it was running.
         """
-        if self.state in (ModuleState.STOPPED, ModuleState.FAILED):
+        if self.state in (ModuleState.STOPPED, ModuleState.FAILED) and not self._alive:
             self._move(ModuleState.STOPPED)
             return succeed(False)
         if self._starting is not None and self._starting.child is not None:
             self._starting.child.kill()
-        return detached(self._lock.run(self._stop))
+        self._stops_waiting += 1
+        return detached(self._lock.run(self._stop_as_asked))
 
     def restart(self, config: dict[str, Any] | None, allow_empty: bool) -> Deferred[bool]:
         """Replace the running generation by one with another configuration, or start the module.
@@ -5690,7 +5828,7 @@ class Module:
             "restarts": self.restarts,
             "since": None if self.since is None else timestamp_of(self.since),
             "last_error": self.last_error,
-            "draining": len(self._alive) - (current in self._alive),
+            "draining": len(self._alive - {current, self._starting}),
             "stats": {} if current is None else current.stats,
         }
 
@@ -5720,6 +5858,10 @@ class Module:
             self._move(ModuleState.STOPPED)
             raise
 
+    async def _stop_as_asked(self) -> bool:
+        self._stops_waiting -= 1
+        return await self._stop()
+
     async def _stop(self) -> bool:
         self._cancel_restart()
         was_running = self.state in (ModuleState.STARTING, ModuleState.RUNNING)
@@ -5748,8 +5890,9 @@ class Module:
         except Exception as error:
             if listener is not old_listener and listener is not None:
                 listener.close()
-            self._note_failure(error)
+            self._launch_failed(error)
             raise
+        self._quick_deaths = 0
         self._listener = listener
         if old_listener is not None and not same_place:
             old_listener.close()
@@ -5770,10 +5913,7 @@ class Module:
             try:
                 await self._launch(previous, None)
             except ModuleFailed as again:
-                self._note_failure(again)
-                if self.state is ModuleState.STARTING:
-                    self._quick_deaths += 1
-                    self._restart_later()
+                self._launch_failed(again)
             raise
 
     async def _read_setup(self, config: dict[str, Any] | None, allow_empty: bool) -> ModuleSetup:
@@ -5781,12 +5921,21 @@ class Module:
         if config is None:
             path = self._config.root / "config" / f"genvm-module-{self.kind}.yaml"
             config = await deferToThreadPool(self._reactor, pool, _read_module_file, path)
+        problem = None
         try:
             expanded = expand_templates(config, self._config.variables, os.environ)
+            json.dumps(expanded)  # so it is passed on
         except ConfigError as error:
-            raise ModuleFailed(f"the {self.kind} module's configuration: {error.message}") from None
+            problem = error.message
+        except TypeError:
+            problem = "it has a value that JSON does not have; put a date in quotes"
+        except RecursionError:
+            problem = "nested too deeply"
+        if problem is not None:
+            raise ModuleFailed(f"the {self.kind} module's configuration: {problem}")
         for secret in secrets_in(expanded):
-            self._observer.redactor.add(secret)
+            # Whoever makes up keys for checks does not push these out.
+            self._observer.redactor.add(secret, source=self.kind)
         return ModuleSetup.of(self.kind, cast(dict[str, Any], expanded), allow_empty)
 
     async def _bind(self, setup: ModuleSetup) -> socket.socket | None:
@@ -5804,6 +5953,8 @@ class Module:
         """Start a process and make it the current generation once it accepts connections."""
         if self._closed:
             raise ModuleFailed("the manager is shutting down")
+        if self._stops_waiting:
+            raise ModuleFailed(f"the {self.kind} module was stopped before it was started")
         self._number += 1
         generation = self._starting = Generation(
             self.kind,
@@ -5843,8 +5994,7 @@ class Module:
     ) -> None:
         try:
             if listener is None:
-                argv = self._external_command(generation, setup)
-                self._spawner.spawn(generation, argv, pipes={STDOUT, STDERR}, nulls={STDIN})
+                self._spawn_external(generation, setup)
             else:
                 argv = own_command("module", self.kind)
                 self._spawner.spawn(
@@ -5868,18 +6018,26 @@ class Module:
                 }
             )
 
-    def _external_command(self, generation: Generation, setup: ModuleSetup) -> list[str]:
-        """Return the configured command; ``{config_file}`` becomes a file that only we can read."""
+    def _spawn_external(self, generation: Generation, setup: ModuleSetup) -> None:
+        """Start the configured command; ``{config_file}`` becomes a file that has no name.
+
+        It holds secrets: so it is gone with the last process that has it open, however that ends.
+        """
         command = cast(tuple[str, ...], self._command)
-        if any("{config_file}" in word for word in command):
-            folder = Path(tempfile.mkdtemp(prefix=f"genvm-{self.kind}-"))  # mode 0700
-            generation.config_file = folder / f"genvm-module-{self.kind}.yaml"
-            descriptor = os.open(
-                generation.config_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600
+        with contextlib.ExitStack() as files:
+            inherited: dict[int, int] = {}
+            if any("{config_file}" in word for word in command):
+                try:
+                    file = files.enter_context(tempfile.TemporaryFile())
+                    file.write(json.dumps(setup.config).encode())  # JSON is YAML too
+                    file.seek(0)
+                except OSError as error:
+                    raise SpawnFailed(f"its configuration cannot be stored: {error}") from None
+                inherited[CONFIG_FD] = file.fileno()
+            argv = [word.replace("{config_file}", CONFIG_FILE) for word in command]
+            self._spawner.spawn(
+                generation, argv, pipes={STDOUT, STDERR}, nulls={STDIN}, inherited=inherited
             )
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(setup.config, file)  # JSON is YAML too
-        return [word.replace("{config_file}", str(generation.config_file)) for word in command]
 
     async def _until_ready(self, generation: Generation, setup: ModuleSetup) -> None:
         probe = None
@@ -5932,7 +6090,9 @@ class Module:
         )
         self._quick_deaths = self._quick_deaths + 1 if lived < MODULE_QUICK_SECONDS else 0
         self.last_error = f"it died ({generation.status}); its stderr ends: {generation.stderr}"
-        self._restart_later()
+        self._move(ModuleState.STARTING)
+        if self._starting is None:  # else it is for the successor to begin or to fail
+            self._restart_later()
 
     def _restart_later(self) -> None:
         """Restart the module after a while, unless it has died too often."""
@@ -5960,10 +6120,14 @@ class Module:
                 await self._bind(self._setup)  # else another's listener would pass for the module's
             await self._launch(self._setup, self._listener)
         except ModuleFailed as error:
-            self._note_failure(error)
-            if self.state is ModuleState.STARTING:
-                self._quick_deaths += 1
-                self._restart_later()
+            self._launch_failed(error)
+
+    def _launch_failed(self, error: BaseException) -> None:
+        """Note why a generation did not get ready; where no older one serves, try again later."""
+        self._note_failure(error)
+        if self.state is ModuleState.STARTING:
+            self._quick_deaths += 1
+            self._restart_later()
 
     def _note_failure(self, error: BaseException) -> None:
         text = error.message if isinstance(error, ManagerError) else repr(error)
@@ -6007,7 +6171,7 @@ def _read_module_file(path: Path) -> dict[str, Any]:
     except ConfigError as error:
         raise ModuleFailed(f"{path.name}: {error.message}") from None
     if not isinstance(data, dict):
-        raise ModuleFailed(f"{path.name}: expected a mapping, got {shown(data)}")
+        raise ModuleFailed(f"{path.name}: expected a mapping, got {kind_of(data)}")
     return data
 
 
@@ -6053,7 +6217,7 @@ def rust_debug(value: object) -> str:
         return f"Array([{', '.join(map(rust_debug, value))}])"
     if isinstance(value, dict):
         return f"Map({_rust_map(value)})"
-    raise TypeError(f"a {type(value).__name__} has no place in an error's context")
+    raise TypeError(f"{kind_of(value)} has no place in an error's context")
 
 
 def _rust_map(members: Mapping[str, object]) -> str:
@@ -6872,7 +7036,6 @@ class _BackendEntry:
 
 @frozen
 class _ModelEntry:
-    enabled: bool = True
     supports_json: bool = False
     supports_image: bool = False
     use_max_completion_tokens: bool = False
@@ -6919,23 +7082,20 @@ def _read_backend(
     if not _read_entry(data, _Switch, path).enabled:
         return "disabled"
     entry = _read_entry(data, _BackendEntry, path)
-    if entry.provider not in PROVIDERS:
-        known = ", ".join(PROVIDERS)
-        raise ConfigError(f"{path}.provider: unknown {shown(entry.provider)}; known are {known}")
-    if not entry.key:
-        return "it has no key"
-    if not _HEADER_TEXT.fullmatch(entry.key):
-        raise ConfigError(f"{path}.key: has characters that cannot be sent in a header")
     try:
-        provider_url(entry.host, "/")
+        provider_named(entry.provider)
+        if not entry.key:
+            return "it has no key"
+        provider_of(Backend(entry.host, entry.provider, "", entry.key))
     except ProviderError as error:
         raise ConfigError(f"{path}.{error.message}") from None
     timeout = _timeout(entry.timeout, timeout, f"{path}.timeout")
     models = []
-    for name, model_data in (entry.models or {}).items():
+    for name, given in (entry.models or {}).items():
         model_path = f"{path}.models.{name}"
-        model = _read_entry({} if model_data is None else model_data, _ModelEntry, model_path)
-        if model.enabled:
+        model_data = {} if given is None else given
+        if _read_entry(model_data, _Switch, model_path).enabled:
+            model = _read_entry(model_data, _ModelEntry, model_path)
             limit = _timeout(model.timeout, timeout, f"{model_path}.timeout")
             backend = Backend(entry.host, entry.provider, name, entry.key, limit)
             place = (-_priority(model.meta, model_path), name)
@@ -7037,7 +7197,7 @@ def parse_json_answer(text: str) -> dict[str, CalldataValue]:
 def json_object_to_calldata(value: object) -> dict[str, CalldataValue]:
     """Return a JSON object as calldata; raises ``ValueError``, also for what is no object."""
     if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {shown(value)}")
+        raise ValueError(f"expected a JSON object, got {kind_of(value)}")
     return cast(dict[str, CalldataValue], _json_to_calldata(value, JSON_MAX_DEPTH))
 
 
@@ -7145,6 +7305,8 @@ _answer_decoder = json.JSONDecoder(
 # LLM client. Never knows how messages arrive.
 
 MAX_PROMPT_IMAGES = 2
+#: A shorter key may be a word, as servers that need none are given; answers keep their words.
+ANSWER_KEY_CHARACTERS = 12
 REPORTED_BODY_CHARACTERS = 2000
 REPORTED_REASON_CHARACTERS = 500
 #: Kinds of errors that say nothing about the prompt: another backend may well answer.
@@ -7221,9 +7383,9 @@ def failure_cause(error: ProviderError) -> str:
     """Return the cause that an executor is told for a provider's error."""
     if error.kind is ErrorKind.TIMEOUT:
         return "TIMEOUT"
-    if error.kind is ErrorKind.BAD_RESPONSE:
-        return "READING_BODY"
-    return "SENDING_REQUEST" if error.status is None else "STATUS_NOT_OK"
+    if error.status is None:
+        return "SENDING_REQUEST"
+    return "READING_BODY" if error.status == 200 else "STATUS_NOT_OK"
 
 
 class LlmService(ModuleService):
@@ -7317,10 +7479,7 @@ class LlmService(ModuleService):
             # What the exchange fails with when it is cancelled is no reason to ask another model.
             answer = await detached(asked)
             counts.add_usage(answer.usage)
-            # A provider that repeats the key must not bring it into a contract.
-            scrub, value = self._redactor.scrub, answer.value
-            told = scrub(value) if isinstance(value, str) else json.loads(scrub(json.dumps(value)))
-            return read_answer(told, question.mode)
+            return without_key(read_answer(answer.value, question.mode), model.backend.key)
         except ProviderError as error:
             counts.errors[error.kind.value] += 1
             raise
@@ -7416,10 +7575,28 @@ def read_answer(answer: str | dict[str, Any], mode: AnswerMode) -> CalldataValue
             value = json_object_to_calldata(answer)
         if mode is AnswerMode.BOOL:
             if not isinstance(value.get("result"), bool):
-                raise ValueError(f"expected result to be true or false in {shown(value)}")
+                found = kind_of(value["result"]) if "result" in value else "nothing"
+                raise ValueError(f"result: expected true or false, got {found}")
             return value["result"]
     except ValueError as error:
-        raise ProviderError(ErrorKind.BAD_RESPONSE, str(error)) from None
+        # What it says is not shown in the message, which is cut before it is masked.
+        text = answer if isinstance(answer, str) else ""
+        raise ProviderError(ErrorKind.BAD_RESPONSE, str(error), status=200, body=text) from None
+    return value
+
+
+def without_key(value: CalldataValue, key: str) -> CalldataValue:
+    """Return an answer in which a provider that repeats the key does not tell it to a contract."""
+    if len(key) < ANSWER_KEY_CHARACTERS:
+        return value
+    if isinstance(value, str):
+        return value.replace(key, Redactor.MASK)
+    if isinstance(value, list):
+        return [without_key(item, key) for item in value]
+    if isinstance(value, dict):
+        return {
+            name.replace(key, Redactor.MASK): without_key(item, key) for name, item in value.items()
+        }
     return value
 
 

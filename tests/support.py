@@ -1,15 +1,17 @@
-"""What several test modules share: the real reactor, fakes of a process and of its spawner."""
+"""What several test modules share: the real reactor, fakes of threads, of a process and
+of its spawner."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, cast
 
 import pytest_twisted
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
+from twisted.internet.testing import MemoryReactorClock
 from twisted.logger import ILogObserver, globalLogPublisher
 from twisted.python.failure import Failure
 
@@ -61,6 +63,42 @@ def exit_reason(code: int | None, signal_number: int | None = None) -> Failure:
     if code == 0:
         return Failure(ProcessDone(0))
     return Failure(ProcessTerminated(code, signal_number, 0))
+
+
+class ThreadlessReactor(MemoryReactorClock):
+    """A reactor in memory whose threads work when the test says so."""
+
+    def __init__(self) -> None:
+        MemoryReactorClock.__init__(self)
+        self.jobs: list[Callable[[], None]] = []
+
+    def getThreadPool(self) -> ThreadlessReactor:
+        return self
+
+    def callInThreadWithCallback(
+        self,
+        on_result: Callable[[bool, Any], None],
+        work: Callable[..., Any],
+        *arguments: Any,
+        **options: Any,
+    ) -> None:
+        def job() -> None:
+            try:
+                result = work(*arguments, **options)
+            except Exception:
+                on_result(False, Failure())
+            else:
+                on_result(True, result)
+
+        self.jobs.append(job)
+
+    def callFromThread(self, call: Callable[..., Any], *args: Any, **kw: Any) -> None:
+        call(*args, **kw)
+
+    def work(self) -> None:
+        """Let the threads do what they were given."""
+        while self.jobs:
+            self.jobs.pop(0)()
 
 
 class FakeProcess:
@@ -126,6 +164,8 @@ class FakeProcess:
 class FakeSpawner:
     """Stands in for ``Spawner``; its processes are in the hands of the test."""
 
+    process_class = FakeProcess
+
     def __init__(self, clock: Any) -> None:
         self.clock = clock
         self.processes: list[FakeProcess] = []
@@ -140,15 +180,16 @@ class FakeSpawner:
         argv: Sequence[str],
         *,
         pipes: Iterable[int],
-        nulls: Iterable[int],
+        nulls: Iterable[int] = (),
         feeds: Iterable[int] = (),
+        inherited: Mapping[int, int] | None = None,
     ) -> None:
         """Start nothing; see ``Spawner.spawn``."""
         self.commands.append(list(argv))
         self.descriptors.append((set(pipes), set(nulls)))
         if self.problem is not None:
             raise SpawnFailed(self.problem)
-        process = FakeProcess(1000 + len(self.processes), [*pipes, *feeds])
+        process = self.process_class(1000 + len(self.processes), [*pipes, *feeds])
         self.processes.append(process)
         process.child = child = Child(self.clock, listener, lambda child: None)
         child.makeConnection(process)

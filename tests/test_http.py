@@ -7,7 +7,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
-from twisted.internet.testing import MemoryReactorClock, StringTransport
+from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
 from genvm_manager import (
@@ -36,46 +36,17 @@ from genvm_manager import (
     parse_manifest,
 )
 
-from .support import FakeProcess, FakeSpawner, async_test, observing, real_reactor
+from .support import (
+    FakeProcess,
+    FakeSpawner,
+    ThreadlessReactor,
+    async_test,
+    observing,
+    real_reactor,
+)
 
 HOST = "127.0.0.1:3999"
 LISTENING = IPv4Address("TCP", "127.0.0.1", 3999)
-
-
-class ThreadlessReactor(MemoryReactorClock):
-    """A reactor in memory whose threads work when the test says so."""
-
-    def __init__(self) -> None:
-        MemoryReactorClock.__init__(self)
-        self.jobs: list[Callable[[], None]] = []
-
-    def getThreadPool(self) -> ThreadlessReactor:
-        return self
-
-    def callInThreadWithCallback(
-        self,
-        on_result: Callable[[bool, Any], None],
-        work: Callable[..., Any],
-        *arguments: Any,
-        **options: Any,
-    ) -> None:
-        def job() -> None:
-            try:
-                result = work(*arguments, **options)
-            except Exception:
-                on_result(False, Failure())
-            else:
-                on_result(True, result)
-
-        self.jobs.append(job)
-
-    def callFromThread(self, call: Callable[..., Any], *args: Any, **kw: Any) -> None:
-        call(*args, **kw)
-
-    def work(self) -> None:
-        """Let the threads do what they were given."""
-        while self.jobs:
-            self.jobs.pop(0)()
 
 
 class ClientTransport(StringTransport):

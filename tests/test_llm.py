@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import os
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,8 +43,12 @@ from twisted.web.error import SchemeNotSupported
 from twisted.web.http import PotentialDataLoss
 
 from genvm_manager import (
+    CHECK_RESPONSE_CHARACTERS,
+    INLINE_CHECKS,
+    INLINE_LLM_BYTES,
     LLM_ANSWER_MAX_BYTES,
     LLM_SECONDS,
+    MAX_JSON_MEMBERS,
     PROVIDER_MESSAGE_CHARACTERS,
     PROVIDERS,
     AnswerMode,
@@ -67,6 +74,8 @@ from genvm_manager import (
     status_problem,
     structure,
 )
+
+from .support import ThreadlessReactor, observing
 
 KINDS = ("openai-compatible", "anthropic", "google", "ollama")
 KEY = "sk-proj-" + "".join(f"{n:02x}" for n in range(80))
@@ -231,7 +240,7 @@ FULL_BODIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_request_for_text(kind: str) -> None:
     request = provider_named(kind).request(backend(kind), PLAIN, AnswerMode.TEXT)
-    assert request.path == PATHS[kind]
+    assert provider_named(kind).path(backend(kind)) == PATHS[kind]
     assert request.body == PLAIN_BODIES[kind]
     assert json.loads(json.dumps(request.body)) == request.body
 
@@ -288,7 +297,7 @@ def test_ollama_needs_no_key() -> None:
 def test_the_key_is_in_no_path_and_no_body(kind: str) -> None:
     for mode in AnswerMode:
         request = provider_named(kind).request(backend(kind), FULL, mode)
-        assert KEY not in request.path + json.dumps(request.body)
+        assert KEY not in provider_named(kind).path(backend(kind)) + json.dumps(request.body)
 
 
 @pytest.mark.parametrize("use", [False, True])
@@ -341,13 +350,12 @@ def test_anthropic_is_forced_to_use_a_tool_for_json(mode: AnswerMode) -> None:
         ("m?key=1#x", "m%3Fkey%3D1%23x"),
         ("m n\r\n", "m%20n%0D%0A"),
         ("ü", "%C3%BC"),
+        ("\ud800", "%3F"),
     ],
 )
 def test_a_model_stays_within_its_part_of_the_path(model: str, segment: str) -> None:
-    request = provider_named("google").request(
-        backend("google", model=model), PLAIN, AnswerMode.TEXT
-    )
-    assert request.path == f"/v1beta/models/{segment}:generateContent"
+    path = provider_named("google").path(backend("google", model=model))
+    assert path == f"/v1beta/models/{segment}:generateContent"
 
 
 def test_unknown_provider() -> None:
@@ -553,6 +561,7 @@ def test_provider_url(host: str, url: str) -> None:
         *("", "/", "api.openai.com", "localhost:80", "//h", "http://", "http:///p", "https:h"),
         *("ftp://h", "file:///etc/passwd", "unix:///s", "http://h:x", "http://h\r\nX: 1"),
         *("http://h h", "http://h\x00", "http://[::1", "javascript:alert(1)"),
+        *("https://user:password@h", "https://user@h"),
     ],
 )
 def test_what_is_no_address_of_a_provider(host: str) -> None:
@@ -712,7 +721,7 @@ class Exchange:
         self, target: Backend | None = None, prompt: Prompt = PLAIN, mode: Any = AnswerMode.TEXT
     ) -> None:
         self.http = FakeHttp()
-        self.clock = Clock()
+        self.clock = ThreadlessReactor()
         self.result: list[Any] = []
         client = LlmClient(self.clock, self.http)  # type: ignore[arg-type]
         self.waiting = client.ask(target or backend(), prompt, mode)
@@ -857,7 +866,7 @@ def test_a_body_that_is_too_large_is_dropped() -> None:
     assert exchange.result == []
     assert LLM_ANSWER_MAX_BYTES == 32 << 20
     response.send(b" ", end=None)
-    assert exchange.problem.kind is ErrorKind.BAD_RESPONSE
+    assert (exchange.problem.kind, exchange.problem.status) == (ErrorKind.BAD_RESPONSE, 200)
     assert response.transport.dropped
     assert exchange.clock.getDelayedCalls() == []
 
@@ -866,6 +875,60 @@ def test_a_body_of_the_largest_size_is_read() -> None:
     exchange = Exchange()
     data = json.dumps(answer("openai-compatible", "OK")).encode()
     exchange.respond().send(data + b" " * (LLM_ANSWER_MAX_BYTES - len(data)))
+    exchange.clock.work()
+    assert exchange.answer.value == "OK"
+
+
+@pytest.mark.parametrize("large", ["user_message", "system_message", "images"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_large_prompt_is_encoded_in_a_thread(kind: str, large: str) -> None:
+    text = "x" * (INLINE_LLM_BYTES + 1)
+    value: Any = (Image(text.encode(), "image/png"),) if large == "images" else text
+    exchange = Exchange(backend(kind), attrs.evolve(PLAIN, **{large: value}))
+    assert exchange.http.requests == []
+    assert len(exchange.clock.jobs) == 1
+    exchange.clock.work()
+    ((_, _, options),) = exchange.http.requests
+    assert len(options["data"]) > INLINE_LLM_BYTES
+
+
+def test_cancelling_while_a_prompt_is_encoded() -> None:
+    exchange = Exchange(prompt=attrs.evolve(PLAIN, user_message="x" * 100_000))
+    exchange.waiting.cancel()
+    assert isinstance(exchange.error, CancelledError)
+    exchange.clock.work()
+    assert exchange.http.requests == []
+    assert exchange.clock.getDelayedCalls() == []
+
+
+def test_a_large_answer_is_read_in_a_thread_and_within_the_time() -> None:
+    data = json.dumps(answer("openai-compatible", "x" * INLINE_LLM_BYTES)).encode()
+    exchange = Exchange()
+    exchange.respond().send(data)
+    assert exchange.result == []
+    exchange.clock.work()
+    assert exchange.answer.value == "x" * INLINE_LLM_BYTES
+    late = Exchange(backend(timeout=5))
+    late.respond().send(data)
+    late.clock.advance(5.1)
+    assert late.problem.kind is ErrorKind.TIMEOUT
+    late.clock.work()
+    assert len(late.result) == 1
+
+
+def test_an_answer_of_a_great_many_members_is_refused() -> None:
+    """In memory they are a hundred times as large."""
+    exchange = Exchange()
+    exchange.respond().send(b'{"choices": [' + b"[]," * (MAX_JSON_MEMBERS + 1) + b"[]]}")
+    exchange.clock.work()
+    assert (exchange.problem.kind, exchange.problem.status) == (ErrorKind.BAD_RESPONSE, 200)
+    assert "members" in exchange.problem.message
+
+
+def test_a_byte_order_mark_before_an_answer() -> None:
+    data = json.dumps(answer("openai-compatible", "OK")).encode()
+    exchange = Exchange()
+    exchange.respond().send(b"\xef\xbb\xbf" + data)
     assert exchange.answer.value == "OK"
 
 
@@ -880,6 +943,7 @@ def test_a_body_whose_end_only_the_connection_tells_is_read() -> None:
 def test_a_body_that_is_no_json(data: bytes) -> None:
     exchange = Exchange()
     exchange.respond().send(data)
+    exchange.clock.work()
     assert (exchange.problem.kind, exchange.problem.status) == (ErrorKind.BAD_RESPONSE, 200)
 
 
@@ -888,7 +952,9 @@ def test_a_body_that_breaks_off() -> None:
     response = exchange.respond()
     response.send(b'{"choices"', end=None)
     response.protocol.connectionLost(Failure(ResponseFailed([Failure(ConnectionLost())])))
-    assert exchange.problem.kind is ErrorKind.CONNECT
+    assert (exchange.problem.kind, exchange.problem.status) == (ErrorKind.CONNECT, 200)
+    assert "in the body" in exchange.problem.message
+    assert exchange.problem.url == f"http://h{PATHS['openai-compatible']}"
 
 
 # --- the check ---
@@ -936,9 +1002,10 @@ class Checked:
         client: Any = None,
         redactor: Redactor | None = None,
         check: AvailabilityCheck | None = None,
+        threads: bool = True,
         **settings: Any,
     ) -> None:
-        self.clock = Clock()
+        self.clock = ThreadlessReactor()
         self.client = cast(Any, client or FakeClient())
         self.redactor = redactor or Redactor()
         config = Config(root=Path("/genvm"), **settings)
@@ -948,10 +1015,13 @@ class Checked:
             self.client,
             self.redactor,
         )
+        self.threads = cast(Any, self.check)._reactor
         self.outcome: list[Any] = []
         body = structure({"configs": configs, "test_prompts": prompts}, CheckBody)
         self.waiting = Deferred.fromCoroutine(self.check.check(body))
         self.waiting.addBoth(self.outcome.append)
+        if threads:
+            self.threads.work()
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -1090,7 +1160,7 @@ def test_nobody_is_asked_after_cancelling() -> None:
 def test_cancelling_one_check_leaves_another_alone() -> None:
     first = Checked([config("a")], [prompt()] * 3, llm_check_concurrency=2)
     second = Checked([config("b")], [prompt()] * 2, check=first.check)
-    assert [model for model, _ in first.asked()] == ["a", "a"]
+    assert [model for model, _ in first.asked()] == ["a", "a", "b"]
     first.waiting.cancel()
     asked_models = [target.model for target, *_ in first.client.asked]
     assert asked_models.count("b") == 2
@@ -1100,6 +1170,95 @@ def test_cancelling_one_check_leaves_another_alone() -> None:
     third = Checked([config("c")], [prompt()] * 2, check=first.check)
     assert [target.model for target, *_ in first.client.asked][-2:] == ["c", "c"]
     assert third.outcome == []
+
+
+def test_nobody_waits_for_the_models_of_another() -> None:
+    """Each request has a slot of its own, and the others are given in turn."""
+    first = Checked([config("a")], [prompt()] * 9, llm_check_concurrency=3)
+    second = Checked([config("b")], [prompt()] * 4, check=first.check)
+    assert [model for model, _ in first.asked()] == ["a", "a", "a", "b"]
+    first.client.answer(3)  # in its own slot
+    assert [model for model, _ in first.asked()][4:] == ["b"]
+    first.client.answer(0)  # the first one's own slot
+    first.client.answer(1)  # a shared one
+    assert [model for model, _ in first.asked()][5:] == ["a", "b"]
+    for index in (4, 6, 7):
+        first.client.answer(index)
+    assert [found["available"] for found in second.results] == [True] * 4
+    assert first.outcome == []
+    first.waiting.cancel()
+
+
+def test_whoever_ends_last_leaves_nothing_behind() -> None:
+    problems: list[dict[str, Any]] = []
+    with observing(lambda event: problems.append(event) if "log_failure" in event else None):
+        first = Checked([config("a")], [prompt()] * 9, llm_check_concurrency=3)
+        second = Checked([config("b")], [prompt()] * 4, check=first.check)
+        for index in (3, 0, 1, 4, 6, 7):  # the last one in a shared slot
+            first.client.answer(index)
+        assert [found["available"] for found in second.results] == [True] * 4
+        first.waiting.cancel()
+        del first, second
+        gc.collect()
+    assert problems == []
+
+
+@pytest.mark.parametrize(
+    ("configs", "prompts"),
+    [
+        ([{}] * (INLINE_CHECKS + 1), []),
+        ([], [prompt()] * (INLINE_CHECKS + 1)),
+        ([config()], [prompt(images=["iVBORw0KGgpwaXhlbHM="])]),
+        ([config(key="k" * INLINE_LLM_BYTES)], [prompt()]),
+        ([dict.fromkeys(map(str, range(INLINE_LLM_BYTES)), 0)], [prompt()]),
+    ],
+)
+def test_large_requests_are_read_in_a_thread(configs: list[Any], prompts: list[Any]) -> None:
+    checked = Checked(configs, prompts, threads=False)
+    assert checked.client.asked == checked.outcome == []
+    assert len(checked.threads.jobs) == 1
+    checked.threads.work()
+    assert checked.client.asked or checked.outcome
+
+
+def test_a_request_that_is_cancelled_while_it_is_read() -> None:
+    checked = Checked([config()] * 40, [prompt()], threads=False)
+    checked.waiting.cancel()
+    checked.threads.work()
+    assert checked.client.asked == []
+    (failure,) = checked.outcome
+    assert failure.check(CancelledError)
+
+
+def test_thousands_of_wrong_ones_do_not_hold_the_reactor() -> None:
+    checked = Checked([{}] * 5000, [prompt()] * 2, threads=False)
+    for number in range(1000):
+        checked.redactor.add(f"an older key {number}")
+    calls: list[Callable[[], object]] = []
+    checked.threads.callFromThread = lambda call, *args: calls.append(partial(call, *args))
+    begin = time.monotonic()
+    checked.threads.work()
+    in_thread = time.monotonic() - begin
+    (go_on,) = calls
+    begin = time.monotonic()
+    go_on()
+    in_reactor = time.monotonic() - begin
+    assert len(checked.results) == 10_000
+    assert in_reactor < in_thread / 3
+
+
+def test_only_the_beginning_of_a_long_answer_is_shown() -> None:
+    key = "sk-0123456789abcdef"
+    for before in range(CHECK_RESPONSE_CHARACTERS - 25, CHECK_RESPONSE_CHARACTERS + 5):
+        checked = Checked([config(key=key)], [prompt()])
+        checked.client.answer(0, "~" * before + key + "~" * 1000)
+        (found,) = checked.results
+        assert len(found["response"]) <= CHECK_RESPONSE_CHARACTERS
+        assert found["response"].endswith("…")
+        assert secret_in(found["response"], key, 4) is None
+    checked = Checked([config(key=key)], [prompt()])
+    checked.client.answer(0, "~" * CHECK_RESPONSE_CHARACTERS)
+    assert checked.results[0]["response"] == "~" * CHECK_RESPONSE_CHARACTERS
 
 
 def test_many_wrong_configurations_behind_one_that_is_asked() -> None:
@@ -1119,6 +1278,9 @@ def test_so_many_pairs_are_refused_as_a_whole() -> None:
     assert isinstance(failure.value, InvalidRequest)
     assert "configs, test_prompts: 10100 pairs" in failure.value.message
     assert len(Checked([{}] * 100, [{}] * 100).results) == 10_000
+    for configs, prompts in (([{}] * 10_001, []), ([], [{}] * 10_001)):
+        (failure,) = Checked(configs, prompts).outcome
+        assert isinstance(failure.value, InvalidRequest)
 
 
 @pytest.mark.parametrize(
@@ -1217,6 +1379,15 @@ def test_a_prompt_as_it_is_asked() -> None:
 def test_a_prompt_needs_only_a_message() -> None:
     checked = Checked([config()], [{"user_message": "u"}])
     assert checked.client.asked[0][1] == Prompt("u", None, 0.7, (), 1000, False, None)
+
+
+@pytest.mark.parametrize("key", [None, 5, ["k"], {"k": 1}])
+def test_a_key_that_is_no_text(key: object) -> None:
+    checked = Checked([config(key=key), config()], [prompt()])
+    checked.client.answer(0)
+    wrong, right = checked.results
+    assert (wrong["error_kind"], wrong["error"]) == ("config", "configs[0].key: expected text")
+    assert right["available"]
 
 
 def test_a_key_is_not_required() -> None:

@@ -268,6 +268,21 @@ def test_wrong_configurations(config: dict[str, Any], reason: str) -> None:
     assert KEY not in caught.value.message
 
 
+def test_what_is_disabled_or_has_no_key_is_not_looked_at() -> None:
+    broken = {"enabled": False, "supports_json": "maybe", "timeout": "soon"}
+    found = read(
+        {
+            "backends": {
+                "a": backend(models={"broken": broken, "m": {}}),
+                "b": {"enabled": False, "host": 5},
+                "c": {"host": "", "provider": "ollama", "key": ""},
+            }
+        }
+    )
+    assert names(found) == [["a/m"]]
+    assert found.notes == ("backends.b: left out: disabled", "backends.c: left out: it has no key")
+
+
 def test_no_backend_may_be_what_is_wanted() -> None:
     assert names(read({}, allow_empty=True)) == []
     with pytest.raises((ConfigError, InvalidRequest)):
@@ -534,7 +549,8 @@ class Asking:
         self.client = FakeClient()
         self.changes = 0
         redactor = Redactor()
-        redactor.add(KEY)
+        for item in backends:
+            redactor.add(item["key"])
         self.service = LlmService(
             read({"backends": named, **config}, allow_empty=True),
             self.clock,
@@ -594,6 +610,39 @@ def test_a_json_prompt() -> None:
     answers = asking.prompt(response_format="json")
     asking.say({"a": 1.0, "key": KEY})
     assert answers == [ok({"a": 1, "key": "[redacted]"})]
+
+
+def test_a_key_that_is_a_word_leaves_answers_alone() -> None:
+    """Nor does it break their JSON."""
+    for key in ("none", "true", "1234"):
+        asking = Asking(backend(key=key))
+        said = {"a": "none", "b": True, "c": 12345, "d": [None]}
+        for value in (json.dumps(said), said):
+            answers = asking.prompt(response_format="json")
+            asking.say(value)
+            assert answers == [ok(said)]
+
+
+@pytest.mark.parametrize("mode", ["text", "json"])
+def test_a_provider_that_repeats_the_key(mode: str) -> None:
+    for key in ("sk-0123456789abcdef", 'sk-"0123456789\\abcdef/'):
+        asking = Asking(backend(key=key))
+        answers = asking.prompt(response_format=mode)
+        asking.say(json.dumps({key: [f"<{key}>", {"a": key}]}) if mode == "json" else key * 2)
+        masked = {"[redacted]": ["<[redacted]>", {"a": "[redacted]"}]}
+        assert answers == [ok(masked if mode == "json" else "[redacted]" * 2)]
+
+
+def test_half_a_key_is_secret_too() -> None:
+    key = KEY * 5
+    asking = Asking(backend(key=key))
+    for said in (json.dumps([key]), json.dumps({"why": key})):
+        variables = {"leader_answer": "", "validator_answer": "", "principle": ""}
+        _, answers = asking.ask("PromptTemplate", template="EqComparative", **variables)
+        asking.say(said)
+        assert answers[0].causes[1] == "READING_BODY"
+        assert answers[0].context["body"] == said.replace(key, "[redacted]")
+        assert KEY[:8] not in str(answers[0])
 
 
 def test_images_and_their_limits() -> None:
@@ -737,7 +786,10 @@ def test_the_first_error_that_is_no_overload_is_reported() -> None:
         (ProviderError(ErrorKind.TLS, ""), "SENDING_REQUEST"),
         (ProviderError(ErrorKind.CONFIG, ""), "SENDING_REQUEST"),
         (ProviderError(ErrorKind.TIMEOUT, ""), "TIMEOUT"),
+        (ProviderError(ErrorKind.BAD_RESPONSE, ""), "SENDING_REQUEST"),
         (ProviderError(ErrorKind.BAD_RESPONSE, "", status=200), "READING_BODY"),
+        (ProviderError(ErrorKind.CONNECT, "", status=200), "READING_BODY"),
+        (ProviderError(ErrorKind.CONNECT, "", status=500), "STATUS_NOT_OK"),
         (ProviderError(ErrorKind.HTTP, "", status=500), "STATUS_NOT_OK"),
         (ProviderError(ErrorKind.OVERLOADED, "", status=504), "STATUS_NOT_OK"),
     ],

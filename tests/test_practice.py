@@ -381,7 +381,7 @@ def user_error(text: str) -> tuple[str, Any]:
         (["vm-error out of memory"], vm_error("out of memory")),
         (["set 7", 'return ["$last", "$$last"]'], ("return", [7, "$last"])),
         (["", "# comment", "  return 1  ", "return 2"], ("return", 1)),
-        (["return 1.5"], vm_error("line 3: return: value: a float has no calldata form")),
+        (["return 1.5"], vm_error("line 3: return: value: a fraction has no calldata form")),
         (["sleep 0", "frobnicate"], vm_error("line 4: frobnicate: no such step")),
         (["sleep soon"], vm_error("line 3: sleep: could not convert string to float: 'soon'")),
         (["sleep -1"], vm_error("line 3: sleep: expected seconds")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from genvm_manager import (
     Timestamp,
     expand_template,
     format_timestamp,
+    kind_of,
     parse_duration,
     parse_json_object,
     parse_timestamp,
@@ -471,6 +472,26 @@ def test_everything_that_is_wrong_is_named_at_once() -> None:
 def test_unknown_keys_are_ignored_and_defaults_hold() -> None:
     result = structure({"inner": {"count": 3, "later": 1}, "newer": {}}, _Outer)
     assert result == _Outer(_Inner(NonNegativeInt(3)))
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (None, "null"),
+        (True, "true or false"),
+        (1, "a number"),
+        (1.5, "a number"),
+        ("x", "text"),
+        ({}, "an object"),
+        ([], "an array"),
+        (b"", "bytes"),
+        (date(2025, 1, 1), "a date"),
+        (datetime(2025, 1, 1, tzinfo=UTC), "a date"),
+        (set(), "a set"),
+    ],
+)
+def test_values_are_called_what_users_call_them(value: object, kind: str) -> None:
+    assert kind_of(value) == kind
 
 
 def test_a_secret_is_not_shown() -> None:

@@ -545,16 +545,18 @@ def test_pairs_are_all_checked_together_if_the_setting_allows(
     check_together(Checker(start(*flags), fakes), "20 at once", 20)
 
 
-def test_another_client_waits_at_most_until_there_is_a_slot(checker: Checker) -> None:
-    silent = [checker.config("silent", timeout_ms=1000) for _ in range(20)]
-    body = {"configs": silent, "test_prompts": [prompt()]}
+def test_another_client_does_not_wait(checker: Checker) -> None:
+    """All slots are taken by models that do not answer, some for longer than anybody waits."""
+    silent = [checker.config("silent") for _ in range(20)]
+    body = {"configs": silent, "test_prompts": [prompt()] * 2}
     pending = checker.daemon.send("POST", "/llm/check", body)
-    checker.fakes.wait("request", model=silent[-1]["model"])
+    for config in silent[:10]:  # with two prompts each
+        checker.fakes.wait("request", model=config["model"], count=2)
     start_ = time.monotonic()
     assert checker.post({"configs": [], "test_prompts": [prompt()]}).json == []
-    assert checker.result(checker.config())["available"]
-    report(f"a check while another client's 20 last 1 s: {time.monotonic() - start_:.2f} s")
-    assert {found["error_kind"] for found in pending.reply().json} == {"timeout"}
+    assert all(found["available"] for found in checker.results([checker.config()] * 3))
+    report(f"3 checks while another client's 20 do not end: {time.monotonic() - start_:.2f} s")
+    pending.close()
 
 
 # --- wrong requests ---

@@ -101,6 +101,18 @@ class _Handler(BaseHTTPRequestHandler):
         assert self.provider.gate.wait(WAIT)
         self.as_echo("", body)
 
+    def as_short(self, status: str, _body: Any) -> None:
+        """Close the connection in the middle of a body."""
+        self.send_response(int(status))
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b'{"choices": [')
+        self.close_connection = True
+
+    def as_close(self, _: str, _body: Any) -> None:
+        """Close the connection without an answer."""
+        self.close_connection = True
+
     def as_hold(self, _: str, _body: Any) -> None:
         """Never answer; see when the client goes."""
         self.provider.held.release()
@@ -698,6 +710,24 @@ def test_timeout(start: Start, provider: Provider) -> None:
     text = module.connect().prompt("x")["FatalError"]
     assert time.monotonic() - begin < 3
     assert '"NO_PROVIDER_FOR_PROMPT", "TIMEOUT"' in text
+
+
+@pytest.mark.parametrize(
+    ("model", "cause"),
+    [
+        ("close", "SENDING_REQUEST"),
+        ("short:200", "READING_BODY"),
+        ("short:500", "STATUS_NOT_OK"),
+        ("says:no JSON", "READING_BODY"),
+    ],
+)
+def test_connections_that_break(start: Start, provider: Provider, model: str, cause: str) -> None:
+    client = start(provider.config(model)).connect()
+    text = client.prompt("x", response_format="json")["FatalError"]
+    assert f'"NO_PROVIDER_FOR_PROMPT", "{cause}"]' in text
+    told = "no JSON" if model.startswith("says") else ""
+    if cause == "READING_BODY":
+        assert f'"status": Number(200.0), "body": Str("{told}")' in text
 
 
 def test_two_hundred_connections_at_once(start: Start, provider: Provider) -> None:

@@ -770,7 +770,11 @@ def name_at(address: tuple[str, int]) -> str:
 
 
 def config_file_of(pid: int) -> Path:
-    return Path(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[-2].decode())
+    """Return the file that a command was given as its last argument; see that it has no name."""
+    path = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[-2].decode()
+    file = Path(path.replace("self", str(pid)))
+    assert file.stat().st_nlink == 0, os.readlink(file)
+    return file
 
 
 def test_a_command(external: Daemon) -> None:
@@ -781,17 +785,32 @@ def test_a_command(external: Daemon) -> None:
     assert name_at(address) == "first"
     path = config_file_of(status(external)["pid"])
     assert path.stat().st_mode & 0o777 == 0o600
-    assert path.parent.stat().st_mode & 0o777 == 0o700
     assert json.loads(path.read_text()) == config
+    first = os.readlink(path)
     refused(try_start(external, config), code="module_already_running")
     assert restart(external, config)["changed"] is False
     assert restart(external, {**config, "name": "second"})["changed"] is True
-    assert not path.parent.exists()
     assert name_at(address) == "second"
     again = config_file_of(status(external)["pid"])
+    assert json.loads(again.read_text())["name"] == "second"
+    # The manager has let go of both: they are gone with their processes.
+    links = [os.readlink(link) for link in Path(f"/proc/{external.pid}/fd").iterdir()]
+    assert not {first, os.readlink(again)} & set(links)
     assert stop_module(external) == "module_stopped"
-    assert not again.parent.exists()
     assert is_free(address)
+
+
+def test_kill_9_of_the_manager_leaves_no_configuration(external_root: Root, tmp_path: Path) -> None:
+    daemon = Daemon.serve(external_root, environ={"TMPDIR": str(tmp_path)})
+    try:
+        start_module(daemon, command(name="first", token=KEY))
+        pid = status(daemon)["pid"]
+        assert json.loads(config_file_of(pid).read_text())["token"] == KEY
+        daemon.process.kill()
+        eventually(lambda: not alive(pid), 1.0, "the module is gone")
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        daemon.close()
 
 
 def test_a_command_that_exits_at_once(external: Daemon) -> None:
@@ -967,7 +986,6 @@ def test_sigterm_of_the_manager_with_a_stubborn_command(external_root: Root) -> 
     daemon = Daemon.serve(external_root)
     try:
         start_module(daemon, command("stubborn"))
-        path = config_file_of(status(daemon)["pid"])
         begin = time.monotonic()
         daemon.signal(signal.SIGTERM)
         assert daemon.process.wait(10) == 0
@@ -975,7 +993,6 @@ def test_sigterm_of_the_manager_with_a_stubborn_command(external_root: Root) -> 
         report(f"SIGTERM of the manager with a stubborn command: {seconds:.2f} s")
         assert seconds < 3
         assert processes_with(daemon.marker) == []
-        assert not path.parent.exists()
     finally:
         daemon.close()
 
