@@ -9,7 +9,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import example, given
@@ -44,6 +44,7 @@ from genvm_manager import (
     QueueFull,
     RunRequest,
     ShutdownTimeout,
+    Spawner,
     SpawnFailed,
     State,
     Timestamp,
@@ -90,7 +91,7 @@ class World:
             self.clock,
             self.gate,
             self.manifest,
-            self.spawner,  # type: ignore[arg-type]
+            cast(Spawner, self.spawner),
             now=lambda: EPOCH + self.clock.seconds(),
         )
 

@@ -7,9 +7,10 @@ import io
 import json
 import os
 import re
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
@@ -32,6 +33,7 @@ from genvm_manager import (
     ManagerError,
     ManagerService,
     Redactor,
+    Spawner,
     error_status,
     parse_manifest,
 )
@@ -115,7 +117,7 @@ class Response:
             def makefile(self, _mode: str) -> io.BufferedReader:
                 return io.BufferedReader(io.BytesIO(data))
 
-        parsed = http.client.HTTPResponse(Socket(), method=method)  # type: ignore[arg-type]
+        parsed = http.client.HTTPResponse(cast(socket.socket, Socket()), method=method)
         parsed.begin()
         self.status = parsed.status
         self.headers = parsed.headers
@@ -188,7 +190,7 @@ class Manager:
         observer = LogObserver(config, self.log.extend)
         self.service = ManagerService(config, self.reactor, observer, owns_process=False)
         self.spawner = FakeSpawner(self.reactor)
-        self.service.executions._spawner = self.spawner  # type: ignore[assignment]
+        self.service.executions._spawner = cast(Spawner, self.spawner)
         self.service.manifest.manifest = parse_manifest(
             "executor_versions: {v0.2.3: {available_after: 2025-01-01T00:00:00Z}}", "m.yaml"
         )
