@@ -185,7 +185,7 @@ def test_every_storage_mode_reads_the_same(mode: int) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 9000), st.binary(min_size=1, max_size=9000)), max_size=8))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_storage_behaves_like_one_array(writes: list[tuple[int, bytes]]) -> None:
     storage, model = HostStorage(), bytearray(20_000)
     for index, data in writes:

@@ -35,7 +35,7 @@ from genvm_manager import (
 from .support import observing
 
 #: Seconds after which a wait is given up; nothing here takes that long.
-PATIENCE = 5.0
+PATIENCE = 30.0
 
 
 def logger_to(observer: LogObserver) -> Logger:

@@ -17,7 +17,7 @@ import pytest
 
 from genvm_manager import VIEWPORT_HEIGHT, VIEWPORT_WIDTH, find_chromium
 
-from .support import alive, children_of, command_of, eventually, kill, report
+from .support import alive, children_of, command_of, eventually, kill, report, timed
 from .web_support import Exchange, WebModule, WebServer, causes, render
 
 pytestmark = [
@@ -178,7 +178,7 @@ def test_endless_pages(folder: Path, web: WebServer, kind: str) -> None:
         began = time.monotonic()
         answer = module.render(f"{web.url}/{kind}")
         assert causes(answer) == ["TIMEOUT"]
-        assert time.monotonic() - began < 20
+        timed(f"endless {kind} with a limit of 8 s", time.monotonic() - began, 8.0)
         nothing_left(module, folder)
     finally:
         module.close()
@@ -191,7 +191,7 @@ def test_a_page_that_takes_too_much_memory(folder: Path, web: WebServer) -> None
     try:
         began = time.monotonic()
         answer = module.render(url, wait_after_loaded="50s")
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 50, "it was killed before its time was over"
         assert causes(answer) == ["WEBPAGE_LOAD_FAILED"]
         assert answer["UserError"]["ctx"]["body"] in (
             "the page takes too much memory",
