@@ -209,7 +209,9 @@ def test_text_that_cannot_be_an_argument_is_refused_by_its_path(
 
 def test_the_longest_argument_that_the_kernel_takes_is_passed() -> None:
     world = World()
-    world.start(host_data="x" * ARGUMENT_MAX_BYTES)
+    longest = "x" * ARGUMENT_MAX_BYTES
+    world.start(host_data=longest)
+    assert longest in world.spawner.commands[0]
 
 
 def test_a_version_that_does_not_exist_is_refused() -> None:

@@ -121,33 +121,33 @@ def test_malformed_http_closes_the_connection(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize(
-    "header",
+    ("header", "status"),
     [
-        b"Host: \xff\xfe",
-        b"Origin: http://\xff",
-        b"Authorization: Bearer \xff",
-        b"Idempotency-Key: \xff\xfe",
-        b"Host: [::1",
-        b"Host: ",
-        b"Host: localhost\r\nHost: evil.example",
-        b"Origin: ",
+        (b"Host: \xff\xfe", 403),
+        (b"Origin: http://\xff", 403),
+        (b"Authorization: Bearer \xff", 200),
+        (b"Idempotency-Key: \xff\xfe", 200),
+        (b"Host: ", 403),
+        (b"Host: localhost\r\nHost: evil.example", 403),
+        (b"Origin: ", 403),
     ],
 )
-def test_odd_headers(daemon: Daemon, header: bytes) -> None:
-    """Answered in JSON, whatever the answer is; never an internal error."""
+def test_odd_headers(daemon: Daemon, header: bytes, status: int) -> None:
+    """A header that means something here is refused; another one does no harm."""
     body = json.dumps({"level": "info"}).encode()
     host = b"" if header.startswith(b"Host") else b"Host: localhost\r\n"
     head = b"POST /log/level HTTP/1.1\r\n%s%s\r\nContent-Length: %d\r\n\r\n"
     reply = talk(daemon, head % (host, header, len(body)) + body)
-    assert reply.json.get("code") != "internal_error"
-    assert reply.status in (200, 400, 401, 403, 500)
+    assert reply.status == status
+    assert status == 200 or reply.json["code"] == "cross_site_request"
 
 
 def test_an_idempotency_key_that_is_not_text(daemon: Daemon) -> None:
     body = json.dumps(run_body("exit 0")).encode()
     head = b"POST /genvm/run HTTP/1.1\r\nHost: localhost\r\nIdempotency-Key: \xff\r\n"
     reply = talk(daemon, head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-    assert reply.status == 200 or reply.json["code"] == "invalid_request", reply.raw
+    assert reply.status == 200, reply.raw
+    assert daemon.result(reply.json["id"])["exit_code"] == 0
 
 
 def test_two_requests_in_one_packet(daemon: Daemon) -> None:

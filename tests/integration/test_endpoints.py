@@ -513,7 +513,7 @@ def test_more_permits_admit_at_once(daemon: Daemon) -> None:
 def test_one_permit_is_enough_for_a_run_that_is_not_sync(daemon: Daemon) -> None:
     daemon.post("/permits", {"permits": 1})
     genvm_id = daemon.run("exit 0", is_sync=False)
-    daemon.result(genvm_id)
+    assert daemon.result(genvm_id)["exit_code"] == 0
     daemon.post("/permits", {"permits": 8})
 
 

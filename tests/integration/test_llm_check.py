@@ -716,14 +716,12 @@ def test_a_client_that_goes_takes_its_requests_along(checker: Checker, behaviour
 
 
 def test_a_client_that_goes_while_nothing_is_connected(checker: Checker) -> None:
-    before = len(checker.fakes.events("raw_lost", what=""))
     host = checker.fakes.host("raw").replace("http:", "https:")
     body = {"configs": [checker.config(host=host)], "test_prompts": [prompt()]}
     checker.daemon.send("POST", "/llm/check", body).close()
     assert checker.result(checker.config())["available"]
     # The connection may never have been made; if it was, it is gone.
     eventually(lambda: not provider_sockets(checker, host), what="no connection is left")
-    assert len(checker.fakes.events("raw_lost", what="")) >= before
 
 
 def test_the_manager_ends_during_a_check(own: Checker) -> None:
