@@ -43,7 +43,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request, Site
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
-WAIT = 20.0
+WAIT = 45.0
 SLOW_SECONDS = 1.0
 CROWD = 20
 LARGE_BYTES = 100 << 20

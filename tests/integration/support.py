@@ -35,7 +35,7 @@ NO_HOST = "unix:///nonexistent/host.sock"
 ACCOUNT = bytes(19) + b"\x07"
 MARKER = "GENVM_TEST_MARKER"
 MEMORY_LIMIT = 150 << 20
-WAIT = 20.0
+WAIT = 45.0
 """Seconds that any wait lasts at most, unless a test is about a shorter time."""
 
 Value = TypeVar("Value")

@@ -426,7 +426,7 @@ def test_a_client_that_leaves_a_stop_does_not_undo_it(daemon: Daemon, shared_roo
     up = shared_root.path / "up"
     genvm_id = daemon.run("ignore-sigterm", f"touch {up}", "sleep 60")
     eventually(up.exists)
-    leaver = daemon.send("DELETE", f"/genvm/{genvm_id}?wait_timeout_ms=500")
+    leaver = daemon.send("DELETE", f"/genvm/{genvm_id}?wait_timeout_ms=2000")
     eventually(lambda: daemon.get("/status")["executions"][str(genvm_id)]["state"] == "stopping")
     leaver.close()
     assert daemon.result(genvm_id)["cause"] == "cancelled"

@@ -238,10 +238,17 @@ def test_one_that_is_stopped(daemon: Daemon, shared_root: Root) -> None:
     up.unlink()
 
 
-def test_one_that_closes_its_streams_and_goes_on(daemon: Daemon) -> None:
-    genvm_id = daemon.run(**shell("exec >&- 2>&- 3>&-; sleep 0.3; exit 4"))
+def test_one_that_closes_its_streams_and_goes_on(daemon: Daemon, shared_root: Root) -> None:
+    up, go = shared_root.path / "up", shared_root.path / "go"
+    command = f"exec >&- 2>&- 3>&-; touch {up}; while [ ! -e {go} ]; do sleep 0.01; done; exit 4"
+    genvm_id = daemon.run(**shell(command))
+    eventually(up.exists)
     assert daemon.permits()["in_use"] == 1
+    assert daemon.get(f"/genvm/{genvm_id}?wait=100ms")["status"] is None
+    go.touch()
     assert daemon.result(genvm_id)["exit_code"] == 4
+    up.unlink()
+    go.unlink()
 
 
 @pytest.mark.parametrize("session", [False, True])

@@ -644,7 +644,7 @@ def test_idle_is_allowed_and_dawdling_is_not(echo: ModuleProcess) -> None:
         begin = time.monotonic()
         plain.sendall(b"GET / HTTP/1.1\r\n")
         for _ in range(3):
-            assert not select.select([plain], [], [], 2)[0]
+            assert not select.select([plain], [], [], 1)[0]
             plain.sendall(b"X: y\r\n")
         with contextlib.suppress(ConnectionResetError):
             assert plain.recv(100) == b""

@@ -270,10 +270,16 @@ def test_a_hundred_clients_that_leave(start: Start) -> None:
     assert len(daemon.get("/status")["executions"]) == 1
 
 
-def test_a_client_that_leaves_a_running_execution_does_not_end_it(daemon: Daemon) -> None:
-    genvm_id = daemon.run("sleep 0.2", "exit 6")
+def test_a_client_that_leaves_a_running_execution_does_not_end_it(
+    daemon: Daemon, shared_root: Root
+) -> None:
+    go = shared_root.path / "go"
+    genvm_id = daemon.run(f"wait-file {go}", "exit 6")
     daemon.send("GET", f"/genvm/{genvm_id}?wait=10s").close()
+    assert daemon.get(f"/genvm/{genvm_id}?wait=100ms")["status"] is None
+    go.touch()
     assert daemon.result(genvm_id)["exit_code"] == 6
+    go.unlink()
 
 
 # --- the limit of the queue ---
