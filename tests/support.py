@@ -1,5 +1,5 @@
-"""What several test modules share: the real reactor, fakes of threads, of a process and
-of its spawner."""
+"""What several test modules share: the real reactor, JSON, and fakes of threads, of a process
+and of its spawner."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from typing import Any, ParamSpec, cast
 
 import pytest_twisted
+from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
 from twisted.internet.testing import MemoryReactorClock
@@ -18,9 +19,20 @@ from twisted.python.failure import Failure
 from genvm_manager import Child, ChildListener, SpawnFailed
 
 #: Seconds after which a test gives up waiting for something real; nothing takes that long.
-PATIENCE = 10.0
+PATIENCE = 30.0
 
 Arguments = ParamSpec("Arguments")
+
+json_values: st.SearchStrategy[Any] = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+json_objects = st.dictionaries(st.text(), json_values, max_size=5)
 
 
 def async_test(test: Callable[Arguments, Awaitable[None]]) -> Callable[Arguments, None]:

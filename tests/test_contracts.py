@@ -45,8 +45,8 @@ NEWEST = 7
 """The newest major in these tests; contracts that state a version state 1."""
 NOTHING = NEWEST
 """What a contract gets that states no version."""
-HANG = 10.0
-"""Seconds that no input may take; what is slow here takes a fraction of one."""
+HANG = 20.0
+"""Seconds of CPU time that no input may take; what is slow here takes a fraction of one."""
 MIB = 1 << 20
 
 
@@ -54,9 +54,9 @@ def bounded(action: Callable[[], int]) -> tuple[int, int]:
     """Return what an action returns, and the most memory that it had at a time."""
     tracemalloc.start()
     try:
-        start = time.monotonic()
+        start = time.process_time()
         value = action()
-        assert time.monotonic() - start < HANG
+        assert time.process_time() - start < HANG
         return value, tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -546,9 +546,9 @@ def test_large_hostile_input(make: Callable[[], bytes], major: int) -> None:
 def test_many_sections(piece: bytes) -> None:
     """That nobody has to wait for such a module is shown in ``tests/integration``."""
     code = HEADER + piece * (MIB // len(piece))
-    start = time.monotonic()
+    start = time.process_time()
     assert stated_major(code, NEWEST) == NOTHING
-    assert time.monotonic() - start < HANG
+    assert time.process_time() - start < HANG
 
 
 @pytest.mark.parametrize("count", [13, 100, 1000])

@@ -9,7 +9,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import example, given
@@ -44,6 +44,7 @@ from genvm_manager import (
     QueueFull,
     RunRequest,
     ShutdownTimeout,
+    Spawner,
     SpawnFailed,
     State,
     Timestamp,
@@ -90,7 +91,7 @@ class World:
             self.clock,
             self.gate,
             self.manifest,
-            self.spawner,  # type: ignore[arg-type]
+            cast(Spawner, self.spawner),
             now=lambda: EPOCH + self.clock.seconds(),
         )
 
@@ -208,7 +209,9 @@ def test_text_that_cannot_be_an_argument_is_refused_by_its_path(
 
 def test_the_longest_argument_that_the_kernel_takes_is_passed() -> None:
     world = World()
-    world.start(host_data="x" * ARGUMENT_MAX_BYTES)
+    longest = "x" * ARGUMENT_MAX_BYTES
+    world.start(host_data=longest)
+    assert longest in world.spawner.commands[0]
 
 
 def test_a_version_that_does_not_exist_is_refused() -> None:

@@ -213,7 +213,7 @@ WRITES = st.tuples(
 
 
 @given(st.lists(WRITES, max_size=8))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_storage_behaves_like_one_array(writes: list[tuple[int, bytes, bool]]) -> None:
     storage, model = HostStorage(), bytearray(5 * PAGE)
     for index, data, share in writes:

@@ -667,9 +667,7 @@ def test_a_signal_while_blocked_on_the_host_reports_a_timeout(
     process = run.start()
     assert run.host.stuck.wait(TIMEOUT_S)
     process.send_signal(signal.SIGTERM)
-    began = time.monotonic()
     run.finish()
-    assert time.monotonic() - began < 5
     assert (run.status, run.outcome) == (0, vm_error("timeout"))
 
 
@@ -710,9 +708,7 @@ def test_a_signal_while_flooding_a_host_that_does_not_read(
                     connection.sendall(answer)
             assert connection.recv(1) == b"\x00"
             process.send_signal(signal.SIGTERM)
-            began = time.monotonic()
             assert process.wait(TIMEOUT_S) == 0
-            assert time.monotonic() - began < 5
     run.finish()
     assert run.log[-1]["problem"] == "the host does not read"
 

@@ -32,6 +32,8 @@ from genvm_manager import (
     timestamp_of,
 )
 
+from .support import json_objects
+
 # --- timestamps ---
 
 
@@ -241,16 +243,6 @@ def test_showing_a_large_value_does_not_render_all_of_it(value: object) -> None:
 
 # --- JSON bodies ---
 
-json_values: st.SearchStrategy[Any] = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
-    max_leaves=12,
-)
-json_objects = st.dictionaries(st.text(), json_values, max_size=5)
 spaces = st.text(" \t\r\n", max_size=3)
 
 

@@ -27,7 +27,7 @@ import threading
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -43,8 +43,9 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request, Site
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
-WAIT = 20.0
+WAIT = 45.0
 SLOW_SECONDS = 1.0
+CROWD = 20
 LARGE_BYTES = 100 << 20
 
 
@@ -397,6 +398,15 @@ class Asked:
     def slow(self) -> None:
         self.later(SLOW_SECONDS, self.success)
 
+    def crowd(self) -> None:
+        # As slow, but nobody is answered before so many are there.
+        crowd = self.server.crowd
+        crowd.append(self)
+        if len(crowd) == CROWD:
+            for one in crowd:
+                one.slow()
+            crowd.clear()
+
     def null(self) -> None:
         self.reply(200, answer_of(self.kind, None, cut=True))
 
@@ -411,10 +421,10 @@ class Asked:
         self.reply(200, answer_of(self.kind, "OK"), {"content-encoding": "gzip"})
 
     def bomb(self) -> None:
-        # 128 MB in 128 kB.
+        # 512 MB in 512 kB.
         head, _, tail = json.dumps(answer_of(self.kind, "#")).encode().partition(b"#")
         packer = zlib.compressobj(wbits=31)
-        pieces = [packer.compress(part) for part in (head, *[b"x" * (16 << 20)] * 8, tail)]
+        pieces = [packer.compress(part) for part in (head, *[b"x" * (16 << 20)] * 32, tail)]
         data = b"".join([*pieces, packer.flush()])
         self.reply(200, data, {"content-encoding": "gzip"})
 
@@ -581,6 +591,7 @@ class Providers(Resource):
         self.ports: dict[str, int] = {}
         self._count = itertools.count()
         self._open = 0
+        self.crowd: list[Asked] = []
 
     def render(self, request: Request) -> Any:
         """Look at a request and answer as its model's name says."""
@@ -873,8 +884,8 @@ class FakeProviders:
         self._ports = self.wait("ready")["ports"]
 
     def _read(self) -> None:
-        stream: IO[bytes] = self._process.stdout  # type: ignore[assignment]
-        for line in stream:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
             with self._changed:
                 self._events.append(json.loads(line))
                 self._changed.notify_all()
@@ -935,6 +946,7 @@ class FakeProviders:
         """End them."""
         self._unused.close()
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         try:
             self._process.wait(WAIT)
@@ -945,7 +957,7 @@ class FakeProviders:
         finally:
             self._reader.join(WAIT)
             with contextlib.suppress(OSError):
-                self._process.stdout.close()  # type: ignore[union-attr]
+                self._process.stdout.close()
 
 
 if __name__ == "__main__":

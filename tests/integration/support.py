@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import genvm_manager
 from genvm_manager import HostOutcome, HostSession, HostState, decode_calldata, deployment_writes
@@ -36,7 +36,7 @@ NO_HOST = "unix:///nonexistent/host.sock"
 ACCOUNT = bytes(19) + b"\x07"
 MARKER = "GENVM_TEST_MARKER"
 MEMORY_LIMIT = 150 << 20
-WAIT = 20.0
+WAIT = 45.0
 """Seconds that any wait lasts at most, unless a test is about a shorter time."""
 
 Value = TypeVar("Value")
@@ -63,6 +63,28 @@ def eventually(
 def report(text: str) -> None:
     """Print a measured figure, for people who run pytest with -s or -rP."""
     print(f"[figure] {text}")
+
+
+def limit_of(goal: float) -> float:
+    """Return how many seconds fail a test about something that should take ``goal`` seconds.
+
+    So many that no slow or busy machine gets there, only something that hangs.
+    """
+    return max(2.0, 10 * goal)
+
+
+def timed(what: str, seconds: float, goal: float) -> None:
+    """Print how long something took; fail only when it took many times its goal."""
+    report(f"{what}: {seconds * 1000:.1f} ms (goal {goal * 1000:g} ms)")
+    assert seconds < limit_of(goal), f"{what}: {seconds:.1f} s, goal {goal:g} s"
+
+
+def within(goal: float, predicate: Callable[[], Value], what: str) -> Value:
+    """Wait as ``eventually`` does for what should take ``goal`` seconds; print how long it took."""
+    begin = time.monotonic()
+    value = eventually(predicate, limit_of(goal), what)
+    timed(what, time.monotonic() - begin, goal)
+    return value
 
 
 # --- processes ---
@@ -337,8 +359,8 @@ class Daemon:
     # Log.
 
     def _collect(self) -> None:
-        stream: IO[bytes] = self.process.stdout  # type: ignore[assignment]
-        for line in stream:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
             with self._changed:
                 self.text += line.decode(errors="replace")
                 with contextlib.suppress(ValueError):

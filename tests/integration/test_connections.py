@@ -16,7 +16,6 @@ import pytest
 
 from .conftest import Start
 from .support import (
-    MEMORY_LIMIT,
     Daemon,
     Pending,
     Reply,
@@ -25,6 +24,7 @@ from .support import (
     memory_of,
     report,
     run_body,
+    timed,
 )
 
 MIB = 1 << 20
@@ -132,33 +132,33 @@ def test_malformed_http_closes_the_connection(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize(
-    "header",
+    ("header", "status"),
     [
-        b"Host: \xff\xfe",
-        b"Origin: http://\xff",
-        b"Authorization: Bearer \xff",
-        b"Idempotency-Key: \xff\xfe",
-        b"Host: [::1",
-        b"Host: ",
-        b"Host: localhost\r\nHost: evil.example",
-        b"Origin: ",
+        (b"Host: \xff\xfe", 403),
+        (b"Origin: http://\xff", 403),
+        (b"Authorization: Bearer \xff", 200),
+        (b"Idempotency-Key: \xff\xfe", 200),
+        (b"Host: ", 403),
+        (b"Host: localhost\r\nHost: evil.example", 403),
+        (b"Origin: ", 403),
     ],
 )
-def test_odd_headers(daemon: Daemon, header: bytes) -> None:
-    """Answered in JSON, whatever the answer is; never an internal error."""
+def test_odd_headers(daemon: Daemon, header: bytes, status: int) -> None:
+    """A header that means something here is refused; another one does no harm."""
     body = json.dumps({"level": "info"}).encode()
     host = b"" if header.startswith(b"Host") else b"Host: localhost\r\n"
     head = b"POST /log/level HTTP/1.1\r\n%s%s\r\nContent-Length: %d\r\n\r\n"
     reply = talk(daemon, head % (host, header, len(body)) + body)
-    assert reply.json.get("code") != "internal_error"
-    assert reply.status in (200, 400, 401, 403, 500)
+    assert reply.status == status
+    assert status == 200 or reply.json["code"] == "cross_site_request"
 
 
 def test_an_idempotency_key_that_is_not_text(daemon: Daemon) -> None:
     body = json.dumps(run_body("exit 0")).encode()
     head = b"POST /genvm/run HTTP/1.1\r\nHost: localhost\r\nIdempotency-Key: \xff\r\n"
     reply = talk(daemon, head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-    assert reply.status == 200 or reply.json["code"] == "invalid_request", reply.raw
+    assert reply.status == 200, reply.raw
+    assert daemon.result(reply.json["id"])["exit_code"] == 0
 
 
 def test_two_requests_in_one_packet(daemon: Daemon) -> None:
@@ -259,7 +259,7 @@ def test_a_flood_of_a_body(start: Start, chunked: bool) -> None:
     assert (reply.status, reply.json["code"]) == (413, "body_too_large")
     grown = daemon.peak_memory() - before
     report(f"a body of 300 MiB (chunked: {chunked}) grows the manager by {grown / MIB:.1f} MiB")
-    assert grown < 16 * MIB
+    assert grown < 100 * MIB, "300 MiB were sent"
 
 
 def test_a_body_at_the_limit(start: Start) -> None:
@@ -278,8 +278,7 @@ def test_large_bodies_do_not_hold_up_others(start: Start) -> None:
     pending = [Pending(daemon.address, "POST", "/permits", body, timeout=60) for _ in range(4)]
     worst = latency(daemon, 50)
     assert {one.reply().json["code"] for one in pending} == {"invalid_request"}
-    report(f"GET /status p99 beside JSON bodies of 30 MB: {worst * 1000:.1f} ms")
-    assert worst < 0.25
+    timed("GET /status p99 beside JSON bodies of 30 MB", worst, 0.05)
 
 
 # --- slow and idle connections ---
@@ -320,10 +319,10 @@ def test_slow_loris_and_idle_connections(start: Start) -> None:
                 peer.sendall(b"x" * 1000)
         busy = latency(daemon)
         grown = memory_of(daemon.pid, "VmRSS") - before
-        report(f"GET /status p99: {quiet * 1e3:.1f} ms, with 1550 bad ones {busy * 1e3:.1f} ms")
+        timed("GET /status p99 on a quiet manager", quiet, 0.05)
+        timed("GET /status p99 with 1550 bad connections", busy, 0.05)
         report(f"1550 idle and slow connections cost {grown / MIB:.1f} MiB")
-        assert busy < 0.05 + 4 * quiet
-        assert daemon.peak_memory() < MEMORY_LIMIT
+        assert grown < 64 * MIB
         daemon.result(daemon.run("exit 0"))
     finally:
         for peer in (*idle, *trickling, *slow_body):
@@ -343,7 +342,7 @@ def test_a_client_that_does_not_read_its_answer(start: Start) -> None:
     worst = latency(daemon, 30)
     grown = daemon.peak_memory() - before
     report(f"40 clients that do not read 8 MB each: {grown / MIB:.1f} MiB, {worst * 1e3:.1f} ms")
-    assert grown < 40 * MIB
+    assert grown < 120 * MIB, "320 MB were asked for"
     for peer in peers:
         peer.close()
     assert daemon.result(genvm_id)["exit_code"] == 0
@@ -355,12 +354,11 @@ def test_a_log_that_nobody_reads(start: Start) -> None:
     spam = [daemon.run("spam log 3000000", "exit 0", capture_output=False) for _ in range(3)]
     for genvm_id in spam:
         daemon.result(genvm_id)
-    worst = latency(daemon)
-    report(f"GET /status p99 while the log is stuck: {worst * 1000:.1f} ms")
-    assert worst < 1
-    assert daemon.peak_memory() < MEMORY_LIMIT
+    timed("GET /status p99 while the log is stuck", latency(daemon), 0.05)
+    begin = time.monotonic()
     daemon.signal(signal.SIGTERM)
-    assert daemon.wait(5) == 0
+    assert daemon.wait() == 0
+    timed("the end of a manager whose log is stuck", time.monotonic() - begin, 1.0)
 
 
 # --- who may make requests ---

@@ -30,6 +30,7 @@ from .support import (
     alive,
     eventually,
     report,
+    timed,
     watched,
 )
 
@@ -347,8 +348,8 @@ def test_a_client_that_leaves_while_an_executor_is_asked(asking: tuple[Daemon, R
     assert daemon.permits()["in_use"] == 0, "asking takes no permit"
     for request in reversed(pending):
         request.close()
-    eventually(lambda: not alive(pid), timeout=5, what="the executor is killed")
-    eventually(lambda: is_clean(daemon, root), timeout=5, what="nothing is left")
+    eventually(lambda: not alive(pid), what="the executor is killed")
+    eventually(lambda: is_clean(daemon, root), what="nothing is left")
     for _ in range(6):  # nobody's turn was lost
         is_answer(ask(daemon, DETECT, "# v0.1.0", newest_is(0)), {"specified_major": 0})
 
@@ -360,7 +361,7 @@ def test_the_end_of_the_manager_while_an_executor_is_asked() -> None:
         request = begin(daemon, DETECT, "# v0.1.0", newest_is(HANGER))
         eventually(daemon.descendants, what="an executor is asked")
         assert daemon.stop() == 0
-        eventually(lambda: not daemon.descendants(), timeout=5, what="the executor is killed")
+        eventually(lambda: not daemon.descendants(), what="the executor is killed")
         assert left_in(root) == []
         request.close()
     finally:
@@ -381,7 +382,8 @@ class Late:
 
     def begin(self) -> None:
         """Start two daemons and make the requests."""
-        self.daemons.append(serve(self.root))
+        kept = ("--execution-retention", "2h")
+        self.daemons.append(serve(self.root, *kept))
         self.daemons.append(serve(self.asked_root, "--version-detection", "executor"))
         codes = {
             "never connects": f"# v{SLEEPER}.0.0\n",
@@ -389,6 +391,7 @@ class Late:
             "floods": schema_contract("flood-host 5000000", 'return "late"'),
         }
         self.memory = self.daemon.peak_memory()
+        self.asked_memory = self.asked.peak_memory()
         self.pending = {name: begin(self.daemon, SCHEMA, code) for name, code in codes.items()}
         for major in (HANGER, CHATTERER):
             moment = newest_is(major)
@@ -535,7 +538,7 @@ def test_hostile_code_delays_nobody(occupied: tuple[Daemon, Future[Reply]]) -> N
     small = b"# v0.1.0\n" + b"#" * 100_000
 
     def ask_too() -> Reply:
-        return daemon.request("POST", DETECT, small, headers(), timeout=10)
+        return ask(daemon, DETECT, small)
 
     reply = watched(daemon, "detection beside hostile code", ask_too)
     is_answer(reply, {"specified_major": 0})
@@ -547,7 +550,7 @@ def test_the_manager_ends_while_hostile_code_is_inspected(
     daemon, _ = occupied
     begun = time.perf_counter()
     assert daemon.stop() == 0
-    report(f"hostile code: the manager ends in {time.perf_counter() - begun:.2f} s")
+    timed("the end beside hostile code", time.perf_counter() - begun, 1.0)
 
 
 # --- POST /genvm/run/readonly ---
@@ -756,8 +759,8 @@ def test_a_client_that_leaves(
     pid = pid_in(there)
     assert alive(pid)
     request.close()
-    eventually(lambda: not alive(pid), timeout=5, what="the executor is killed")
-    eventually(lambda: is_clean(daemon, shared_root), timeout=5, what="nothing is left")
+    eventually(lambda: not alive(pid), what="the executor is killed")
+    eventually(lambda: is_clean(daemon, shared_root), what="nothing is left")
     eventually(lambda: last_run(daemon)["state"] == "finished", what="the run is over")
     assert last_run(daemon)["result"]["cause"] == "cancelled"
 
@@ -770,7 +773,7 @@ def test_a_client_that_leaves_while_its_run_waits(daemon: Daemon, shared_root: R
     request.close()
     daemon.waiting(0)
     assert daemon.get("/status")["executions"] == before
-    eventually(lambda: left_in(shared_root) == [], timeout=5, what="its folder is removed")
+    eventually(lambda: left_in(shared_root) == [], what="its folder is removed")
     daemon.post("/permits", {"permits": 8})
 
 
@@ -849,7 +852,7 @@ def test_the_end_of_the_manager_during_a_run(tmp_path: Path, waits: bool) -> Non
             pid_in(there)
         assert daemon.stop() == 0
         assert left_in(root) == []
-        eventually(lambda: not daemon.descendants(), timeout=5, what="nothing is left")
+        eventually(lambda: not daemon.descendants(), what="nothing is left")
         assert "Traceback" not in daemon.text + daemon.errors
         request.close()
     finally:
@@ -895,8 +898,10 @@ def test_an_executor_that_never_names_a_version(late: Late) -> None:
     for major in (HANGER, CHATTERER):
         reply = late.pending[f"asked {major}"].reply()
         is_error(reply, "detection_failed", f"v{major}.0.0", "10 s")
-    eventually(lambda: is_clean(late.asked, late.asked_root), timeout=5, what="nothing is left")
-    assert late.asked.peak_memory() < 200 * MIB
+    eventually(lambda: is_clean(late.asked, late.asked_root), what="nothing is left")
+    grown = late.asked.peak_memory() - late.asked_memory
+    report(f"executors that talk without end: {grown / MIB:.1f} MiB more")
+    assert grown < 100 * MIB
     is_answer(ask(late.asked, DETECT, "# v0.1.0", newest_is(0)), {"specified_major": 0})
 
 
@@ -913,10 +918,10 @@ def test_runs_that_do_not_end(late: Late) -> None:
     for genvm_id in runs:
         result = late.daemon.result(int(genvm_id))
         assert (result["cause"], result["signal"]) == ("deadline", 9)
-    eventually(lambda: is_clean(late.daemon, late.root), timeout=5, what="nothing is left")
+    eventually(lambda: is_clean(late.daemon, late.root), what="nothing is left")
     grown = late.daemon.peak_memory() - late.memory
     report(f"a flood of 5 million requests, answers not read: {grown / MIB:.1f} MiB more")
-    assert grown < 50 * MIB
+    assert grown < 120 * MIB, "the answers are larger"
     is_answer(ask(late.daemon, SCHEMA, schema_contract('return "hi"')), {"schema": "hi"})
     assert late.daemon.stop() == 0
     # Whichever end the manager sees first, of the process or of its connection.

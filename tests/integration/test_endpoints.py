@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from .support import (
     alive,
     eventually,
     message,
-    report,
     run_body,
     serving,
+    timed,
 )
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -141,7 +142,7 @@ def test_waiting_for_a_result_that_does_not_come(daemon: Daemon, query: str) -> 
     genvm_id = daemon.run("sleep 60")
     begin = time.monotonic()
     assert daemon.get(f"/genvm/{genvm_id}?{query}")["status"] is None
-    assert 0.29 <= time.monotonic() - begin < 5
+    assert time.monotonic() - begin >= 0.29
     daemon.request("DELETE", f"/genvm/{genvm_id}?wait_timeout_ms=0")
 
 
@@ -356,7 +357,7 @@ def test_stop_one_that_does_not_end(daemon: Daemon, shared_root: Root) -> None:
     pid = int(eventually(lambda: up.exists() and up.read_text()) or 0)
     begin = time.monotonic()
     reply = daemon.request("DELETE", f"/genvm/{genvm_id}?wait_timeout_ms=300")
-    assert 0.29 <= time.monotonic() - begin < 5
+    assert time.monotonic() - begin >= 0.29
     assert reply.status == 500
     assert reply.json["error"] == "timeout during shutdown"
     assert (reply.json["genvm_id"], reply.json["code"]) == (genvm_id, "shutdown_timeout")
@@ -425,7 +426,7 @@ def test_a_client_that_leaves_a_stop_does_not_undo_it(daemon: Daemon, shared_roo
     up = shared_root.path / "up"
     genvm_id = daemon.run("ignore-sigterm", f"touch {up}", "sleep 60")
     eventually(up.exists)
-    leaver = daemon.send("DELETE", f"/genvm/{genvm_id}?wait_timeout_ms=500")
+    leaver = daemon.send("DELETE", f"/genvm/{genvm_id}?wait_timeout_ms=2000")
     eventually(lambda: daemon.get("/status")["executions"][str(genvm_id)]["state"] == "stopping")
     leaver.close()
     assert daemon.result(genvm_id)["cause"] == "cancelled"
@@ -456,10 +457,9 @@ def test_deadline(daemon: Daemon) -> None:
     status = daemon.result(genvm_id)
     assert (status["cause"], status["signal"], status["exit_code"]) == ("deadline", 9, None)
     started = daemon.get("/status")["executions"][str(genvm_id)]["started_at"]
-    begin = time.mktime(time.strptime(started[:19], "%Y-%m-%dT%H:%M:%S")) - time.timezone
-    late = status["finished_at"] / 1000 - (begin + float(started[19:-1]) + 0.6)
-    report(f"deadline enforced {late:.3f} s after its time")
-    assert -0.01 <= late < 1
+    late = status["finished_at"] / 1000 - (datetime.fromisoformat(started).timestamp() + 0.6)
+    assert late >= -0.01
+    timed("a deadline is enforced after its time", late, 1.0)
 
 
 # --- permits ---
@@ -513,7 +513,7 @@ def test_more_permits_admit_at_once(daemon: Daemon) -> None:
 def test_one_permit_is_enough_for_a_run_that_is_not_sync(daemon: Daemon) -> None:
     daemon.post("/permits", {"permits": 1})
     genvm_id = daemon.run("exit 0", is_sync=False)
-    daemon.result(genvm_id)
+    assert daemon.result(genvm_id)["exit_code"] == 0
     daemon.post("/permits", {"permits": 8})
 
 
@@ -761,11 +761,15 @@ def test_wrong_methods(daemon: Daemon, method: str, path: str, allowed: set[str]
 # --- retention ---
 
 
-def test_retention_time(start: Start) -> None:
+def test_retention_time(root: Root, start: Start) -> None:
     daemon = start("--execution-retention", "300ms")
-    genvm_id = daemon.run("print kept", "exit 0")
-    assert daemon.result(genvm_id)["stdout"] == "kept\n"
-    eventually(lambda: daemon.request("GET", f"/genvm/{genvm_id}").status == 404, 5)
+    go = root.path / "go"
+    genvm_id = daemon.run("print kept", f"wait-file {go}", "exit 0")
+    poll = daemon.send("GET", f"/genvm/{genvm_id}?wait=60s")
+    daemon.get("/status")
+    go.touch()
+    assert poll.reply().json["status"]["stdout"] == "kept\n"
+    eventually(lambda: daemon.request("GET", f"/genvm/{genvm_id}").status == 404)
     is_error(daemon.request("GET", f"/genvm/{genvm_id}"), 404, "execution_not_found")
     is_error(daemon.request("DELETE", f"/genvm/{genvm_id}"), 404, "execution_not_found")
     assert daemon.get("/status")["executions"] == {}

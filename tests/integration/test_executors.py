@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 from .conftest import Start
-from .support import MEMORY_LIMIT, SOURCE, Daemon, Root, alive, eventually, report, shell
+from .support import (
+    MEMORY_LIMIT,
+    SOURCE,
+    Daemon,
+    Root,
+    alive,
+    eventually,
+    report,
+    shell,
+    timed,
+    within,
+)
 
 MIB = 1 << 20
 
@@ -63,7 +74,8 @@ def test_two_hundred_megabytes_on_each_stream(daemon: Daemon) -> None:
         assert status[stream].endswith("the end\n")
     assert set(status["truncated"]) == {"stdout", "stderr"}
     peak = daemon.peak_memory()
-    report(f"400 MB of output: {elapsed:.1f} s, /status at most {worst * 1e3:.0f} ms")
+    report(f"400 MB of output: {elapsed:.1f} s")
+    timed("/status beside 400 MB of output, the slowest", worst, 0.05)
     report(f"peak memory after 400 MB of output: {peak / MIB:.0f} MiB")
     assert peak < MEMORY_LIMIT
 
@@ -83,8 +95,8 @@ def test_ten_megabytes_of_log(daemon: Daemon, captured: bool) -> None:
         assert len(status["genvm_log"]) == 10_000
         assert status["genvm_log"][-1]["message"] == "spam, spam, spam"
         assert status["truncated"] == ["genvm_log"]
-    report(f"10 MB of log ({captured=}): {elapsed:.1f} s, /status at most {worst * 1e3:.0f} ms")
-    assert worst < 0.5, "the goal is 50 ms"
+    report(f"10 MB of log ({captured=}): {elapsed:.1f} s")
+    timed(f"/status beside 10 MB of log ({captured=}), the slowest", worst, 0.05)
 
 
 def test_a_log_line_of_five_megabytes(daemon: Daemon) -> None:
@@ -228,10 +240,17 @@ def test_one_that_is_stopped(daemon: Daemon, shared_root: Root) -> None:
     up.unlink()
 
 
-def test_one_that_closes_its_streams_and_goes_on(daemon: Daemon) -> None:
-    genvm_id = daemon.run(**shell("exec >&- 2>&- 3>&-; sleep 0.3; exit 4"))
+def test_one_that_closes_its_streams_and_goes_on(daemon: Daemon, shared_root: Root) -> None:
+    up, go = shared_root.path / "up", shared_root.path / "go"
+    command = f"exec >&- 2>&- 3>&-; touch {up}; while [ ! -e {go} ]; do sleep 0.01; done; exit 4"
+    genvm_id = daemon.run(**shell(command))
+    eventually(up.exists)
     assert daemon.permits()["in_use"] == 1
+    assert daemon.get(f"/genvm/{genvm_id}?wait=100ms")["status"] is None
+    go.touch()
     assert daemon.result(genvm_id)["exit_code"] == 4
+    up.unlink()
+    go.unlink()
 
 
 @pytest.mark.parametrize("session", [False, True])
@@ -242,15 +261,13 @@ def test_one_that_leaves_a_grandchild(daemon: Daemon, session: bool, captured: b
     genvm_id = daemon.run(step, "print parent", "exit 0", capture_output=captured)
     begin = time.monotonic()
     status = daemon.result(genvm_id)
-    elapsed = time.monotonic() - begin
-    report(f"grandchild ({step}, {captured=}): result after {elapsed:.3f} s")
-    assert elapsed < 1.5
+    timed(f"result in spite of a grandchild ({step}, {captured=})", time.monotonic() - begin, 1.0)
     assert (status["exit_code"], status["cause"]) == (0, "exited")
     if captured:
         assert status["stdout"] == "parent\n"
         (record,) = status["genvm_log"]
-        eventually(lambda: not alive(record["pid"]), 1.0, "the grandchild is killed")
-    eventually(lambda: not daemon.descendants(), 1.0, "nothing is left")
+        within(1.0, lambda: not alive(record["pid"]), "the grandchild is killed")
+    within(1.0, lambda: not daemon.descendants(), "nothing is left")
 
 
 def test_a_grandchild_does_not_hold_the_permits(daemon: Daemon) -> None:
@@ -260,7 +277,7 @@ def test_a_grandchild_does_not_hold_the_permits(daemon: Daemon) -> None:
     second = daemon.run(**shell("exit 0"))
     assert daemon.result(second)["exit_code"] == daemon.result(first)["exit_code"] == 0
     daemon.post("/permits", {"permits": 8})
-    eventually(lambda: not daemon.descendants(), 1.0, "nothing is left")
+    within(1.0, lambda: not daemon.descendants(), "nothing is left")
 
 
 def test_grandchildren_of_a_killed_executor(daemon: Daemon, shared_root: Root) -> None:
@@ -276,7 +293,7 @@ def test_grandchildren_of_a_killed_executor(daemon: Daemon, shared_root: Root) -
     eventually(up.exists)
     assert len(daemon.descendants()) == 3
     daemon.request("DELETE", f"/genvm/{genvm_id}?wait_timeout_ms=0")
-    eventually(lambda: not daemon.descendants(), 1.0, "nothing is left")
+    within(1.0, lambda: not daemon.descendants(), "nothing is left")
     up.unlink()
 
 
@@ -305,7 +322,7 @@ def test_grandchildren_do_not_harm_other_runs(daemon: Daemon, shared_root: Root)
     assert daemon.get(f"/genvm/{keeper}")["status"] is None
     go.touch()
     assert daemon.result(keeper)["exit_code"] == 0
-    eventually(lambda: not daemon.descendants(), 1.0, "nothing is left")
+    within(1.0, lambda: not daemon.descendants(), "nothing is left")
     go.unlink()
 
 
@@ -346,5 +363,5 @@ def test_no_descriptor_is_lost(daemon: Daemon) -> None:
     ]
     for genvm_id in ids:
         daemon.result(genvm_id)
-    eventually(lambda: len(list(fds.iterdir())) <= before, 5, "descriptors are closed")
-    eventually(lambda: not daemon.descendants(), 2, "nothing is left")
+    eventually(lambda: len(list(fds.iterdir())) <= before, what="descriptors are closed")
+    eventually(lambda: not daemon.descendants(), what="nothing is left")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import statistics
 import threading
 import time
 import uuid
@@ -16,8 +15,8 @@ from typing import Any
 import pytest
 
 from .conftest import Start
-from .fake_providers import KEY, KINDS, LARGE_BYTES, SLOW_SECONDS, USAGE, WRONG_KEY, FakeProviders
-from .support import Daemon, Reply, Root, eventually, report
+from .fake_providers import CROWD, KEY, KINDS, LARGE_BYTES, USAGE, WRONG_KEY, FakeProviders
+from .support import Daemon, Reply, Root, eventually, report, timed
 
 OPENAI = "openai-compatible"
 TEMPLATE = "${ENV[LLM_TEST_KEY]}"
@@ -28,7 +27,6 @@ HANG = 30.0
 PNG = b"\x89PNG\r\n\x1a\nsome pixels"
 PNG_TEXT = "iVBORw0KGgpzb21lIHBpeGVscw=="
 JPEG_TEXT = "/9j/4A=="
-MEMORY_LIMIT = 250 << 20
 
 # A piece of a key is secret as well; the first characters are the same for all of a provider.
 PIECE = 14
@@ -515,34 +513,32 @@ def test_one_that_trickles_makes_no_other_unavailable(checker: Checker) -> None:
     report(f"next to one that trickles for 1500 ms: {max(latencies)} ms at most")
 
 
-def check_together(checker: Checker, what: str, together: int) -> None:
-    """Check 5 configurations with 4 prompts, all of which take a second."""
+def test_pairs_are_checked_together(checker: Checker) -> None:
+    """5 configurations with 4 prompts, all of which take a second once all are asked."""
     kinds = [*KINDS, OPENAI]
-    configs = [checker.config("slow", kind) for kind in kinds]
+    configs = [checker.config("crowd", kind, timeout_ms=20_000) for kind in kinds]
+    prompts = [prompt(user_message=f"question {n}") for n in range(CROWD // len(kinds))]
     start_ = time.monotonic()
-    results = checker.results(configs, *(prompt(user_message=f"question {n}") for n in range(4)))
-    took = time.monotonic() - start_
-    report(f"5 configurations x 4 prompts that take 1 s each, {what}: {took:.2f} s")
-    assert [found["response"] for found in results] == ["OK"] * 20
+    results = checker.results(configs, *prompts)
+    timed("5 configurations x 4 prompts that take 1 s each", time.monotonic() - start_, 2.0)
+    assert [found["response"] for found in results] == ["OK"] * CROWD
     requests = [checker.fakes.requests(config["model"]) for config in configs]
-    assert max(one["open"] for some in requests for one in some) == together
-    # One after the other they would take longer.
-    assert took < 20 * SLOW_SECONDS * 0.6
     for kind, some in zip(kinds, requests, strict=True):
         assert [one["kind"] for one in some] == [kind] * 4
         texts = sorted(json.dumps(one["body"]) for one in some)
         assert all(f"question {n}" in text for n, text in enumerate(texts))
 
 
-def test_pairs_are_checked_together(checker: Checker) -> None:
-    check_together(checker, "20 at once (default)", 20)
-
-
-def test_pairs_are_all_checked_together_if_the_setting_allows(
+def test_no_more_pairs_are_checked_at_once_than_the_setting_allows(
     start: Start, fakes: FakeProviders
 ) -> None:
-    flags = ("--llm-check-concurrency", "20", "--log-level", "trace")
-    check_together(Checker(start(*flags), fakes), "20 at once", 20)
+    flags = ("--llm-check-concurrency", "3", "--log-level", "trace")
+    checker = Checker(start(*flags, environ=environment(fakes)), fakes)
+    configs = [checker.config("slow", kind) for kind in KINDS]
+    results = checker.results(configs, prompt(), prompt())
+    assert [found["response"] for found in results] == ["OK"] * 8
+    requests = [one for config in configs for one in checker.fakes.requests(config["model"])]
+    assert 2 <= max(one["open"] for one in requests) <= 3
 
 
 def test_another_client_does_not_wait(checker: Checker) -> None:
@@ -722,14 +718,12 @@ def test_a_client_that_goes_takes_its_requests_along(checker: Checker, behaviour
 
 
 def test_a_client_that_goes_while_nothing_is_connected(checker: Checker) -> None:
-    before = len(checker.fakes.events("raw_lost", what=""))
     host = checker.fakes.host("raw").replace("http:", "https:")
     body = {"configs": [checker.config(host=host)], "test_prompts": [prompt()]}
     checker.daemon.send("POST", "/llm/check", body).close()
     assert checker.result(checker.config())["available"]
     # The connection may never have been made; if it was, it is gone.
     eventually(lambda: not provider_sockets(checker, host), what="no connection is left")
-    assert len(checker.fakes.events("raw_lost", what="")) >= before
 
 
 def test_the_manager_ends_during_a_check(own: Checker) -> None:
@@ -741,7 +735,7 @@ def test_the_manager_ends_during_a_check(own: Checker) -> None:
         own.fakes.wait("request", model=config["model"], count=8)
     start_ = time.monotonic()
     assert own.daemon.stop() == 0
-    report(f"end of the manager during a check: {time.monotonic() - start_:.2f} s")
+    timed("end of the manager during a check", time.monotonic() - start_, 1.0)
     pending.close()
     for config in configs:
         own.fakes.wait("dropped", model=config["model"], count=8)
@@ -785,7 +779,7 @@ def test_a_provider_that_does_not_read_the_request(checker: Checker, gone: str) 
         assert pending.reply().json[0]["error_kind"] == "timeout"
     pending.close()
     left = provider_sockets
-    eventually(lambda: not left(checker, config["host"]), 5, "the connection is closed")
+    eventually(lambda: not left(checker, config["host"]), what="the connection is closed")
 
 
 # --- size ---
@@ -806,7 +800,8 @@ def test_a_body_of_a_hundred_megabytes(checker: Checker, behaviour: str) -> None
     report(f"{behaviour}: {growth / 1e6:.0f} MB more memory at most")
     assert (found["error_kind"], other["available"]) == ("bad_response", True)
     assert "longer than 33554432 bytes" in found["error"]
-    assert growth < MEMORY_LIMIT
+    # What arrives in one piece is unpacked in one piece, but the whole is never held.
+    assert growth < (300 << 20 if behaviour == "bomb" else LARGE_BYTES)
     if behaviour != "bomb":
         dropped = checker.fakes.wait("dropped", model=config["model"])
         assert dropped["sent"] < LARGE_BYTES
@@ -818,7 +813,7 @@ def test_several_bodies_of_a_hundred_megabytes(checker: Checker) -> None:
     growth = checker.daemon.peak_memory() - before
     report(f"4 bodies of 100 MB at once: {growth / 1e6:.0f} MB more memory at most")
     assert [found["error_kind"] for found in results] == [*["bad_response"] * 4, None]
-    assert growth < 4 * (32 << 20) + MEMORY_LIMIT
+    assert growth < 3 * LARGE_BYTES
 
 
 def test_large_images_and_the_status(checker: Checker) -> None:
@@ -849,8 +844,6 @@ def test_large_images_and_the_status(checker: Checker) -> None:
         (request,) = checker.fakes.requests(config["model"])
         assert request["problems"] == []
         assert int(request["headers"]["content-length"]) > 2 * len(data) * 4 / 3
-    report(
-        f"/status while 4 models get 2 images of 3 MB each: median "
-        f"{statistics.median(latencies) * 1000:.1f} ms, largest {max(latencies) * 1000:.0f} ms "
-        f"of {len(latencies)}"
-    )
+    what = "/status while 4 models get 2 images of 3 MB each"
+    report(f"{what}: {len(latencies)} times, {max(latencies) * 1000:.0f} ms at most")
+    timed(f"{what}, p99", sorted(latencies)[int(len(latencies) * 0.99)], 0.05)

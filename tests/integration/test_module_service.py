@@ -48,6 +48,7 @@ from .support import (
     memory_of,
     report,
     serving,
+    timed,
 )
 
 KEY = "sk-a/very+secret-key-of-forty-characters"
@@ -58,7 +59,7 @@ HELLO: Any = {"cookie": "c1", "host_data": {"node_address": "0xaa", "tx_id": "0x
 # --- a provider ---
 
 
-class _Handler(BaseHTTPRequestHandler):
+class ProviderHandler(BaseHTTPRequestHandler):
     """Answers as OpenAI does; the model's name says how."""
 
     protocol_version = "HTTP/1.1"
@@ -131,12 +132,14 @@ class _Server(ThreadingHTTPServer):
 class Provider:
     """A provider in threads."""
 
+    handler: ClassVar[type[ProviderHandler]] = ProviderHandler
+
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.gate = threading.Event()
         self.held = threading.Semaphore(0)
         self.dropped = threading.Event()
-        handler = type("Handler", (_Handler,), {"provider": self})
+        handler = type("Handler", (self.handler,), {"provider": self})
         self._server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -543,9 +546,7 @@ def test_a_message_of_64_mib_is_taken_in_linear_time(echo: ModuleProcess) -> Non
         begin = time.monotonic()
         client.send_raw(data)
         assert reason in client.receive()["FatalError"]
-        seconds = time.monotonic() - begin
-        report(f"64 MiB as {type(message).__name__}: {seconds:.1f} s")
-        assert seconds < 10
+        timed(f"64 MiB as {type(message).__name__}", time.monotonic() - begin, 2.0)
         client.close()
 
 
@@ -561,16 +562,19 @@ def test_a_message_that_is_too_large_is_not_read(start: Start, provider: Provide
     assert isinstance(event, CloseConnection)
     assert event.code == 1009
     grown = memory_of(module.process.pid) - before
-    assert grown < 5 << 20
+    report(f"a message of 65 MiB: the module grows by {grown >> 20} MiB")
+    assert grown < 32 << 20
     pieces = module.connect()
     part = bytes(1 << 20)
     for sent in range(100):
         pieces.send_event(BytesMessage(data=part, message_finished=False))
-        if sent >= 64 and select.select([pieces.socket], [], [], 0.5)[0]:
+        if sent >= 64 and select.select([pieces.socket], [], [], WAIT)[0]:
             break
     assert pieces.closed() == 1009
     assert sent == 64
-    assert memory_of(module.process.pid) - before < 100 << 20
+    grown = memory_of(module.process.pid) - before
+    report(f"a message of 65 MiB in pieces: the module grows by {grown >> 20} MiB")
+    assert grown < 200 << 20
     assert other.prompt("and the others go on") == ok("and the others go on")
     assert not [r for r in module.records if r["level"] == "error"]
 
@@ -604,7 +608,9 @@ def test_a_client_that_does_not_read_does_not_grow_the_module(echo: ModuleProces
     with contextlib.suppress(TimeoutError):
         for _ in range(400):
             client.send_raw(pings)
-    assert memory_of(echo.process.pid, "VmRSS") - before < 50 << 20
+    grown = memory_of(echo.process.pid, "VmRSS") - before
+    report(f"a client that does not read its pongs: the module grows by {grown >> 20} MiB")
+    assert grown < 100 << 20, "400 MB were to be sent"
     other = echo.connect()
     assert other.prompt("x") == ok("x")
     client.close()
@@ -650,11 +656,11 @@ def test_idle_is_allowed_and_dawdling_is_not(echo: ModuleProcess) -> None:
         begin = time.monotonic()
         plain.sendall(b"GET / HTTP/1.1\r\n")
         for _ in range(3):
-            assert not select.select([plain], [], [], 2)[0]
+            assert not select.select([plain], [], [], 1)[0]
             plain.sendall(b"X: y\r\n")
         with contextlib.suppress(ConnectionResetError):
             assert plain.recv(100) == b""
-        assert time.monotonic() - begin < HANDSHAKE_SECONDS + 3
+        timed("dawdling over a handshake", time.monotonic() - begin, HANDSHAKE_SECONDS)
     assert client.prompt("still here") == ok("still here")
 
 
@@ -705,10 +711,11 @@ def test_a_client_that_vanishes_cancels_its_request(start: Start, provider: Prov
 
 
 def test_timeout(start: Start, provider: Provider) -> None:
-    module = start(provider.config("slow:5", timeout="200ms"))
+    module = start(provider.config("hold", timeout="200ms"))
     begin = time.monotonic()
     text = module.connect().prompt("x")["FatalError"]
-    assert time.monotonic() - begin < 3
+    timed("a timeout of 200 ms", time.monotonic() - begin, 0.2)
+    assert provider.dropped.wait(WAIT)
     assert '"NO_PROVIDER_FOR_PROMPT", "TIMEOUT"' in text
 
 
@@ -744,9 +751,8 @@ def test_two_hundred_connections_at_once(start: Start, provider: Provider) -> No
         waits.append(time.monotonic() - asked)
     for number, client in enumerate(clients):
         assert client.receive() == ok(f"text {number}")
-    seconds = time.monotonic() - begin
-    report(f"200 prompts of 0.5 s: {seconds:.1f} s; GetStats at most {max(waits) * 1000:.0f} ms")
-    assert seconds < 10
+    timed("200 prompts of 0.5 s", time.monotonic() - begin, 2.0)
+    timed("GetStats meanwhile, the slowest", max(waits), 0.05)
     for client in clients:
         client.close()
 
@@ -817,7 +823,7 @@ def test_end_of_the_manager_is_the_end(start: Start, provider: Provider) -> None
     begin = time.monotonic()
     module.process.stdin.close()
     assert module.wait() == 0
-    assert time.monotonic() - begin < 1
+    timed("the end of a module whose manager is gone", time.monotonic() - begin, 1.0)
     assert client.socket.recv(1) == b""
 
 

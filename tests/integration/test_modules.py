@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +34,33 @@ from .support import (
     processes_with,
     report,
     serving,
+    timed,
+    within,
 )
-from .test_module_service import HELLO, KEY, Client, Provider, ok, prompt
+from .test_module_service import HELLO, KEY, Client, Provider, ProviderHandler, ok, prompt
 
 ANY_PORT = "127.0.0.1:0"
 
 
-class NamedProvider(Provider):
+class NamedHandler(ProviderHandler):
     """Its model ``named:x`` answers ``x``, and the prompt ``long`` only once the gate is open."""
+
+    def as_named(self, name: str, body: Any) -> None:
+        assert isinstance(self.provider, NamedProvider)
+        if body["messages"][-1]["content"][0]["text"] == "long":
+            self.provider.waiting.release()
+            assert self.provider.gate.wait(5 * WAIT)
+        self.as_says(name, body)
+
+
+class NamedProvider(Provider):
+    """A provider whose long answers can be held back; ``waiting`` counts them."""
+
+    handler = NamedHandler
 
     def __init__(self) -> None:
         super().__init__()
         self.waiting = threading.Semaphore(0)
-
-        def as_named(handler: Any, name: str, body: Any) -> None:
-            if body["messages"][-1]["content"][0]["text"] == "long":
-                self.waiting.release()
-                assert self.gate.wait(WAIT)
-            handler.as_says(name, body)
-
-        self._server.RequestHandlerClass.as_named = as_named  # type: ignore[attr-defined]
 
     def config(self, *models: str, **changes: Any) -> dict[str, Any]:
         return super().config(*models, **{"bind_address": ANY_PORT, **changes})
@@ -142,13 +149,22 @@ def provider() -> Iterator[NamedProvider]:
     made.close()
 
 
+def ends_on_sigterm(daemon: Daemon, what: str) -> None:
+    """End the manager, which takes all it has started along; print how long it took."""
+    begin = time.monotonic()
+    daemon.signal(signal.SIGTERM)
+    assert daemon.process.wait(WAIT) == 0
+    timed(what, time.monotonic() - begin, 1.0)
+    assert processes_with(daemon.marker) == []
+
+
 def stopped_at_the_end(daemon: Daemon) -> Iterator[Daemon]:
     """Yield the daemon; see that no module is left, and that the next test does not suffer."""
     yield daemon
     for kind in ("llm", "web"):
         stop_module(daemon, kind)
     try:
-        eventually(lambda: not daemon.descendants(), 1, "no process is left")
+        eventually(lambda: not daemon.descendants(), what="no process is left")
     finally:
         for pid in daemon.descendants():
             kill(pid)
@@ -303,7 +319,7 @@ def test_an_address_in_use(manager: Daemon, provider: NamedProvider) -> None:
         for taken in (address, manager.address):
             begin = time.monotonic()
             reply = try_start(manager, provider.config("echo", bind_address=taken))
-            assert time.monotonic() - begin < 1
+            timed("an address in use is an error", time.monotonic() - begin, 0.2)
             refused(reply, taken, "in use")
             assert status(manager)["state"] == "stopped"
     start_module(manager, provider.config("echo", bind_address=address))
@@ -327,7 +343,7 @@ def test_statistics(manager: Daemon, provider: NamedProvider) -> None:
     def counted() -> Any:
         return status(manager)["stats"].get("backends", {}).get("b0", {}).get("echo", {})
 
-    eventually(lambda: counted().get("requests") == 1, 5, "statistics")
+    eventually(lambda: counted().get("requests") == 1, what="statistics")
     assert counted()["total_tokens"] == 10
 
 
@@ -348,7 +364,7 @@ def test_the_log_level_reaches_the_module(manager: Daemon, provider: NamedProvid
             client.close()
             return any(from_module(record) for record in list(manager.records))
 
-        eventually(seen, 5, "debug lines of the module")
+        eventually(seen, what="debug lines of the module")
     finally:
         manager.post("/log/level", {"level": "info"})
     assert manager.wait_log(from_module)["level"] == "debug"
@@ -425,8 +441,8 @@ def test_killed_while_serving(manager: Daemon, provider: NamedProvider) -> None:
     # Nobody is refused meanwhile: who comes now waits a little.
     with ThreadPoolExecutor(1) as pool:
         early = pool.submit(answer_at, address)
-        eventually(lambda: status(manager)["state"] == "starting")
-        down = status(manager)
+        down = eventually(lambda: (now := status(manager))["state"] == "starting" and now)
+        assert down
         assert "signal 9" in down["last_error"]
         assert down["pid"] is None
         eventually(lambda: status(manager)["state"] == "running")
@@ -500,14 +516,12 @@ def test_kill_9_of_the_manager(start: Start, provider: NamedProvider) -> None:
     held = connect(address)
     held.send(prompt("long"))
     assert provider.waiting.acquire(timeout=WAIT)
-    begin = time.monotonic()
     daemon.process.kill()
-    eventually(lambda: not alive(pid), 1.0, "the module is gone")
-    report(f"module gone {time.monotonic() - begin:.3f} s after kill -9 of the manager")
+    within(1.0, lambda: not alive(pid), "the module is gone after kill -9 of the manager")
     held.close()
-    eventually(lambda: processes_with(daemon.marker) == [], 1.0)
+    eventually(lambda: processes_with(daemon.marker) == [])
     # The last thread of a killed process may outlive its leader by a moment, and the socket too.
-    eventually(lambda: is_free(address), 1.0, "the address is free")
+    eventually(lambda: is_free(address), what="the address is free")
 
 
 def test_sigterm_of_the_manager(start: Start, provider: NamedProvider) -> None:
@@ -518,13 +532,7 @@ def test_sigterm_of_the_manager(start: Start, provider: NamedProvider) -> None:
     clients[0].send(prompt("long"))
     assert provider.waiting.acquire(timeout=WAIT)
     assert clients[1].prompt("x") == ok("x")
-    begin = time.monotonic()
-    daemon.signal(signal.SIGTERM)
-    assert daemon.process.wait(10) == 0
-    seconds = time.monotonic() - begin
-    report(f"SIGTERM of the manager with a module and 5 connections: {seconds:.2f} s")
-    assert seconds < 3
-    assert processes_with(daemon.marker) == []
+    ends_on_sigterm(daemon, "SIGTERM of the manager with a module and 5 connections")
     assert is_free(address)
     for client in clients:
         client.close()
@@ -594,11 +602,11 @@ def test_restart_at_another_address(manager: Daemon, provider: NamedProvider) ->
     assert answer_at(new) == "new"
     assert status(manager)["draining"] == 1
 
-    eventually(lambda: is_free(old), 2, "the old address is free")
+    eventually(lambda: is_free(old), what="the old address is free")
     provider.gate.set()
     assert held.receive() == ok("old")
     held.close()
-    eventually(lambda: status(manager)["draining"] == 0, 5)
+    eventually(lambda: status(manager)["draining"] == 0)
 
 
 def test_restart_under_load(manager: Daemon, provider: NamedProvider) -> None:
@@ -637,9 +645,12 @@ def test_restart_under_load(manager: Daemon, provider: NamedProvider) -> None:
     with ThreadPoolExecutor(64) as pool:
         restarts = pool.submit(keep_restarting)
         begin = time.monotonic()
-        attempts = []
-        for count in range(seconds * rate):
-            time.sleep(max(0.0, begin + count / rate - time.monotonic()))
+        attempts: list[Future[None]] = []
+        # Longer on a machine that is so busy that it has not seen three restarts by then.
+        while len(attempts) < seconds * rate or (
+            len(in_force) <= 3 and time.monotonic() - begin < 60 and not restarts.done()
+        ):
+            time.sleep(max(0.0, begin + len(attempts) / rate - time.monotonic()))
             attempts.append(pool.submit(attempt))
         paced = time.monotonic() - begin
         stop.set()
@@ -659,10 +670,9 @@ def test_restart_under_load(manager: Daemon, provider: NamedProvider) -> None:
     )
     assert errors == []
     assert done >= 3
-    assert paced < seconds + 1
-    assert max(stale, default=0.0) < 0.5
+    timed("an old generation is reached after the restart's answer", max(stale, default=0.0), 0.05)
     assert answer_at(address) == str(done)
-    eventually(lambda: status(manager)["draining"] == 0, 5, "old generations end")
+    eventually(lambda: status(manager)["draining"] == 0, what="old generations end")
 
 
 def test_status_is_quick_meanwhile(manager: Daemon, provider: NamedProvider) -> None:
@@ -692,11 +702,11 @@ def test_status_is_quick_meanwhile(manager: Daemon, provider: NamedProvider) -> 
     finally:
         over.set()
         thread.join()
-    eventually(lambda: len(os.listdir(f"/proc/{manager.pid}/fd")) <= files, 2, "no open files")
+    eventually(lambda: len(os.listdir(f"/proc/{manager.pid}/fd")) <= files, what="no open files")
     times.sort()
-    p50, p99 = (times[int(len(times) * part)] * 1000 for part in (0.5, 0.99))
-    report(f"/status: {len(times)} times, p50 {p50:.1f} ms, p99 {p99:.1f} ms")
-    assert p99 < 500, "the goal is 50 ms on an idle machine"
+    p50, p99 = (times[int(len(times) * part)] for part in (0.5, 0.99))
+    report(f"/status: {len(times)} times, p50 {p50 * 1000:.1f} ms")
+    timed("/status p99 while modules start, stop and drain", p99, 0.05)
 
 
 # --- external commands ---
@@ -818,7 +828,7 @@ def test_a_command_that_exits_at_once(external: Daemon) -> None:
     refused(
         try_start(external, command("exit", says="no licence\nat all")), "exit code 3", "at all"
     )
-    assert time.monotonic() - begin < 2
+    timed("a command that exits at once is an error", time.monotonic() - begin, 0.5)
     now = status(external)
     assert now["state"] == "stopped"
     assert "no licence" in now["last_error"]
@@ -851,7 +861,7 @@ def ask_everything_at_once(daemon: Daemon, configs: list[dict[str, Any]]) -> Non
             assert "in use" not in reply.json["error"], reply.json
     assert status(daemon)["state"] in ("running", "stopped")
     pid = status(daemon)["pid"]
-    eventually(lambda: daemon.descendants() == ([pid] if pid else []), 2, "one process at most")
+    eventually(lambda: daemon.descendants() == ([pid] if pid else []), what="one process at most")
     if pid is not None:
         assert stop_module(daemon) == "module_stopped"
     start_module(daemon, configs[0])
@@ -902,7 +912,7 @@ def test_a_command_restarted_in_vain_that_does_not_come_back(
     now = status(external)
     if now["state"] in ("stopped", "failed"):
         start_module(external, config)
-    eventually(lambda: status(external)["state"] == "running", 8, "it comes back")
+    eventually(lambda: status(external)["state"] == "running", what="it comes back")
     assert name_at(address) == "old"
 
 
@@ -921,7 +931,7 @@ def test_a_command_whose_address_is_taken_when_it_dies(external: Daemon) -> None
     other = eventually(take)
     assert other is not None
     with other:
-        eventually(lambda: "in use" in (status(external)["last_error"] or ""), 5)
+        eventually(lambda: "in use" in (status(external)["last_error"] or ""))
         assert status(external)["state"] == "starting"
     eventually(lambda: status(external)["state"] == "running")
     assert name_at(address) == "mine"
@@ -935,7 +945,7 @@ def test_stop_while_it_starts(external: Daemon) -> None:
     refused(try_start(external, command(), "web"), code="module_already_running")
     begin = time.monotonic()
     stop_module(external, "web")
-    assert time.monotonic() - begin < 2
+    timed("a stop while it starts", time.monotonic() - begin, 0.5)
     refused(starting.reply(), "signal 9")
     assert status(external, "web")["state"] == "stopped"
 
@@ -970,12 +980,8 @@ def test_sigterm_of_the_manager_while_modules_start(external_root: Root) -> None
         eventually(lambda: status(daemon, "web")["state"] == "starting")
         kill(status(daemon)["pid"])
         eventually(lambda: status(daemon)["state"] == "starting")
-        begin = time.monotonic()
-        daemon.signal(signal.SIGTERM)
+        ends_on_sigterm(daemon, "SIGTERM of the manager while modules start")
         refused(starting.reply())
-        assert daemon.process.wait(10) == 0
-        assert time.monotonic() - begin < 3
-        assert processes_with(daemon.marker) == []
         daemon.wait()
         assert daemon.errors == ""
     finally:
@@ -986,12 +992,7 @@ def test_sigterm_of_the_manager_with_a_stubborn_command(external_root: Root) -> 
     daemon = Daemon.serve(external_root)
     try:
         start_module(daemon, command("stubborn"))
-        begin = time.monotonic()
-        daemon.signal(signal.SIGTERM)
-        assert daemon.process.wait(10) == 0
-        seconds = time.monotonic() - begin
-        report(f"SIGTERM of the manager with a stubborn command: {seconds:.2f} s")
-        assert seconds < 3
+        ends_on_sigterm(daemon, "SIGTERM of the manager with a stubborn command")
         assert processes_with(daemon.marker) == []
     finally:
         daemon.close()
@@ -1000,7 +1001,8 @@ def test_sigterm_of_the_manager_with_a_stubborn_command(external_root: Root) -> 
 def test_one_never_listens_and_one_keeps_dying(external: Daemon) -> None:
     """Both take their time, so they share it."""
     begin = time.monotonic()
-    silent = external.send("POST", "/module/start", {"module_type": "web", "config": command()})
+    body = {"module_type": "web", "config": command()}
+    silent = external.send("POST", "/module/start", body, timeout=100)
     before = status(external)
     start_module(external, command("brief", says="cannot go on"))
     seen: list[tuple[float, int]] = []
@@ -1019,8 +1021,8 @@ def test_one_never_listens_and_one_keeps_dying(external: Daemon) -> None:
 
     thread = threading.Thread(target=wait_for_silent)
     thread.start()
-    eventually(failed, 40, "it has failed")
-    thread.join(WAIT)
+    eventually(failed, 90, "it has failed")
+    thread.join(100)
     report("restarts at " + ", ".join(f"{moment:.1f} s" for moment, _ in seen[1:]))
     now = status(external)
     assert now["restarts"] - before["restarts"] == MODULE_QUICK_DEATHS - 1
@@ -1031,7 +1033,8 @@ def test_one_never_listens_and_one_keeps_dying(external: Daemon) -> None:
     # The other one.
     (moment, reply) = replies[0]
     refused(reply, f"within {MODULE_READY_SECONDS:g} s")
-    assert MODULE_READY_SECONDS - 0.5 < moment < MODULE_READY_SECONDS + 2
+    assert moment > MODULE_READY_SECONDS - 0.5
+    timed("a command that never listens is an error", moment, MODULE_READY_SECONDS)
     assert status(external, "web")["state"] == "stopped"
     # It has failed, which is not for ever: it can be started, and begins to count anew.
     config = command(name="better")

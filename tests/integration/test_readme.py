@@ -8,13 +8,18 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import yaml
 from attrs import frozen
+
+from genvm_manager import SETTINGS, Api, ManagerError, load_config, parse_manifest
 
 from .support import PROJECT, SOURCE, Daemon, Root
 
 README = PROJECT / "README.md"
+TEXT = README.read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:3999"
 BLOCK = re.compile(r"^```(?:sh|console|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 KEY = re.compile(r'"([A-Za-z_]+)":')
@@ -63,7 +68,7 @@ def examples(text: str) -> Iterator[Example]:
                 yield Example(first_line + start, command, reply)
 
 
-EXAMPLES = list(examples(README.read_text(encoding="utf-8"))) if README.exists() else []
+EXAMPLES = list(examples(TEXT))
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +112,55 @@ def test_example(readme_daemon: Daemon, example: Example) -> None:
             assert reply == json.loads(documented)
         missing = [key for key in KEY.findall(documented) if f'"{key}"' not in body]
         assert missing == [], f"documented, but not in {body}"
+
+
+# --- what it lists ---
+
+
+def yaml_block(beginning: str) -> str:
+    """Return the YAML block that begins with this text."""
+    (found,) = re.findall(rf"^```yaml\n({re.escape(beginning)}.*?)^```$", TEXT, re.M | re.S)
+    return str(found)
+
+
+def codes_of(kind: type[ManagerError]) -> set[str]:
+    """Return the codes of an error and of all that are derived from it."""
+    return {kind.code}.union(*(codes_of(child) for child in kind.__subclasses__()))
+
+
+def test_every_endpoint_is_listed() -> None:
+    endpoints = {
+        (method, rule.rule.replace("<int:genvm_id>", "ID"))
+        for rule in Api.app.url_map.iter_rules()
+        for method in set(rule.methods or ()) - {"HEAD", "OPTIONS"}
+    }
+    assert len(endpoints) >= 17
+    listed = set(re.findall(r"`(GET|POST|DELETE) (/[^` ]*)`", TEXT))
+    assert endpoints <= listed
+    assert {path for _, path in listed} == {path for _, path in endpoints}
+
+
+def test_every_error_is_listed() -> None:
+    # These have no way to a client: they stop the start, or become another error or a result.
+    inside = {"config_invalid", "calldata_invalid", "host_protocol_error", "provider_error"}
+    listed = set(re.findall(r"`([a-z_]+)`", TEXT))
+    assert codes_of(ManagerError) - inside <= listed
+
+
+def test_every_setting_is_listed() -> None:
+    assert set(SETTINGS) <= set(re.findall(r"`([a-z_]+)`", TEXT))
+
+
+def test_the_configuration_files_load(readme_daemon: Daemon, tmp_path: Path) -> None:
+    manifest = tmp_path / "data" / "manifest.yaml"
+    manifest.parent.mkdir()
+    manifest.write_text(yaml_block("executor_versions:"))
+    assert len(parse_manifest(manifest.read_text(), "README").versions) == 2
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml_block("# config/genvm-manager.yaml"))
+    config = load_config({"config": str(path), "root": str(tmp_path)}, {})
+    assert (config.permits, config.execution_retention) == (16, 600)
+    settings = yaml.safe_load(yaml_block("# config/genvm-module-llm.yaml"))
+    body = {"module_type": "llm", "config": {**settings, "bind_address": "127.0.0.1:0"}}
+    assert readme_daemon.post("/module/start", body) == {"result": "module_started"}
+    assert readme_daemon.post("/module/stop", body) == {"result": "module_stopped"}

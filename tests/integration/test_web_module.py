@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import (
     encode_dss_signature,
 )
 
-from .support import WAIT, Root, eventually, memory_of, report
+from .support import WAIT, Root, eventually, memory_of, report, timed
 from .test_module_service import call
 from .web_support import Exchange, WebModule, WebServer, causes, render, request
 
@@ -197,13 +197,14 @@ def test_broken_gzip(module: WebModule, web: WebServer, data: bytes) -> None:
 
 def test_gzip_bomb(module: WebModule, web: WebServer) -> None:
     bomb = gzip.compress(bytes(256 << 20), 9)
+    before = memory_of(module.process.pid)
     web.answers["/"] = lambda e: e.reply(bomb, b"Content-Encoding: gzip")
     answer = module.get(web.url)
     assert causes(answer) == ["READING_BODY"]
     assert "longer than 10485760 bytes" in reason(answer)
-    peak = memory_of(module.process.pid) >> 20
-    report(f"a bomb of {len(bomb)} bytes for 256 MiB: peak of the module {peak} MiB")
-    assert peak < 160
+    grown = (memory_of(module.process.pid) - before) >> 20
+    report(f"a bomb of {len(bomb)} bytes for 256 MiB: the module grows by {grown} MiB")
+    assert grown < 128
 
 
 def test_bodies_up_to_the_limit(module: WebModule, web: WebServer) -> None:
@@ -222,7 +223,7 @@ def test_an_endless_body(module: WebModule, web: WebServer) -> None:
     web.answers["/"] = answer
     begin = time.monotonic()
     assert causes(module.get(web.url)) == ["READING_BODY"]
-    assert time.monotonic() - begin < 10
+    timed("an endless body is an error", time.monotonic() - begin, 1.0)
 
 
 def test_endless_headers(module: WebModule, web: WebServer) -> None:
@@ -266,7 +267,9 @@ def test_time(start: Start, web: WebServer, kind: str) -> None:
     module = start(timeout="1s")
     begin = time.monotonic()
     assert causes(module.get(web.url)) == ["TIMEOUT"]
-    assert 0.9 < time.monotonic() - begin < 8
+    seconds = time.monotonic() - begin
+    assert seconds > 0.9
+    timed(f"{kind} with a limit of 1 s", seconds, 1.0)
     assert gone.wait(WAIT)
 
 
