@@ -226,6 +226,7 @@ from twisted.python.logfile import LogFile
 from twisted.web.client import (
     Agent,
     BrowserLikePolicyForHTTPS,
+    GzipDecoder,
     HTTPConnectionPool,
     ResponseDone,
     ResponseNeverReceived,
@@ -3031,6 +3032,8 @@ EXTRA_ARGUMENTS_MAX = 4096
 LOG_MAX_RECORDS = 10_000
 LOG_MAX_BYTES = 16 * MIB
 LOG_LINE_MAX_BYTES = 6 * MIB
+#: A line with more members is kept as text: reading them would hold the reactor.
+LOG_LINE_MAX_MEMBERS = 50_000
 LISTED_FINISHED = 1000
 #: What a finished execution is reckoned to cost beyond its output.
 RECORD_BYTES = 2 * KIB
@@ -3174,6 +3177,8 @@ def _line_text(line: bytes) -> bytes:
 
 def parse_log_line(line: bytes) -> dict[str, Any] | None:
     """Return the JSON object on a line of the log pipe, or nothing if it is something else."""
+    if line.count(b",") > LOG_LINE_MAX_MEMBERS:
+        return None
     try:
         record = _json_decoder.decode(line.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -4961,8 +4966,8 @@ def provider_named(name: str) -> Provider:
 # asks, or why.
 
 
-class _BodyTooLong(Exception):
-    """A response body is longer than its reader takes."""
+class _BadBody(Exception):
+    """A response body is longer than its reader takes, or not what it says to be."""
 
 
 class _BodyReader(Protocol):
@@ -4981,7 +4986,7 @@ class _BodyReader(Protocol):
         if len(self._data) > self._limit:
             self._drop()
             if not self.done.called:
-                self.done.errback(_BodyTooLong(f"longer than {self._limit} bytes"))
+                self.done.errback(_BadBody(f"longer than {self._limit} bytes"))
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """See ``Protocol``."""
@@ -4996,6 +5001,47 @@ class _BodyReader(Protocol):
         self._data.clear()
         if self.transport is not None:
             self.transport.loseConnection()
+
+
+class _GzipReader(_BodyReader):
+    """Collects a compressed body; the limit is that of the text."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        self._begun = False
+
+    def dataReceived(self, data: bytes) -> None:
+        """See ``Protocol``."""
+        self._begun = True
+        try:
+            while data and not self.done.called:
+                if self._gzip.eof:  # another member of the file follows
+                    self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
+                room = self._limit - len(self._data) + 1
+                super().dataReceived(self._gzip.decompress(data, room))
+                data = self._gzip.unconsumed_tail or self._gzip.unused_data
+        except zlib.error as error:
+            self.done.errback(_BadBody(f"gzip: {error}"))
+            self._drop()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """See ``Protocol``."""
+        if self._begun and not self._gzip.eof and not self.done.called:
+            self.done.errback(_BadBody("gzip: cut off"))
+        super().connectionLost(reason)
+
+
+def _read_body(response: Any, limit: int) -> Deferred[bytes]:
+    """Return the body of a response of treq.
+
+    A compressed one is unpacked here: treq's decoder has no limit for what a piece may become.
+    """
+    raw, reader = getattr(response, "original", response), _BodyReader(limit)
+    while isinstance(raw, GzipDecoder):  # more than once is nothing that a provider does
+        raw, reader = raw.original, _GzipReader(limit)
+    raw.deliverBody(reader)
+    return reader.done
 
 
 def make_http_client(reactor: Any, pool: HTTPConnectionPool) -> treq.client.HTTPClient:
@@ -5045,9 +5091,7 @@ class LlmClient:
         try:
             response = await self._send(url, headers, data)
             status = response.code
-            reader = _BodyReader(LLM_ANSWER_MAX_BYTES)
-            response.deliverBody(reader)
-            body = await reader.done
+            body = await _read_body(response, LLM_ANSWER_MAX_BYTES)
         except CancelledError:
             raise
         except Exception as error:
@@ -5157,7 +5201,7 @@ def connection_problem(error: BaseException) -> tuple[ErrorKind, str]:
         return ErrorKind.TLS, str(error) or type(error).__name__
     if isinstance(error, (ConnectTimeoutError, TCPTimedOutError)):
         return ErrorKind.TIMEOUT, str(error)
-    if isinstance(error, _BodyTooLong):
+    if isinstance(error, _BadBody):
         return ErrorKind.BAD_RESPONSE, str(error)
     if type(error).__name__ == "ParseError":  # Twisted's, for a reply that is no HTTP; private
         return ErrorKind.BAD_RESPONSE, f"no HTTP: {error}"
@@ -8192,35 +8236,6 @@ def was_cancelled(error: BaseException) -> bool:
     )
 
 
-class _GzipReader(_BodyReader):
-    """Collects a compressed body; the limit is that of the text."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(limit)
-        self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        self._begun = False
-
-    def dataReceived(self, data: bytes) -> None:
-        """See ``Protocol``."""
-        self._begun = True
-        try:
-            while data and not self.done.called:
-                if self._gzip.eof:  # another member of the file follows
-                    self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
-                room = self._limit - len(self._data) + 1
-                super().dataReceived(self._gzip.decompress(data, room))
-                data = self._gzip.unconsumed_tail or self._gzip.unused_data
-        except zlib.error as error:
-            self.done.errback(ProviderError(ErrorKind.BAD_RESPONSE, f"gzip: {error}"))
-            self._drop()
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """See ``Protocol``."""
-        if self._begun and not self._gzip.eof and not self.done.called:
-            self.done.errback(ProviderError(ErrorKind.BAD_RESPONSE, "gzip: cut off"))
-        super().connectionLost(reason)
-
-
 @implementer(IBodyProducer)
 class _Body:
     """A request body in memory, sent piece by piece as the server takes it."""
@@ -9859,9 +9874,8 @@ def header_text(request: Request, name: bytes) -> str | None:
 
 def host_name(host: str) -> str:
     """Return the name or IP literal in a ``Host`` header, without port and brackets."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
-    return host.partition(":")[0].lower()
+    literal, closed, _ = host.removeprefix("[").partition("]")
+    return (literal if closed and host.startswith("[") else host.partition(":")[0]).lower()
 
 
 class PieceProducer:
@@ -10249,7 +10263,7 @@ class Api:
     @app.handle_errors(HTTPException)
     def routing_failed(self, request: Request, failure: Failure) -> bytes | None:
         """Answer a request that no route fits."""
-        error: ManagerError = EndpointNotFound("no such endpoint; see the API reference")
+        error: ManagerError = EndpointNotFound("no such endpoint; README.md lists them")
         if isinstance(failure.value, werkzeug.exceptions.MethodNotAllowed):
             allowed = sorted(failure.value.valid_methods or ())
             error = MethodNotAllowed(f"use {' or '.join(allowed)} here", allowed=allowed)

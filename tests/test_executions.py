@@ -1084,6 +1084,18 @@ def test_a_line_that_is_nested_without_end_is_a_record() -> None:
     assert (record["message"], truncated) == ("genvm log", [])
 
 
+@pytest.mark.parametrize(("members", "is_read"), [(50_000, True), (50_001, False)])
+def test_a_line_of_more_values_than_are_read_is_kept_as_text(members: int, is_read: bool) -> None:
+    """Reading six megabytes of them would hold the reactor for half a second."""
+    line = b'{"level":"warn","n":[%s]}' % b",".join([b"{}"] * members)
+    ((record,), truncated) = records_of(line + b"\n")
+    assert truncated == []
+    if is_read:
+        assert (record["level"], len(record["n"])) == ("warn", members)
+    else:
+        assert record == {"level": "info", "message": "genvm log", "line": line.decode()}
+
+
 @given(st.lists(st.binary(max_size=30)))
 @example([b'{"level": 1e999}'])
 @example([b'{"level": "a", "level": "b"}'])

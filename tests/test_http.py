@@ -688,27 +688,15 @@ OUR_HOSTS = [
 OTHER_HOSTS = [
     *("evil.example", "evil.example:3999", "127.0.0.1.evil", "localhost.evil", "my.node.evil"),
     *("x.my.node", "", "192.168.1.9", "0.0.0.0", "127.0.0.1@evil", "[evil]"),
+    *("[::1", "[::1:3999", "::1]", "[]", "["),
 ]
 
 
 @pytest.mark.parametrize(
     ("host", "address", "served"),
     [
-        *((name, LISTENING, True) for name in ("127.0.0.1", "127.0.0.1:3999", "localhost")),
-        *(
-            (name, LISTENING, True)
-            for name in ("LocalHost:1", "localhost.", "[::1]:3999", "127.8.8.8")
-        ),
-        *((name, LISTENING, True) for name in ("my.node", "MY.NODE:80")),
-        *(
-            (name, LISTENING, False)
-            for name in ("evil.example", "evil.example:3999", "127.0.0.1.evil")
-        ),
-        *((name, LISTENING, False) for name in ("localhost.evil", "my.node.evil", "x.my.node", "")),
-        *(
-            (name, LISTENING, False)
-            for name in ("192.168.1.9", "0.0.0.0", "127.0.0.1@evil", "[evil]")
-        ),
+        *((name, LISTENING, True) for name in OUR_HOSTS),
+        *((name, LISTENING, False) for name in OTHER_HOSTS),
         ("192.168.1.9:3999", V4, True),
         ("192.168.1.8:3999", V4, False),
         ("127.0.0.1", V4, True),
