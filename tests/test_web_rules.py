@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import gc
+import hashlib
 import ipaddress
 import os
 import queue
@@ -28,16 +30,20 @@ from twisted.web.http_headers import Headers
 
 from genvm_manager import (
     CALLER_LOOKUPS,
+    INLINE_DIGEST_BYTES,
     NAME_THREADS,
     TOP_LEVEL_DOMAINS,
     WEB_HEAD_MAX_BYTES,
     AnyObject,
+    Caller,
     CheckedEndpoint,
     ConfigError,
     InvalidRequest,
     Names,
     NameThreads,
     RequestFailure,
+    RequestSigner,
+    Signer,
     Target,
     Traffic,
     UrlRules,
@@ -406,12 +412,15 @@ def test_bytes_are_counted() -> None:
 
 
 class Threads:
-    """A reactor and its pool: each name is looked up until ``answer`` says what came of it."""
+    """A reactor and its pool: each call in a thread, known by its argument, waits for a word."""
 
     def __init__(self) -> None:
-        self.running: dict[str, Callable[[], None]] = {}
+        self.running: dict[Any, Callable[[], None]] = {}
 
-    def callInThreadWithCallback(self, done: Any, function: Any, name: str) -> None:
+    def getThreadPool(self) -> Threads:
+        return self
+
+    def callInThreadWithCallback(self, done: Any, function: Any, name: object) -> None:
         def finish() -> None:
             try:
                 result = function(name)
@@ -425,7 +434,7 @@ class Threads:
     def callFromThread(self, function: Any, *given: Any) -> None:
         function(*given)
 
-    def answer(self, name: str) -> None:
+    def answer(self, name: object) -> None:
         self.running.pop(name)()
 
 
@@ -657,6 +666,32 @@ def test_signature_base() -> None:
         '"genlayer-node-address": 0xaa\n"genlayer-tx-id": 0xbb\n"genlayer-salt": c2FsdA==\n'
         f'"content-digest": sha-256=:ZA==:\n"@query": ?q=1\n"@signature-params": {parameters}'
     )
+
+
+class UnreachableSigner:
+    """The HTTP client of a signer that cannot be reached; keeps what it would have signed."""
+
+    def __init__(self) -> None:
+        self.bases: list[bytes] = []
+
+    async def request(self, method: str, url: str, *, data: bytes, **_: object) -> None:
+        self.bases.append(data)
+        raise ConnectionRefusedError
+
+
+@pytest.mark.parametrize("size", [INLINE_DIGEST_BYTES, INLINE_DIGEST_BYTES + 1])
+def test_large_bodies_are_hashed_in_a_thread(threads: Threads, size: int) -> None:
+    http, body = UnreachableSigner(), bytes(size)
+    signer = RequestSigner(Signer("http://signer/", {}), cast(Any, http), threads)
+    request = WebRequest("POST", RULES.check("https://example.com/"), {}, body)
+    work = Deferred.fromCoroutine(signer.sign(request, Caller("c1", None, {})))
+    assert (body in threads.running) == (size > INLINE_DIGEST_BYTES)
+    for waiting in list(threads.running):
+        assert http.bases == []
+        threads.answer(waiting)
+    assert isinstance(problem_of(work), RequestFailure)
+    digest = base64.b64encode(hashlib.sha256(body).digest())
+    assert b'"content-digest": sha-256=:' + digest + b":\n" in http.bases[0]
 
 
 # --- text and configuration ---

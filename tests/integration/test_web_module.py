@@ -779,6 +779,12 @@ def test_signing(start: Start, web: WebServer) -> None:
     assert '"content-digest"' not in shorter
     assert '"@query"' not in shorter
     assert shorter['"genlayer-salt"'] != found['"genlayer-salt"']
+    # A large body, which is hashed in a thread.
+    large = os.urandom(5 << 20)
+    module.get(f"{web.url}/p", method="POST", body=large, sign=True)
+    seen = web.requests.pop()
+    digest = base64.b64encode(hashlib.sha256(large).digest()).decode()
+    assert signer.verify(seen, f"127.0.0.1:{web.port}")['"content-digest"'] == f"sha-256=:{digest}:"
     # A redirect does not take the signature along.
     web.answers["/r"] = lambda e: e.reply(b"", b"Location: /p", status=b"302 X")
     module.get(f"{web.url}/r", sign=True)
