@@ -46,10 +46,11 @@ The file is one module in sections, each of which uses only what stands above it
 13d. LLM service: JSON of models.
 13e. LLM service: prompts, selection of models, hand-over, statistics.
 13f. Web service: which URLs and addresses are public.
-13g. Web service: requests, redirects, signing.
-13h. Web service: one Chromium per page, and its way to the network.
-13i. Web service: rendering.
-13j. Web service: settings, requests, statistics.
+13g. Web service: names, and connections to addresses that were checked.
+13h. Web service: requests, redirects, signing.
+13i. Web service: one Chromium per page, and its way to the network.
+13j. Web service: rendering.
+13k. Web service: settings, requests, statistics.
 14. HTTP connections: limits, access, errors as JSON.
 14b. HTTP API: the routes.
 15. Practice executor: a stand-in for GenVM that interprets small scripts (15 to 15d).
@@ -127,6 +128,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Hashable,
     Iterable,
     Iterator,
     Mapping,
@@ -153,6 +155,7 @@ from typing import (
     get_origin,
 )
 from urllib.parse import quote, urlencode, urljoin, urlsplit
+from weakref import WeakValueDictionary
 
 import attrs
 import cattrs
@@ -204,7 +207,6 @@ from twisted.internet.interfaces import (
     IHalfCloseableProtocol,
     IPushProducer,
     IReadDescriptor,
-    IResolutionReceiver,
     IStreamClientEndpoint,
 )
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
@@ -223,6 +225,7 @@ from twisted.protocols.basic import LineReceiver
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
 from twisted.python.logfile import LogFile
+from twisted.python.threadpool import ThreadPool
 from twisted.web.client import (
     Agent,
     BrowserLikePolicyForHTTPS,
@@ -6596,6 +6599,9 @@ class ModuleService:
         """Return plain integers and texts, in maps."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Let go of what the service holds, without waiting: its process ends."""
+
 
 #: Services by the kind of module.
 MODULE_SERVICES: dict[str, type[ModuleService]] = {}
@@ -6919,6 +6925,7 @@ def run_module_service(kind: str) -> int:
         return 0
 
     def end(status: int) -> None:
+        service.close()
         observer.stop()
         os._exit(status)  # at once: a thread may hang in a resolver
 
@@ -7649,11 +7656,10 @@ def without_key(value: CalldataValue, key: str) -> CalldataValue:
 # =============================================================================
 #
 # Owns which doors are open to contracts (PROTOCOLS.md section 6): the rules for
-# URLs, the rules for network addresses, and connections only to addresses that
-# were checked. Uses module services. Never speaks HTTP.
+# URLs and the rules for network addresses. Uses module services. Never asks a name
+# server or opens a connection.
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
-CONNECT_SECONDS = 10.0
 URL_MAX_CHARACTERS = 8192
 #: The labels of the root zone, from the ICANN part of the Public Suffix List of 2026-10-22 (as in
 #: the package publicsuffixlist 1.1.2.20261023), without "onion", which no name server answers for.
@@ -7986,28 +7992,86 @@ def read_host(text: str) -> str:
     return canonical_host(f"[{text}]" if bare else text)
 
 
-@implementer(IResolutionReceiver)
-class _Resolution:
-    """Collects the addresses of a name."""
+# =============================================================================
+# 13g. Web service: names
+# =============================================================================
+#
+# Owns the way from a name to a connection: lookups, shared out fairly among those
+# who ask, connections only to addresses that were checked, and the count of what
+# they bring. Uses web addresses. Never speaks HTTP.
 
-    def __init__(self) -> None:
-        self.addresses: list[str] = []
-        self.done: Deferred[None] = Deferred()
-
-    def resolutionBegan(self, resolutionInProgress: object) -> None:
-        """See ``IResolutionReceiver``."""
-
-    def addressResolved(self, address: IAddress) -> None:
-        """See ``IResolutionReceiver``."""
-        self.addresses.append(cast(Any, address).host)
-
-    def resolutionComplete(self) -> None:
-        """See ``IResolutionReceiver``."""
-        if not self.done.called:
-            self.done.callback(None)
+CONNECT_SECONDS = 10.0
+#: How many names are looked up at once: for everybody, and for one caller.
+NAME_THREADS = 32
+CALLER_LOOKUPS = 4
+#: Returns the addresses of a name: none if it has none.
+LookUp: TypeAlias = Callable[[str], Awaitable[list[str]]]
 
 
-async def open_addresses(reactor: Any, target: Target) -> list[str]:
+class NameThreads(ThreadPool):
+    """Threads that may hang in the resolver: nothing waits for their end, not even Python's."""
+
+    threadFactory: Any = functools.partial(threading.Thread, daemon=True)
+
+    def stop(self) -> None:
+        """Take no more work, and have each thread end as soon as it can."""
+        self.threads.clear()  # those that would be joined
+        super().stop()
+
+
+def addresses_of(name: str) -> list[str]:
+    """Ask the resolver of this machine, which may take as long as it likes."""
+    try:
+        found = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
+    except socket.gaierror:
+        return []
+    return [str(place[0]) for *_, place in found]
+
+
+class Names:
+    """Looks up names for many callers; those of slow name servers delay only who asks for them.
+
+    A lookup cannot be cancelled, so one that nobody waits for any more still counts as its
+    caller's until it is over.
+    """
+
+    def __init__(
+        self, reactor: Any, pool: Any, resolve: Callable[[str], list[str]] = addresses_of
+    ) -> None:
+        self._reactor = reactor
+        self._pool = pool
+        self._resolve = resolve
+        self._threads = DeferredSemaphore(NAME_THREADS)
+        # A line stays for as long as a request or a thread refers to it.
+        self._lines: WeakValueDictionary[Hashable, DeferredSemaphore] = WeakValueDictionary()
+
+    def look_up_for(self, caller: Hashable) -> LookUp:
+        """Return the way for a caller to look up names; equal callers share it."""
+        line = self._lines.setdefault(caller, DeferredSemaphore(CALLER_LOOKUPS))
+        return functools.partial(self._look_up, line)
+
+    def close(self) -> None:
+        """End the threads; whoever still asks gets no answer."""
+        self._pool.stop()
+
+    async def _look_up(self, line: DeferredSemaphore, name: str) -> list[str]:
+        await line.acquire()
+        try:
+            await self._threads.acquire()
+        except CancelledError:
+            line.release()
+            raise
+
+        def over(result: Value) -> Value:
+            line.release()
+            self._threads.release()
+            return result
+
+        lookup = deferToThreadPool(self._reactor, self._pool, self._resolve, name)
+        return await detached(lookup.addBoth(over))
+
+
+async def open_addresses(look_up: LookUp, target: Target) -> list[str]:
     """Resolve a target's host once, and return the addresses that may be connected to.
 
     Raises ``RequestFailure`` if all are forbidden, ``DNSLookupError`` if there are none.
@@ -8015,12 +8079,8 @@ async def open_addresses(reactor: Any, target: Target) -> list[str]:
     if is_ip_literal(target.host):
         found = [target.host]
     else:
-        resolution = _Resolution()
         # Only what the operator named may depend on the search list of this machine.
-        name = target.host if target.trusted else f"{target.host}."
-        reactor.nameResolver.resolveHostName(resolution, name, portNumber=target.port)
-        await resolution.done
-        found = resolution.addresses
+        found = await look_up(target.host if target.trusted else f"{target.host}.")
     if not found:
         raise DNSLookupError(f"the name {target.host} has no address")
     if target.trusted:
@@ -8034,8 +8094,9 @@ async def open_addresses(reactor: Any, target: Target) -> list[str]:
 class Traffic:
     """The connections of one request or one page: how many bytes came, and which are open."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, look_up: LookUp) -> None:
         self.limit = limit
+        self.look_up = look_up
         self.received = 0
         self.exceeded: Event[None] = Event()
         self.connections: set[MeteredConnection] = set()
@@ -8106,7 +8167,7 @@ class CheckedEndpoint:
         return Deferred.fromCoroutine(self._connect(protocolFactory))
 
     async def _connect(self, protocol_factory: Any) -> Any:
-        addresses = await open_addresses(self._reactor, self._target)
+        addresses = await open_addresses(self._traffic.look_up, self._target)
         metered: Any = WrappingFactory(protocol_factory)
         metered.noisy = False
         metered.protocol = functools.partial(
@@ -8125,7 +8186,7 @@ class CheckedEndpoint:
 
 
 # =============================================================================
-# 13g. Web service: requests
+# 13h. Web service: requests
 # =============================================================================
 #
 # Owns the exchange with a web server: headers, redirects, limits, compression,
@@ -8140,6 +8201,8 @@ WEB_TRAFFIC_MAX_BYTES = 2 * WEB_BODY_MAX_BYTES
 WEB_HEAD_MAX_BYTES = 128 * KIB
 MAX_REDIRECTS = 10
 SIGNATURE_MAX_BYTES = 64 * KIB
+#: Larger bodies are hashed in a thread, which costs 0.1 ms; hashing takes about 1 ms for each MiB.
+INLINE_DIGEST_BYTES = MIB
 WEB_METHODS = ("GET", "POST", "HEAD", "DELETE", "OPTIONS", "PATCH", "PUT")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", re.ASCII)
@@ -8409,6 +8472,11 @@ def signer_variables(caller: Caller) -> dict[str, str]:
     return {"node_address": "", "tx_id": "", **given}
 
 
+def digest_of(body: bytes) -> bytes:
+    """Return the digest of a request's body, as RFC 9530 has it in ``Content-Digest``."""
+    return b"sha-256=:" + base64.b64encode(hashlib.sha256(body).digest()) + b":"
+
+
 def signature_base(request: WebRequest, created: int) -> tuple[str, str]:
     """Return the base of a signature and its parameters, as RFC 9421 (2.5) puts them together.
 
@@ -8436,12 +8504,14 @@ class RequestSigner:
         self,
         signer: Signer,
         http: treq.client.HTTPClient,
+        reactor: Any,
         *,
         now: Callable[[], float] = time.time,
         salt: Callable[[int], bytes] = secrets.token_bytes,
     ) -> None:
         self._signer = signer
         self._http = http
+        self._reactor = reactor
         self._now = now
         self._salt = salt
 
@@ -8454,14 +8524,20 @@ class RequestSigner:
         values = (*(self._header_value(text) for text in ours), salt)
         headers = kept | dict(zip(_NODE_HEADERS, values, strict=True))
         if request.body is not None:
-            digest = base64.b64encode(hashlib.sha256(request.body).digest())
-            headers["content-digest"] = b"sha-256=:" + digest + b":"
+            headers["content-digest"] = await self._digest(request.body)
         prepared = attrs.evolve(request, headers=headers)
         base, parameters = signature_base(prepared, int(self._now()))
         signature = base64.b64encode(await self._ask(base, variables))
         headers["signature-input"] = f"genvm={parameters}".encode("latin-1")
         headers["signature"] = b"genvm=:" + signature + b":"
         return prepared
+
+    async def _digest(self, body: bytes) -> bytes:
+        if len(body) <= INLINE_DIGEST_BYTES:
+            return digest_of(body)
+        return await deferToThreadPool(
+            self._reactor, self._reactor.getThreadPool(), digest_of, body
+        )
 
     async def _ask(self, base: str, variables: Mapping[str, str]) -> bytes:
         url = self._fill(self._signer.url, variables)
@@ -8514,7 +8590,7 @@ def _signing_failed(cause: str, reason: str) -> RequestFailure:
 
 
 # =============================================================================
-# 13h. Web service: Chromium
+# 13i. Web service: Chromium
 # =============================================================================
 #
 # Owns the process of a headless Chromium: its flags, its keeper, its messages
@@ -8923,7 +8999,7 @@ class BrowserProcess(ProcessProtocol):
 
 
 # =============================================================================
-# 13i. Web service: rendering
+# 13j. Web service: rendering
 # =============================================================================
 #
 # Owns what a page comes to: one visit in one Chromium, with limits of time, memory
@@ -9243,7 +9319,7 @@ class ChromiumRenderer:
 
 
 # =============================================================================
-# 13j. Web service
+# 13k. Web service
 # =============================================================================
 #
 # Owns the answers of the Web module: its configuration, its two requests, the
@@ -9371,7 +9447,7 @@ class WebdriverClient:
     async def _ask(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
         # The service resolves the name again, so this is only half a promise; see README.
         try:
-            await open_addresses(self._reactor, target)
+            await open_addresses(traffic.look_up, target)
         except DNSLookupError as error:
             raise page_failed(target.url, 0, str(error)) from None
         query = urlencode({"url": target.url, "mode": mode, "waitAfterLoaded": f"{wait:g}"})
@@ -9417,12 +9493,14 @@ class WebService(ModuleService):
         client: WebClient,
         signer: RequestSigner | None,
         renderer: ChromiumRenderer | WebdriverClient | None,
+        names: Names,
     ) -> None:
         self._settings = settings
         self._reactor = reactor
         self._client = client
         self._signer = signer
         self._renderer = renderer
+        self._names = names
         self._statistics = {"requests": WebStatistics(), "renders": WebStatistics()}
 
     @classmethod
@@ -9433,14 +9511,17 @@ class WebService(ModuleService):
         settings = read_web_settings(setup.config)
         rules = settings.rules
         http = make_http_client(reactor, HTTPConnectionPool(reactor))
-        signer = None if settings.signer is None else RequestSigner(settings.signer, http)
+        signer = None if settings.signer is None else RequestSigner(settings.signer, http, reactor)
         renderer: ChromiumRenderer | WebdriverClient | None = None
         if settings.webdriver == LOCAL_CHROMIUM:
             renderer = cls._chromium(settings, reactor)
         elif settings.webdriver is not None:
             limit = settings.render_timeout
             renderer = WebdriverClient(reactor, rules, http, settings.webdriver, limit)
-        return cls(settings, reactor, WebClient(reactor, rules), signer, renderer)
+        threads = NameThreads(0, NAME_THREADS, "names")
+        threads.start()
+        client, names = WebClient(reactor, rules), Names(reactor, threads)
+        return cls(settings, reactor, client, signer, renderer, names)
 
     @classmethod
     def _chromium(cls, settings: WebSettings, reactor: Any) -> ChromiumRenderer:
@@ -9462,6 +9543,10 @@ class WebService(ModuleService):
             memory_mib=settings.render_memory_mib,
         )
 
+    def close(self) -> None:
+        """See ``ModuleService``."""
+        self._names.close()
+
     def statistics(self) -> dict[str, Any]:
         """See ``ModuleService``."""
         return {kind: counts.plain() for kind, counts in self._statistics.items()}
@@ -9474,7 +9559,8 @@ class WebService(ModuleService):
             raise _bad_request("expected a map")
         kind = "requests" if name == "Request" else "renders"
         limit = WEB_TRAFFIC_MAX_BYTES if name == "Request" else RENDER_TRAFFIC_MAX_BYTES
-        counts, start, traffic = self._statistics[kind], self._reactor.seconds(), Traffic(limit)
+        traffic = Traffic(limit, self._names.look_up_for((caller.cookie, caller.genvm_id)))
+        counts, start = self._statistics[kind], self._reactor.seconds()
         counts.requests += 1
         self.changed()
         try:

@@ -1,19 +1,27 @@
-"""Sections 13f and 13g: which URLs and addresses are open, headers, redirects, signatures."""
+"""Sections 13f to 13h: which URLs and addresses are open, names, headers, redirects, signatures."""
 
 from __future__ import annotations
 
+import base64
 import fcntl
+import gc
+import hashlib
 import ipaddress
 import os
+import queue
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hypothesis.strategies as st
 import idna
 import pytest
 from hypothesis import example, given
-from twisted.internet.address import IPv4Address, IPv6Address
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import DNSLookupError
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.testing import MemoryReactorClock
@@ -21,13 +29,21 @@ from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
 
 from genvm_manager import (
+    CALLER_LOOKUPS,
+    INLINE_DIGEST_BYTES,
+    NAME_THREADS,
     TOP_LEVEL_DOMAINS,
     WEB_HEAD_MAX_BYTES,
     AnyObject,
+    Caller,
     CheckedEndpoint,
     ConfigError,
     InvalidRequest,
+    Names,
+    NameThreads,
     RequestFailure,
+    RequestSigner,
+    Signer,
     Target,
     Traffic,
     UrlRules,
@@ -313,33 +329,23 @@ def test_no_ipv6_address_is_public_that_the_standard_library_calls_private(value
 
 
 class Resolver:
-    """A name resolver that gives one list of addresses after the other."""
+    """Looks up names: gives one list of addresses after the other."""
 
     def __init__(self, *answers: list[str]) -> None:
         self.answers = list(answers)
         self.asked: list[str] = []
 
-    def resolveHostName(self, receiver: Any, name: str, portNumber: int = 0) -> None:
+    async def __call__(self, name: str) -> list[str]:
         self.asked.append(name)
-        for text in self.answers.pop(0):
-            kind: Any = IPv6Address if ":" in text else IPv4Address
-            receiver.addressResolved(kind("TCP", text, portNumber))
-        receiver.resolutionComplete()
-
-
-def reactor_with(*answers: list[str]) -> tuple[Any, Resolver]:
-    reactor: Any = MemoryReactorClock()
-    resolver = Resolver(*answers)
-    reactor.nameResolver = resolver
-    return reactor, resolver
+        return self.answers.pop(0)
 
 
 TARGET = Target("https", "example.com", 443)
 FORBIDDEN = ["127.0.0.1", "10.0.0.1", "169.254.169.254", "::1", "::ffff:127.0.0.1", "0.0.0.0"]
 
 
-def connect(reactor: Any, target: Target, traffic: Traffic | None = None) -> Deferred[Any]:
-    endpoint = CheckedEndpoint(reactor, target, traffic or Traffic(100))
+def connect(reactor: Any, target: Target, resolver: Resolver) -> Deferred[Any]:
+    endpoint = CheckedEndpoint(reactor, target, Traffic(100, resolver))
     return endpoint.connect(Factory.forProtocol(Protocol))
 
 
@@ -357,8 +363,8 @@ def problem_of(deferred: Deferred[Any]) -> BaseException:
 
 @pytest.mark.parametrize("address", FORBIDDEN)
 def test_names_that_lead_inside(address: str) -> None:
-    reactor, _ = reactor_with([address])
-    error = problem_of(connect(reactor, TARGET))
+    reactor: Any = MemoryReactorClock()
+    error = problem_of(connect(reactor, TARGET, Resolver([address])))
     assert isinstance(error, RequestFailure)
     assert error.causes == ("ADDRESS_FORBIDDEN",)
     assert not error.fatal
@@ -367,38 +373,201 @@ def test_names_that_lead_inside(address: str) -> None:
 
 def test_the_address_checked_is_the_address_connected_to() -> None:
     # The second answer, which leads inside, is never asked for.
-    reactor, resolver = reactor_with(["93.184.216.34"], ["127.0.0.1"])
-    connect(reactor, TARGET)
+    reactor: Any = MemoryReactorClock()
+    resolver = Resolver(["93.184.216.34"], ["127.0.0.1"])
+    connect(reactor, TARGET, resolver)
     assert [client[:2] for client in reactor.tcpClients] == [("93.184.216.34", 443)]
     assert resolver.asked == ["example.com."]
     # And a second connection is checked anew.
-    assert isinstance(problem_of(connect(reactor, TARGET)), RequestFailure)
+    assert isinstance(problem_of(connect(reactor, TARGET, resolver)), RequestFailure)
     assert len(reactor.tcpClients) == 1
 
 
 def test_only_the_open_addresses_of_a_name_are_tried() -> None:
-    reactor, _ = reactor_with(["10.0.0.1", "2606:4700::1111", "1.1.1.1", "::1"])
+    resolver = Resolver(["10.0.0.1", "2606:4700::1111", "1.1.1.1", "::1"])
     found: list[Any] = []
-    Deferred.fromCoroutine(open_addresses(reactor, TARGET)).addCallback(found.append)
+    Deferred.fromCoroutine(open_addresses(resolver, TARGET)).addCallback(found.append)
     assert found == [["2606:4700::1111", "1.1.1.1"]]
 
 
 def test_trusted_hosts_may_be_anywhere() -> None:
-    reactor, _ = reactor_with(["127.0.0.1"])
-    connect(reactor, Target("http", "localhost", 8080, trusted=True))
+    reactor: Any = MemoryReactorClock()
+    connect(reactor, Target("http", "localhost", 8080, trusted=True), Resolver(["127.0.0.1"]))
     assert reactor.tcpClients[0][:2] == ("127.0.0.1", 8080)
 
 
 def test_a_name_without_addresses() -> None:
-    reactor, _ = reactor_with([])
-    assert isinstance(problem_of(connect(reactor, TARGET)), DNSLookupError)
+    reactor: Any = MemoryReactorClock()
+    assert isinstance(problem_of(connect(reactor, TARGET, Resolver([]))), DNSLookupError)
 
 
 def test_bytes_are_counted() -> None:
-    traffic = Traffic(10)
+    traffic = Traffic(10, Resolver())
     assert traffic.take(10)
     assert not traffic.take(1)
     assert traffic.received == 11
+
+
+# --- names ---
+
+
+class Threads:
+    """A reactor and its pool: each call in a thread, known by its argument, waits for a word."""
+
+    def __init__(self) -> None:
+        self.running: dict[Any, Callable[[], None]] = {}
+
+    def getThreadPool(self) -> Threads:
+        return self
+
+    def callInThreadWithCallback(self, done: Any, function: Any, name: object) -> None:
+        def finish() -> None:
+            try:
+                result = function(name)
+            except Exception:
+                done(False, Failure())
+            else:
+                done(True, result)
+
+        self.running[name] = finish
+
+    def callFromThread(self, function: Any, *given: Any) -> None:
+        function(*given)
+
+    def answer(self, name: object) -> None:
+        self.running.pop(name)()
+
+
+def address_of(name: str) -> list[str]:
+    if name == "broken":
+        raise OSError("no resolver")
+    return [f"address of {name}"]
+
+
+@pytest.fixture
+def threads() -> Threads:
+    return Threads()
+
+
+@pytest.fixture
+def names(threads: Threads) -> Names:
+    return Names(threads, threads, address_of)
+
+
+def ask(names: Names, caller: object, *wanted: str) -> list[Deferred[Any]]:
+    look_up = names.look_up_for(caller)
+    return [Deferred.fromCoroutine(cast(Any, look_up(name))) for name in wanted]
+
+
+def numbered(prefix: str, count: int) -> list[str]:
+    return [f"{prefix}{number}" for number in range(count)]
+
+
+def cancelled(lookup: Deferred[Any]) -> bool:
+    lookup.cancel()
+    return isinstance(problem_of(lookup), CancelledError)
+
+
+def test_a_caller_has_few_lookups_at_once(names: Names, threads: Threads) -> None:
+    many = numbered("a", NAME_THREADS * 2)
+    lookups = ask(names, "one", *many)
+    assert list(threads.running) == many[:CALLER_LOOKUPS]
+    # The rest stands in a line of its own, and nobody else behind it.
+    (other,) = ask(names, "two", "b")
+    threads.answer("b")
+    assert other.result == ["address of b"]
+    for position, name in enumerate(many):
+        assert list(threads.running) == many[position : position + CALLER_LOOKUPS]
+        threads.answer(name)
+    assert [lookup.result for lookup in lookups] == [[f"address of {name}"] for name in many]
+
+
+def test_who_leaves_the_line_is_not_looked_up(names: Names, threads: Threads) -> None:
+    first, *_, waiting, last = ask(names, "one", *numbered("a", CALLER_LOOKUPS + 2))
+    assert cancelled(waiting)
+    # A thread cannot be cancelled: it goes on, and counts, also for the caller's next request.
+    assert cancelled(first)
+    ask(names, "one", "next")
+    assert list(threads.running) == numbered("a", CALLER_LOOKUPS)
+    threads.answer("a0")
+    assert list(threads.running)[-1] == f"a{CALLER_LOOKUPS + 1}"
+    threads.answer("a1")
+    assert list(threads.running)[-1] == "next"
+    threads.answer(f"a{CALLER_LOOKUPS + 1}")
+    assert last.result == [f"address of a{CALLER_LOOKUPS + 1}"]
+
+
+def test_all_threads_are_taken(names: Names, threads: Threads) -> None:
+    for caller in range(NAME_THREADS // CALLER_LOOKUPS):
+        ask(names, caller, *numbered(f"{caller}-", CALLER_LOOKUPS + 1))
+    taken = list(threads.running)
+    assert len(taken) == NAME_THREADS
+    given_up = ask(names, "late", *numbered("x", CALLER_LOOKUPS))
+    ask(names, "late", "mine")
+    ask(names, "later", "yours")
+    assert list(threads.running) == taken
+    # Who gives up leaves both lines: the one for threads, and the caller's own.
+    assert all(map(cancelled, given_up))
+    for name, following in (("0-0", "yours"), ("0-1", "mine"), ("1-0", "0-4"), ("1-1", "1-4")):
+        threads.answer(name)
+        assert list(threads.running)[-1] == following
+
+
+def test_a_resolver_that_fails(names: Names, threads: Threads) -> None:
+    for _ in range(NAME_THREADS + 1):
+        (lookup,) = ask(names, "one", "broken")
+        threads.answer("broken")
+        assert isinstance(problem_of(lookup), OSError)
+
+
+def test_callers_are_forgotten(names: Names, threads: Threads) -> None:
+    caller = Threads()  # anything that can be referred to weakly
+    reference = weakref.ref(caller)
+    (lookup,) = ask(names, caller, "a")
+    lookup.cancel()
+    problem_of(lookup)
+    del caller
+    gc.collect()
+    assert reference() is not None
+    threads.answer("a")
+    del lookup
+    gc.collect()
+    assert reference() is None
+
+
+_HANGING = """
+import threading, genvm_manager
+pool, hangs = genvm_manager.NameThreads(0, 2, "names"), threading.Semaphore(0)
+pool.start()
+for _ in range(2):
+    pool.callInThread(lambda: (hangs.release(), threading.Event().wait()))
+for _ in range(2):
+    assert hangs.acquire(timeout=60)
+pool.callInThread(print, "never")
+if {stop}:
+    pool.stop()
+print("the end")
+"""
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_thread_that_hangs_keeps_nothing_from_ending(stop: bool) -> None:
+    code = _HANGING.format(stop=stop)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, timeout=100, text=True
+    )
+    assert ended.stdout == "the end\n"
+
+
+def test_threads_end_when_they_are_stopped() -> None:
+    pool = NameThreads(0, 2, "names")
+    pool.start()
+    done: queue.SimpleQueue[threading.Thread] = queue.SimpleQueue()
+    pool.callInThread(lambda: done.put(threading.current_thread()))
+    thread = done.get(timeout=60)
+    pool.stop()
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 # --- headers and redirects ---
@@ -497,6 +666,32 @@ def test_signature_base() -> None:
         '"genlayer-node-address": 0xaa\n"genlayer-tx-id": 0xbb\n"genlayer-salt": c2FsdA==\n'
         f'"content-digest": sha-256=:ZA==:\n"@query": ?q=1\n"@signature-params": {parameters}'
     )
+
+
+class UnreachableSigner:
+    """The HTTP client of a signer that cannot be reached; keeps what it would have signed."""
+
+    def __init__(self) -> None:
+        self.bases: list[bytes] = []
+
+    async def request(self, method: str, url: str, *, data: bytes, **_: object) -> None:
+        self.bases.append(data)
+        raise ConnectionRefusedError
+
+
+@pytest.mark.parametrize("size", [INLINE_DIGEST_BYTES, INLINE_DIGEST_BYTES + 1])
+def test_large_bodies_are_hashed_in_a_thread(threads: Threads, size: int) -> None:
+    http, body = UnreachableSigner(), bytes(size)
+    signer = RequestSigner(Signer("http://signer/", {}), cast(Any, http), threads)
+    request = WebRequest("POST", RULES.check("https://example.com/"), {}, body)
+    work = Deferred.fromCoroutine(signer.sign(request, Caller("c1", None, {})))
+    assert (body in threads.running) == (size > INLINE_DIGEST_BYTES)
+    for waiting in list(threads.running):
+        assert http.bases == []
+        threads.answer(waiting)
+    assert isinstance(problem_of(work), RequestFailure)
+    digest = base64.b64encode(hashlib.sha256(body).digest())
+    assert b'"content-digest": sha-256=:' + digest + b":\n" in http.bases[0]
 
 
 # --- text and configuration ---

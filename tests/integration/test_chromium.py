@@ -1,4 +1,4 @@
-"""Sections 13h and 13i: pages rendered by a real Chromium, and what is left of it: nothing."""
+"""Sections 13i and 13j: pages rendered by a real Chromium, and what is left of it: nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sections 13f to 13j: the Web module's process, real web servers, a webdriver and a signer."""
+"""Sections 13f to 13k: the Web module's process, real web servers, a webdriver and a signer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -26,6 +27,8 @@ from cryptography.hazmat.primitives.asymmetric.utils import (
     decode_dss_signature,
     encode_dss_signature,
 )
+
+from genvm_manager import CALLER_LOOKUPS
 
 from .support import WAIT, Root, eventually, memory_of, report, timed
 from .test_module_service import call
@@ -437,13 +440,22 @@ def test_names_are_absolute(web: WebServer) -> None:
 
 
 _IN_A_NETWORK_OF_ITS_OWN = ["unshare", "--user", "--map-root-user", "--net", "sh", "-c"]
+_WITH_FILES_OF_ITS_OWN = ["unshare", "--user", "--map-root-user", "--net", "--mount", "sh", "-c"]
+
+
+def can_have(command: list[str], step: str) -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    return subprocess.run([*command, step], capture_output=True, check=False).returncode == 0
 
 
 def can_have_a_network() -> bool:
-    if shutil.which("unshare") is None:
-        return False
-    command = [*_IN_A_NETWORK_OF_ITS_OWN, "ip link"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return can_have(_IN_A_NETWORK_OF_ITS_OWN, "ip link")
+
+
+def can_have_a_resolver() -> bool:
+    step = "ip link && for f in resolv nsswitch; do mount --bind /etc/$f.conf /etc/$f.conf; done"
+    return can_have(_WITH_FILES_OF_ITS_OWN, f"set -e; {step}")
 
 
 @pytest.mark.skipif(not can_have_a_network(), reason="network namespaces are not allowed here")
@@ -459,6 +471,139 @@ def test_public_addresses_of_this_machine() -> None:
         module.event("ready")
         for name in addresses:
             assert causes(module.get(f"http://{name}/")) == ["ADDRESS_FORBIDDEN"]
+    finally:
+        module.close()
+
+
+#: Opens a name server's socket in the network that it runs in, hands it out, and goes on.
+_HAND_OUT = """
+import os, socket, sys
+names = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+names.bind(("127.0.0.1", 53))
+with socket.socket(socket.AF_UNIX) as out:
+    out.connect(sys.argv[1])
+    socket.send_fds(out, [b"x"], [names.fileno()])
+names.close()
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+class NameServer:
+    """A name server that answers nobody before it is told to: no name exists."""
+
+    def __init__(self, path: Path) -> None:
+        self.asked: list[str] = []
+        self._denied: set[str] = set()
+        self._queries: list[tuple[str, bytes, Any]] = []
+        self._changed = threading.Condition()
+        self._handed_out = socket.socket(socket.AF_UNIX)
+        self._handed_out.bind(str(path))
+        self._handed_out.listen()
+        self._handed_out.settimeout(WAIT)
+
+    def start(self) -> None:
+        with self._handed_out, self._handed_out.accept()[0] as peer:
+            (descriptor,) = socket.recv_fds(peer, 1, 1)[1]
+        self._socket = socket.socket(fileno=descriptor)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            data, peer = self._socket.recvfrom(1 << 16)
+            if not data:
+                return
+            labels, place = [], 12
+            while size := data[place]:
+                labels.append(data[place + 1 : place + 1 + size].decode())
+                place += 1 + size
+            name = ".".join(labels)
+            with self._changed:
+                if name not in self.asked:
+                    self.asked.append(name)
+                self._queries.append((name, data[: place + 5], peer))
+                self._answer()
+                self._changed.notify_all()
+
+    def _answer(self) -> None:
+        for name, query, peer in self._queries:
+            if name in self._denied:
+                head = query[:2] + b"\x81\x83\0\1\0\0\0\0\0\0"
+                self._socket.sendto(head + query[12:], peer)
+        self._queries = [query for query in self._queries if query[0] not in self._denied]
+
+    def deny(self, *names: str) -> None:
+        with self._changed:
+            self._denied.update(names)
+            self._answer()
+
+    def wait_for(self, count: int) -> list[str]:
+        """Return the names that it was asked for, once they are that many."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.asked) >= count, WAIT), self.asked
+            return list(self.asked)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # it is not connected, but who reads wakes up
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(WAIT)
+        self._socket.close()
+
+
+@pytest.mark.skipif(not can_have_a_resolver(), reason="namespaces are not allowed here")
+def test_a_name_server_that_is_silent(tmp_path: Path) -> None:
+    """It delays who asks for its names, and nobody else."""
+    server = NameServer(tmp_path / "names")
+    resolver, switch = tmp_path / "resolv.conf", tmp_path / "nsswitch.conf"
+    resolver.write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:3\n")
+    switch.write_text("hosts: files dns\n")
+    steps = "mount --bind $1 /etc/resolv.conf && mount --bind $2 /etc/nsswitch.conf"
+    steps += ' && ip link set lo up && shift 2 && exec "$@"'
+    hand_out = [sys.executable, "-ISc", _HAND_OUT, str(tmp_path / "names")]
+    module = WebModule(
+        {"timeout": "100s"},
+        prefix=[*_WITH_FILES_OF_ITS_OWN, steps, "sh", str(resolver), str(switch), *hand_out],
+    )
+    try:
+        server.start()
+        module.event("ready")
+        names = [f"slow{number}.example.com" for number in range(40)]
+        slow = {name: module.connect({"cookie": "slow", "host_data": {}}) for name in names}
+        for name, client in slow.items():
+            client.send(request(f"http://{name}/"))
+        stats = module.client()
+
+        def counts() -> Any:
+            return stats.ask("GetStats")["Ok"]["requests"]
+
+        eventually(lambda: counts()["requests"] == len(names), what="all are being worked on")
+        looked_up = server.wait_for(CALLER_LOOKUPS)
+        # Neither another's lookup nor its large message waits for those.
+        server.deny("other.example.com")
+        begin = time.monotonic()
+        body = bytes(4 << 20)
+        answer = module.get("http://other.example.com/", method="POST", body=body)
+        report(f"a name beside {len(names)} slow ones: {time.monotonic() - begin:.3f} s")
+        assert causes(answer) == ["SENDING_REQUEST"]
+        assert "other.example.com has no address" in reason(answer)
+        assert server.asked[CALLER_LOOKUPS:] == ["other.example.com"]
+        # Of those who stand in line, all but one give up.
+        *leaving, staying = [name for name in names if name not in looked_up]
+        for name in leaving:
+            slow[name].close()
+        eventually(
+            lambda: counts()["errors"].get("CANCELLED") == len(leaving), what="they are gone"
+        )
+        server.deny(looked_up[0])
+        assert causes(slow[looked_up[0]].receive()) == ["SENDING_REQUEST"]
+        assert server.wait_for(CALLER_LOOKUPS + 2)[-1] == staying
+        server.deny(staying)
+        assert causes(slow[staying].receive()) == ["SENDING_REQUEST"]
+        # The end does not wait for lookups that hang.
+        assert module.process.stdin is not None
+        module.process.stdin.close()
+        assert module.wait() == 0
+        server.close()
     finally:
         module.close()
 
@@ -637,6 +782,12 @@ def test_signing(start: Start, web: WebServer) -> None:
     assert '"content-digest"' not in shorter
     assert '"@query"' not in shorter
     assert shorter['"genlayer-salt"'] != found['"genlayer-salt"']
+    # A large body, which is hashed in a thread.
+    large = os.urandom(5 << 20)
+    module.get(f"{web.url}/p", method="POST", body=large, sign=True)
+    seen = web.requests.pop()
+    digest = base64.b64encode(hashlib.sha256(large).digest()).decode()
+    assert signer.verify(seen, f"127.0.0.1:{web.port}")['"content-digest"'] == f"sha-256=:{digest}:"
     # A redirect does not take the signature along.
     web.answers["/r"] = lambda e: e.reply(b"", b"Location: /p", status=b"302 X")
     module.get(f"{web.url}/r", sign=True)
