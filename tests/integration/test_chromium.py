@@ -193,34 +193,6 @@ def test_endless_pages(folder: Path, web: WebServer, kind: str) -> None:
         module.close()
 
 
-def test_a_page_that_loads_too_much(module: WebModule, web: WebServer, folder: Path) -> None:
-    """At most 64 MiB reach a page; it is told that the rest is missing, as by a bad network."""
-    piece, size = b"/" * (1 << 20), 200 << 20
-    sent = 0
-    over = threading.Event()
-
-    def large(exchange: Exchange) -> None:
-        nonlocal sent
-        try:
-            exchange.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/javascript\r\n")
-            exchange.send(b"Content-Length: %d\r\n\r\n" % size)
-            while sent < size:
-                exchange.send(piece)
-                sent += len(piece)
-        finally:
-            over.set()
-
-    web.answers["/large"] = large
-    tell = "document.getElementById('told').textContent ="
-    script = f"<script src=/large onload=\"{tell} 'all'\" onerror=\"{tell} 'cut'\"></script>"
-    url = web.page("/", f"<p id=told></p>{script}")
-    assert module.render(url) == {"Ok": {"text": "cut"}}
-    assert over.wait(60)
-    report(f"of {size >> 20} MiB a page got at most {sent >> 20}")
-    assert 32 << 20 < sent < 128 << 20
-    nothing_left(module, folder)
-
-
 def test_a_page_that_takes_too_much_memory(folder: Path, web: WebServer) -> None:
     module = begin(folder, render_memory_mib=600)
     script = "const a = []; setInterval(() => a.push(new Uint8Array(2e7).fill(1)), 10)"
