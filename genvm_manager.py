@@ -678,7 +678,10 @@ def parse_json_object(data: bytes) -> JsonObject:
         raise InvalidRequest(f"body: more than {MAX_JSON_MEMBERS} members")
     scan = _scan_value if len(data) <= INLINE_JSON_BYTES else _step_value
     try:
-        return _parse_members(text, scan)
+        try:
+            return _parse_members(text, scan)
+        except StopIteration as error:
+            raise json.JSONDecodeError("expected a value", text, error.value) from None
     except json.JSONDecodeError as error:
         raise InvalidRequest(
             f"body: not JSON: {error.msg} at line {error.lineno} column {error.colno}"
@@ -690,51 +693,50 @@ def parse_json_object(data: bytes) -> JsonObject:
 
 
 def _parse_members(text: str, scan: Callable[[str, int], tuple[Any, int]]) -> JsonObject:
-    """Read one object member by member, to keep the text of each."""
+    """Read one object member by member, to keep the text of each that is an object."""
 
-    def token(pattern: re.Pattern[str], at: int, expected: str = "") -> re.Match[str]:
-        found = pattern.match(text, at)
-        if found is None:
-            raise json.JSONDecodeError(f"expected {expected}", text, token(_json_space, at).end())
-        return found
+    def wrong(expected: str, at: int) -> json.JSONDecodeError:
+        return json.JSONDecodeError(expected, text, skip(at))
 
-    def value_at(at: int) -> tuple[Any, int]:
-        try:
-            value, end = scan(text, at)
-        except StopIteration as error:
-            raise json.JSONDecodeError("expected a value", text, error.value) from None
-        if isinstance(value, dict):
-            value = JsonObject(value)
-            value.text = text[at:end]
-        return value, end
+    def skip(at: int) -> int:
+        spaces = _json_space.match(text, at)
+        return at if spaces is None else spaces.end()
 
-    start = token(_json_space, 0).end()
+    start = skip(0)
     if text[start : start + 1] != "{":
-        value, end = value_at(start)
-        end = token(_json_space, end).end()
-        if end != len(text):
-            raise json.JSONDecodeError("unexpected text after the value", text, end)
+        value, end = scan(text, start)
+        if skip(end) != len(text):
+            raise wrong("unexpected text after the value", end)
         raise ValueError(f"expected an object, got {kind_of(value)}")
     members = JsonObject()
     members.text = text
-    at = token(_json_space, start + 1).end()
+    at = skip(start + 1)
+    separator = ","
     if text[at : at + 1] == "}":
-        at = token(_json_space, at + 1).end()
-    else:
-        separator = ","
-        while separator == ",":
-            if plain := _json_plain_key.match(text, at):
-                key, at = plain[1], plain.end()
-            elif text[at : at + 1] == '"':
-                key, at = _scan_string(text, at + 1, True)
-                at = token(_json_colon, at, '":"').end()
-            else:
-                raise json.JSONDecodeError("expected a key in double quotes", text, at)
-            members[key], at = value_at(at)
-            found = token(_json_separator, at, '"," or "}"')
-            separator, at = found[1], found.end()
+        separator, at = "}", skip(at + 1)
+    while separator == ",":
+        # One step for what keys look like nearly always; the others say what is wrong.
+        if plain := _json_plain_key.match(text, at):
+            key, at = plain[1], plain.end()
+        elif text[at : at + 1] == '"':
+            key, at = _scan_string(text, at + 1, True)
+            colon = _json_colon.match(text, at)
+            if colon is None:
+                raise wrong('expected ":"', at)
+            at = colon.end()
+        else:
+            raise wrong("expected a key in double quotes", at)
+        value, end = scan(text, at)
+        if type(value) is dict:
+            value = JsonObject(value)
+            value.text = text[at:end]
+        members[key] = value
+        found = _json_separator.match(text, end)
+        if found is None:
+            raise wrong('expected "," or "}"', end)
+        separator, at = found[1], found.end()
     if at != len(text):
-        raise json.JSONDecodeError("unexpected text after the object", text, at)
+        raise wrong("unexpected text after the object", at)
     return members
 
 
