@@ -511,7 +511,10 @@ def busy_threads(daemon: Daemon) -> list[int]:
     """Return the threads of the manager, beside the reactor's, that have worked for a while."""
     found = []
     for path in Path(f"/proc/{daemon.pid}/task").iterdir():
-        fields = (path / "stat").read_text().rpartition(")")[2].split()
+        try:
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
         seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
         if int(path.name) != daemon.pid and seconds > 0.5:
             found.append(int(path.name))

@@ -5,6 +5,7 @@ What a module's process does by itself is in test_module_service.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -787,6 +788,15 @@ def config_file_of(pid: int) -> Path:
     return file
 
 
+def open_files(pid: int) -> list[str]:
+    """Return what the descriptors of a process lead to."""
+    links = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            links.append(os.readlink(link))
+    return links
+
+
 def test_a_command(external: Daemon) -> None:
     config = command(name="first", token=KEY)
     start_module(external, config)
@@ -804,7 +814,7 @@ def test_a_command(external: Daemon) -> None:
     again = config_file_of(status(external)["pid"])
     assert json.loads(again.read_text())["name"] == "second"
     # The manager has let go of both: they are gone with their processes.
-    links = [os.readlink(link) for link in Path(f"/proc/{external.pid}/fd").iterdir()]
+    links = open_files(external.pid)
     assert not {first, os.readlink(again)} & set(links)
     assert stop_module(external) == "module_stopped"
     assert is_free(address)
