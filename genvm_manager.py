@@ -2748,6 +2748,8 @@ class Spawner:
         self._children: set[Child] = set()
         self._sweep_call: DelayedCall | None = None
         self._orphans: dict[int, float] = {}
+        self._orphan_grace = ORPHAN_GRACE_SECONDS
+        self._orphans_ended: Event[None] | None = None
         self._siblings = ""
         self._boot_id = boot_id
         self._environment: dict[bytes, bytes] | None = None
@@ -2769,6 +2771,20 @@ class Spawner:
             self.log.warn("what executors leave behind is not killed: the kernel does not tell us")
         self._guardian = Guardian(self._reactor, self._boot_id)
         self._guardian.start()
+
+    def end_orphans(self, grace: float) -> Deferred[None]:
+        """Fire when nothing is left of what ended children left behind.
+
+        What does not end within ``grace`` seconds is killed.
+        """
+        if not self._owns_process:
+            return succeed(None)
+        self._orphan_grace = grace
+        self._orphans_ended = Event()
+        if self._sweep_call is not None:
+            self._sweep_call.cancel()
+        self._sweep()
+        return self._orphans_ended.wait()
 
     def stop(self) -> None:
         """Kill what is left and end; nothing can be spawned afterwards."""
@@ -2852,7 +2868,7 @@ class Spawner:
             with open(self._siblings, "rb", buffering=0) as file:
                 ours = file.readall().split()
         except OSError:
-            return
+            ours = []
         # Twisted knows every process that was started on purpose.
         orphans = set(map(int, ours)).difference(reapProcessHandlers)
         now = self._reactor.seconds()
@@ -2861,12 +2877,14 @@ class Spawner:
             try:
                 if os.waitpid(pid, os.WNOHANG)[0]:
                     del self._orphans[pid]
-                elif now - since >= ORPHAN_GRACE_SECONDS or self._is_marked(pid):
+                elif now - since >= self._orphan_grace or self._is_marked(pid):
                     os.kill(pid, signal.SIGKILL)
             except OSError:  # not ours to kill
                 del self._orphans[pid]
         if self._orphans:
             self._sweep_call = self._reactor.callLater(ORPHAN_RETRY_SECONDS, self._sweep)
+        elif self._orphans_ended is not None:
+            self._orphans_ended.fire(None)
 
     def _is_marked(self, pid: int) -> bool:
         marker = f"{MARKER}={self._boot_id}".encode()
@@ -3270,7 +3288,6 @@ class Execution:
     version: str
     arguments: list[str]
     idempotency_key: str | None
-    wanted_permits: int
     started: Event[None] = field(factory=Event)
     ended: Event[None] = field(factory=Event)
     state: State = State.WAITING
@@ -3554,7 +3571,7 @@ class Executions:
                 f"{self._gate.queue_length} executions wait for permits already; try again later"
             )
         self._last_id += 1
-        execution = Execution(self._last_id, request, version, arguments, key, weight)
+        execution = Execution(self._last_id, request, version, arguments, key)
         self._records[execution.id] = execution
         if key is not None:
             self._by_key[key] = execution
@@ -11877,11 +11894,15 @@ class ManagerService(Service):
         self.executions.dispose()
         if self._parent is not None:
             self._parent.stop()
-        self.spawner.stop()
-        # Clients that waited for a result have their answers by now: let them be sent.
+        # Clients that waited for a result have their answers by now: let them be sent. Meanwhile
+        # what executors left behind may still tidy up.
         left = max(FAREWELL_SECONDS, SHUTDOWN_SECONDS - (self._reactor.seconds() - begin))
+        orphans = self.spawner.end_orphans(left)
         with contextlib.suppress(DeferredTimeout):
             await self.site.close().addTimeout(left, self._reactor)
+        with contextlib.suppress(DeferredTimeout):
+            await orphans.addTimeout(left + FAREWELL_SECONDS, self._reactor)
+        self.spawner.stop()
         self.log.info("stopped")
         if self._owns_process:
             self.observer.stop()

@@ -152,7 +152,7 @@ def test_ports(port: int) -> None:
         "[::1]",
         "[::ffff:127.0.0.1]",
         "[2606:4700::1111]",
-        "１２７.0.0.1",  # noqa: RUF001
+        "１２７.0.0.1",  # noqa: RUF001  # wide digits are meant
         "example.com.localhost",
     ],
 )

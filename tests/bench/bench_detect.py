@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # A script finds its neighbours; mypy takes this folder for a part of the package tests.
-from bench_runs import (  # type: ignore[import-not-found]
+from bench_runs import (  # type: ignore[import-not-found]  # see above
     MANAGER,
     compile_executor,
     complete_body,

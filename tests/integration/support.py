@@ -47,7 +47,7 @@ def eventually(
 ) -> Value:
     """Return what ``predicate`` returns once it is true; fail after ``timeout`` seconds.
 
-    The only place that sleeps: for what gives no event to wait for, such as the end of a process
+    It sleeps in between: for what gives no event to wait for, such as the end of a process
     that is not a child of ours.
     """
     deadline = time.monotonic() + timeout

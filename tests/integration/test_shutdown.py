@@ -19,6 +19,7 @@ from .support import (
     kill,
     processes_with,
     run_body,
+    shell,
     timed,
     within,
 )
@@ -205,6 +206,24 @@ def refuses_connections(daemon: Daemon) -> bool:
     except ConnectionResetError:
         pass  # it stood in line when the listener was closed
     return False
+
+
+def test_what_hides_from_the_guardian_does_not_outlive_a_shutdown(root: Root) -> None:
+    """A grandchild in a session of its own, without our marker in its environment."""
+    root.add_shell()
+    daemon = Daemon.serve(root)
+    left = root.path / "left"
+    hide = f"env -i setsid /bin/sh -c 'echo $$ >{left}.new; mv {left}.new {left}; exec sleep 300'"
+    daemon.run(**shell(f"{hide} & sleep 300"))
+    eventually(left.exists)
+    pid = int(left.read_text())
+    try:
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 0
+        assert not alive(pid)
+    finally:
+        kill(pid)
+        daemon.close()
 
 
 def test_it_ends_although_clients_stay_connected(start: Start) -> None:
