@@ -3,8 +3,8 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "attrs>=23.2",
-#     "cattrs>=24.1",
 #     "klein>=24.8",
+#     "msgspec>=0.19",
 #     "PyYAML>=6.0",
 #     "treq>=24.9",
 #     "twisted[tls,websocket]>=26.4",
@@ -141,6 +141,7 @@ from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import (
     IO,
+    Annotated,
     Any,
     ClassVar,
     Final,
@@ -158,15 +159,15 @@ from urllib.parse import quote, urlencode, urljoin, urlsplit
 from weakref import WeakValueDictionary
 
 import attrs
-import cattrs
 import hyperlink
 import idna
+import msgspec
 import treq
 import werkzeug.exceptions
 import yaml
 from attrs import define, field, frozen
-from cattrs.gen import make_dict_structure_fn
 from klein import Klein
+from msgspec import Meta
 from OpenSSL.SSL import Error as SSLError
 from service_identity import VerificationError
 from treq.cookies import IndexableCookieJar
@@ -449,6 +450,17 @@ DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 TEMPLATE = re.compile(r"\$\{(?:ENV\[([A-Za-z0-9_]*)\]|([A-Za-z0-9_]*))\}")
 
 
+class Timestamp(datetime):
+    """An instant in UTC, from an RFC 3339 text."""
+
+    @classmethod
+    def parse(cls, value: object) -> datetime:
+        """Return the instant; raises ``ValueError``."""
+        if not isinstance(value, str):
+            raise ValueError(f"expected a string, got {shown(value)}")
+        return parse_timestamp(value)
+
+
 def parse_timestamp(text: str) -> datetime:
     """Return the instant that an RFC 3339 timestamp names, in UTC.
 
@@ -472,7 +484,7 @@ def parse_timestamp(text: str) -> datetime:
             if hours > 23 or minutes > 59:
                 raise ValueError("the offset is out of range")
             offset = timedelta(hours=hours, minutes=minutes) * (-1 if zone[0] == "-" else 1)
-        return datetime(year, month, day, hour, minute, second, micros, UTC) - offset
+        return Timestamp(year, month, day, hour, minute, second, micros, UTC) - offset
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{shown(text)} is not a valid timestamp: {error}") from None
 
@@ -524,7 +536,7 @@ def shown(value: object, limit: int = 60) -> str:
 _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (bool, "true or false"),
     ((int, float), "a number"),
-    (str, "text"),
+    (str, "a string"),
     (dict, "an object"),
     (list, "an array"),
     (bytes, "bytes"),
@@ -597,303 +609,203 @@ def read_yaml(path: Path) -> object:
 
 # --- schemas ---
 
+MAX_EXECUTION_MINUTES = 24 * 60
 
-class JsonObject(dict[str, Any]):
-    """A JSON object that keeps the text it was read from, so that it can be passed on unchanged."""
-
-    text: str
-
-
-class JsonText(str):
-    """The text of a JSON object inside a request, exactly as the client sent it."""
+#: Schema types; a class in a schema that has ``parse`` reads its values with it.
+NonNegativeInt = Annotated[int, Meta(ge=0)]
+PositiveInt = Annotated[int, Meta(gt=0)]
+Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
+ExecutionMinutes = Annotated[float, Meta(gt=0, le=MAX_EXECUTION_MINUTES)]
+#: An object whose members are checked later.
+AnyObject = dict[str, Any]
 
 
 class SecretText(str):
-    """Text from a request that no error message may show."""
+    """A string from a request that no error message may show."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Return the secret; raises ``ValueError``."""
+        if not isinstance(value, str):
+            raise ValueError("expected a string")
+        return cls(value)
 
 
-class Timestamp(datetime):
-    """A schema type: an RFC 3339 timestamp, as an instant in UTC."""
+class Name(str):
+    """A string that is not empty and that the operating system can take."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Return the string; raises ``ValueError``."""
+        if not isinstance(value, str):
+            raise ValueError(f"expected a string, got {shown(value)}")
+        if not value or "\0" in value:
+            raise ValueError("expected a string that is not empty and has no NUL")
+        return cls(value)
 
 
-class PositiveMinutes(float):
-    """A schema type: a number of minutes above zero, fractions allowed, at most 24 hours."""
+class Duration(float):
+    """Seconds, from a number or a text with a unit."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Return the seconds; raises ``ValueError``."""
+        return cls(parse_duration(value))
 
 
-class NonNegativeInt(int):
-    """A schema type: an integer of at least zero."""
-
-
-class PositiveInt(int):
-    """A schema type: an integer above zero."""
-
-
-class Number(float):
-    """A schema type: a number, whole or not."""
-
-
-class AnyObject(dict[str, Any]):
-    """A schema type: an object whose members are checked later."""
-
-
-MAX_EXECUTION_MINUTES = 24 * 60
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_json_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
-# Steps of the standard parser that its type stubs do not mention: the fast scanner holds all
-# other threads up until it has read a whole value, the one in Python does not.
-_step_value: Callable[[str, int], tuple[Any, int]] = cast(Any, json).scanner.py_make_scanner(
-    _json_decoder
-)
-_scan_value: Callable[[str, int], tuple[Any, int]] = cast(Any, _json_decoder).scan_once
-_scan_string: Callable[[str, int, bool], tuple[str, int]] = cast(Any, json.decoder).scanstring
-_json_space = re.compile(r"[ \t\n\r]*+")
-_json_colon = re.compile(r"[ \t\n\r]*+:[ \t\n\r]*+")
-_json_plain_key = re.compile(r'"([^"\\\x00-\x1f]*+)"[ \t\n\r]*+:[ \t\n\r]*+')
-_json_separator = re.compile(r"[ \t\n\r]*+([,}])[ \t\n\r]*+")
+def _parse_special(kind: type[Any], value: object) -> object:
+    """Read what is not a type of JSON; see ``dec_hook`` of msgspec."""
+    if issubclass(kind, Path):
+        return Path(os.path.abspath(Name.parse(value)))
+    return kind.parse(value)
 
 
 #: More members than any useful request has; each costs memory many times its text.
 MAX_JSON_MEMBERS = 500_000
-#: A larger body is read step by step, so that other threads have their turns.
-INLINE_JSON_BYTES = 64 * 1024
-
-
-def parse_json_object(data: bytes) -> JsonObject:
-    """Return the JSON object in a request body; objects directly inside it keep their text too.
-
-    Raises ``InvalidRequest`` for anything else, naming the place.
-    """
-    if not data.strip():
-        raise InvalidRequest("body: expected a JSON object, got nothing")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"body: not UTF-8 at byte {error.start}") from None
-    if text.count(",") > MAX_JSON_MEMBERS:
-        raise InvalidRequest(f"body: more than {MAX_JSON_MEMBERS} members")
-    scan = _scan_value if len(data) <= INLINE_JSON_BYTES else _step_value
-    try:
-        try:
-            return _parse_members(text, scan)
-        except StopIteration as error:
-            raise json.JSONDecodeError("expected a value", text, error.value) from None
-    except json.JSONDecodeError as error:
-        raise InvalidRequest(
-            f"body: not JSON: {error.msg} at line {error.lineno} column {error.colno}"
-        ) from None
-    except RecursionError:
-        raise InvalidRequest("body: JSON nested too deeply") from None
-    except ValueError as error:
-        raise InvalidRequest(f"body: not JSON: {error}") from None
-
-
-def _parse_members(text: str, scan: Callable[[str, int], tuple[Any, int]]) -> JsonObject:
-    """Read one object member by member, to keep the text of each that is an object."""
-
-    def wrong(expected: str, at: int) -> json.JSONDecodeError:
-        return json.JSONDecodeError(expected, text, skip(at))
-
-    def skip(at: int) -> int:
-        spaces = _json_space.match(text, at)
-        return at if spaces is None else spaces.end()
-
-    start = skip(0)
-    if text[start : start + 1] != "{":
-        value, end = scan(text, start)
-        if skip(end) != len(text):
-            raise wrong("unexpected text after the value", end)
-        raise ValueError(f"expected an object, got {kind_of(value)}")
-    members = JsonObject()
-    members.text = text
-    at = skip(start + 1)
-    separator = ","
-    if text[at : at + 1] == "}":
-        separator, at = "}", skip(at + 1)
-    while separator == ",":
-        # One step for what keys look like nearly always; the others say what is wrong.
-        if plain := _json_plain_key.match(text, at):
-            key, at = plain[1], plain.end()
-        elif text[at : at + 1] == '"':
-            key, at = _scan_string(text, at + 1, True)
-            colon = _json_colon.match(text, at)
-            if colon is None:
-                raise wrong('expected ":"', at)
-            at = colon.end()
-        else:
-            raise wrong("expected a key in double quotes", at)
-        value, end = scan(text, at)
-        if type(value) is dict:
-            value = JsonObject(value)
-            value.text = text[at:end]
-        members[key] = value
-        found = _json_separator.match(text, end)
-        if found is None:
-            raise wrong('expected "," or "}"', end)
-        separator, at = found[1], found.end()
-    if at != len(text):
-        raise wrong("unexpected text after the object", at)
-    return members
-
-
-def _structure_bool(value: object, _: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"expected true or false, got {shown(value)}")
-    return value
-
-
-def _structure_int(value: object, _: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"expected an integer, got {shown(value)}")
-    return value
-
-
-def _structure_non_negative(value: object, _: object) -> NonNegativeInt:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"expected an integer of at least 0, got {shown(value)}")
-    return NonNegativeInt(value)
-
-
-def _structure_positive(value: object, _: object) -> PositiveInt:
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"expected an integer above 0, got {shown(value)}")
-    return PositiveInt(value)
-
-
-def _structure_number(value: object, _: object) -> Number:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ValueError(f"expected a number, got {shown(value)}")
-    try:
-        number = Number(value)
-    except OverflowError:
-        number = Number("inf")
-    if not math.isfinite(number):
-        raise ValueError("expected a number that is not that large")
-    return number
-
-
-def _structure_object(value: object, _: object) -> AnyObject:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected an object, got {kind_of(value)}")
-    return AnyObject(value)
-
-
-def _structure_text(value: object, _: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected text, got {shown(value)}")
-    return value
-
-
-def _structure_secret(value: object, _: object) -> SecretText:
-    if not isinstance(value, str):
-        raise ValueError("expected text")
-    return SecretText(value)
-
-
-def _structure_json_text(value: object, _: object) -> JsonText:
-    if not isinstance(value, JsonObject):
-        raise ValueError(f"expected an object, got {shown(value)}")
-    return JsonText(value.text)
-
-
-def _structure_timestamp(value: object, _: object) -> datetime:
-    return parse_timestamp(_structure_text(value, _))
-
-
-def _structure_minutes(value: object, _: object) -> PositiveMinutes:
-    if (
-        not isinstance(value, (int, float))
-        or isinstance(value, bool)
-        or not 0 < value <= MAX_EXECUTION_MINUTES
-    ):
-        raise ValueError(
-            f"expected a number of minutes above 0 and at most {MAX_EXECUTION_MINUTES}, "
-            f"got {shown(value)}"
-        )
-    return PositiveMinutes(value)
-
-
-def _structure_list(value: object, kind: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"expected an array, got {kind_of(value)}")
-    (item_type,) = get_args(kind)
-    items: list[Any] = []
-    for index, item in enumerate(value):
-        try:
-            items.append(_converter.structure(item, item_type))
-        except (cattrs.BaseValidationError, ValueError, KeyError) as error:
-            raise ValueError(next(_problems(error, f"[{index}]"))) from None
-    return items
-
-
-def _is_list(kind: Any) -> bool:
-    return get_origin(kind) is list
-
-
-_converter = cattrs.Converter(detailed_validation=True)
-for _kind, _hook in (
-    (bool, _structure_bool),
-    (int, _structure_int),
-    (NonNegativeInt, _structure_non_negative),
-    (PositiveInt, _structure_positive),
-    (Number, _structure_number),
-    (AnyObject, _structure_object),
-    (str, _structure_text),
-    (SecretText, _structure_secret),
-    (JsonText, _structure_json_text),
-    (Timestamp, _structure_timestamp),
-    (PositiveMinutes, _structure_minutes),
-):
-    _converter.register_structure_hook(_kind, _hook)
-_converter.register_structure_hook_func(_is_list, _structure_list)
-
-
-@_converter.register_structure_hook_factory(attrs.has)
-def _class_hook(schema: Any) -> Callable[[object, object], Any]:
-    """Return what makes an instance of an attrs class of a JSON object, and of nothing else."""
-    build = make_dict_structure_fn(schema, _converter)
-
-    def structure_object(value: object, kind: object) -> Any:
-        if not isinstance(value, dict):
-            raise ValueError(f"expected an object, got {shown(value)}")
-        return build(value, kind)
-
-    return structure_object
-
-
 Schema = TypeVar("Schema")
 
 
-def structure(data: object, schema: type[Schema], *, path: str = "") -> Schema:
-    """Return plain data as an instance of an attrs class; unknown keys are ignored.
+@functools.cache
+def _decoder(schema: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(schema, dec_hook=_parse_special)
 
-    Raises ``InvalidRequest`` that names the path and the reason of everything that is wrong.
+
+def parse_json(data: bytes, schema: type[Schema]) -> Schema:
+    """Return the JSON object in a request body as an instance of a schema.
+
+    Unknown keys are ignored. Raises ``InvalidRequest`` that names the place and the reason.
+    """
+    if not data.strip():
+        raise InvalidRequest("body: expected a JSON object, got nothing")
+    if data.count(b",") > MAX_JSON_MEMBERS:
+        raise InvalidRequest(f"body: more than {MAX_JSON_MEMBERS} members")
+    try:
+        data.decode()  # msgspec does not look at the characters of what it passes over
+        return cast(Schema, _decoder(cast(Hashable, schema)).decode(data))
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"body: not UTF-8 at byte {error.start}") from None
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(_body_problem(error, data, schema)) from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(_syntax_problem(error, data)) from None
+    except RecursionError:
+        raise InvalidRequest("body: JSON nested too deeply") from None
+
+
+def parse_foreign_json(data: bytes) -> object:
+    """Return the value of a JSON text that may have half a surrogate pair; raises ``ValueError``.
+
+    Programs cut the text of models anywhere; what is left is still worth reading.
+    """
+    if data.count(b",") > MAX_JSON_MEMBERS:
+        raise ValueError(f"more than {MAX_JSON_MEMBERS} members")
+    try:
+        return msgspec.json.decode(data)
+    except msgspec.DecodeError:
+        return json.loads(data)
+
+
+def structure(data: object, schema: type[Schema], *, path: str = "") -> Schema:
+    """Return plain data as an instance of a schema; unknown keys are ignored.
+
+    Raises ``InvalidRequest`` that names the path and the reason.
     """
     try:
-        return _converter.structure(data, schema)
-    except (cattrs.BaseValidationError, ValueError, KeyError) as error:
-        raise InvalidRequest("; ".join(_problems(error, path))) from None
+        return msgspec.convert(data, schema, dec_hook=_parse_special)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(_problems(error, data, schema, path)) from None
 
 
-def _problems(error: BaseException, path: str) -> Iterator[str]:
-    """Yield ``path: reason`` for every leaf of a validation error."""
-    if isinstance(error, cattrs.ClassValidationError):
-        for inner in error.exceptions:
-            notes = [n for n in getattr(inner, "__notes__", ()) if hasattr(n, "name")]
-            name = notes[0].name if notes else ""
-            yield from _problems(inner, f"{path}.{name}" if path and name else path or name)
-    elif isinstance(error, KeyError):
-        name = str(error.args[0])
-        missing = path if path.rpartition(".")[2] == name else f"{path}.{name}".lstrip(".")
-        yield f"{missing}: required, but missing"
-    else:
-        reason = str(error)
-        separator = "" if reason.startswith("[") else ": "
-        yield f"{path}{separator}{reason}" if path else reason
+def setting(value: object, kind: Any) -> Any:
+    """Return one plain value as a schema type; raises ``ValueError`` that says what is wrong."""
+    try:
+        return structure(value, kind)
+    except InvalidRequest as error:
+        raise ValueError(error.message) from None
+
+
+_PROBLEM = re.compile(r"(.*?)(?: - at `\$(.*)`)?", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`")
+_MISMATCH = re.compile(r"Expected `([^`]*)`(?:, got `.*`| (?:of length )?(>=|<=|>|<) ([0-9.e+-]+))")
+_STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
+_EXPECTED = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a string",
+    "array": "an array",
+    "object": "an object",
+}
+_BOUNDS = {">=": "of at least", "<=": "of at most", ">": "above", "<": "below"}
+
+
+def _problems(
+    error: msgspec.ValidationError, data: object, schema: Any, prefix: str, root: str = ""
+) -> str:
+    """Return all that is wrong in plain data, of which msgspec tells only the first."""
+    found = []
+    if attrs.has(schema) and isinstance(data, dict):
+        types = typing.get_type_hints(schema, include_extras=True)
+        for item in attrs.fields(schema):
+            path = f"{prefix}.{item.name}".lstrip(".")
+            if item.name not in data:
+                if item.default is attrs.NOTHING:
+                    found.append(f"{path}: required, but missing")
+            elif types[item.name] is not msgspec.Raw:
+                try:
+                    msgspec.convert(data[item.name], types[item.name], dec_hook=_parse_special)
+                except msgspec.ValidationError as problem:
+                    found.append(_problem(problem, data[item.name], path, ""))
+    return "; ".join(found) or _problem(error, data, prefix, root)
+
+
+def _problem(error: msgspec.ValidationError, data: object, prefix: str, root: str) -> str:
+    """Return ``path: reason`` for a validation error; ``root`` is the path of the whole."""
+    match = _PROBLEM.fullmatch(str(error))
+    assert match is not None  # it matches any text
+    reason, place = match[1], match[2] or ""
+    if missing := _MISSING.fullmatch(reason):
+        return f"{prefix}{place}.{missing[1]}".lstrip(".") + ": required, but missing"
+    if mismatch := _MISMATCH.fullmatch(reason):
+        names, sign, bound = mismatch.groups()
+        kinds = [name for name in names.split(" | ") if name != "null"]
+        expected = " or ".join(_EXPECTED.get(name, name) for name in kinds)
+        if sign:
+            expected += f" {_BOUNDS[sign]} {bound.removesuffix('.0')}"
+        for name, index in _STEP.findall(place):
+            data = cast(Any, data)[name or int(index)]
+        # A container, or what stands in the place of one, may hold secrets.
+        hidden = {"array", "object"}.intersection(kinds) or isinstance(data, (list, dict))
+        reason = f"expected {expected}, got {kind_of(data) if hidden else shown(data)}"
+    elif reason in ("Number out of range", "Integer value out of range"):
+        reason = "expected a number that is not that large"
+    place = place.replace("[...]", "")  # somewhere in an object of any keys
+    path = f"{prefix}{place}".lstrip(".") or (root if reason.startswith("expected") else "")
+    return f"{path}: {reason}" if path else reason
+
+
+def _body_problem(error: msgspec.ValidationError, data: bytes, schema: Any) -> str:
+    """Return what is wrong with a request body that may be JSON, and where."""
+    whole = None
+    try:
+        whole = msgspec.json.decode(data)
+    except msgspec.ValidationError:  # it has a number that Python does not take
+        pass
+    except msgspec.DecodeError as syntax:
+        return _syntax_problem(syntax, data)
+    except RecursionError:
+        return "body: JSON nested too deeply"
+    return _problems(error, whole, schema, "", "body")
+
+
+def _syntax_problem(error: msgspec.DecodeError, data: bytes) -> str:
+    """Return where a text is not JSON, and why."""
+    match = re.fullmatch(r"JSON is malformed: (.*) \(byte (\d+)\)", str(error))
+    if match is None:
+        return "body: not JSON: it ends too early, or has half a surrogate pair"
+    before = data[: int(match[2])].decode("utf-8", "replace")
+    line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+    return f"body: not JSON: {match[1]} at line {line} column {column}"
 
 
 # =============================================================================
@@ -907,90 +819,69 @@ def _problems(error: BaseException, path: str) -> Iterator[str]:
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 LOG_LEVELS = {"trace": 5, "debug": 10, "info": 20, "warn": 30, "error": 40, "critical": 50}
 ENVIRONMENT_PREFIX = "GENVM_MANAGER_"
+MODULE_KINDS = ("llm", "web")
 LEGACY_SETTINGS = ("threads", "blocking_threads", "log_disable")
 
 
-def parse_log_level(text: object) -> str:
-    """Return the canonical name of a log level; any letter case, ``warning`` means ``warn``."""
-    name = text.strip().lower() if isinstance(text, str) else ""
-    name = "warn" if name == "warning" else name
-    if name not in LOG_LEVELS or name == "critical":
-        raise ValueError(f"expected trace, debug, info, warn or error, got {shown(text)}")
-    return name
+class LevelName(str):
+    """The canonical name of a log level."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Return a level; any letter case, ``warning`` means ``warn``. Raises ``ValueError``."""
+        name = value.strip().lower() if isinstance(value, str) else ""
+        name = "warn" if name == "warning" else name
+        if name not in LOG_LEVELS or name == "critical":
+            raise ValueError(f"expected trace, debug, info, warn or error, got {shown(value)}")
+        return cls(name)
 
 
-def _setting_text(value: object) -> str:
-    text = _structure_text(value, None)
-    if not text or "\0" in text:
-        raise ValueError("expected text that is not empty and has no NUL")
-    return text
+Permits = Annotated[int, Meta(ge=0, le=1_000_000)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
 
 
-def _setting_count(value: object) -> int:
-    return int(_structure_non_negative(value, None))
+class ModuleKind(str):
+    """``llm`` or ``web``, in any letter case."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Return the kind; raises ``ValueError``."""
+        if not isinstance(value, str) or value.lower() not in MODULE_KINDS:
+            raise ValueError(f"expected llm or web, got {shown(value)}")
+        return cls(value.lower())
 
 
-def _setting_permits(value: object) -> int | None:
-    return None if value is None else check_permits(value)
+class ModuleCommands(dict[str, tuple[str, ...]]):
+    """The commands of external modules by their kind: a program and its arguments each."""
 
-
-def check_permits(value: object) -> int:
-    """Return a number of permits; raises ``ValueError`` outside 0 to 1000000."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 1_000_000:
-        raise ValueError(f"expected an integer from 0 to 1000000, got {shown(value)}")
-    return value
-
-
-def _setting_port(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 65535:
-        raise ValueError(f"expected a port from 0 (any free one) to 65535, got {shown(value)}")
-    return value
-
-
-def _setting_path(value: object) -> Path:
-    return Path(os.path.abspath(_setting_text(value)))
-
-
-def _setting_format(value: object) -> str:
-    if value not in ("json", "text"):
-        raise ValueError(f"expected json or text, got {shown(value)}")
-    return str(value)
-
-
-def _setting_detection(value: object) -> str:
-    if value not in ("native", "executor"):
-        raise ValueError(f"expected native or executor, got {shown(value)}")
-    return str(value)
-
-
-def _setting_modules(value: object) -> dict[str, tuple[str, ...]]:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a mapping of modules, got {shown(value)}")
-    commands: dict[str, tuple[str, ...]] = {}
-    for kind, options in value.items():
-        if kind not in ("llm", "web"):
-            raise ValueError(f"expected llm or web, got {shown(kind)}")
-        if not isinstance(options, dict) or set(options) != {"command"}:
-            raise ValueError(f"{kind}: expected a command, got {shown(options)}")
-        commands[kind] = tuple(
-            _setting_text(word) for word in _structure_list(options["command"], list[str])
-        )
-        if not commands[kind]:
-            raise ValueError(f"{kind}.command: expected a program and its arguments")
-    return commands
-
-
-def _setting_names(value: object) -> tuple[str, ...]:
-    return tuple(_setting_text(item) for item in _structure_list(value, list[str]))
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Return the commands in ``{kind: {command: [...]}}``; raises ``ValueError``."""
+        commands = cls()
+        for name, options in setting(value, AnyObject).items():
+            kind = ModuleKind.parse(name)
+            if not isinstance(options, dict) or set(options) != {"command"}:
+                raise ValueError(f"{kind}: expected a command, got {shown(options)}")
+            words = setting(options["command"], tuple[Name, ...])
+            if not words:
+                raise ValueError(f"{kind}.command: expected a program and its arguments")
+            commands[kind] = words
+        return commands
 
 
 @frozen
 class SettingKind:
-    """How a setting is read: ``parse`` takes plain data, ``from_text`` makes it of a flag."""
+    """How a setting is read: the type of its plain value, and how a flag's text becomes that."""
 
-    parse: Callable[[object], object]
+    type: Any
     metavar: str
     from_text: Callable[[str], object] = str
+
+    def parse(self, value: object) -> object:
+        """Return a plain value as the setting holds it; raises ``ValueError``."""
+        if get_origin(self.type) is Literal and value not in get_args(self.type):
+            raise ValueError(f"expected {' or '.join(get_args(self.type))}, got {shown(value)}")
+        return setting(value, self.type)
 
 
 def _plain_integer(text: str) -> object:
@@ -1005,19 +896,19 @@ def _plain_scalar(text: str) -> object:
         return text
 
 
-TEXT = SettingKind(_setting_text, "TEXT")
-FLAG = SettingKind(lambda value: _structure_bool(value, None), "BOOL", _plain_scalar)
-COUNT = SettingKind(_setting_count, "N", _plain_integer)
-PERMITS = SettingKind(_setting_permits, "N", _plain_integer)
-PORT = SettingKind(_setting_port, "PORT", _plain_integer)
-PATH = SettingKind(_setting_path, "PATH")
-SECONDS = SettingKind(parse_duration, "DURATION")
-LEVEL = SettingKind(parse_log_level, "LEVEL")
-FORMAT = SettingKind(_setting_format, "FORMAT")
-MODULES = SettingKind(_setting_modules, "YAML", _plain_scalar)
-DETECTION = SettingKind(_setting_detection, "HOW")
+TEXT = SettingKind(Name, "TEXT")
+FLAG = SettingKind(bool, "BOOL", _plain_scalar)
+COUNT = SettingKind(NonNegativeInt, "N", _plain_integer)
+PERMITS = SettingKind(Permits | None, "N", _plain_integer)
+PORT = SettingKind(Port, "PORT", _plain_integer)
+PATH = SettingKind(Path, "PATH")
+SECONDS = SettingKind(Duration, "DURATION")
+LEVEL = SettingKind(LevelName, "LEVEL")
+FORMAT = SettingKind(Literal["json", "text"], "FORMAT")
+MODULES = SettingKind(ModuleCommands, "YAML", _plain_scalar)
+DETECTION = SettingKind(Literal["native", "executor"], "HOW")
 NAMES = SettingKind(
-    _setting_names, "NAME,…", lambda text: [part.strip() for part in text.split(",")]
+    tuple[Name, ...], "NAME,…", lambda text: [part.strip() for part in text.split(",")]
 )
 
 
@@ -3071,14 +2962,21 @@ class RunRequest:
     """What a client asks to run; the fields are those of ``POST /genvm/run``."""
 
     major: NonNegativeInt
-    message: JsonText
+    message: msgspec.Raw
     is_sync: bool
     capture_output: bool
     host_data: str
     timestamp: Timestamp
     host: str
-    max_execution_minutes: PositiveMinutes = PositiveMinutes(20)
+    max_execution_minutes: ExecutionMinutes = 20
     extra_args: list[str] = field(factory=list)
+
+    def __attrs_post_init__(self) -> None:
+        """Keep the text of the message alone, not the whole body that it is a part of."""
+        if not bytes(self.message).startswith(b"{"):
+            value = msgspec.json.decode(self.message)
+            raise ValueError(f"message: expected an object, got {kind_of(value)}")
+        object.__setattr__(self, "message", self.message.copy())
 
     def arguments(self, cookie: str) -> list[str]:
         """Return the executor's command line without the program.
@@ -3090,14 +2988,12 @@ class RunRequest:
                 f"extra_args: {len(self.extra_args)} arguments; give at most {EXTRA_ARGUMENTS_MAX}"
             )
         texts = {f"extra_args[{i}]": text for i, text in enumerate(self.extra_args)}
-        texts |= {"host_data": self.host_data, "host": self.host, "message": self.message}
+        message = bytes(self.message).decode()
+        texts |= {"host_data": self.host_data, "host": self.host, "message": message}
         for path, text in texts.items():
             if "\0" in text:
                 raise InvalidRequest(f"{path}: NUL characters cannot be passed to an executor")
-            try:
-                size = len(text.encode())
-            except UnicodeEncodeError:
-                raise InvalidRequest(f"{path}: half a surrogate pair is not text") from None
+            size = len(text.encode())
             if size > ARGUMENT_MAX_BYTES:
                 raise InvalidRequest(
                     f"{path}: {size} bytes; the kernel passes at most {ARGUMENT_MAX_BYTES} bytes "
@@ -3107,7 +3003,7 @@ class RunRequest:
         return [
             *(f"--log-fd={LOG_FD}", "run", *self.extra_args, *sync),
             *("--host-data", self.host_data, "--host", self.host),
-            *("--message", str(self.message), f"--cookie={cookie}"),
+            *("--message", message, f"--cookie={cookie}"),
         ]
 
 
@@ -3203,7 +3099,7 @@ def parse_log_line(line: bytes) -> dict[str, Any] | None:
     if line.count(b",") > LOG_LINE_MAX_MEMBERS:
         return None
     try:
-        record = _json_decoder.decode(line.decode("utf-8"))
+        record = msgspec.json.decode(line)
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
@@ -3383,7 +3279,7 @@ class LogForwarder:
         if record is None:
             record = {"message": "genvm log", "line": line.decode("utf-8", "replace")}
         try:
-            level = parse_log_level(record.pop("level", "info"))
+            level: str = LevelName.parse(record.pop("level", "info"))
         except ValueError:
             level = "info"
         if not self._enabled(level):
@@ -4507,14 +4403,14 @@ class ContractOperations:
             "datetime": format_timestamp(moment),
         }
         return RunRequest(
-            major=NonNegativeInt(major),
-            message=JsonText(json.dumps(message)),
+            major=major,
+            message=msgspec.Raw(msgspec.json.encode(message)),
             is_sync=True,
             capture_output=True,
             host_data="{}",
             timestamp=cast(Timestamp, moment),
             host=host,
-            max_execution_minutes=PositiveMinutes(READONLY_SECONDS / 60),
+            max_execution_minutes=READONLY_SECONDS / 60,
             extra_args=["--permissions", "rw"],
         )
 
@@ -5127,16 +5023,18 @@ class LlmClient:
 
         def read() -> LlmAnswer:
             try:
-                found = parse_json_object(body.removeprefix(codecs.BOM_UTF8))
+                found = cast(Any, parse_foreign_json(body.removeprefix(codecs.BOM_UTF8)))
+            except (ValueError, RecursionError) as error:
+                raise unreadable(f"not JSON: {error}") from None
+            try:
                 return LlmAnswer(provider.answer(found, mode), provider.usage(found))
-            except InvalidRequest as error:
-                problem = error.message.removeprefix("body: ")
             except (LookupError, TypeError, ValueError, AttributeError):
-                problem = "no answer where it belongs"
+                raise unreadable("no answer where it belongs") from None
+
+        def unreadable(problem: str) -> ProviderError:
             excerpt = masked(body, backend.key)[:PROVIDER_MESSAGE_CHARACTERS]
-            raise ProviderError(
-                ErrorKind.BAD_RESPONSE, f"{problem}: {excerpt}", url=url, status=200, body=excerpt
-            )
+            detail = f"{problem}: {excerpt}"
+            return ProviderError(ErrorKind.BAD_RESPONSE, detail, url=url, status=200, body=excerpt)
 
         return await self._work(len(body), read)
 
@@ -5302,9 +5200,9 @@ class TestPrompt:
 
     user_message: str
     system_message: str | None = None
-    temperature: Number = Number(0.7)
+    temperature: Number = 0.7
     images: list[str] = field(factory=list)
-    max_tokens: PositiveInt = PositiveInt(1000)
+    max_tokens: PositiveInt = 1000
     use_max_completion_tokens: bool = False
     seed: int | None = None
     timeout_ms: PositiveInt | None = None
@@ -5569,7 +5467,6 @@ def _failed_check(problem: ProviderError, scrub: Callable[[str], str]) -> CheckR
 # Owns what one process of a module is: its setup, its address, what it says.
 # Uses children, text and configuration. Never knows what a module does inside.
 
-MODULE_KINDS = ("llm", "web")
 MODULE_ADDRESSES = {"llm": "127.0.0.1:3031", "web": "127.0.0.1:3032"}
 #: Seconds for a module to accept connections, and for one that is told to stop.
 MODULE_READY_SECONDS = 10.0
@@ -5602,19 +5499,6 @@ class ModuleState(enum.Enum):
     FAILED = "failed"
 
 
-class ModuleKind(str):
-    """A schema type: ``llm`` or ``web``, in any letter case."""
-
-
-def _structure_module_kind(value: object, _: object) -> ModuleKind:
-    if not isinstance(value, str) or value.lower() not in MODULE_KINDS:
-        raise ValueError(f"expected llm or web, got {shown(value)}")
-    return ModuleKind(value.lower())
-
-
-_converter.register_structure_hook(ModuleKind, _structure_module_kind)
-
-
 @frozen
 class ModuleSetup:
     """How a module is to run: its configuration with templates expanded, and its address."""
@@ -5631,8 +5515,8 @@ class ModuleSetup:
             if "bind_address" in config or not {"host", "port"} & config.keys():
                 host, port = split_address(config.get("bind_address", MODULE_ADDRESSES[kind]))
             else:
-                host = _setting_text(config.get("host"))
-                port = _setting_port(config.get("port"))
+                host = Name.parse(config.get("host"))
+                port = setting(config.get("port"), Port)
         except ValueError as error:
             raise ModuleFailed(
                 f"the {kind} module's address is wrong: {error}; set bind_address, or host and port"
@@ -5645,7 +5529,7 @@ def split_address(text: object) -> tuple[str, int]:
     host, separator, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
     if not host or not separator or not port.isascii() or not port.isdigit():
         raise ValueError(f"expected host:port, got {shown(text)}")
-    return host.strip("[]"), _setting_port(int(port))
+    return host.strip("[]"), setting(int(port), Port)
 
 
 def bind_listener(host: str, port: int) -> socket.socket:
@@ -5764,7 +5648,7 @@ class Generation:
             return
         record = parse_log_line(line) or {"message": line.decode("utf-8", "replace")}
         try:
-            level = parse_log_level(record.pop("level", "info"))
+            level: str = LevelName.parse(record.pop("level", "info"))
         except ValueError:
             level = "info"
         record.pop("time", None)
@@ -6594,7 +6478,7 @@ class ServiceSetup:
     def parse(cls, line: bytes) -> ServiceSetup:
         """Return the setup in a line; raises ``ConfigError``, which never shows the line."""
         try:
-            return structure(json.loads(line), cls)
+            return parse_json(line, cls)
         except (ValueError, RecursionError, InvalidRequest):
             raise ConfigError("the first line on stdin is not a module's setup") from None
 
@@ -6904,7 +6788,7 @@ class ServiceRuntime:
 
     def _take_order(self, order: dict[str, Any]) -> None:
         try:
-            self._observer.set_level(parse_log_level(order["log_level"]))
+            self._observer.set_level(LevelName.parse(order["log_level"]))
         except (KeyError, ValueError):
             self.log.warn("the manager sent an order that is not known")
 
@@ -6952,7 +6836,7 @@ def run_module_service(kind: str) -> int:
         setup = ServiceSetup.parse(line)
         if kind not in MODULE_SERVICES:
             raise ConfigError(f"no service is built in for the {kind} module; set its command")
-        observer.set_level(parse_log_level(setup.log_level))
+        observer.set_level(LevelName.parse(setup.log_level))
         service = MODULE_SERVICES[kind].create(setup, reactor, observer.redactor)
         runtime = ServiceRuntime(service, reactor, observer, end)
         runtime.listen(LISTENER_FD)
@@ -7089,8 +6973,8 @@ class LlmSettings:
 
 @frozen
 class _TopEntry:
-    backends: AnyObject = field(factory=AnyObject)
-    prompt_templates: AnyObject = field(factory=AnyObject)
+    backends: AnyObject = field(factory=dict)
+    prompt_templates: AnyObject = field(factory=dict)
     timeout: Any = None
 
 
@@ -7149,9 +7033,9 @@ def _read_backend(
     backend_id: str, data: object, path: str, timeout: float
 ) -> tuple[tuple[float, str], tuple[LlmModel, ...]] | str:
     """Return the place in the order and the models of a backend, or why it is left out."""
-    if not _read_entry(data, _Switch, path).enabled:
+    if not structure(data, _Switch, path=path).enabled:
         return "disabled"
-    entry = _read_entry(data, _BackendEntry, path)
+    entry = structure(data, _BackendEntry, path=path)
     try:
         provider_named(entry.provider)
         if not entry.key:
@@ -7164,8 +7048,8 @@ def _read_backend(
     for name, given in (entry.models or {}).items():
         model_path = f"{path}.models.{name}"
         model_data = {} if given is None else given
-        if _read_entry(model_data, _Switch, model_path).enabled:
-            model = _read_entry(model_data, _ModelEntry, model_path)
+        if structure(model_data, _Switch, path=model_path).enabled:
+            model = structure(model_data, _ModelEntry, path=model_path)
             limit = _timeout(model.timeout, timeout, f"{model_path}.timeout")
             backend = Backend(entry.host, entry.provider, name, entry.key, limit)
             place = (-_priority(model.meta, model_path), name)
@@ -7174,13 +7058,6 @@ def _read_backend(
         return "it has no models"
     models.sort(key=lambda item: item[0])
     return (-_priority(entry.meta, path), backend_id), tuple(model for _, model in models)
-
-
-def _read_entry(data: object, schema: type[Schema], path: str) -> Schema:
-    try:
-        return structure(_structure_object(data, None), schema, path=path)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 def _make_model(backend_id: str, backend: Backend, entry: _ModelEntry) -> LlmModel:
@@ -7195,10 +7072,7 @@ def _make_model(backend_id: str, backend: Backend, entry: _ModelEntry) -> LlmMod
 
 def _priority(meta: Mapping[str, Any] | None, path: str) -> float:
     value = (meta or {}).get("priority", 0)
-    try:
-        return _structure_number(value, None)
-    except ValueError as error:
-        raise ConfigError(f"{path}.meta.priority: {error}") from None
+    return structure(value, Number, path=f"{path}.meta.priority")
 
 
 def _timeout(value: object, default: float, path: str) -> float:
@@ -7217,7 +7091,7 @@ def _read_template(data: object, kind: TemplateKind) -> TemplateText:
     if data is None:
         return kind.default
     path = f"prompt_templates.{kind.key}"
-    template = _read_entry(data, TemplateText, path)
+    template = structure(data, TemplateText, path=path)
     for name in PLACEHOLDER.findall(f"{template.system or ''}\n{template.user}"):
         if name not in kind.variables:
             known = ", ".join(f"#{{{variable}}}" for variable in kind.variables)
@@ -9401,7 +9275,7 @@ def read_web_settings(config: AnyObject) -> WebSettings:
 
 
 def _read_signer(entry: _WebEntry) -> Signer | None:
-    headers = entry.signer_headers or AnyObject()
+    headers = entry.signer_headers or {}
     for name, value in headers.items():
         if not isinstance(value, str) or _TOKEN.fullmatch(name) is None:
             raise ConfigError(f"signer_headers.{name}: expected a header's name and its text")
@@ -10030,14 +9904,14 @@ class PieceProducer:
 class PermitsBody:
     """Body of ``POST /permits``."""
 
-    permits: int
+    permits: Permits
 
 
 @frozen
 class LogLevelBody:
     """Body of ``POST /log/level``."""
 
-    level: str
+    level: LevelName
 
 
 @frozen
@@ -10236,8 +10110,7 @@ class Api:
     @_endpoint(app, "POST", "/permits", PermitsBody)
     async def set_permits(self, request: Request, body: PermitsBody) -> Answer:
         """Change how many executions may run."""
-        with _naming("permits"):
-            self._gate.resize(check_permits(body.permits))
+        self._gate.resize(body.permits)
         return {"result": "permits_set", "permits": body.permits}
 
     # --- modules ---
@@ -10275,8 +10148,7 @@ class Api:
     @_endpoint(app, "POST", "/log/level", LogLevelBody)
     async def log_level(self, request: Request, body: LogLevelBody) -> Answer:
         """Change what is logged."""
-        with _naming("level"):
-            self._observer.set_level(parse_log_level(body.level))
+        self._observer.set_level(body.level)
         for module in self._modules.values():
             module.set_log_level(self._observer.level)
         return {"result": "log_level_set", "level": self._observer.level}
@@ -10312,7 +10184,7 @@ class Api:
 
     async def read_json(self, request: Request, schema: type[Schema]) -> Schema:
         """Return the JSON in a request's body as an instance of a class; see ``structure``."""
-        return await self._read(request, lambda data: structure(parse_json_object(data), schema))
+        return await self._read(request, lambda data: parse_json(data, schema))
 
     async def read_body(self, request: Request) -> bytes:
         """Return a request's body."""

@@ -26,12 +26,12 @@ from genvm_manager import (
     SETTINGS,
     Config,
     ConfigError,
+    LevelName,
     automatic_permits,
     default_root,
     is_loopback,
     load_config,
     main,
-    parse_log_level,
     read_token,
 )
 
@@ -127,12 +127,12 @@ def test_an_unknown_variable_of_ours_is_said_and_ignored(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("port: 65536", "expected a port from 0 (any free one) to 65535, got 65536"),
-        ("port: '3999'", 'expected a port from 0 (any free one) to 65535, got "3999"'),
-        ("port: true", "expected a port from 0 (any free one) to 65535, got true"),
-        ("permits: -1", "expected an integer from 0 to 1000000, got -1"),
-        ("permits: 1000001", "expected an integer from 0 to 1000000, got 1000001"),
-        ("permits: 1.5", "expected an integer from 0 to 1000000, got 1.5"),
+        ("port: 65536", "expected an integer of at most 65535, got 65536"),
+        ("port: '3999'", 'expected an integer, got "3999"'),
+        ("port: true", "expected an integer, got true"),
+        ("permits: -1", "expected an integer of at least 0, got -1"),
+        ("permits: 1000001", "expected an integer of at most 1000000, got 1000001"),
+        ("permits: 1.5", "expected an integer, got 1.5"),
         ("log_level: loud", 'expected trace, debug, info, warn or error, got "loud"'),
         ("log_level: critical", "expected trace, debug, info, warn or error"),
         ("log_level: 3", "expected trace, debug, info, warn or error, got 3"),
@@ -141,12 +141,12 @@ def test_an_unknown_variable_of_ours_is_said_and_ignored(tmp_path: Path) -> None
         ("die_with_parent: 'yes'", 'expected true or false, got "yes"'),
         ("execution_retention: 5x", "expected seconds or a duration"),
         ("shutdown_grace: -1", "expected seconds or a duration"),
-        ("queue_limit: many", "expected an integer of at least 0"),
-        ("host: ''", "expected text that is not empty"),
-        ("host: 127", "expected text, got 127"),
-        ("log_file: [a]", "expected text"),
+        ("queue_limit: many", "expected an integer, got"),
+        ("host: ''", "expected a string that is not empty"),
+        ("host: 127", "expected a string, got 127"),
+        ("log_file: [a]", "expected a string"),
         ("env_allow: PATH", "expected an array"),
-        ("env_allow: [1]", "[0]: expected text, got 1"),
+        ("env_allow: [1]", "[0]: expected a string, got 1"),
         ("reroute_to: ${nope}", "unknown variable ${nope}"),
         ("prot: 1", "unknown key; known are host, port, socket"),
         ("1: 2", "unknown key"),
@@ -203,10 +203,10 @@ def test_bytes_that_are_no_text_are_refused_by_the_name_of_the_file(tmp_path: Pa
 @pytest.mark.parametrize(
     ("flags", "environ", "start"),
     [
-        ({"port": "x"}, {}, "flag --port: expected a port"),
-        ({"queue_limit": "-1"}, {}, "flag --queue-limit: expected an integer of at least 0"),
+        ({"port": "x"}, {}, "flag --port: expected an integer"),
+        ({"queue_limit": "-1"}, {}, 'flag --queue-limit: expected an integer, got "-1"'),
         ({"queue_limit": "["}, {}, "flag --queue-limit: expected an integer"),
-        ({"socket": ""}, {}, "flag --socket: expected text that is not empty"),
+        ({"socket": ""}, {}, "flag --socket: expected a string that is not empty"),
         (
             {},
             {"GENVM_MANAGER_LOG_LEVEL": "loud"},
@@ -448,8 +448,8 @@ def test_a_token_file_without_a_token_is_refused_by_its_name(
 
 def test_log_levels_have_any_letter_case() -> None:
     for text in ("trace", "DEBUG", "Info", " warn ", "error"):
-        assert parse_log_level(text) == text.strip().lower()
-    assert parse_log_level("WARNING") == "warn"
+        assert LevelName.parse(text) == text.strip().lower()
+    assert LevelName.parse("WARNING") == "warn"
 
 
 # --- automatic permits ---
@@ -661,7 +661,7 @@ def test_the_file_alone_needs_nothing_but_the_listed_packages(tmp_path: Path) ->
     loaded = set(json.loads(run.stdout)) - sys.stdlib_module_names - {"genvm_manager"}
     packages = importlib.metadata.packages_distributions()
     allowed = closure([text for text in listed_dependencies() if not text.startswith("python>")])
-    assert {"twisted", "klein", "attr", "cattrs", "treq", "yaml"} <= loaded
+    assert {"twisted", "klein", "attr", "msgspec", "treq", "yaml"} <= loaded
     for module in loaded & set(packages):
         owners = {re.sub(r"[-_.]+", "-", name).lower() for name in packages[module]}
         assert owners & allowed, f"{module} comes from {owners}, which nobody lists"
@@ -693,6 +693,6 @@ def test_the_file_runs_whatever_its_name_is(
         timeout=60,
     )
     assert (run.returncode, run.stdout) == (1, "")
-    assert run.stderr.startswith("genvm-manager: flag --host: expected text that is not empty")
+    assert run.stderr.startswith("genvm-manager: flag --host: expected a string that is not empty")
     assert 'got "with space"' in run.stderr
     assert (tmp_path / "__pycache__").exists() == is_imported

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -35,12 +36,9 @@ from genvm_manager import (
     ExecutionNotFound,
     Executions,
     InvalidRequest,
-    JsonText,
     LogRecords,
     ManifestStore,
-    NonNegativeInt,
     PermitGate,
-    PositiveMinutes,
     QueueFull,
     RunRequest,
     ShutdownTimeout,
@@ -63,8 +61,8 @@ MINUTE = 60.0
 def make_request(**changes: Any) -> RunRequest:
     """Return a request; a synchronous one that captures its output unless told otherwise."""
     fields: dict[str, Any] = {
-        "major": NonNegativeInt(0),
-        "message": JsonText('{"v": 1.10}'),
+        "major": 0,
+        "message": msgspec.Raw(b'{"v": 1.10}'),
         "is_sync": True,
         "capture_output": True,
         "host_data": '{"h": 1}',
@@ -188,15 +186,15 @@ def test_runs_wait_in_order_for_their_permits() -> None:
         ("a\0b", "NUL"),
         ("x" * (ARGUMENT_MAX_BYTES + 1), f"at most {ARGUMENT_MAX_BYTES} bytes"),
         ("é" * (ARGUMENT_MAX_BYTES // 2 + 1), f"at most {ARGUMENT_MAX_BYTES} bytes"),
-        ("\ud800", "surrogate"),
     ],
-    ids=["nul", "long", "long in bytes", "surrogate"],
+    ids=["nul", "long", "long in bytes"],
 )
 def test_text_that_cannot_be_an_argument_is_refused_by_its_path(
     field: str, text: str, reason: str
 ) -> None:
     world = World()
-    value: Any = ["fine", text] if field == "extra_args" else JsonText(text)
+    message = msgspec.Raw(f'{{"a": "{text}"}}'.encode())
+    value: Any = {"extra_args": ["fine", text], "message": message}.get(field, text)
     error = refused(world.ask(None, **{field: value}))
     assert isinstance(error, InvalidRequest)
     assert error.message.startswith("extra_args[1]: " if field == "extra_args" else f"{field}: ")
@@ -216,7 +214,7 @@ def test_the_longest_argument_that_the_kernel_takes_is_passed() -> None:
 
 def test_a_version_that_does_not_exist_is_refused() -> None:
     world = World()
-    error = refused(world.ask(major=NonNegativeInt(7)))
+    error = refused(world.ask(major=7))
     assert isinstance(error, VersionNotAvailable)
     assert world.gate.in_use == 0
     assert world.start()[0].id == 1
@@ -406,7 +404,7 @@ def test_all_that_can_come_at_one_moment_comes_to_one_end(grace: float) -> None:
     # The end of the grace, of the deadline and of the shutdown fall together.
     for order in itertools.permutations(("cancel", "shutdown", "exited")):
         world = World()
-        execution, process = world.start(max_execution_minutes=PositiveMinutes(grace / 60 or 0.001))
+        execution, process = world.start(max_execution_minutes=grace / 60 or 0.001)
         results: list[list[Any]] = []
         for event in order:
             if event == "cancel":
@@ -430,7 +428,7 @@ def test_all_that_can_come_at_one_moment_comes_to_one_end(grace: float) -> None:
 @pytest.mark.parametrize("minutes", [20, 0.5, 0.001, 1440])
 def test_the_deadline_kills_at_its_time_counted_from_the_spawn(minutes: float) -> None:
     world = World(permits=0)
-    (asked) = outcome(world.ask(max_execution_minutes=PositiveMinutes(minutes)))
+    (asked) = outcome(world.ask(max_execution_minutes=minutes))
     world.clock.advance(3600)
     world.gate.resize(1)
     execution, process = asked[0], world.spawner.processes[0]
@@ -445,7 +443,7 @@ def test_the_deadline_kills_at_its_time_counted_from_the_spawn(minutes: float) -
 
 def test_the_times_of_a_run_are_known() -> None:
     world = World()
-    execution, process = world.start(max_execution_minutes=PositiveMinutes(0.5))
+    execution, process = world.start(max_execution_minutes=0.5)
     entry = json.loads(execution.summary_json())
     assert entry == {
         "state": "running",
@@ -822,7 +820,7 @@ def test_results_can_be_read_again_until_their_retention_ends() -> None:
 
 def test_a_run_is_kept_while_it_runs_however_long() -> None:
     world = World(execution_retention=1.0)
-    _, process = world.start(max_execution_minutes=PositiveMinutes(1440))
+    _, process = world.start(max_execution_minutes=1440)
     world.start()[1].end()
     world.clock.advance(86_000)
     assert [e.id for e in world.executions.listed()] == [1]

@@ -233,7 +233,7 @@ ERRORS: list[tuple[str, str, Any, int, str]] = [
     ("POST", "/env", {"key": "A=B", "value": "v"}, 500, "environment_refused"),
     ("POST", "/env", {"key": "A", "value": "v\0"}, 500, "environment_refused"),
     ("POST", "/env", {"key": "A\0", "value": "v"}, 500, "environment_refused"),
-    ("POST", "/env", {"key": "\ud800", "value": "v"}, 500, "environment_refused"),
+    ("POST", "/env", {"key": "\ud800", "value": "v"}, 500, "invalid_request"),
     ("GET", "/genvm/1?wait=soon", b"", 404, "execution_not_found"),
 ]
 

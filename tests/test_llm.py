@@ -69,7 +69,7 @@ from genvm_manager import (
     Redactor,
     Usage,
     connection_problem,
-    parse_json_object,
+    parse_json,
     provider_named,
     provider_url,
     status_problem,
@@ -1288,14 +1288,14 @@ def test_so_many_pairs_are_refused_as_a_whole() -> None:
     ("changes", "path"),
     [
         ({"provider": "gpt"}, "provider: unknown"),
-        ({"provider": None}, "configs[0].provider: expected text"),
+        ({"provider": None}, "configs[0].provider: expected a string"),
         ({"model": ""}, "configs[0].model: "),
-        ({"model": 4}, "configs[0].model: expected text"),
-        ({"host": 5}, "configs[0].host: expected text"),
-        ({"key": 12345678}, "configs[0].key: expected text"),
-        ({"key": None}, "configs[0].key: expected text"),
+        ({"model": 4}, "configs[0].model: expected a string"),
+        ({"host": 5}, "configs[0].host: expected a string"),
+        ({"key": 12345678}, "configs[0].key: expected a string"),
+        ({"key": None}, "configs[0].key: expected a string"),
         ({"host": "${nothing}"}, "unknown variable ${nothing}"),
-        ({"timeout_ms": 0}, "configs[0].timeout_ms: expected an integer above 0"),
+        ({"timeout_ms": 0}, "configs[0].timeout_ms: expected an integer of at least 1"),
         ({"timeout_ms": 1.5}, "configs[0].timeout_ms: "),
         ({"timeout_ms": True}, "configs[0].timeout_ms: "),
         ({"timeout_ms": "60"}, "configs[0].timeout_ms: "),
@@ -1329,14 +1329,14 @@ def test_a_missing_key_of_a_configuration(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "path"),
     [
-        ({"user_message": None}, "test_prompts[0].user_message: expected text"),
+        ({"user_message": None}, "test_prompts[0].user_message: expected a string"),
         ({"system_message": 5}, "test_prompts[0].system_message: "),
         ({"temperature": "hot"}, "test_prompts[0].temperature: "),
         ({"temperature": True}, "test_prompts[0].temperature: "),
         ({"temperature": float("inf")}, "test_prompts[0].temperature: "),
         ({"temperature": float("nan")}, "test_prompts[0].temperature: "),
         ({"images": "x"}, "test_prompts[0].images: expected an array"),
-        ({"images": [5]}, "test_prompts[0].images[0]: expected text"),
+        ({"images": [5]}, "test_prompts[0].images[0]: expected a string"),
         ({"images": [PNG_TEXT, "AAAA"]}, "images[1]: INVALID_IMAGE"),
         ({"images": [PNG_TEXT + "!"]}, "images[0]: INVALID_IMAGE"),
         ({"images": ["☃"]}, "images[0]: INVALID_IMAGE"),
@@ -1387,7 +1387,7 @@ def test_a_key_that_is_no_text(key: object) -> None:
     checked = Checked([config(key=key), config()], [prompt()])
     checked.client.answer(0)
     wrong, right = checked.results
-    assert (wrong["error_kind"], wrong["error"]) == ("config", "configs[0].key: expected text")
+    assert (wrong["error_kind"], wrong["error"]) == ("config", "configs[0].key: expected a string")
     assert right["available"]
 
 
@@ -1547,7 +1547,7 @@ def test_short_texts_are_no_secrets() -> None:
 )
 def test_a_request_that_is_wrong_as_a_whole_does_not_come_back(body: Any) -> None:
     with pytest.raises(ManagerError) as caught:
-        structure(parse_json_object(json.dumps(body).encode()), CheckBody)
+        parse_json(json.dumps(body).encode(), CheckBody)
     assert secret_in(caught.value.message) is None
 
 

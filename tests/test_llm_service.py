@@ -242,7 +242,7 @@ def test_timeouts_and_defaults() -> None:
         ({"backends": {"a": backend(provider="x")}}, 'backends.a.provider: unknown "x"; known are'),
         ({"backends": {"a": backend(provider="x", key="")}}, "backends.a.provider: unknown"),
         ({"backends": {"a": backend(host="ftp://x")}}, "backends.a.host: expected a URL"),
-        ({"backends": {"a": backend(key=5)}}, "backends.a.key: expected text"),
+        ({"backends": {"a": backend(key=5)}}, "backends.a.key: expected a string"),
         ({"backends": {"a": backend(key=KEY + "\n")}}, "backends.a.key: has characters"),
         ({"backends": {"a": backend(models=["m"])}}, "backends.a.models: expected an object"),
         ({"backends": {"a": backend(models={"m": {"supports_json": 1}})}}, "a.models.m.supports_j"),

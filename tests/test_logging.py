@@ -24,12 +24,12 @@ from genvm_manager import (
     MIB,
     Config,
     ConfigError,
+    LevelName,
     LogForwarder,
     LogObserver,
     LogWriter,
     Redactor,
     event_level,
-    parse_log_level,
 )
 
 from .support import observing
@@ -239,7 +239,7 @@ def test_the_level_can_change_at_any_time() -> None:
 
 @pytest.mark.parametrize("written", ["trace", "Debug", "INFO", "warn", "Warning", "error"])
 def test_lines_of_an_executor_pass_by_their_own_level(written: str) -> None:
-    name = parse_log_level(written)
+    name = LevelName.parse(written)
     line = json.dumps({"level": written, "message": "m {brace}", "x": 1}).encode() + b"\n"
     for threshold in ("trace", "debug", "info", "warn", "error"):
         log = Log(log_level=threshold)

@@ -245,7 +245,7 @@ def test_addresses_that_cannot_be(supervised: Supervised, address: str) -> None:
         ("a: !!binary aGk=", "put a date in quotes"),
         ("a: &a [*a]", "nested too deeply"),
         ("- sk-secret", "expected a mapping, got an array"),
-        ("sk-secret", "expected a mapping, got text"),
+        ("sk-secret", "expected a mapping, got a string"),
         ("", "expected a mapping, got null"),
         ("2025-01-01", "expected a mapping, got a date"),
     ],

@@ -101,7 +101,7 @@ def test_ill_typed(daemon: Daemon, key: str, value: object) -> None:
 def test_the_place_in_an_array_is_named(
     daemon: Daemon, extra_args: list[object], path: str
 ) -> None:
-    refused(daemon, changed(extra_args=extra_args), "invalid_request", f"{path}: expected text")
+    refused(daemon, changed(extra_args=extra_args), "invalid_request", f"{path}: expected a string")
 
 
 def test_the_wrong_value_is_shown(daemon: Daemon) -> None:
@@ -116,7 +116,7 @@ def test_everything_wrong_is_named(daemon: Daemon) -> None:
 
 def test_many_arguments_delay_nobody(daemon: Daemon) -> None:
     """It is a thread that looks at a large request."""
-    body = changed(extra_args=[""] * 480_000)
+    body = changed(extra_args=["x" * 100] * 480_000)
 
     def ask() -> Reply:
         return refused(daemon, body, "invalid_request", "extra_args: 480000 arguments")
@@ -153,9 +153,9 @@ def test_good_timestamps(daemon: Daemon, timestamp: str) -> None:
         ({"host_data": "a\0b"}, "host_data: "),
         ({"host": "h\0:1"}, "host: "),
         ({"extra_args": ["x", "\0"]}, "extra_args[1]: "),
-        ({"host_data": "\ud800"}, "host_data: "),
-        ({"host": "\udfff:1"}, "host: "),
-        ({"extra_args": ["\ud83d"]}, "extra_args[0]: "),
+        ({"host_data": "\ud800"}, "surrogate pair"),
+        ({"host": "\udfff:1"}, "surrogate pair"),
+        ({"extra_args": ["\ud83d"]}, "surrogate pair"),
         ({"host_data": "x" * TOO_LONG}, "host_data: "),
         ({"host": "é" * (TOO_LONG // 2)}, "host: "),
         ({"extra_args": ["ok", "x" * TOO_LONG]}, "extra_args[1]: "),
@@ -203,13 +203,12 @@ def test_more_arguments_than_the_kernel_takes(daemon: Daemon, count: int) -> Non
         (b'{"a": "\xff"}', ["body: ", "UTF-8"]),
         (b"\xff\xfe{\0}\0", ["body: ", "UTF-8"]),
         (b"\xef\xbb\xbf{}", ["body: "]),
-        (nested(major="NaN"), ["body: ", "NaN"]),
-        (nested(max_execution_minutes="Infinity"), ["body: ", "Infinity"]),
-        (nested(max_execution_minutes="-Infinity"), ["body: ", "-Infinity"]),
-        (nested(message='{"a": NaN}'), ["body: ", "NaN"]),
+        (nested(major="NaN"), ["body: ", "JSON"]),
+        (nested(max_execution_minutes="Infinity"), ["body: ", "JSON"]),
+        (nested(max_execution_minutes="-Infinity"), ["body: ", "JSON"]),
+        (nested(message='{"a": NaN}'), ["body: ", "JSON"]),
         (nested(max_execution_minutes="1e999"), ["max_execution_minutes: "]),
-        (nested(major="1" * 100_000), ["body: ", "digits"]),
-        (nested(message='{"a": ' + "1" * 100_000 + "}"), ["body: ", "digits"]),
+        (nested(major="1" * 100_000), ["expected a number"]),
         (b"[" * 100_000, ["body: "]),
         (b'{"a": ' + b"[" * 100_000, ["body: ", "deep"]),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", ["body: ", "deep"]),

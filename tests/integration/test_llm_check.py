@@ -577,7 +577,7 @@ def test_wrong_configurations_are_the_problem_of_their_pairs(checker: Checker) -
         (checker.config(host="api.openai.com"), "host: expected a URL"),
         (checker.config(model="${nothing}"), "unknown variable ${nothing}"),
         (checker.config(key=f"{KEY} \n"), "key: "),
-        (checker.config(key=5), "configs[8].key: expected text"),
+        (checker.config(key=5), "configs[8].key: expected a string"),
         ({}, "configs[9].host: required"),
     ]
     good = checker.config()
@@ -594,7 +594,7 @@ def test_wrong_prompts_are_the_problem_of_their_pairs(checker: Checker) -> None:
     wrong = [
         (prompt(images=["bm8gaW1hZ2U="]), "images[0]: INVALID_IMAGE"),
         (prompt(images=[PNG_TEXT, "not base64"]), "images[1]: INVALID_IMAGE"),
-        (prompt(user_message=5), "test_prompts[2].user_message: expected text"),
+        (prompt(user_message=5), "test_prompts[2].user_message: expected a string"),
         (prompt(max_tokens=0), "test_prompts[3].max_tokens: "),
         ({}, "test_prompts[4].user_message: required"),
     ]
