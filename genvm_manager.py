@@ -21,6 +21,7 @@ by example.
 The file is one module in sections, each of which uses only what stands above it:
 
 1.  Errors and constants: what can go wrong, with stable codes.
+1b. The reactor: its clock, and whose an event is.
 2.  Text and schemas: from text and plain data to typed values.
 2b. Configuration: settings from flags, environment and file.
 3.  Logging: JSON lines, levels, redaction.
@@ -430,6 +431,89 @@ class HostProtocolError(ManagerError):
     """The peer of a host connection broke the host protocol."""
 
     code = "host_protocol_error"
+
+
+# =============================================================================
+# 1b. The reactor
+# =============================================================================
+#
+# Owns what Twisted's reactor has to do otherwise in a process of ours. Uses
+# nothing. Never knows what runs in it.
+
+
+@define(eq=False)
+class _Registrations:
+    """Adds descriptors to a reactor between its batches of events, never within one.
+
+    The reactor takes a batch of events, each with the number of a descriptor, and looks up whom the
+    number belongs to when it is that event's turn. What handles an earlier one may have closed that
+    descriptor and opened another with the same number, say a pipe of a new process, which would
+    then be taken for what hung up. So what is added within a batch is registered at its end. That
+    is early enough: the reactor does not ask for other events before.
+    """
+
+    log: ClassVar = Logger()
+
+    add: Callable[[Any], None]
+    remove: Callable[[Any], None]
+    within_batch: bool = False
+    _late: dict[Any, None] = field(factory=dict)
+
+    def add_later(self, descriptor: Any) -> None:
+        """Do what ``addReader`` or ``addWriter`` does, as soon as that is safe."""
+        if self.within_batch:
+            self._late[descriptor] = None
+        else:
+            self.add(descriptor)
+
+    def drop(self, descriptor: Any) -> None:
+        """Do what ``removeReader`` or ``removeWriter`` does."""
+        self._late.pop(descriptor, None)
+        self.remove(descriptor)
+
+    def end_batch(self) -> None:
+        """Register what was added within the batch that is over."""
+        self.within_batch = False
+        while self._late:
+            descriptor, _ = self._late.popitem()
+            try:
+                self.add(descriptor)
+            except Exception:  # the kernel has no room for another one
+                self.log.failure("a descriptor cannot be watched")
+                descriptor.connectionLost(Failure())
+
+
+def own_reactor() -> Any:
+    """Return the reactor of this process, fit for it; call this before there is any timer.
+
+    Its time is monotonic, while Twisted takes the wall clock, by which a deadline comes early or
+    never when somebody sets it. No descriptor gets the events of another one.
+    """
+    from twisted.internet import reactor as installed
+
+    reactor: Any = installed
+    if reactor.seconds is time.monotonic:
+        return reactor
+    reactor.seconds = time.monotonic
+    both = readers, writers = (
+        _Registrations(reactor.addReader, reactor.removeReader),
+        _Registrations(reactor.addWriter, reactor.removeWriter),
+    )
+    reactor.addReader, reactor.removeReader = readers.add_later, readers.drop
+    reactor.addWriter, reactor.removeWriter = writers.add_later, writers.drop
+    dispatch = reactor.doIteration
+
+    def do_iteration(delay: float | None) -> None:
+        for some in both:
+            some.within_batch = True
+        try:
+            dispatch(delay)
+        finally:
+            for some in both:
+                some.end_batch()
+
+    reactor.doIteration = do_iteration
+    return reactor
 
 
 # =============================================================================
@@ -3177,7 +3261,11 @@ NO_CAPTURE = b'"stdout":"","stderr":"","genvm_log":[]'
 
 @define(eq=False)
 class Execution:
-    """One execution; times are seconds since the epoch, ``ended`` fires when it has a result."""
+    """One execution; ``ended`` fires when it has a result.
+
+    ``started_at`` and ``finished_at`` are seconds since the epoch, for people; ``began`` and
+    ``over`` are the same moments by the reactor's clock, which nobody sets.
+    """
 
     id: int
     request: RunRequest
@@ -3196,6 +3284,8 @@ class Execution:
     deadline_timer: DelayedCall | None = None
     started_at: float | None = None
     finished_at: float | None = None
+    began: float | None = None
+    over: float = 0.0
     summary: bytes = b""
 
     def move(self, state: State) -> None:
@@ -3538,7 +3628,7 @@ class Executions:
             sink = LogForwarder(execution.id, self._log_enabled)
             pipes, nulls = {LOG_FD}, {STDIN, STDOUT, STDERR}
         execution.move(State.RUNNING)
-        execution.started_at = self._now()
+        execution.started_at, execution.began = self._now(), self._reactor.seconds()
         execution.deadline_timer = self._reactor.callLater(
             request.max_execution_minutes * 60, self._deadline, execution
         )
@@ -3594,7 +3684,7 @@ class Executions:
     def _finish(self, execution: Execution, cause: Cause) -> None:
         execution.move(State.FINISHED)
         execution.cause = cause
-        execution.finished_at = self._now()
+        execution.finished_at, execution.over = self._now(), self._reactor.seconds()
         self._retain(execution)
         if self._log_enabled("info"):
             self._log_end(execution)
@@ -3602,14 +3692,14 @@ class Executions:
         self._check_all_ended()
 
     def _log_end(self, execution: Execution) -> None:
-        finished_at = execution.finished_at or 0.0
+        ran = 0.0 if execution.began is None else execution.over - execution.began
         self.log.info(
             "execution finished",
             genvm_id=execution.id,
             cause=None if execution.cause is None else execution.cause.value,
             exit_code=None if execution.exit is None else execution.exit.code,
             signal=None if execution.exit is None else execution.exit.signal,
-            ran_s=round(finished_at - (execution.started_at or finished_at), 3),
+            ran_s=round(ran, 3),
         )
 
     def _check_all_ended(self) -> None:
@@ -3648,14 +3738,14 @@ class Executions:
 
     def _schedule_expiry(self) -> None:
         if self._expiry is None and self._finished and not self._closed:
-            age = self._now() - (self._finished[0].finished_at or 0.0)
+            age = self._reactor.seconds() - self._finished[0].over
             delay = max(0.0, self._config.execution_retention - age)
             self._expiry = self._reactor.callLater(delay, self._expire)
 
     def _expire(self) -> None:
         self._expiry = None
-        horizon = self._now() - self._config.execution_retention
-        while self._finished and (self._finished[0].finished_at or 0.0) <= horizon:
+        horizon = self._reactor.seconds() - self._config.execution_retention
+        while self._finished and self._finished[0].over <= horizon:
             self._drop_oldest()
         self._schedule_expiry()
 
@@ -6818,9 +6908,7 @@ def run_module_service(kind: str) -> int:
     """
     # A terminal sends it to the whole group; whether a module ends is for the manager to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from twisted.internet import reactor as global_reactor
-
-    reactor: Any = global_reactor
+    reactor = own_reactor()
     observer = LogObserver(Config(), write=_stderr_write)
     globalLogBeginner.beginLoggingTo([cast(ILogObserver, observer)], redirectStandardIO=False)
     line, orders = _read_first_line(0)
@@ -11538,8 +11626,7 @@ class Demo:
 
 def run_demo() -> int:
     """Run the demonstration; returns the exit status of the command."""
-    from twisted.internet import reactor
-
+    reactor = own_reactor()
     failures: list[Failure] = []
 
     async def show() -> None:
@@ -11549,11 +11636,10 @@ def run_demo() -> int:
     def start() -> None:
         running = Deferred.fromCoroutine(show())
         running.addErrback(failures.append)
-        running.addBoth(lambda _: cast(Any, reactor).stop())
+        running.addBoth(lambda _: reactor.stop())
 
-    reactor_ = cast(Any, reactor)
-    reactor_.callWhenRunning(start)
-    reactor_.run()
+    reactor.callWhenRunning(start)
+    reactor.run()
     if failures:
         print(f"genvm-manager: the demo failed: {failures[0].getErrorMessage()}", file=sys.stderr)
     return 1 if failures else 0
@@ -11816,7 +11902,7 @@ def makeService(config: Config, reactor: Any = None) -> ManagerService:
     """
     owns_process = reactor is None
     if reactor is None:
-        from twisted.internet import reactor
+        reactor = own_reactor()
     return ManagerService(config, reactor, LogObserver(config), owns_process=owns_process)
 
 
@@ -11834,8 +11920,7 @@ def makeApplication(environ: Mapping[str, str] = os.environ) -> Any:
 
 def serve(config: Config) -> int:
     """Run the manager until it is told to end; returns the exit status of the command."""
-    from twisted.internet import reactor
-
+    reactor = own_reactor()
     try:
         service = makeService(config)
         observer = cast(ILogObserver, service.observer)
@@ -11845,8 +11930,8 @@ def serve(config: Config) -> int:
     except ManagerError as error:
         print(f"genvm-manager: {error.message}", file=sys.stderr)
         return 1
-    cast(Any, reactor).addSystemEventTrigger("before", "shutdown", service.stopService)
-    cast(Any, reactor).run()
+    reactor.addSystemEventTrigger("before", "shutdown", service.stopService)
+    reactor.run()
     # Everything is closed. Taking the interpreter apart takes longer than some clients wait.
     sys.stdout.flush()
     sys.stderr.flush()
