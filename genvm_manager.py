@@ -9714,6 +9714,7 @@ class ApiChannel(HTTPChannel):
     _fresh = True
     _refused = False
     _linger: DelayedCall | None = None
+    _next: DelayedCall | None = None
 
     def dataReceived(self, data: bytes) -> None:
         """Parse bytes; only the first ones of a request restart the clock: trickling is in vain."""
@@ -9747,7 +9748,16 @@ class ApiChannel(HTTPChannel):
         """A response is complete: the connection may carry another request."""
         self.answering = False
         self._fresh = True
+        if self.persistent:
+            # A thousand requests may have come in one packet: others get their turn in between.
+            self.paused = True
+            self._next = self.callLater(0, self._parse_on)
         HTTPChannel.requestDone(self, request)
+
+    def _parse_on(self) -> None:
+        self._next = None
+        self.paused = False
+        LineReceiver.dataReceived(self, b"")
 
     def refuse(self, status: int, error: ManagerError) -> None:
         """Answer before the request is complete, read and forget the rest for a while, close."""
@@ -9778,9 +9788,10 @@ class ApiChannel(HTTPChannel):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The connection is gone."""
-        if self._linger is not None:
-            self._linger.cancel()
-            self._linger = None
+        for call in (self._linger, self._next):
+            if call is not None:
+                call.cancel()
+        self._linger = self._next = None
         self.site.forget(self)
         HTTPChannel.connectionLost(self, reason)
 

@@ -28,6 +28,16 @@ OWN_WORDS = ("execution finished", "execution started", "an execution that may n
 """How the manager's own records about an execution begin; others come from its executor."""
 
 
+def descriptors_of(pid: int) -> Counter[str]:
+    """Return how many descriptors of each kind a process has open."""
+    found: Counter[str] = Counter()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"/proc/{pid}/fd/{name}")
+            found[target.partition(":[")[0].removesuffix(" (deleted)")] += 1
+    return found
+
+
 @attrs.define
 class Log:
     """What has been in the log: it is read as it grows, and little of it is kept."""
@@ -103,12 +113,7 @@ class Manager(Daemon):
 
     def descriptors(self) -> Counter[str]:
         """Return how many descriptors of each kind are open."""
-        found: Counter[str] = Counter()
-        for name in os.listdir(f"/proc/{self.pid}/fd"):
-            with contextlib.suppress(OSError):
-                target = os.readlink(f"/proc/{self.pid}/fd/{name}")
-                found[target.partition(":[")[0].removesuffix(" (deleted)")] += 1
-        return found
+        return descriptors_of(self.pid)
 
     def threads(self) -> int:
         """Return the number of threads."""
