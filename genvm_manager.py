@@ -528,6 +528,12 @@ TIMESTAMP = re.compile(
     r"(\d{4})-(\d{2})-(\d{2})[Tt ](\d{2}):(\d{2}):(\d{2})(?:\.(\d+))?([Zz]|[+-]\d{2}:\d{2})",
     re.ASCII,
 )
+#: What GenVM's own manager reads too: fewer digits, blanks, UTC.
+LOOSE_TIMESTAMP = re.compile(
+    r"(\d{4})-(\d{1,2})-(\d{1,2})[Tt ](\d{1,2}):(\d{1,2}):(\d{1,2})(?:\.(\d+))?"
+    r" ?([Zz]|UTC|[+-]\d{2}:\d{2})",
+    re.ASCII,
+)
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?", re.ASCII)
 LONGEST_DURATION = 1e12
 DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
@@ -542,16 +548,18 @@ class Timestamp(datetime):
         """Return the instant; raises ``ValueError``."""
         if not isinstance(value, str):
             raise ValueError(f"expected a string, got {shown(value)}")
-        return parse_timestamp(value)
+        return parse_timestamp(value, LOOSE_TIMESTAMP)
 
 
-def parse_timestamp(text: str) -> datetime:
+def parse_timestamp(text: str, form: re.Pattern[str] = TIMESTAMP) -> datetime:
     """Return the instant that an RFC 3339 timestamp names, in UTC.
 
-    Digits beyond microseconds are dropped, a leap second counts as the last moment of its minute.
+    With ``LOOSE_TIMESTAMP`` it may be written as GenVM's own manager takes it in JSON and in the
+    manifest: ``2025-6-1T0:0:0Z``, ``2025-06-01 00:00:00 UTC``. Digits beyond microseconds are
+    dropped, a leap second counts as the last moment of its minute.
     Raises ``ValueError`` with a message for the user.
     """
-    match = TIMESTAMP.fullmatch(text)
+    match = form.fullmatch(text)
     if match is None:
         raise ValueError(
             f"expected an RFC 3339 timestamp such as 2025-01-01T00:00:00Z, got {shown(text)}"
@@ -563,7 +571,7 @@ def parse_timestamp(text: str) -> datetime:
         second, micros = 59, 999_999
     offset = timedelta(0)
     try:
-        if zone not in "Zz":
+        if zone not in ("Z", "z", "UTC"):
             hours, minutes = int(zone[1:3]), int(zone[4:6])
             if hours > 23 or minutes > 59:
                 raise ValueError("the offset is out of range")
@@ -1855,7 +1863,7 @@ class _Decoder:
 # selects, and the atomic reload of the manifest. Uses text, configuration and
 # errors. Never starts an executor, never looks whether one is installed.
 
-VERSION_KEY = re.compile(r"v(\d{1,9})\.(\d{1,9})\.(\d{1,9})(?:-[0-9A-Za-z.-]+)?", re.ASCII)
+VERSION_KEY = re.compile(r"v?(\d{1,9})\.(\d{1,9})\.(\d{1,9})(?:-[0-9A-Za-z.-]+)?", re.ASCII)
 MANIFEST_MAX_BYTES = 16 * MIB
 _LISTED_VERSIONS = 20
 
@@ -1884,14 +1892,19 @@ class Manifest:
     versions: tuple[Version, ...] = ()
 
     def resolve(self, major: int, moment: datetime) -> Version:
-        """Return the highest version of a major that was available at a moment.
+        """Return the highest version of a major that was available at a moment, well patched.
 
-        A version that is available only later is never taken, whatever its numbers, because all
-        nodes must choose alike. Raises ``VersionNotAvailable``.
+        A higher patch (same major and minor) replaces the one before it whatever its date, for old
+        deployments too, as far as they follow each other without a gap. All nodes choose alike.
+        Raises ``VersionNotAvailable``.
         """
+        by_numbers = {version.numbers: version for version in self.versions}
         for version in reversed(self.versions):
             if version.major == major and version.available_after <= moment:
-                return version
+                _, minor, patch = version.numbers
+                while (major, minor, patch + 1) in by_numbers:
+                    patch += 1
+                return by_numbers[major, minor, patch]
         raise VersionNotAvailable(
             f"no executor of major {major} is available at {format_timestamp(moment)}; "
             f"the manifest has {self._listed()}"
@@ -1962,7 +1975,7 @@ def parse_manifest(text: str, source: str) -> Manifest:
         if not isinstance(moment, yaml.ScalarNode):
             refuse(moment or key, f"{name}.available_after: expected a timestamp")
         try:
-            available_after = parse_timestamp(moment.value)
+            available_after = parse_timestamp(moment.value, LOOSE_TIMESTAMP)
         except ValueError as error:
             refuse(moment, f"{name}.available_after: {error}")
         numbers = (int(match.group(1)), int(match.group(2)), int(match.group(3)))
@@ -2090,24 +2103,36 @@ def deployment_writes(code: bytes) -> list[tuple[bytes, bytes]]:
 MAX_CENTRAL_DIRECTORY: Final = MIB
 """Bytes of a zip archive's directory that are read at most: some 15000 members."""
 
-MAX_STATED_BYTES: Final = 256
-"""Bytes of a stated version that are looked at; a major stands at the start."""
-
 _WASM_HEADER: Final = b"\0asm\x01\0\0\0"
 _WASM_VERSION_SECTION: Final = b"genvm.version"
 MAX_SECTIONS: Final = 10_000
 """Sections of a WebAssembly module that are looked at; real ones have some dozens."""
 
-_STATED_MAJOR: Final = re.compile(r"v([0-9]+)\.")
+DEFAULT_VERSION: Final = "v0.1.0"
+"""What a contract stands for that states no version: most of them."""
+
+_STATED_MAJOR: Final = re.compile(r"v?\+?([0-9]+)(?:\.|$)")
+#: What executors trim: the white space of Unicode, of which Python's own ``strip`` has more.
+_SPACES: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
 
 
 def stated_major(code: bytes, newest: int) -> int:
     """Return the major version that a contract asks for, never above ``newest``.
 
-    That is the number in the version it states, or ``newest`` where none can be made out: any
-    bytes have an answer. Time and memory are linear in their number at most.
+    Any bytes have an answer. Time and memory are linear in their number at most.
     """
-    match = _STATED_MAJOR.match(stated_version(code) or "")
+    return major_of(stated_version(code), newest)
+
+
+def major_of(version: str | None, newest: int) -> int:
+    """Return the major in the version of a contract, never above ``newest``.
+
+    That is the number before the first dot (an unsigned one of 32 bits, which may have a ``v``, a
+    plus and leading zeros), or ``newest`` where there is none.
+    """
+    match = _STATED_MAJOR.match((version or "").strip(_SPACES))
     if match is None:
         return newest
     digits = match.group(1).lstrip("0") or "0"
@@ -2115,16 +2140,18 @@ def stated_major(code: bytes, newest: int) -> int:
 
 
 def stated_version(code: bytes) -> str | None:
-    """Return the version text of a contract (PROTOCOLS.md section 4), or None.
+    """Return the version of a contract as ``genvm parse-version-pattern`` prints it.
 
     A zip archive has it in its member ``version``, WebAssembly in its first custom section
-    ``genvm.version``, text in a comment on its first line.
+    ``genvm.version``, text in a comment on its first line. None for code that executors refuse:
+    anything else, text that is not UTF-8, an archive of which a member is compressed or encrypted.
     """
     is_zip, version = _zip_version(code)
     if is_zip:
         return version
     if code.startswith(_WASM_HEADER):
-        return _wasm_version(code)
+        version = _wasm_version(code)
+        return DEFAULT_VERSION if version is None else version
     return _text_version(code)
 
 
@@ -2152,15 +2179,17 @@ def _zip_version(code: bytes) -> tuple[bool, str | None]:
         return True, None
     except Exception:  # zipfile raises many things for what is no archive
         return False, None
+    members = archive.infolist()
+    if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1 for m in members):
+        return True, None
     try:
         info = archive.getinfo("version")
-        # Other methods unpack more than they are asked for.
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            return True, None
+    except KeyError:
+        return True, "v*.*.*"
+    info.CRC = None  # type: ignore[assignment]  # executors do not look at it
+    try:
         with archive.open(info) as member:
-            start = member.read(MAX_STATED_BYTES)
-        # Strict, but for a character that the limit may have cut.
-        return True, codecs.getincrementaldecoder("utf-8")().decode(start).strip()
+            return True, member.read(len(code)).decode()
     except Exception:  # whatever is wrong with the archive, it states no version
         return True, None
 
@@ -2203,9 +2232,8 @@ def _text_version(code: bytes) -> str | None:
     if mark is None or not _is_text(code):
         return None
     end = code.find(b"\n")
-    start = code[len(mark) : end if end >= 0 else len(code)].lstrip()[:MAX_STATED_BYTES]
-    line = start.decode("utf-8", "ignore").strip()  # of what Unicode has for spaces too
-    return line if line.startswith("v") else None
+    line = code[len(mark) : end if end >= 0 else len(code)].decode().strip(_SPACES)
+    return line if line.startswith("v") else DEFAULT_VERSION
 
 
 def _is_text(code: bytes) -> bool:
@@ -4374,8 +4402,8 @@ class ContractOperations:
         """
         newest = self._manifest.newest_major(moment)
         if self._config.version_detection == "executor":
-            stated = await self._asking.run(self._ask, code, self._manifest.resolve(newest, moment))
-            return stated_major(b"#" + stated, newest)
+            version = self._manifest.resolve(newest, moment)
+            return major_of(await self._asking.run(self._ask, code, version), newest)
         if len(code) <= INLINE_CODE_BYTES:
             return stated_major(code, newest)
         await self._inspecting.acquire()
@@ -4389,8 +4417,16 @@ class ContractOperations:
         self._inspecting.release()
         return result
 
-    async def _ask(self, code: bytes, version: str) -> bytes:
-        """Return what an executor says about a contract's version."""
+    async def check_detection(self) -> None:
+        """Say in the log if the newest executor cannot be asked for versions but should be."""
+        if self._config.version_detection == "executor":
+            try:
+                await self.major(b"# v0.1.0\n", datetime.now(UTC))
+            except ManagerError as error:
+                self._log.warn("version_detection: {reason}", reason=error.message)
+
+    async def _ask(self, code: bytes, version: str) -> str | None:
+        """Return a contract's version as an executor prints it; None if it refuses the code."""
         answer = _Answer()
         program = executor_program(self._config.root, version)
         try:
@@ -4414,9 +4450,17 @@ class ContractOperations:
         finally:
             if not child.exited:
                 child.kill()
+        if answer.status == ExitStatus(1, None):
+            return None
         if answer.status != ExitStatus(0, None):
-            raise DetectionFailed(f"executor {version} failed to name a version: {answer.status}")
-        return answer.stdout.content
+            raise DetectionFailed(
+                f"executor {version} has no command parse-version-pattern ({answer.status}); "
+                "set version_detection to native"
+            )
+        try:
+            return answer.stdout.content.decode()
+        except UnicodeDecodeError:
+            return None
 
     async def deployment_pieces(self, code: bytes, moment: datetime) -> Iterator[bytes]:
         """Return the JSON of the writes that deploy a contract, in small pieces.
@@ -4497,7 +4541,7 @@ class ContractOperations:
             message=msgspec.Raw(msgspec.json.encode(message)),
             is_sync=True,
             capture_output=True,
-            host_data="{}",
+            host_data='{"node_address":"0x","tx_id":"0x"}',
             timestamp=cast(Timestamp, moment),
             host=host,
             max_execution_minutes=READONLY_SECONDS / 60,

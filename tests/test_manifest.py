@@ -60,9 +60,8 @@ def refused(text: str) -> str:
     [
         (0, 1, "v0.1.9"),
         (0, 4, "v0.1.9"),
-        (0, 5, "v0.2.3"),  # the very moment counts
-        (0, 9, "v0.2.3"),  # v0.2.4 is the higher patch, but only later
-        (0, 10, "v0.2.4"),
+        (0, 5, "v0.2.4"),  # the very moment counts; a patch has no date of its own
+        (0, 9, "v0.2.4"),
         (0, 19, "v0.2.4"),
         (0, 20, "v0.10.0"),  # ten is more than two
         (0, 31, "v0.10.0"),
@@ -106,10 +105,33 @@ def test_the_error_stays_short_however_many_versions_there_are() -> None:
 
 
 def test_one_microsecond_decides() -> None:
-    versions = manifest(v0_2_3=5, v0_2_4=10)
+    versions = manifest(v0_2_3=5, v0_3_0=10)
     just_before = at(10) - timedelta(microseconds=1)
     assert versions.resolve(0, just_before).key == "v0.2.3"
-    assert versions.resolve(0, at(10)).key == "v0.2.4"
+    assert versions.resolve(0, at(10)).key == "v0.3.0"
+
+
+@pytest.mark.parametrize(
+    ("days", "expected"),
+    [
+        ({"v0_1_0": 1, "v0_1_1": 30, "v0_1_2": 31}, "v0.1.2"),
+        ({"v0_1_0": 1, "v0_1_2": 30}, "v0.1.0"),  # with a gap
+        ({"v0_1_0": 1, "v0_1_1": 30, "v0_1_3": 30}, "v0.1.1"),
+        ({"v0_1_0": 1, "v0_2_0": 30, "v0_2_1": 1}, "v0.2.1"),  # no step down
+        ({"v0_1_9": 1, "v0_2_0": 30}, "v0.1.9"),  # a minor is no patch
+        ({"v0_1_9": 1, "v0_1_10": 30}, "v0.1.10"),
+        ({"v0_1_0": 1, "v1_1_1": 1}, "v0.1.0"),
+    ],
+)
+def test_consecutive_patches_replace_a_version_whatever_their_date(
+    days: dict[str, int], expected: str
+) -> None:
+    assert manifest(**days).resolve(0, at(2)).key == expected
+
+
+def test_the_v_of_a_key_is_optional() -> None:
+    versions = parse_manifest("executor_versions: {0.1.0: {available_after: 2025-1-1T0:0:0Z}}", "m")
+    assert versions.resolve(0, at(1)).key == "0.1.0"
 
 
 numbers = st.tuples(*[st.integers(min_value=0, max_value=3)] * 3)
@@ -126,7 +148,10 @@ def test_resolution_is_what_the_specification_says(
     versions = manifest(**{f"v{a}_{b}_{c}": moment for (a, b, c), moment in days.items()})
     eligible = [key for key, moment in days.items() if key[0] == major and moment <= day]
     if eligible:
-        assert versions.resolve(major, at(day)).numbers == max(eligible)
+        a, b, patch = max(eligible)
+        while (a, b, patch + 1) in days:
+            patch += 1
+        assert versions.resolve(major, at(day)).numbers == (a, b, patch)
     else:
         with pytest.raises(VersionNotAvailable):
             versions.resolve(major, at(day))
@@ -260,7 +285,7 @@ def test_a_bad_manifest_is_refused_with_line_and_reason(text: str, message: str)
 @pytest.mark.parametrize(
     "key",
     [
-        *("0.2.3", "v0.2", "v0.2.3.4", "V0.2.3", "v0.2.3-", "v-1.2.3", "v0.2.x", "v0.2.3+b"),
+        *("vv0.2.3", "v0.2", "v0.2.3.4", "V0.2.3", "v0.2.3-", "v-1.2.3", "v0.2.x", "v0.2.3+b"),
         *("v0.2.3 ", "../v0.2.3", "v0.2.3-a/b", "v0.2.3-\u0661", "v1234567890.0.0", "", "latest"),
         *("v0.2.\u0663", "v\uff10.2.3", "v0.2.3\n"),
     ],

@@ -105,6 +105,26 @@ def test_what_is_no_timestamp_is_refused_and_shown(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        *("2025-6-1T0:0:0Z", "2025-06-01 00:00:00 UTC", "2025-06-01 00:00:00 +00:00"),
+        *("2025-06-01T00:00:00Z", "2025-6-01t0:00:00.0 -00:00", "2025-06-01T02:00:00+02:00"),
+    ],
+)
+def test_in_json_a_timestamp_may_be_written_more_loosely(text: str) -> None:
+    moment = structure({"moment": text}, _Moment).moment
+    assert moment == datetime(2025, 6, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    "text", ["2025-6-1T0:0:0", "2025-06-01 00:00:00  UTC", "2025-06-01 00:00 UTC", "25-6-1T0:0:0Z"]
+)
+def test_even_then_it_needs_a_zone_and_a_second(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="timestamp"):
+        structure({"moment": text}, _Moment)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "\uff12\uff10\uff12\uff15-01-02T03:04:05Z",
         "2025-01-02T03:04:0\u0665Z",
         "2025-01-02T03:04:05.\u0665Z",

@@ -369,6 +369,17 @@ def test_the_end_of_the_manager_while_an_executor_is_asked() -> None:
         root.close()
 
 
+def test_an_executor_that_refuses_the_code(asking: tuple[Daemon, Root]) -> None:
+    """The practice executor, as real ones, takes text with a comment on its first line only."""
+    daemon, root = asking
+    root.script("cat > /dev/null; exit 1", f"v{FAILER}.0.0")
+    try:
+        reply = ask(daemon, DETECT, "no comment", newest_is(FAILER))
+        is_answer(reply, {"specified_major": FAILER})
+    finally:
+        root.script(ASKED[FAILER], f"v{FAILER}.0.0")
+
+
 # --- requests with a deadline: sent when the module begins, looked at in its last tests ---
 
 
@@ -594,7 +605,7 @@ def test_a_schema(daemon: Daemon, schema: str) -> None:
         ("v0.9.9", TIMESTAMP, "v0.2.0"),
         ("v1.0.0", TIMESTAMP, "v1.0.0"),
         ("v1.0.0", "2025-02-01T00:00:00Z", "v0.2.0"),
-        ("nothing", "2025-03-01T00:00:00Z", "v1.0.0"),
+        ("nothing", "2025-03-01T00:00:00Z", "v0.2.0"),
     ],
 )
 def test_code_and_header_choose_the_executor(
