@@ -4339,6 +4339,8 @@ ASK_SECONDS = 10.0
 #: How many executors are asked for versions at once.
 ASK_CONCURRENCY = 4
 READONLY_SECONDS = 30.0
+#: The ``host_data`` of runs that no node asks for; executors demand both members.
+NOBODY = '{"node_address":"0x","tx_id":"0x"}'
 #: Seconds for an executor to end by itself once its result is there.
 READONLY_GRACE_SECONDS = 1.0
 STDERR_SHOWN_BYTES = 2000
@@ -4541,7 +4543,7 @@ class ContractOperations:
             message=msgspec.Raw(msgspec.json.encode(message)),
             is_sync=True,
             capture_output=True,
-            host_data='{"node_address":"0x","tx_id":"0x"}',
+            host_data=NOBODY,
             timestamp=cast(Timestamp, moment),
             host=host,
             max_execution_minutes=READONLY_SECONDS / 60,
@@ -10905,7 +10907,7 @@ class _ModuleConnection:
 # PATH and NAME are one word. A stored value that was never stored is null.
 # Whatever is wrong in a script is a VM error that names the line.
 #
-# The prelude: if --host-data is a JSON object with a string "practice", its steps
+# The prelude: if the JSON object --host-data has a string "practice", its steps
 # run before the executor connects to the host; steps that need the host, or that
 # would report an outcome, end it there with status 1.
 
@@ -10970,6 +10972,23 @@ def _handler_name(step: str) -> str:
     return "step_" + step.replace("-", "_")
 
 
+def _checked_message(message: Any) -> dict[str, Any]:
+    """Return the message of a run if it has what executors ask for; raises what is wrong."""
+    for name in ("contract_address", "sender_address", "origin_address"):
+        if len(binascii.a2b_base64(message[name], strict_mode=True)) != 20:
+            raise ValueError(f"{name}: expected 20 bytes in base64")
+    if not re.fullmatch("[0-9]+", message["chain_id"], re.ASCII):
+        raise ValueError("chain_id: expected a decimal number in a string")
+    if not isinstance(message["is_init"], bool):
+        raise TypeError("is_init: expected true or false")
+    value = message.get("value")
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise TypeError("value: expected an integer of at least 0, or null")
+    if not isinstance(message.get("datetime", ""), str):
+        raise TypeError("datetime: expected a string")
+    return cast(dict[str, Any], message)
+
+
 class _PracticeRun:
     """One run: its options, its connection, and a method per step of the script language."""
 
@@ -10982,7 +11001,8 @@ class _PracticeRun:
         self._permissions = options.get("--permissions", _PERMISSIONS)
         self._last: CalldataValue = None
         self._call: dict[str, CalldataValue] = {}
-        self._message: dict[str, CalldataValue] = {}
+        self._message: dict[str, Any] = {}
+        self._host_data: dict[str, CalldataValue] = {}
         self._account = b""
 
     def run(self) -> int:
@@ -11013,22 +11033,21 @@ class _PracticeRun:
         if not set(self._permissions) <= set(_PERMISSIONS):
             raise _SetupError(f"bad permissions {self._permissions!r}: letters of {_PERMISSIONS}")
         try:
-            message = json.loads(self._options["--message"])
-            self._account = Address(
-                binascii.a2b_base64(message["contract_address"], strict_mode=True)
-            )
-            if not isinstance(message["is_init"], bool):
-                raise TypeError("is_init is not true or false")
-        except (ValueError, TypeError, KeyError, RecursionError, CalldataError) as error:
+            self._message = _checked_message(json.loads(self._options["--message"]))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise _SetupError(f"bad message: {type(error).__name__}: {error}") from None
-        self._message = message
+        self._account = Address(binascii.a2b_base64(self._message["contract_address"]))
+        try:
+            self._host_data = json.loads(self._options["--host-data"], parse_float=str)
+        except (ValueError, RecursionError) as error:
+            raise _SetupError(f"bad host data: {error}") from None
+        given = self._host_data if isinstance(self._host_data, dict) else {}
+        for name in ("node_address", "tx_id"):
+            if not isinstance(given.get(name), str):
+                raise _SetupError(f"bad host data: expected an object with a string {name}")
 
     def _run_prelude(self) -> None:
-        try:
-            host_data = json.loads(self._options["--host-data"])
-        except (ValueError, RecursionError):
-            return
-        text = host_data.get("practice", "") if isinstance(host_data, dict) else ""
+        text = self._host_data.get("practice", "")
         if not isinstance(text, str):
             raise _SetupError("host data: practice is not a string of steps")
         try:
@@ -11308,8 +11327,10 @@ class _PracticeRun:
         self._require("n", "non-deterministic work")
         if variable not in self._modules:
             address = os.environ.get(variable, _MODULE_ADDRESSES[variable])
-            host_data = json.loads(self._options["--host-data"], parse_float=str)
-            hello = {"cookie": self._options["--cookie"], "host_data": host_data}
+            hello: CalldataValue = {
+                "cookie": self._options["--cookie"],
+                "host_data": self._host_data,
+            }
             self._modules[variable] = _ModuleConnection(address, hello, self._cancellation)
         answer = self._modules[variable].ask(request)
         if not isinstance(answer, dict) or member not in answer:
@@ -11398,7 +11419,10 @@ def run_practice_executor(argv: Sequence[str]) -> int:
     try:
         log_fd, command, options = _parse_command_line(argv)
         if command == "parse-version-pattern":
-            os.write(1, f"{_version_pattern(sys.stdin.buffer.read())}\n".encode())
+            version = _text_version(sys.stdin.buffer.read())
+            if version is None:
+                raise _SetupError("not a contract: expected UTF-8 text that begins with a comment")
+            os.write(1, f"{version}\n".encode())
         elif command == "run":
             return _PracticeRun(log_fd, options).run()
     except _UsageError as error:
@@ -11427,6 +11451,8 @@ def _parse_command_line(argv: Sequence[str]) -> tuple[int, str, dict[str, str]]:
         name, equals, value = word.partition("=")
         if word in ("run", "parse-version-pattern", "precompile") and not command:
             command = word
+        elif (word if word in _FLAGS else name) in found:
+            raise _UsageError(f"{name} is given twice")
         elif word in _FLAGS and command:
             found[word] = ""
         elif name == "--log-fd" or (name in (*_REQUIRED, *_OPTIONAL) and command):
@@ -11444,16 +11470,6 @@ def _parse_command_line(argv: Sequence[str]) -> tuple[int, str, dict[str, str]]:
     if not (log_fd.isascii() and log_fd.isdigit() and len(log_fd) < 10):
         raise _UsageError(f"--log-fd: expected a file descriptor, got {log_fd!r}")
     return int(log_fd), command, found
-
-
-def _version_pattern(code: bytes) -> str:
-    """Return the version that the first comment of a contract states, or ``v*.*.*``."""
-    line = code.partition(b"\n")[0].decode("utf-8", "replace")
-    for mark in ("//", "#", "--"):
-        if line.startswith(mark):
-            text = line[len(mark) :].strip()
-            return text if text.startswith("v") else "v*.*.*"
-    return "v*.*.*"
 
 
 def practice_executor_source() -> str:
@@ -11648,7 +11664,7 @@ class Demo:
                 "is_sync": True,
                 "capture_output": True,
                 "max_execution_minutes": 1,
-                "host_data": "{}",
+                "host_data": NOBODY,
                 "timestamp": "2025-06-01T00:00:00Z",
                 "host": f"unix://{path}",
             }

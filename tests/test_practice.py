@@ -108,6 +108,9 @@ class ThreadHost:
         self._listener.close()
 
 
+NODE = {"node_address": "0xaa", "tx_id": "0xbb"}
+
+
 @dataclass
 class Run:
     """A practice run: what the test says, then what came of it."""
@@ -116,6 +119,7 @@ class Run:
     directory: Path
     script: str = ""
     prelude: str = ""
+    host_data: dict[str, Any] = field(default_factory=lambda: dict(NODE))
     calldata: Any = field(default_factory=lambda: {"method": "m", "args": [], "kwargs": {}})
     message: dict[str, Any] = field(default_factory=lambda: dict(MESSAGE))
     extra: list[str] = field(default_factory=list)
@@ -140,7 +144,7 @@ class Run:
                 "run",
                 *self.extra,
                 "--host-data",
-                json.dumps({"practice": self.prelude} if self.prelude else {}),
+                json.dumps(self.host_data | ({"practice": self.prelude} if self.prelude else {})),
                 "--host",
                 self.host_uri or uri,
                 "--message",
@@ -269,10 +273,7 @@ def command(executor: Path, *arguments: str, stdin: bytes = b"") -> tuple[int, s
         (b"# v0.1.0\nrest", "v0.1.0"),
         (b"//v1.2.3", "v1.2.3"),
         (b"--  v2.*.* \nx", "v2.*.*"),
-        (b"# hello\n# v0.1.0", "v*.*.*"),
-        (b"v0.1.0", "v*.*.*"),
-        (b"", "v*.*.*"),
-        (b"\xff\xfe" * 1000, "v*.*.*"),
+        (b"# hello\n# v0.1.0", "v0.1.0"),  # none is stated
     ],
 )
 def test_parse_version_pattern(executor: Path, code: bytes, version: str) -> None:
@@ -280,9 +281,21 @@ def test_parse_version_pattern(executor: Path, code: bytes, version: str) -> Non
     assert (status, stdout) == (0, f"{version}\n")
 
 
+@pytest.mark.parametrize("code", [b"v0.1.0", b"", b"\xff\xfe" * 1000])
+def test_parse_version_pattern_refuses_what_real_executors_refuse(
+    executor: Path, code: bytes
+) -> None:
+    status, stdout, stderr = command(executor, "parse-version-pattern", stdin=code)
+    assert (status, stdout) == (1, "")
+    assert "not a contract" in stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
+        (("--log-fd=2", "run", "--sync", "--sync"), "--sync is given twice"),
+        (("--log-fd=2", "run", "--host=a:1", "--host", "b:1"), "--host is given twice"),
+        (("--log-fd=2", "--log-fd=2", "run"), "--log-fd is given twice"),
         ([], "expected a command"),
         (["frobnicate"], "unexpected argument 'frobnicate'"),
         (["run"], "missing --host-data, --host, --message, --cookie"),
@@ -307,8 +320,19 @@ def test_wrong_command_line_is_status_2(executor: Path, arguments: list[str], pr
         ({"host_uri": "127.0.0.1:1"}, "cannot reach the host 127.0.0.1:1"),
         ({"host_uri": "nonsense"}, "expected unix://path or host:port"),
         ({"message": {}}, "bad message: KeyError: 'contract_address'"),
-        ({"message": MESSAGE | {"contract_address": "AAAA"}}, "an address has 20 bytes"),
-        ({"message": MESSAGE | {"is_init": 1}}, "is_init is not true or false"),
+        (
+            {"message": MESSAGE | {"contract_address": "AAAA"}},
+            "contract_address: expected 20 bytes",
+        ),
+        ({"message": MESSAGE | {"sender_address": "AAAA"}}, "sender_address: expected 20 bytes"),
+        ({"message": MESSAGE | {"chain_id": "0x1"}}, "chain_id: expected a decimal number"),
+        ({"message": MESSAGE | {"chain_id": 1}}, "bad message: TypeError"),
+        ({"message": MESSAGE | {"value": "1"}}, "value: expected an integer"),
+        ({"message": MESSAGE | {"is_init": 1}}, "is_init: expected true or false"),
+        ({"message": MESSAGE | {"datetime": 1}}, "datetime: expected a string"),
+        ({"host_data": {}}, "bad host data: expected an object with a string node_address"),
+        ({"host_data": {"node_address": "0x"}}, "expected an object with a string tx_id"),
+        ({"host_data": {"node_address": "0x", "tx_id": 1}}, "with a string tx_id"),
         ({"extra": ["--permissions", "rq"]}, "bad permissions 'rq'"),
     ],
 )

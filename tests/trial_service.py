@@ -58,7 +58,7 @@ class ServiceTests(TestCase):
             "is_sync": True,
             "capture_output": True,
             "max_execution_minutes": 1,
-            "host_data": json.dumps({"practice": steps}),
+            "host_data": json.dumps({"node_address": "0x", "tx_id": "0x", "practice": steps}),
             "timestamp": "2025-06-01T00:00:00Z",
             "host": "unix:///nowhere",
         }

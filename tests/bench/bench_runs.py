@@ -40,7 +40,7 @@ BODY = json.dumps(
         "is_sync": True,
         "capture_output": True,
         "max_execution_minutes": 1,
-        "host_data": "{}",
+        "host_data": '{"node_address": "0x", "tx_id": "0x"}',
         "timestamp": "2025-06-01T00:00:00Z",
         "host": "unix:///tmp/none",
         "extra_args": [],

@@ -194,6 +194,8 @@ class Root:
 
 
 SHELL_VERSION = "v1.0.0"
+#: What executors demand of ``host_data``.
+NODE = {"node_address": "0xaa", "tx_id": "0xbb"}
 
 
 def shell(command: str, **changes: Any) -> dict[str, Any]:
@@ -216,7 +218,7 @@ def run_body(*steps: str, **changes: Any) -> dict[str, Any]:
         "is_sync": True,
         "capture_output": True,
         "max_execution_minutes": 1,
-        "host_data": json.dumps({"practice": "\n".join(steps)}),
+        "host_data": json.dumps({**NODE, "practice": "\n".join(steps)}),
         "timestamp": TIMESTAMP,
         "host": NO_HOST,
         "extra_args": [],

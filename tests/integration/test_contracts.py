@@ -291,7 +291,7 @@ def asking() -> Iterator[tuple[Daemon, Root]]:
     root.close()
 
 
-@pytest.mark.parametrize("code", ["# v0.1.0\n", "// v5.0.0\n", "nothing\n", ""])
+@pytest.mark.parametrize("code", ["# v0.1.0\n", "// v5.0.0\n", "refused\n", ""])
 def test_the_practice_executor_is_asked(asking: tuple[Daemon, Root], code: str) -> None:
     reply = ask(asking[0], DETECT, code, newest_is(0))
     is_answer(reply, {"specified_major": 0})

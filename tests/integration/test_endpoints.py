@@ -15,6 +15,7 @@ import pytest
 from .conftest import IDLE, Start
 from .support import (
     NO_HOST,
+    NODE,
     VERSION,
     Daemon,
     Host,
@@ -214,13 +215,13 @@ def test_without_capture(daemon: Daemon) -> None:
     status = daemon.result(genvm_id)
     assert (status["stdout"], status["stderr"], status["genvm_log"]) == ("", "", [])
     assert (status["exit_code"], status["truncated"]) == (5, [])
-    ours = [r for r in daemon.records if r.get("genvm_id") == genvm_id]
     forwarded = daemon.wait_log(lambda r: r["message"] == "forwarded")
     assert (forwarded["level"], forwarded["genvm_id"]) == ("warn", genvm_id)
     plain = daemon.wait_log(lambda r: "plain {text}" in json.dumps(r))
     assert (plain["level"], plain["genvm_id"]) == ("info", genvm_id)
     odd = daemon.wait_log(lambda r: r.get("record", {}).get("extra") == 1)
     assert (odd["level"], odd["genvm_id"]) == ("error", genvm_id)
+    ours = [r for r in daemon.records if r.get("genvm_id") == genvm_id]
     assert ours
 
 
@@ -238,7 +239,7 @@ def test_the_executor_gets_its_command_line(root: Root, start: Start) -> None:
     status = daemon.result(answer["id"])
     assert status["stdout"].splitlines() == [
         *("--log-fd=3", "run", "--debug-mode", "x y"),
-        *("--host-data", 'é {"practice": ""}', "--host", "127.0.0.1:1"),
+        *("--host-data", f"é {json.dumps({**NODE, 'practice': ''})}", "--host", "127.0.0.1:1"),
         *("--message", text, f"--cookie={answer['id']}", "has-log-fd"),
     ]
     synced = daemon.result(daemon.run(is_sync=True))["stdout"].splitlines()
@@ -258,12 +259,12 @@ def test_version_by_timestamp(root: Root, start: Start) -> None:
     root.write_manifest(
         {
             "v0.1.0": "2025-01-01T00:00:00Z",
-            "v0.1.10-rc1": "2025-03-01T00:00:00Z",
-            "v0.1.9": "2025-02-01T00:00:00Z",
+            "v0.10.0-rc1": "2025-03-01T00:00:00Z",
+            "v0.9.0": "2025-02-01T00:00:00Z",
             "v1.0.0": "2025-04-01T00:00:00Z",
         }
     )
-    for version in ("v0.1.0", "v0.1.10-rc1", "v0.1.9", "v1.0.0"):
+    for version in ("v0.1.0", "v0.10.0-rc1", "v0.9.0", "v1.0.0"):
         root.script(f"echo {version}", version)
     daemon = start()
 
@@ -273,14 +274,14 @@ def test_version_by_timestamp(root: Root, start: Start) -> None:
         return str(status["version"])
 
     assert version_at(0, "2025-01-01T00:00:00Z") == "v0.1.0"
-    assert version_at(0, "2025-02-01T02:00:00+02:00") == "v0.1.9"
-    assert version_at(0, "2025-02-28T23:59:59.999Z") == "v0.1.9"
-    assert version_at(0, "2030-01-01T00:00:00Z") == "v0.1.10-rc1"
+    assert version_at(0, "2025-02-01T02:00:00+02:00") == "v0.9.0"
+    assert version_at(0, "2025-02-28T23:59:59.999Z") == "v0.9.0"
+    assert version_at(0, "2030-01-01T00:00:00Z") == "v0.10.0-rc1"
     assert version_at(1, "2030-01-01T00:00:00Z") == "v1.0.0"
     for major, timestamp in ((0, "2024-12-31T23:59:59Z"), (1, "2025-03-31T00:00:00Z")):
         body = run_body(major=major, timestamp=timestamp)
         reply = daemon.request("POST", "/genvm/run", body)
-        is_error(reply, 500, "version_not_available", f"major {major}", timestamp[:19], "v0.1.9")
+        is_error(reply, 500, "version_not_available", f"major {major}", timestamp[:19], "v0.9.0")
 
 
 # --- with a host ---
