@@ -9761,6 +9761,8 @@ class ApiChannel(HTTPChannel):
     _refused = False
     _linger: DelayedCall | None = None
     _next: DelayedCall | None = None
+    _receiving = False
+    _rest = b""
 
     def dataReceived(self, data: bytes) -> None:
         """Parse bytes; only the first ones of a request restart the clock: trickling is in vain."""
@@ -9769,7 +9771,23 @@ class ApiChannel(HTTPChannel):
         if self._fresh:
             self._fresh = False
             self.resetTimeout()
-        LineReceiver.dataReceived(self, data)
+        if self._next is not None:
+            self._rest += data
+        elif self._receiving:
+            LineReceiver.dataReceived(self, data)
+        else:
+            self._receiving = True
+            LineReceiver.dataReceived(self, data)
+            self._receiving = False
+            if self.paused:
+                self.paused = False
+                self._rest = self.clearLineBuffer()
+                self._next = self.callLater(0, self._parse_on) if self._rest else None
+
+    def _parse_on(self) -> None:
+        self._next = None
+        rest, self._rest = self._rest, b""
+        self.dataReceived(rest)
 
     def lineReceived(self, line: bytes) -> None:
         """Take a line of a head, unless the request was refused."""
@@ -9794,16 +9812,9 @@ class ApiChannel(HTTPChannel):
         """A response is complete: the connection may carry another request."""
         self.answering = False
         self._fresh = True
-        if self.persistent:
-            # A thousand requests may have come in one packet: others get their turn in between.
-            self.paused = True
-            self._next = self.callLater(0, self._parse_on)
+        # A thousand requests may have come in one packet: others get their turn in between.
+        self.paused = self._receiving and bool(self.persistent)
         HTTPChannel.requestDone(self, request)
-
-    def _parse_on(self) -> None:
-        self._next = None
-        self.paused = False
-        LineReceiver.dataReceived(self, b"")
 
     def refuse(self, status: int, error: ManagerError) -> None:
         """Answer before the request is complete, read and forget the rest for a while, close."""
