@@ -147,6 +147,14 @@ def test_every_error_is_listed() -> None:
     assert codes_of(ManagerError) - inside <= listed
 
 
+def test_every_test_that_is_named_exists() -> None:
+    named = re.findall(r"`((?:\w+/)?test_\w+\.py)(?:::(\w+))?`", TEXT)
+    assert len(named) > 20
+    for path, name in named:
+        text = (PROJECT / "tests" / path).read_text(encoding="utf-8")
+        assert not name or f"def {name}(" in text, f"{path} has no {name}"
+
+
 def test_every_setting_is_listed() -> None:
     assert set(SETTINGS) <= set(re.findall(r"`([a-z_]+)`", TEXT))
 

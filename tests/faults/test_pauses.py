@@ -1,0 +1,142 @@
+"""The manager stands still for a while, or its reactor is late: nothing is lost or confused."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from ..integration.conftest import Start
+from ..integration.support import Daemon, Root, children_of, eventually, shell
+from .support import pausing, stopped, times, troubles
+
+OUTPUT = 50_000
+"""Bytes that fit into a pipe, so that an executor can end without being read."""
+
+
+def waiting_run(
+    daemon: Daemon, root: Root, name: str, then: str, *, first: str = ":", **changes: object
+) -> int:
+    """Start a run that ends when ``let_go`` says so; return once it waits."""
+    up, go = root.path / f"{name}.up", root.path / f"{name}.go"
+    script = f"{first}; touch {up}; while ! test -e {go}; do sleep 0.02; done; {then}"
+    genvm_id = daemon.run(**shell(script, **changes))
+    eventually(up.exists, what="the executor runs")
+    return genvm_id
+
+
+def executors(daemon: Daemon) -> list[int]:
+    """Return the children of the manager that are not its guardian."""
+    guardian = daemon.guardian()
+    return [pid for pid in children_of(daemon.pid) if pid != guardian]
+
+
+def let_go(root: Root, name: str, pid: int) -> None:
+    """Let a run end, and wait until its process is a zombie."""
+    (root.path / f"{name}.go").touch()
+
+    def is_zombie() -> bool:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+    eventually(is_zombie, what="the process has ended")
+
+
+@pytest.fixture
+def daemon(root: Root, start: Start) -> Daemon:
+    """A manager whose executor is the shell."""
+    root.add_shell()
+    return start("--permits", "64")
+
+
+def test_output_is_whole_however_late_the_reactor_is(daemon: Daemon) -> None:
+    line = "y" * 49
+    script = f"yes {line} | head -c {OUTPUT}; yes {line} | head -c {OUTPUT} >&2; echo last >&3"
+    wanted = (line + "\n") * (OUTPUT // 50)
+    with pausing(daemon, 0.7, 0.05):
+        for _ in range(times(4, 20)):
+            for genvm_id in [daemon.run(**shell(script)) for _ in range(30)]:
+                status = daemon.result(genvm_id)
+                assert (status["cause"], status["exit_code"]) == ("exited", 0)
+                assert status["truncated"] == []
+                assert status["stdout"] == status["stderr"] == wanted
+                assert [record["line"] for record in status["genvm_log"]] == ["last"]
+    assert troubles(daemon) == []
+
+
+def test_an_end_comes_before_a_deadline_that_is_noticed_late(daemon: Daemon, root: Root) -> None:
+    begin = time.monotonic()
+    genvm_id = waiting_run(daemon, root, "a", "exit 7", max_execution_minutes=2 / 60)
+    (pid,) = executors(daemon)
+    with stopped(daemon):
+        let_go(root, "a", pid)
+        assert time.monotonic() - begin < 2, "too late to show anything"
+        time.sleep(max(0, 2.2 - (time.monotonic() - begin)))
+    status = daemon.result(genvm_id)
+    assert (status["cause"], status["exit_code"], status["signal"]) == ("exited", 7, None)
+
+
+@pytest.mark.parametrize("wait_ms", [0, 30_000])
+def test_an_end_comes_before_a_delete_that_is_noticed_with_it(
+    daemon: Daemon, root: Root, wait_ms: int
+) -> None:
+    genvm_id = waiting_run(daemon, root, "a", "exit 7")
+    (pid,) = executors(daemon)
+    with stopped(daemon):
+        asked = daemon.send("DELETE", f"/genvm/{genvm_id}?wait_timeout_ms={wait_ms}")
+        let_go(root, "a", pid)
+    reply = asked.reply()
+    assert (reply.status, reply.json["genvm_id"]) == (200, genvm_id), reply.json
+    status = daemon.result(genvm_id)
+    assert (status["cause"], status["exit_code"], status["signal"]) == ("exited", 7, None)
+
+
+def test_an_end_in_time_is_no_timeout_though_it_is_noticed_late(daemon: Daemon, root: Root) -> None:
+    """It ends on SIGTERM within its grace, while the manager stands still beyond it."""
+    trap = f"trap 'touch {root.path}/got' TERM"
+    genvm_id = waiting_run(daemon, root, "a", "exit 4", first=trap)
+    (pid,) = executors(daemon)
+    asked = daemon.send("DELETE", f"/genvm/{genvm_id}?wait_timeout_ms=1500")
+    eventually((root.path / "got").exists, what="SIGTERM arrives")
+    with stopped(daemon):
+        let_go(root, "a", pid)
+        time.sleep(1.7)
+    assert asked.reply().status == 200
+    status = daemon.result(genvm_id)
+    assert (status["cause"], status["exit_code"], status["signal"]) == ("cancelled", 4, None)
+
+
+def test_an_end_comes_before_a_shutdown_that_is_noticed_with_it(daemon: Daemon, root: Root) -> None:
+    genvm_id = waiting_run(daemon, root, "a", "exit 7")
+    (pid,) = executors(daemon)
+    with stopped(daemon):
+        daemon.signal(signal.SIGTERM)
+        let_go(root, "a", pid)
+    assert daemon.wait() == 0
+    (end,) = [r for r in daemon.records if r["message"] == "execution finished"]
+    assert (end["genvm_id"], end["cause"], end["exit_code"]) == (genvm_id, "exited", 7)
+
+
+def test_a_deadline_holds_across_a_pause(daemon: Daemon) -> None:
+    """What goes on is ended right after the pause, and hears of it first."""
+    genvm_id = daemon.run(
+        **shell(
+            "trap 'printf told; exit 3' TERM; while :; do sleep 0.02; done",
+            max_execution_minutes=1 / 60,
+        )
+    )
+    with stopped(daemon):
+        time.sleep(2)
+    status = daemon.result(genvm_id)
+    assert (status["cause"], status["exit_code"], status["stdout"]) == ("deadline", 3, "told")
+
+
+def test_permits_and_queue_survive_pauses(daemon: Daemon) -> None:
+    daemon.post("/permits", {"permits": 3})
+    with pausing(daemon, 0.3, 0.1):
+        pending = [daemon.run(**shell("sleep 0.1")) for _ in range(times(20, 200))]
+        causes = [daemon.result(genvm_id)["cause"] for genvm_id in pending]
+    assert set(causes) == {"exited"}
+    assert daemon.permits() == {"permits": 3, "available": 3, "in_use": 0, "waiting": 0}
+    assert troubles(daemon) == []
