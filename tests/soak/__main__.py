@@ -19,8 +19,10 @@ from typing import Any
 
 import attrs
 
+from .acts import CLIENT
 from .driver import MIB, Options, Soak
 from .latency import figures
+from .operating import OPERATOR
 
 
 @contextlib.contextmanager
@@ -39,7 +41,7 @@ def busy_loops(count: int) -> Iterator[None]:
 def soak(options: Options, busy: int = 0) -> tuple[Soak, dict[str, Any]]:
     """Run a soak; returns it with its figures. The log stays if there is a problem."""
     begin = time.monotonic()
-    one = Soak(options)
+    one = Soak(options, CLIENT, OPERATOR)
     with tempfile.TemporaryDirectory(prefix="soak-") as place, busy_loops(busy):
         folder = Path(place)
         asyncio.run(one.run(folder))
