@@ -10019,10 +10019,10 @@ class PieceProducer:
     def __init__(self, request: Request, pieces: Iterator[bytes]) -> None:
         self._request = request
         self._pieces = pieces
-        self._done: Deferred[None] = Deferred(lambda _: None)
+        self._done: Deferred[None] = Deferred()
 
     def run(self) -> Deferred[None]:
-        """Send everything; fires when the last piece is handed over or the client is gone."""
+        """Send everything; fires when the last piece is handed over."""
         self._request.registerProducer(self, False)
         return self._done
 
@@ -10034,18 +10034,14 @@ class PieceProducer:
             if piece is None:
                 self._request.write(bytes(batch))
                 self._request.unregisterProducer()
-                self._finish()
+                self._done.callback(None)
                 return
             batch += piece
         self._request.write(bytes(batch))
 
     def stopProducing(self) -> None:
-        """The client is gone."""
-        self._finish()
-
-    def _finish(self) -> None:
-        if not self._done.called:
-            self._done.callback(None)
+        """The client is gone, which cancels who waits for us."""
+        self._request.unregisterProducer()
 
 
 # =============================================================================

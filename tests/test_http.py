@@ -113,7 +113,9 @@ class Connection:
         self.channel.dataReceived(data)
 
     def lose(self) -> None:
-        """Let the client disconnect."""
+        """Let the client disconnect; who produces for it hears of that first."""
+        if self.transport.producer is not None:
+            self.transport.producer.stopProducing()
         self.channel.connectionLost(Failure(ConnectionDone()))
 
     def ask(
