@@ -386,10 +386,10 @@ class Soak:
                 self._problem(
                     name, f"run {genvm_id} ({plan.kind}) ended {end}, the log has {found}"
                 )
-            lines = plan.log.count + len(plan.log.end)
-            whole = end[0] == "exited" and not (plan.captured or plan.leaves_writers)
-            if whole and not log.dropped and log.lines_of[genvm_id] != lines:
-                got = log.lines_of[genvm_id]
+            if plan.log is None or plan.captured or plan.leaves_writers or end[0] != "exited":
+                continue
+            got, lines = log.lines_of[genvm_id], plan.log.count + len(plan.log.end)
+            if got != lines and not log.dropped:
                 self._problem(name, f"run {genvm_id} ({plan.kind}): {got} of {lines} log lines")
         unknown = {*log.ends} - self.model.ids
         if len(unknown) > self.model.anonymous:

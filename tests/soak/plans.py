@@ -110,7 +110,8 @@ class Plan:
     body: dict[str, Any]
     stdout: Stream = Stream()
     stderr: Stream = Stream()
-    log: Records = Records()
+    log: Records | None = Records()
+    """What is on the log pipe; None where that is not known."""
     exit_code: int | None = 0
     signal: int | None = None
     endless: bool = False
@@ -157,7 +158,9 @@ class Plan:
             (
                 out.problem("stdout", status["stdout"], "stdout" in cut, whole or orderly),
                 self.stderr.problem("stderr", status["stderr"], "stderr" in cut, whole),
-                self.log.problem(status["genvm_log"], "genvm_log" in cut, whole),
+                None
+                if self.log is None
+                else self.log.problem(status["genvm_log"], "genvm_log" in cut, whole),
             ),
         )
         return found
