@@ -117,6 +117,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -129,6 +130,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Hashable,
     Iterable,
     Iterator,
@@ -211,7 +213,7 @@ from twisted.internet.interfaces import (
     IReadDescriptor,
     IStreamClientEndpoint,
 )
-from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
+from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.process import (
     Process,
     ProcessReader,
@@ -1528,7 +1530,10 @@ class LogObserver:
 
     def _line(self, record: dict[str, object]) -> bytes:
         if not self._as_text:
-            return json.dumps(record).encode() + b"\n"
+            try:
+                return msgspec.json.encode(record) + b"\n"
+            except UnicodeEncodeError:  # half a surrogate pair, say of a file's name
+                return json.dumps(record).encode() + b"\n"
         time_, level, message = record.pop("time"), record.pop("level"), record.pop("message")
         traceback = record.pop("traceback", None)
         details = "".join(f" {key}={shown(value, 200)}" for key, value in record.items())
@@ -2535,8 +2540,79 @@ class LineSplitter:
         self._on_line(line, cut)
 
 
+class Readable(typing.Protocol):
+    """What takes turns: a pipe of a child."""
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether its process has ended, so that little is left and somebody waits for it."""
+
+    def work(self, until: float) -> bool:
+        """Take what was written, until some moment; return whether nothing is left to do now."""
+
+    def wait_for_turn(self) -> None:
+        """Look for nothing new until ``work`` is called."""
+
+
+class OutputTurns:
+    """Shares a part of each turn of the reactor fairly among all pipes of all children.
+
+    A pipe that would take longer is not read until its next turn: the child waits, and everything
+    else goes on. Times are the reactor's, in seconds.
+    """
+
+    #: What all of them may take of one turn of the reactor, and one at a time.
+    TURN_SECONDS: ClassVar[float] = 0.004
+    SLICE_SECONDS: ClassVar[float] = 0.001
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+        self._waiting: deque[Readable] = deque()
+        self._left = self.TURN_SECONDS
+        self._next: DelayedCall | None = None
+        self.cutting = False
+
+    def take(self, pipe: Readable) -> None:
+        """Serve a pipe that has something to read, now or in its turn."""
+        if self._next is None:
+            self._next = self._reactor.callLater(0, self._serve)
+        if self._waiting or self._left <= 0 or not self._serve_one(pipe):
+            self._enqueue(pipe)
+
+    def cut(self) -> None:
+        """Read nothing from now on: what is not taken yet is cut, and its pipes are closed."""
+        self.cutting = True
+
+    def _enqueue(self, pipe: Readable) -> None:
+        pipe.wait_for_turn()
+        if pipe.is_ending:
+            self._waiting.appendleft(pipe)
+        else:
+            self._waiting.append(pipe)
+
+    def _serve_one(self, pipe: Readable) -> bool:
+        begin = self._reactor.seconds()
+        is_done = pipe.work(begin + min(self._left, self.SLICE_SECONDS))
+        self._left -= self._reactor.seconds() - begin
+        return is_done
+
+    def _serve(self) -> None:
+        self._next = None
+        self._left = self.TURN_SECONDS
+        while self._waiting and (self._left > 0 or self.cutting):
+            pipe = self._waiting.popleft()
+            if not self._serve_one(pipe):
+                self._enqueue(pipe)
+        if self._waiting:
+            self._next = self._reactor.callLater(0, self._serve)
+
+
 class ChildListener(typing.Protocol):
     """What the owner of a child hears: started, data, exited, closed; each end exactly once."""
+
+    @property
+    def lines(self) -> Collection[int]:
+        """The descriptors whose output is looked at line by line."""
 
     def child_started(self, child: Child) -> None:
         """The process exists; ``child`` is how to reach it."""
@@ -2546,6 +2622,9 @@ class ChildListener(typing.Protocol):
 
     def child_exited(self, status: ExitStatus) -> None:
         """The process has been reaped; data that is still in its pipes follows."""
+
+    def child_cut(self, fd: int) -> None:
+        """What follows on one of its descriptors is not read: somebody else goes on writing."""
 
     def child_closed(self) -> None:
         """All pipes are closed; nothing follows."""
@@ -2560,9 +2639,15 @@ class Child(ProcessProtocol):
     transport: Any = None
 
     def __init__(
-        self, reactor: Any, listener: ChildListener, gone: Callable[[Child], None]
+        self,
+        reactor: Any,
+        listener: ChildListener,
+        gone: Callable[[Child], None],
+        turns: OutputTurns,
     ) -> None:
         self._reactor = reactor
+        self.turns = turns
+        self.lines = listener.lines
         self._listener = listener
         self._gone = gone
         self._kill_timer: DelayedCall | None = None
@@ -2570,6 +2655,16 @@ class Child(ProcessProtocol):
         self.pid = 0
         self.exited = False
         self.force_killed = False
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process has ended, be it reaped or not."""
+        if self.exited:
+            return True
+        with contextlib.suppress(ChildProcessError):
+            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self.pid, flags) is not None
+        return False
 
     def terminate(self, grace: float) -> None:
         """Send SIGTERM now and SIGKILL after ``grace`` seconds; a shorter grace wins."""
@@ -2627,6 +2722,10 @@ class Child(ProcessProtocol):
         """Forward what the child wrote; see ``ProcessProtocol``."""
         self._listener.child_data(childFD, data)
 
+    def output_cut(self, fd: int) -> None:
+        """A pipe is closed although more was written to it."""
+        self._listener.child_cut(fd)
+
     def processExited(self, reason: Failure) -> None:
         """The process is reaped; its pipes may still be held by others."""
         self.exited = True
@@ -2665,20 +2764,94 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 class PipeReader(ProcessReader):
-    """Reads what a child writes, more at a time than Twisted does."""
+    """Reads what a child writes, when it is its turn, and hands it on in pieces.
 
-    def doRead(self) -> Exception | None:
-        """Take what is there; see ``IReadDescriptor``."""
+    ``loseConnection`` closes the pipe once everything is read that is in it at that moment; what
+    somebody else writes to it afterwards is cut.
+    """
+
+    #: The most that is handed on at once of output that is looked at line by line: a line costs
+    #: more than its bytes do.
+    LINES_BYTES: ClassVar[int] = 256
+
+    _data = b""
+    _at = 0
+    _is_waiting = False
+    #: Bytes to be read before the pipe is closed, once that is asked for.
+    _last: int | None = None
+
+    def doRead(self) -> None:
+        """There is something; see ``IReadDescriptor``."""
+        self.proc.proto.turns.take(self)
+
+    @property
+    def is_ending(self) -> bool:
+        """See ``Readable``."""
+        return self.proc.proto is None or self.proc.proto.exited
+
+    def wait_for_turn(self) -> None:
+        """See ``Readable``."""
+        self._is_waiting = True
+        self.stopReading()
+
+    def loseConnection(self) -> None:
+        """Read what is there, and close."""
+        if self.connected and self._last is None:
+            self._last = self._readable_bytes()
+            self.stopReading()
+            self.reactor.callLater(0, self._finish)
+
+    def _finish(self) -> None:
+        if self.connected and not self._is_waiting:
+            self.proc.proto.turns.take(self)
+
+    def work(self, until: float) -> bool:
+        """See ``Readable``."""
+        self._is_waiting = False
+        seconds = self.reactor.seconds
+        step = self.LINES_BYTES if self.name in self.proc.proto.lines else PIECE_BYTES
+        while self.connected:
+            if self.proc.proto.turns.cutting:
+                self._close(is_cut=True)
+            elif self._at < len(self._data):
+                piece = self._data[self._at : self._at + step]
+                self._at += step
+                self.proc.childDataReceived(self.name, piece)
+            elif not self._read():
+                return True
+            if seconds() >= until:
+                return not self.connected
+        return True
+
+    def _read(self) -> bool:
+        """Read a piece; return whether there was one, or the pipe is closed now."""
+        self._data, self._at = b"", 0
+        if self._last == 0:
+            self._close(is_cut=self._readable_bytes() > 0)
+            return True
         try:
-            data = os.read(self.fd, PIECE_BYTES)
+            self._data = os.read(self.fd, min(PIECE_BYTES, self._last or PIECE_BYTES))
         except BlockingIOError:
-            return None
+            if self._last is None:
+                self.startReading()
+                return False
         except OSError:
-            return CONNECTION_LOST
-        if not data:
-            return CONNECTION_DONE
-        self.proc.childDataReceived(self.name, data)
-        return None
+            pass  # as at its end
+        if not self._data:
+            self._close(is_cut=False)
+        elif self._last is not None:
+            self._last -= len(self._data)
+        return True
+
+    def _readable_bytes(self) -> int:
+        """Return how much is in the pipe."""
+        found = fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4))
+        return int.from_bytes(found, sys.byteorder)
+
+    def _close(self, *, is_cut: bool) -> None:
+        if is_cut:
+            self.proc.proto.output_cut(self.name)
+        self.connectionLost(Failure(CONNECTION_DONE))
 
 
 class ChildProcess(Process):
@@ -2749,6 +2922,7 @@ class Spawner:
         self._reserved: list[int] = []
         self._guardian: Guardian | None = None
         self._children: set[Child] = set()
+        self._turns = OutputTurns(reactor)
         self._sweep_call: DelayedCall | None = None
         self._orphans: dict[int, float] = {}
         self._orphan_grace = ORPHAN_GRACE_SECONDS
@@ -2815,6 +2989,10 @@ class Spawner:
         os.environ[key] = value
         self._environment = None
 
+    def cut_output(self) -> None:
+        """Close the pipes of children instead of reading them: nobody has time for it any more."""
+        self._turns.cut()
+
     def kill_all(self) -> None:
         """Send SIGKILL to every child."""
         for child in list(self._children):
@@ -2839,7 +3017,7 @@ class Spawner:
         """
         if self._devnull is None:
             raise SpawnFailed("the manager is not running")
-        child = Child(self._reactor, listener, self._forget)
+        child = Child(self._reactor, listener, self._forget, self._turns)
         descriptors: dict[int, int | str] = {
             **dict.fromkeys(nulls, self._devnull),
             **dict.fromkeys(pipes, "r"),
@@ -3063,6 +3241,8 @@ LOG_LINE_MAX_MEMBERS = 50_000
 LISTED_FINISHED = 1000
 #: What a finished execution is reckoned to cost beyond its output.
 RECORD_BYTES = 2 * KIB
+#: Seconds from SIGTERM to SIGKILL at a deadline, in which an executor can tell its host.
+DEADLINE_GRACE_SECONDS = 0.5
 #: Seconds after SIGKILL in which the kernel must have ended a process.
 KILL_SECONDS = 5.0
 #: Seconds that starting processes may hold the reactor before others get a turn.
@@ -3185,14 +3365,27 @@ class LogRecords:
         yield b"]" if self._records else b"[]"
 
 
+@frozen
+class _LeveledRecord:
+    """What every record of an executor should have; the rest is not looked at."""
+
+    level: msgspec.Raw
+
+
+_leveled = msgspec.json.Decoder(_LeveledRecord)
+
+
 def _record_text(line: bytes) -> bytes | None:
     """Return the JSON text of a log line's record; None if it is too long to be kept whole."""
+    if line.count(b",") <= LOG_LINE_MAX_MEMBERS:
+        with contextlib.suppress(ValueError, RecursionError):
+            _leveled.decode(line)
+            line.decode()  # msgspec does not look at the characters of what it passes over
+            return line.strip()
     record = parse_log_line(line)
-    if record is not None and "level" in record:
-        text = line.strip()
-    else:
-        other = {"message": "genvm log", "line": line.decode("utf-8", "replace")}
-        text = json.dumps({"level": "info", **(other if record is None else record)}).encode()
+    if record is None:
+        record = {"message": "genvm log", "line": line.decode("utf-8", "replace")}
+    text = msgspec.json.encode({"level": "info", **record})
     return text if len(text) <= LOG_MAX_BYTES else None
 
 
@@ -3200,7 +3393,7 @@ def _line_text(line: bytes) -> bytes:
     """Return a record that has the start of a line, short enough whatever characters it has."""
     for size in (len(line), LOG_MAX_BYTES // 8):
         start = line[:size].decode("utf-8", "replace")
-        text = json.dumps({"level": "info", "message": "genvm log", "line": start}).encode()
+        text = msgspec.json.encode({"level": "info", "message": "genvm log", "line": start})
         if len(text) <= LOG_MAX_BYTES:
             break
     return text
@@ -3231,6 +3424,13 @@ class Capture:
             self._lines.add(data)
         else:
             self._tails[fd].add(data)
+
+    def cut(self, fd: int) -> None:
+        """More was written to one of the descriptors than is read."""
+        if fd == LOG_FD:
+            self._records.truncated = True
+        else:
+            self._tails[fd].truncated = True
 
     def end(self) -> None:
         """Nothing follows."""
@@ -3386,6 +3586,10 @@ class LogForwarder:
         """Take bytes of the log pipe, the only one that is read."""
         self._lines.add(data)
 
+    def cut(self, _fd: int) -> None:
+        """More was written than is read."""
+        self.log.warn("the end of an executor's log is cut", genvm_id=self._genvm_id)
+
     def end(self) -> None:
         """Nothing follows."""
         self._lines.end()
@@ -3423,6 +3627,8 @@ class LogForwarder:
 class _RunListener:
     """Tells the executions what happens to the process of one of them."""
 
+    lines: ClassVar[Collection[int]] = (LOG_FD,)
+
     owner: Executions
     execution: Execution
     sink: Capture | LogForwarder
@@ -3432,6 +3638,9 @@ class _RunListener:
 
     def child_data(self, fd: int, data: bytes) -> None:
         self.sink.add(fd, data)
+
+    def child_cut(self, fd: int) -> None:
+        self.sink.cut(fd)
 
     def child_exited(self, status: ExitStatus) -> None:
         self.owner.process_exited(self.execution, status)
@@ -3682,20 +3891,16 @@ class Executions:
 
     def _deadline(self, execution: Execution) -> None:
         execution.deadline_timer = None
-        if execution.cause is None:
-            execution.cause = Cause.DEADLINE
-        if execution.state is State.RUNNING:
-            execution.move(State.STOPPING)
-        assert execution.child is not None
-        execution.child.kill()
+        self._terminate(execution, Cause.DEADLINE, DEADLINE_GRACE_SECONDS)
 
     def _terminate(self, execution: Execution, cause: Cause, grace: float) -> None:
-        if execution.state is State.EXITED:
+        """Tell a process to end, unless it has ended by itself, although nobody saw it yet."""
+        assert execution.child is not None
+        if execution.child.has_ended:
             return
         if execution.state is State.RUNNING:
             execution.move(State.STOPPING)
             execution.cause = cause
-        assert execution.child is not None
         execution.child.terminate(grace)
 
     def process_exited(self, execution: Execution, status: ExitStatus) -> None:
@@ -4355,6 +4560,8 @@ _JSON_STEP = 16 * KIB
 class _Answer:
     """What a short-lived child says on its stdout."""
 
+    lines = ()
+
     def __init__(self) -> None:
         self.stdout = BoundedTail(KIB)
         self.child: Child | None = None
@@ -4366,6 +4573,9 @@ class _Answer:
 
     def child_data(self, _fd: int, data: bytes) -> None:
         self.stdout.add(data)
+
+    def child_cut(self, fd: int) -> None:
+        """Of an answer, the first words count."""
 
     def child_exited(self, status: ExitStatus) -> None:
         self.status = status
@@ -5713,6 +5923,7 @@ class Generation:
     """One process of a module, from its start to its end."""
 
     log = Logger()
+    lines = (STDOUT, STDERR)
 
     def __init__(
         self,
@@ -5761,6 +5972,9 @@ class Generation:
 
     def child_data(self, fd: int, data: bytes) -> None:
         self._lines[fd].add(data)
+
+    def child_cut(self, fd: int) -> None:
+        self.log.warn("the end of a module's log is cut", module=self._kind, generation=self.number)
 
     def child_exited(self, status: ExitStatus) -> None:
         self.status = status
@@ -11735,6 +11949,8 @@ def run_demo() -> int:
 FAREWELL_SECONDS = 0.2
 #: Seconds that a shutdown may take if only clients that read slowly hold it up: some wait for 1 s.
 SHUTDOWN_SECONDS = 0.9
+#: Seconds after the last child was killed in which what children wrote is still read.
+CUT_SECONDS = 0.1
 #: Connections that may wait to be accepted.
 BACKLOG = 1024
 DAEMON_LOG = "genvm-manager.log"
@@ -11924,7 +12140,11 @@ class ManagerService(Service):
             await maybeDeferred(port.stopListening)
         grace = self.config.shutdown_grace
         ending = [Deferred.fromCoroutine(m.close(grace)) for m in self.modules.values()]
+        # What was written shortly before the end is still read, but no flood of lines.
+        cutting = self._reactor.callLater(grace + CUT_SECONDS, self.spawner.cut_output)
         await gatherResults([self.executions.close(grace), *ending])
+        if cutting.active():
+            cutting.cancel()
         await self.contracts.close()
         await self._pool.closeCachedConnections()
         self.executions.dispose()

@@ -16,7 +16,7 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.logger import ILogObserver, globalLogPublisher
 from twisted.python.failure import Failure
 
-from genvm_manager import Child, ChildListener, SpawnFailed
+from genvm_manager import Child, ChildListener, OutputTurns, SpawnFailed
 
 #: Seconds after which a test gives up waiting for something real; nothing takes that long.
 PATIENCE = 30.0
@@ -180,6 +180,7 @@ class FakeSpawner:
 
     def __init__(self, clock: Any) -> None:
         self.clock = clock
+        self.turns = OutputTurns(clock)
         self.processes: list[FakeProcess] = []
         self.commands: list[list[str]] = []
         self.descriptors: list[tuple[set[int], set[int]]] = []
@@ -203,7 +204,7 @@ class FakeSpawner:
             raise SpawnFailed(self.problem)
         process = self.process_class(1000 + len(self.processes), [*pipes, *feeds])
         self.processes.append(process)
-        process.child = child = Child(self.clock, listener, lambda child: None)
+        process.child = child = Child(self.clock, listener, lambda child: None, self.turns)
         child.makeConnection(process)
         self.on_spawn(process)
 

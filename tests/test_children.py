@@ -22,6 +22,7 @@ from twisted.python.failure import Failure
 
 from genvm_manager import (
     DRAIN_SECONDS,
+    LOG_FD,
     MARKER,
     PARENT_POLL_SECONDS,
     PIECE_BYTES,
@@ -30,6 +31,7 @@ from genvm_manager import (
     ExitStatus,
     Guardian,
     LineSplitter,
+    OutputTurns,
     ParentWatch,
     Spawner,
     SpawnFailed,
@@ -128,6 +130,8 @@ def test_an_exit_has_a_code_or_a_signal(
 class Owner:
     """Hears what happens to a child."""
 
+    lines = (LOG_FD,)
+
     def __init__(self) -> None:
         self.child: Child | None = None
         self.data: dict[int, bytes] = {}
@@ -146,6 +150,9 @@ class Owner:
         if not self.spoken.called:
             self.spoken.callback(None)
 
+    def child_cut(self, fd: int) -> None:
+        self.events.append(f"cut {fd}")
+
     def child_exited(self, status: ExitStatus) -> None:
         self.status = status
         self.events.append("exited")
@@ -163,7 +170,7 @@ class Faked:
         self.clock = Clock()
         self.owner = Owner()
         self.gone: list[Child] = []
-        self.child = Child(self.clock, self.owner, self.gone.append)
+        self.child = Child(self.clock, self.owner, self.gone.append, OutputTurns(self.clock))
         self.process = FakeProcess(77, pipes)
         self.process.child = self.child
         self.child.makeConnection(self.process)

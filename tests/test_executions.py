@@ -21,6 +21,7 @@ from twisted.internet.task import Clock
 import genvm_manager
 from genvm_manager import (
     ARGUMENT_MAX_BYTES,
+    DEADLINE_GRACE_SECONDS,
     KILL_SECONDS,
     LISTED_FINISHED,
     LOG_LINE_MAX_BYTES,
@@ -426,7 +427,7 @@ def test_all_that_can_come_at_one_moment_comes_to_one_end(grace: float) -> None:
 
 
 @pytest.mark.parametrize("minutes", [20, 0.5, 0.001, 1440])
-def test_the_deadline_kills_at_its_time_counted_from_the_spawn(minutes: float) -> None:
+def test_the_deadline_ends_at_its_time_counted_from_the_spawn(minutes: float) -> None:
     world = World(permits=0)
     (asked) = outcome(world.ask(max_execution_minutes=minutes))
     world.clock.advance(3600)
@@ -435,10 +436,23 @@ def test_the_deadline_kills_at_its_time_counted_from_the_spawn(minutes: float) -
     world.clock.advance(minutes * 60 - 0.01)
     assert (process.signals, execution.state) == ([], State.RUNNING)
     world.clock.advance(0.02)
-    assert (process.signals, execution.state) == (["KILL"], State.STOPPING)
+    assert (process.signals, execution.state) == (["TERM"], State.STOPPING)
+    world.clock.advance(DEADLINE_GRACE_SECONDS)
+    assert process.signals == ["TERM", "KILL"]
     process.end()
     result = world.result(1)
     assert (result["cause"], result["signal"], result["exit_code"]) == ("deadline", 9, None)
+
+
+def test_an_executor_that_tells_its_host_of_the_deadline_is_not_killed() -> None:
+    world = World()
+    _, process = world.start(max_execution_minutes=1)
+    world.clock.advance(60)
+    assert process.signals == ["TERM"]
+    process.signals.clear()  # it handles the signal
+    process.end(0)
+    result = world.result(1)
+    assert (result["cause"], result["signal"], result["exit_code"]) == ("deadline", None, 0)
 
 
 def test_the_times_of_a_run_are_known() -> None:
@@ -1137,7 +1151,7 @@ def test_a_longer_line_keeps_its_head() -> None:
 
 
 @pytest.mark.parametrize(
-    ("filling", "is_cut"), [(b"\xff", True), (b"\x01", True), (b'"', False), ("é".encode(), True)]
+    ("filling", "is_cut"), [(b"\xff", True), (b"\x01", True), (b'"', False), ("é".encode(), False)]
 )
 def test_the_bound_holds_for_what_grows_when_it_becomes_json(filling: bytes, is_cut: bool) -> None:
     records = LogRecords()
@@ -1147,7 +1161,7 @@ def test_the_bound_holds_for_what_grows_when_it_becomes_json(filling: bytes, is_
     assert records.size <= LOG_MAX_BYTES
     assert len(kept) <= LOG_MAX_BYTES + 2
     assert records.truncated is is_cut
-    assert is_cut or len(line) == LOG_LINE_MAX_BYTES, "what fits is kept whole"
+    assert is_cut or len(line.encode()) == LOG_LINE_MAX_BYTES, "what fits is kept whole"
 
 
 def test_times_of_a_result_are_milliseconds_since_the_epoch() -> None:

@@ -1,0 +1,129 @@
+"""A manager that is stopped for a while, as on a machine that is busy or was suspended."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from ..integration.conftest import Start
+from ..integration.support import Daemon, Root, eventually
+
+#: Longer than the manager waits for pipes that others hold, and for an executor to end.
+PAUSE_SECONDS = 0.7
+
+
+class Paused:
+    """A daemon that does not run for a while; its children do."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+
+    def __enter__(self) -> None:
+        self.daemon.signal(signal.SIGSTOP)
+        self.until = time.monotonic() + PAUSE_SECONDS
+
+    def __exit__(self, *_: object) -> None:
+        eventually(lambda: time.monotonic() >= self.until, what="the pause")
+        self.daemon.signal(signal.SIGCONT)
+
+
+def text_of(path: Path) -> str:
+    return path.read_text().strip() if path.exists() else ""
+
+
+def go(root: Root) -> None:
+    (root.path / "go").touch()
+
+
+def test_no_output_is_lost_while_the_manager_stands_still(root: Root, start: Start) -> None:
+    """Everything is written and the process has ended before the manager sees any of it."""
+    text = "x" * 50_000
+    root.script(
+        f"while ! test -e {root.path}/go; do sleep 0.01; done; printf '%s' {text}; "
+        f"printf '%s' {text} >&2; i=0; while test $i -lt 1000; do echo '{{}}'; i=$((i+1)); done >&3"
+    )
+    daemon = start("--permits", "50")
+    ids = [daemon.run() for _ in range(8)]
+    with Paused(daemon):
+        go(root)
+    for genvm_id in ids:
+        result = daemon.result(genvm_id)
+        assert (result["cause"], result["exit_code"], result["truncated"]) == ("exited", 0, [])
+        assert (result["stdout"], result["stderr"]) == (text, text)
+        assert len(result["genvm_log"]) == 1000
+
+
+def test_what_somebody_goes_on_writing_is_said_to_be_cut(root: Root, start: Start) -> None:
+    """Not a descendant of the executor, which would be killed with it."""
+    go = root.path / "go"
+    root.script(f"echo first; echo $$ > {go}.pid; while ! test -e {go}; do sleep 0.01; done")
+    daemon = start()
+    genvm_id = daemon.run()
+    pid = int(eventually(lambda: text_of(Path(f"{go}.pid")), what="it runs"))
+    written = 0
+    with open(f"/proc/{pid}/fd/1", "wb", buffering=0) as pipe:
+        go.touch()
+        with contextlib.suppress(BrokenPipeError):
+            while written < 1 << 30:
+                written += pipe.write(b"more\n" * 1000)
+    assert written < 1 << 30, "the pipe is closed"
+    result = daemon.result(genvm_id)
+    assert (result["exit_code"], result["truncated"]) == (0, ["stdout"])
+
+
+def test_a_grandchild_that_only_holds_the_pipes_cuts_nothing(root: Root, start: Start) -> None:
+    root.script("echo first; sleep 60 & exit 3")
+    daemon = start()
+    result = daemon.result(daemon.run())
+    assert (result["stdout"], result["exit_code"], result["truncated"]) == ("first\n", 3, [])
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_run_that_ended_before_a_late_deadline_has_exited(
+    root: Root, start: Start, captured: bool
+) -> None:
+    root.script(f"while ! test -e {root.path}/go; do sleep 0.01; done; exit 5")
+    daemon = start()
+    genvm_id = daemon.run(capture_output=captured, max_execution_minutes=0.02)
+    eventually(lambda: len(daemon.descendants()) > 1, what="it runs")
+    daemon.signal(signal.SIGSTOP)
+    try:
+        go(root)
+        until = time.monotonic() + 2.0  # the deadline is at 1.2 s
+        eventually(lambda: time.monotonic() >= until, what="the deadline is over")
+    finally:
+        daemon.signal(signal.SIGCONT)
+    result = daemon.result(genvm_id)
+    assert (result["cause"], result["exit_code"], result["signal"]) == ("exited", 5, None)
+
+
+def test_a_run_that_ended_before_a_late_cancel_has_exited(root: Root, start: Start) -> None:
+    """The request to end it waits in the socket while the manager stands still."""
+    root.script(f"while ! test -e {root.path}/go; do sleep 0.01; done; exit 5")
+    daemon = start()
+    genvm_id = daemon.run()
+    connection = daemon.connect()
+    with connection, Paused(daemon):
+        connection.sendall(b"DELETE /genvm/%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % genvm_id)
+        go(root)
+    result = daemon.result(genvm_id)
+    assert (result["cause"], result["exit_code"]) == ("exited", 5)
+
+
+def test_an_executor_can_tell_its_host_of_the_deadline(root: Root, start: Start) -> None:
+    root.script("trap 'echo told; exit 0' TERM; while :; do sleep 0.01; done")
+    daemon = start()
+    result = daemon.result(daemon.run(max_execution_minutes=0.01))
+    assert (result["cause"], result["exit_code"]) == ("deadline", 0)
+    assert result["stdout"] == "told\n"
+
+
+def test_a_stubborn_executor_is_killed_after_the_deadline(root: Root, start: Start) -> None:
+    root.script("trap '' TERM; while :; do sleep 0.01; done")
+    daemon = start()
+    result = daemon.result(daemon.run(max_execution_minutes=0.01))
+    assert (result["cause"], result["signal"]) == ("deadline", 9)
