@@ -81,6 +81,20 @@ def own_command(*words: str) -> list[str]:
     return [sys.executable, "-P", "-c", code, folder, *words]
 
 
+def open_standard_streams() -> None:
+    """Make stdin, stdout and stderr exist: what is opened later must not take their numbers."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # It takes the lowest number that is free.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115  # as Python's own
+
+
+if __name__ == "__main__":
+    open_standard_streams()
 # Not with options for Python, such as those of a profiler, which would be lost.
 if __name__ == "__main__" and sys.executable and sys.orig_argv[1:] == sys.argv:
     command = own_command(*sys.argv[1:])
@@ -107,6 +121,7 @@ import ipaddress
 import itertools
 import json
 import math
+import queue
 import random
 import re
 import resource
@@ -130,7 +145,6 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Collection,
     Hashable,
     Iterable,
     Iterator,
@@ -228,7 +242,6 @@ from twisted.logger import ILogObserver, LogEvent, Logger, formatEvent, globalLo
 from twisted.protocols.basic import LineReceiver
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
-from twisted.python.logfile import LogFile
 from twisted.python.threadpool import ThreadPool
 from twisted.web.client import (
     Agent,
@@ -1297,6 +1310,7 @@ def _cgroup_stat(folder: Path, name: str) -> int:
 
 LOG_BACKLOG_BYTES = 8 * MIB
 LOG_FLUSH_SECONDS = 0.2
+LOG_REST_SECONDS = 0.005
 _EVENT_FIELDS_LEFT_OUT = frozenset(
     ("isError", "failure", "why", "format", "time", "system", "message", "text", "level_name")
 )
@@ -1354,21 +1368,86 @@ def dropped_note(count: int) -> bytes:
     return json.dumps(record).encode() + b"\n"
 
 
-class RotatedLog(LogFile):
-    """A log file of a bounded size, with a number of old ones, which may be zero."""
+class LogStream:
+    """Lines go to a descriptor that is open already, such as stdout."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._is_torn = False
+
+    def write(self, data: bytes) -> None:
+        """Write whole lines; after a failure the next ones begin on a line of their own.
+
+        Raises ``OSError`` where they cannot be written.
+        """
+        view = memoryview(b"\n" + data if self._is_torn else data)
+        self._is_torn = False
+        while view:
+            try:
+                count = os.write(self._fd, view)
+            except BlockingIOError:
+                select.select((), (self._fd,), ())
+                continue
+            except OSError:
+                self._is_torn = len(view) < len(data)
+                raise
+            view = view[count:]
+
+    def reopen(self) -> None:
+        """Do nothing: what is written to was opened by others."""
+
+
+class LogFile:
+    """A log file of a bounded size, with a number of older ones, which may be zero.
+
+    It is opened again when somebody else moved or removed it, and may be truncated at any time.
+    ``log_file.1`` is the youngest of the older ones.
+    """
 
     def __init__(self, path: Path, max_bytes: int, backups: int) -> None:
+        self._path = path
+        self._max_bytes = max_bytes
         self._backups = backups
-        LogFile.__init__(
-            self, path.name, str(path.parent), rotateLength=max_bytes or None, defaultMode=0o640
-        )
+        self._stream: LogStream | None = None
+        self._fd = -1
+        self._open()
 
-    def rotate(self) -> None:
-        """Start a new file."""
-        LogFile.rotate(self)
-        for number in self.listLogs():
-            if number > self._backups:
-                os.remove(f"{self.path}.{number}")
+    def write(self, data: bytes) -> None:
+        """Write whole lines; raises ``OSError`` where that is not possible now."""
+        if self._stream is None or not self._is_in_place():
+            self._open()
+        if self._max_bytes and 0 < os.fstat(self._fd).st_size > self._max_bytes - len(data):
+            # A file that cannot be rotated grows: its lines are worth more than its bound.
+            with contextlib.suppress(OSError):
+                self._rotate()
+        assert self._stream is not None
+        self._stream.write(data)
+
+    def reopen(self) -> None:
+        """Open the file anew, at the next line."""
+        self._stream = None
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.stat(self._path))
+        except OSError:
+            return False
+
+    def _open(self) -> None:
+        # To append is what lets others truncate it: there is no offset that would leave a gap.
+        fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._stream = fd, LogStream(fd)
+
+    def _rotate(self) -> None:
+        names = [f"{self._path}.{n}" if n else str(self._path) for n in range(self._backups + 1)]
+        for older, newer in reversed([*itertools.pairwise(names)]):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(older, newer)
+        if not self._backups:
+            os.unlink(self._path)
+        self._open()
 
 
 class LogWriter:
@@ -1388,12 +1467,16 @@ class LogWriter:
         self._write = write
         self._note = note or dropped_note
         self._flush_seconds = flush_seconds
-        self._lines: deque[bytes] = deque()
-        self._waiting_bytes = 0
-        self._dropped = 0
-        self._wake = threading.Condition()
+        # Nobody who puts a line waits for the thread: a lock that both take would make each line
+        # cost two changes of threads.
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._put_bytes = 0
+        self._taken_bytes = 0
+        self._refused = 0
+        self._failed = 0
+        self._noted = 0
+        self._putting = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._closing = False
         self._stuck = False
 
     def start(self) -> None:
@@ -1407,76 +1490,89 @@ class LogWriter:
             if not self._stuck:
                 self._write_safely(line)
             return
-        with self._wake:
-            if self._lines and self._waiting_bytes + len(line) > LOG_BACKLOG_BYTES:
-                self._dropped += 1
-            else:
-                self._lines.append(line)
-                self._waiting_bytes += len(line)
-            self._wake.notify()
+        with self._putting:
+            waiting = self._put_bytes - self._taken_bytes
+            if waiting and waiting + len(line) > LOG_BACKLOG_BYTES:
+                self._refused += 1
+                return
+            self._put_bytes += len(line)
+        self._lines.put(line)
 
     def stop(self) -> None:
         """Write what waits, for a bounded time, and end."""
         thread, self._thread = self._thread, None
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
         if thread is not None:
+            self._lines.put(None)
             thread.join(self._flush_seconds)
             self._stuck = thread.is_alive()
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._lines or self._dropped or self._closing):
-                    self._wake.wait()
-                if not (self._lines or self._dropped):
-                    return
-                batch = b"".join(self._lines)
-                self._lines.clear()
-                self._waiting_bytes = 0
-                dropped, self._dropped = self._dropped, 0
-            self._write_safely(batch)
-            if dropped:
-                self._write_safely(self._note(dropped))
+        while (line := self._lines.get()) is not None:
+            batch = [line]
+            refused = self._refused
+            for _ in range(self._lines.qsize()):
+                line = self._lines.get()
+                if line is None:
+                    break
+                batch.append(line)
+            data = b"".join(batch)
+            self._write_safely(data)
+            self._taken_bytes += len(data)
+            # After the lines that it came too late for.
+            self._tell_dropped(self._refused if self._lines.empty() else refused)
+            if line is None:
+                return
+            # Each line that has to wake the thread costs the reactor more than it takes to make it.
+            time.sleep(LOG_REST_SECONDS)
+
+    def _tell_dropped(self, refused: int) -> None:
+        dropped = refused + self._failed - self._noted
+        if dropped:
+            before = self._failed
+            self._write_safely(self._note(dropped))
+            if self._failed == before:
+                self._noted += dropped
+            else:
+                self._failed = before  # a note that cannot be written is no line that was lost
 
     def _write_safely(self, data: bytes) -> None:
         # A log that nobody can read any more (closed pipe, full disk) is no reason to stop serving.
-        with contextlib.suppress(OSError, ValueError):
+        try:
             self._write(data)
-
-
-def _stdout_write(data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(1, view) :]
+        except (OSError, ValueError):
+            self._failed += data.count(b"\n")
 
 
 @implementer(ILogObserver)
 class LogObserver:
     """The one observer of the process: formats events and hands them to the writer."""
 
-    def __init__(self, config: Config, write: Callable[[bytes], object] | None = None) -> None:
+    def __init__(
+        self, config: Config, write: Callable[[bytes], object] | None = None, *, fd: int = 1
+    ) -> None:
         self._config = config
         self.redactor = Redactor()
         self.set_level(config.log_level)
         self._as_text = config.log_format == "text"
-        if write is None:
-            write = _stdout_write if config.log_file is None else self._file_write(config.log_file)
-        self._writer = LogWriter(write, LOG_FLUSH_SECONDS)
+        self._target: LogStream | LogFile = LogStream(fd)
+        if config.log_file is not None:
+            self._target = self._open_file(config.log_file)
+        self._writer = LogWriter(write or self._target.write, LOG_FLUSH_SECONDS)
 
-    def _file_write(self, path: Path) -> Callable[[bytes], object]:
+    def _open_file(self, path: Path) -> LogFile:
         try:
-            target = RotatedLog(
-                path, self._config.log_file_max_bytes, self._config.log_file_backups
-            )
-        except (OSError, AssertionError) as error:
+            return LogFile(path, self._config.log_file_max_bytes, self._config.log_file_backups)
+        except OSError as error:
             raise ConfigError(f"log_file: {path} cannot be opened: {error}") from None
-        return lambda data: target.write(data.decode())
 
     def use_file(self, path: Path) -> None:
         """Write to a rotated file from now on."""
-        self._writer = LogWriter(self._file_write(path), LOG_FLUSH_SECONDS)
+        self._target = self._open_file(path)
+        self._writer = LogWriter(self._target.write, LOG_FLUSH_SECONDS)
+
+    def reopen(self) -> None:
+        """Open the log file anew: somebody moved it away."""
+        self._target.reopen()
 
     def set_level(self, level: str) -> None:
         """Let only events of this level or above pass, from now on."""
@@ -1530,10 +1626,8 @@ class LogObserver:
 
     def _line(self, record: dict[str, object]) -> bytes:
         if not self._as_text:
-            try:
-                return msgspec.json.encode(record) + b"\n"
-            except UnicodeEncodeError:  # half a surrogate pair, say of a file's name
-                return json.dumps(record).encode() + b"\n"
+            # In ASCII: programs that read logs have many ideas of where a line ends.
+            return json.dumps(record).encode() + b"\n"
         time_, level, message = record.pop("time"), record.pop("level"), record.pop("message")
         traceback = record.pop("traceback", None)
         details = "".join(f" {key}={shown(value, 200)}" for key, value in record.items())
@@ -2582,6 +2676,8 @@ class OutputTurns:
     def cut(self) -> None:
         """Read nothing from now on: what is not taken yet is cut, and its pipes are closed."""
         self.cutting = True
+        if self._next is not None:
+            self._next.reset(0)
 
     def _enqueue(self, pipe: Readable) -> None:
         pipe.wait_for_turn()
@@ -2598,21 +2694,22 @@ class OutputTurns:
 
     def _serve(self) -> None:
         self._next = None
-        self._left = self.TURN_SECONDS
+        begin, used = self._reactor.seconds(), time.thread_time()
         while self._waiting and (self._left > 0 or self.cutting):
             pipe = self._waiting.popleft()
             if not self._serve_one(pipe):
                 self._enqueue(pipe)
+        took = self._reactor.seconds() - begin
+        # Where others want the processor too, who takes little of it gets it back sooner.
+        is_crowded = took > 2 * (time.thread_time() - used) + self.SLICE_SECONDS
+        self._left = self.TURN_SECONDS / 4 if is_crowded else self.TURN_SECONDS
         if self._waiting:
-            self._next = self._reactor.callLater(0, self._serve)
+            rest = self.TURN_SECONDS if is_crowded and not self.cutting else 0
+            self._next = self._reactor.callLater(rest, self._serve)
 
 
 class ChildListener(typing.Protocol):
     """What the owner of a child hears: started, data, exited, closed; each end exactly once."""
-
-    @property
-    def lines(self) -> Collection[int]:
-        """The descriptors whose output is looked at line by line."""
 
     def child_started(self, child: Child) -> None:
         """The process exists; ``child`` is how to reach it."""
@@ -2647,7 +2744,6 @@ class Child(ProcessProtocol):
     ) -> None:
         self._reactor = reactor
         self.turns = turns
-        self.lines = listener.lines
         self._listener = listener
         self._gone = gone
         self._kill_timer: DelayedCall | None = None
@@ -2770,10 +2866,12 @@ class PipeReader(ProcessReader):
     somebody else writes to it afterwards is cut.
     """
 
-    #: The most that is handed on at once of output that is looked at line by line: a line costs
-    #: more than its bytes do.
-    LINES_BYTES: ClassVar[int] = 256
+    #: Bytes that are handed on at once: few where each costs much, as of short lines, or where the
+    #: machine is busy.
+    FEWEST: ClassVar[int] = 16
+    MOST: ClassVar[int] = 2 * KIB
 
+    _step = 16 * FEWEST
     _data = b""
     _at = 0
     _is_waiting = False
@@ -2809,17 +2907,23 @@ class PipeReader(ProcessReader):
         """See ``Readable``."""
         self._is_waiting = False
         seconds = self.reactor.seconds
-        step = self.LINES_BYTES if self.name in self.proc.proto.lines else PIECE_BYTES
+        slice_seconds = self.proc.proto.turns.SLICE_SECONDS
+        now = seconds()
         while self.connected:
             if self.proc.proto.turns.cutting:
                 self._close(is_cut=True)
             elif self._at < len(self._data):
-                piece = self._data[self._at : self._at + step]
-                self._at += step
+                piece = self._data[self._at : self._at + self._step]
+                self._at += self._step
                 self.proc.childDataReceived(self.name, piece)
+                begin, now = now, seconds()
+                if now - begin > slice_seconds / 2:
+                    self._step = max(self.FEWEST, self._step // 4)
+                elif now - begin < slice_seconds / 8:
+                    self._step = min(self.MOST, self._step * 2)
             elif not self._read():
                 return True
-            if seconds() >= until:
+            if now >= until:
                 return not self.connected
         return True
 
@@ -3626,8 +3730,6 @@ class LogForwarder:
 @define(eq=False)
 class _RunListener:
     """Tells the executions what happens to the process of one of them."""
-
-    lines: ClassVar[Collection[int]] = (LOG_FD,)
 
     owner: Executions
     execution: Execution
@@ -4559,8 +4661,6 @@ _JSON_STEP = 16 * KIB
 
 class _Answer:
     """What a short-lived child says on its stdout."""
-
-    lines = ()
 
     def __init__(self) -> None:
         self.stdout = BoundedTail(KIB)
@@ -5923,7 +6023,6 @@ class Generation:
     """One process of a module, from its start to its end."""
 
     log = Logger()
-    lines = (STDOUT, STDERR)
 
     def __init__(
         self,
@@ -7154,12 +7253,6 @@ def _read_first_line(descriptor: int) -> tuple[bytes, bytes]:
     return bytes(data[: end + 1]), bytes(data[end + 1 :])
 
 
-def _stderr_write(data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(2, view) :]
-
-
 def run_module_service(kind: str) -> int:
     """Run a module in this process, as the manager starts it; returns the exit status.
 
@@ -7169,7 +7262,7 @@ def run_module_service(kind: str) -> int:
     # A terminal sends it to the whole group; whether a module ends is for the manager to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     reactor = own_reactor()
-    observer = LogObserver(Config(), write=_stderr_write)
+    observer = LogObserver(Config(), fd=2)
     globalLogBeginner.beginLoggingTo([cast(ILogObserver, observer)], redirectStandardIO=False)
     line, orders = _read_first_line(0)
     if not line:
@@ -11954,6 +12047,8 @@ CUT_SECONDS = 0.1
 #: Connections that may wait to be accepted.
 BACKLOG = 1024
 DAEMON_LOG = "genvm-manager.log"
+#: Seconds to wait for another manager that starts on the same unix socket.
+LOCK_SECONDS = 10.0
 THREADS = 32
 #: Blocks of so many bytes and more are mapped, and unmapped when they are freed.
 MMAP_THRESHOLD = 256 * KIB
@@ -12039,32 +12134,31 @@ class ManagerService(Service):
         self.manifest.load()
         config = self.config
         try:
-            if config.socket is not None:
-                self._ports.append(self._listen_unix(config.socket))
             if config.socket is None or config.port is not None:
                 number = DEFAULT_PORT if config.port is None else config.port
                 port = self._reactor.listenTCP(number, self.site, BACKLOG, config.host)
                 self._ports.append(port)
+            # The last one: nothing that fails afterwards would leave a file behind.
+            if config.socket is not None:
+                self._ports.append(self._listen_unix(config.socket))
         except CannotListenError as error:
-            place = config.socket if error.interface == "unix" else f"{config.host}:{error.port}"
+            at_port = isinstance(error.port, int)
+            place = f"{config.host}:{error.port}" if at_port else config.socket
             raise ConfigError(
-                f"cannot listen on {place or error.port}: {error.socketError}; "
+                f"cannot listen on {place}: {error.socketError}; "
                 "stop what uses it, or choose another --port or --socket"
             ) from None
 
     def _listen_unix(self, path: Path) -> Any:
         """Listen on a socket that only our user can reach; a dead one is replaced."""
-        if path.is_socket():
-            with socket.socket(socket.AF_UNIX) as probe:
-                try:
-                    probe.connect(str(path))
-                except ConnectionRefusedError:
-                    path.unlink()
-                except OSError as error:
-                    raise ConfigError(f"socket: {path} cannot be used: {error.strerror}") from None
         previous = os.umask(0o177)
         try:
-            return self._reactor.listenUNIX(str(path), self.site, BACKLOG, mode=0o600)
+            # Of several managers that start at once, one looks and replaces at a time.
+            with _folder_lock(path.parent):
+                _remove_dead_socket(path)
+                return self._reactor.listenUNIX(str(path), self.site, BACKLOG, mode=0o600)
+        except OSError as error:
+            raise ConfigError(f"socket: {path} cannot be used: {error.strerror}") from None
         finally:
             os.umask(previous)
 
@@ -12107,7 +12201,12 @@ class ManagerService(Service):
     def _take_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._reactor.callFromThread(self._asked_to_end))
-        signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._asked_to_reload))
+        for number, action in (
+            (signal.SIGHUP, self._asked_to_reload),
+            (signal.SIGUSR1, self._asked_to_reopen),
+            (signal.SIGUSR2, self._asked_for_state),
+        ):
+            signal.signal(number, lambda *_, do=action: self._reactor.callFromThread(do))
 
     def _asked_to_end(self) -> None:
         if self._asked:
@@ -12121,6 +12220,21 @@ class ManagerService(Service):
             self.log.error("{text}", text=failure.getErrorMessage())
 
         Deferred.fromCoroutine(self.manifest.reload(self._reactor)).addErrback(failed)
+
+    def _asked_to_reopen(self) -> None:
+        self.observer.reopen()
+        self.log.info("the log file is opened anew")
+
+    def _asked_for_state(self) -> None:
+        self.log.info(
+            "state",
+            permits=self.gate.limit,
+            in_use=self.gate.in_use,
+            waiting=self.gate.queue_length,
+            unfinished=sum(1 for _ in self.executions.active()),
+            draining=self.executions.draining,
+            modules={kind: module.state.value for kind, module in self.modules.items()},
+        )
 
     def _parent_ended(self) -> None:
         self.log.info("the parent process ended: shutting down")
@@ -12177,6 +12291,35 @@ def _settle_memory() -> None:
     with contextlib.suppress(AttributeError):
         libc.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
         libc.malloc_trim(0)
+
+
+@contextlib.contextmanager
+def _folder_lock(folder: Path) -> Iterator[None]:
+    """Be the only one who holds the lock of a folder; raises ``OSError``, also after a while."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    deadline = time.monotonic() + LOCK_SECONDS
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise OSError(errno.EBUSY, "its folder is locked by another process") from None
+                time.sleep(0.01)  # there is no reactor yet
+        yield
+    finally:
+        os.close(fd)
+
+
+def _remove_dead_socket(path: Path) -> None:
+    """Remove a socket at which nobody listens; raises ``OSError``."""
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
 
 
 def _stdout_is_devnull() -> bool:
@@ -12277,6 +12420,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
+    open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["executor"]:
         return run_practice_executor(words[1:])

@@ -22,7 +22,6 @@ from twisted.python.failure import Failure
 
 from genvm_manager import (
     DRAIN_SECONDS,
-    LOG_FD,
     MARKER,
     PARENT_POLL_SECONDS,
     PIECE_BYTES,
@@ -129,8 +128,6 @@ def test_an_exit_has_a_code_or_a_signal(
 
 class Owner:
     """Hears what happens to a child."""
-
-    lines = (LOG_FD,)
 
     def __init__(self) -> None:
         self.child: Child | None = None
