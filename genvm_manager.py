@@ -2792,8 +2792,9 @@ class Child(ProcessProtocol):
 
     def _force(self) -> None:
         self._kill_timer = None
-        self.force_killed = True
-        self.kill()
+        if not self.has_ended:
+            self.force_killed = True
+            self.kill()
 
     def _signal(self, name: str) -> None:
         # It may have exited without having been reaped; its end is reported in any case.
@@ -3342,6 +3343,8 @@ LOG_MAX_BYTES = 16 * MIB
 LOG_LINE_MAX_BYTES = 6 * MIB
 #: A line with more members is kept as text: reading them would hold the reactor.
 LOG_LINE_MAX_MEMBERS = 50_000
+#: The same for a line that goes to the manager's log, where each member is looked at for secrets.
+FORWARDED_MEMBERS = 1000
 LISTED_FINISHED = 1000
 #: What a finished execution is reckoned to cost beyond its output.
 RECORD_BYTES = 2 * KIB
@@ -3476,12 +3479,14 @@ class _LeveledRecord:
     level: msgspec.Raw
 
 
+#: Not every client can read a number of so many digits; Python cannot.
+_HUGE_NUMBER = re.compile(rb"[0-9]{4300}")
 _leveled = msgspec.json.Decoder(_LeveledRecord)
 
 
 def _record_text(line: bytes) -> bytes | None:
     """Return the JSON text of a log line's record; None if it is too long to be kept whole."""
-    if line.count(b",") <= LOG_LINE_MAX_MEMBERS:
+    if line.count(b",") <= LOG_LINE_MAX_MEMBERS and not _HUGE_NUMBER.search(line):
         with contextlib.suppress(ValueError, RecursionError):
             _leveled.decode(line)
             line.decode()  # msgspec does not look at the characters of what it passes over
@@ -3503,9 +3508,9 @@ def _line_text(line: bytes) -> bytes:
     return text
 
 
-def parse_log_line(line: bytes) -> dict[str, Any] | None:
+def parse_log_line(line: bytes, members: int = LOG_LINE_MAX_MEMBERS) -> dict[str, Any] | None:
     """Return the JSON object on a line of the log pipe, or nothing if it is something else."""
-    if line.count(b",") > LOG_LINE_MAX_MEMBERS:
+    if line.count(b",") > members:
         return None
     try:
         record = msgspec.json.decode(line)
@@ -3701,7 +3706,7 @@ class LogForwarder:
     def _forward(self, line: bytes, cut: bool) -> None:
         if not line.strip():
             return
-        record = parse_log_line(line)
+        record = parse_log_line(line, FORWARDED_MEMBERS)
         if record is None:
             record = {"message": "genvm log", "line": line.decode("utf-8", "replace")}
         try:
@@ -6095,7 +6100,9 @@ class Generation:
     def _forward(self, line: bytes, cut: bool) -> None:
         if not line.strip():
             return
-        record = parse_log_line(line) or {"message": line.decode("utf-8", "replace")}
+        record = parse_log_line(line, FORWARDED_MEMBERS) or {
+            "message": line.decode("utf-8", "replace")
+        }
         try:
             level: str = LevelName.parse(record.pop("level", "info"))
         except ValueError:
@@ -10011,6 +10018,7 @@ STREAMED_RESULT_BYTES = 256 * KIB
 MAX_WAIT_SECONDS = 120.0
 MAX_GRACE_MS = 24 * 3600 * 1000
 DEFAULT_GRACE_MS = 30_000
+LEAST_GRACE_MS = 100
 #: Variables that decide what code a child loads.
 PROTECTED_VARIABLES = re.compile(
     r"LD_.*|DYLD_.*|PATH|PYTHON.*|BASH_ENV|ENV|SHELLOPTS|BASHOPTS|BASH_FUNC_.*|IFS|GCONV_PATH"
@@ -10515,6 +10523,8 @@ class Api:
     async def stop(self, request: Request, genvm_id: int) -> Answer:
         """End an execution."""
         grace_ms = query_int(request, "wait_timeout_ms", DEFAULT_GRACE_MS, MAX_GRACE_MS)
+        # Clients that mean "at once" say 20 ms and expect the end that an executor can report.
+        grace_ms = max(grace_ms, LEAST_GRACE_MS) if grace_ms else 0
         await self._executions.stop(genvm_id, grace_ms / 1000)
         return {"result": "shutdown_completed", "genvm_id": genvm_id}
 
@@ -12042,8 +12052,6 @@ def run_demo() -> int:
 FAREWELL_SECONDS = 0.2
 #: Seconds that a shutdown may take if only clients that read slowly hold it up: some wait for 1 s.
 SHUTDOWN_SECONDS = 0.9
-#: Seconds after the last child was killed in which what children wrote is still read.
-CUT_SECONDS = 0.1
 #: Connections that may wait to be accepted.
 BACKLOG = 1024
 DAEMON_LOG = "genvm-manager.log"
@@ -12254,8 +12262,8 @@ class ManagerService(Service):
             await maybeDeferred(port.stopListening)
         grace = self.config.shutdown_grace
         ending = [Deferred.fromCoroutine(m.close(grace)) for m in self.modules.values()]
-        # What was written shortly before the end is still read, but no flood of lines.
-        cutting = self._reactor.callLater(grace + CUT_SECONDS, self.spawner.cut_output)
+        # What was written until then is read, but no flood of lines.
+        cutting = self._reactor.callLater(grace, self.spawner.cut_output)
         await gatherResults([self.executions.close(grace), *ending])
         if cutting.active():
             cutting.cancel()
