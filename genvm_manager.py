@@ -3346,6 +3346,10 @@ LOG_LINE_MAX_MEMBERS = 50_000
 #: The same for a line that goes to the manager's log, where each member is looked at for secrets.
 FORWARDED_MEMBERS = 1000
 LISTED_FINISHED = 1000
+#: The last two digits of an id are for the number of the manager, should several share a machine.
+ID_STEP = 100
+#: Ids count tenths of milliseconds since 2025 at first, and stay below 2**53 until the year 2310.
+ID_EPOCH = 1_735_689_600
 #: What a finished execution is reckoned to cost beyond its output.
 RECORD_BYTES = 2 * KIB
 #: Seconds from SIGTERM to SIGKILL at a deadline, in which an executor can tell its host.
@@ -3409,6 +3413,15 @@ class RunRequest:
 def executor_program(root: Path, version: str) -> str:
     """Return the path of an executor."""
     return f"{root}/executor/{version}/bin/genvm"
+
+
+def execution_ids(start: float) -> Iterator[int]:
+    """Yield the ids of a manager that starts at ``start``, in seconds since the epoch.
+
+    None was used by an earlier start, since no manager starts 10,000 executions a second, unless
+    the clock was set back in between to the very moment of that start.
+    """
+    return itertools.count(max(1, round((start - ID_EPOCH) * 10_000)) * ID_STEP, ID_STEP)
 
 
 class State(enum.Enum):
@@ -3769,6 +3782,7 @@ class Executions:
         gate: PermitGate,
         manifest: ManifestStore,
         spawner: Spawner,
+        ids: Iterator[int],
         now: Callable[[], float] = time.time,
         modules_down: Callable[[], list[str]] = list,
         log_enabled: Callable[[str], bool] = bool,
@@ -3785,7 +3799,7 @@ class Executions:
         self._by_key: dict[str, Execution] = {}
         self._finished: deque[Execution] = deque()
         self._kept_bytes = 0
-        self._last_id = 0
+        self._ids = ids
         self._expiry: DelayedCall | None = None
         self._ready: deque[Execution] = deque()
         self._pacer: DelayedCall | None = None
@@ -3894,14 +3908,14 @@ class Executions:
             reason = "shutting down" if self._closed else "draining"
             raise Draining(f"the manager is {reason} and starts no new executions")
         version = self._manifest.resolve(request.major, request.timestamp)
-        arguments = request.arguments(str(self._last_id + 1))
+        genvm_id = next(self._ids)
+        arguments = request.arguments(str(genvm_id))
         weight = 1 if request.is_sync else 2
         if self._gate.queue_length >= self._config.queue_limit and self._gate.would_wait(weight):
             raise QueueFull(
                 f"{self._gate.queue_length} executions wait for permits already; try again later"
             )
-        self._last_id += 1
-        execution = Execution(self._last_id, request, version, arguments, key)
+        execution = Execution(genvm_id, request, version, arguments, key)
         self._records[execution.id] = execution
         if key is not None:
             self._by_key[key] = execution
@@ -12095,6 +12109,7 @@ class ManagerService(Service):
             self.gate,
             self.manifest,
             self.spawner,
+            execution_ids(time.time()),
             modules_down=self._modules_down,
             log_enabled=observer.enabled,
         )

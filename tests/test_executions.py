@@ -48,6 +48,7 @@ from genvm_manager import (
     State,
     Timestamp,
     VersionNotAvailable,
+    execution_ids,
     parse_manifest,
 )
 
@@ -91,6 +92,7 @@ class World:
             self.gate,
             self.manifest,
             cast(Spawner, self.spawner),
+            itertools.count(1),
             now=lambda: EPOCH + self.clock.seconds(),
         )
 
@@ -131,6 +133,17 @@ def refused(asked: Deferred[Execution]) -> Any:
     (error,) = outcome(asked)
     assert isinstance(error, Exception)
     return error
+
+
+# --- ids ---
+
+
+def test_ids_begin_with_the_time_and_leave_room_for_the_number_of_a_manager() -> None:
+    first, second = itertools.islice(execution_ids(EPOCH), 2)
+    assert (first % 100, second - first) == (0, 100)
+    assert next(execution_ids(EPOCH + 0.1)) == first + 100 * 1000, "after 1000 runs in 0.1 s"
+    assert next(execution_ids(datetime(2310, 1, 1, tzinfo=UTC).timestamp())) < 2**53
+    assert next(execution_ids(0.0)) == 100, "where the clock was never set"
 
 
 # --- starting ---

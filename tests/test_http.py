@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import itertools
 import json
 import os
 import re
@@ -164,6 +165,7 @@ class Manager:
         self.service = ManagerService(config, self.reactor, observer, owns_process=False)
         self.spawner = FakeSpawner(self.reactor)
         self.service.executions._spawner = cast(Spawner, self.spawner)
+        self.service.executions._ids = itertools.count(1)
         self.service.manifest.manifest = parse_manifest(
             "executor_versions: {v0.2.3: {available_after: 2025-01-01T00:00:00Z}}", "m.yaml"
         )

@@ -66,8 +66,8 @@ class ServiceTests(TestCase):
     @inlineCallbacks
     def test_a_run_goes_from_request_to_result(self) -> Any:
         code, started = yield self.request("POST", "/genvm/run", self.run_body("print hi\nexit 3"))
-        self.assertEqual((code, started), (200, {"result": "started", "id": 1}))
-        code, answer = yield self.request("GET", "/genvm/1?wait=30s")
+        self.assertEqual((code, started["result"]), (200, "started"))
+        code, answer = yield self.request("GET", f"/genvm/{started['id']}?wait=30s")
         self.assertEqual(code, 200)
         self.assertEqual(answer["status"]["stdout"], "hi\n")
         self.assertEqual(answer["status"]["exit_code"], 3)
@@ -77,8 +77,8 @@ class ServiceTests(TestCase):
 
     @inlineCallbacks
     def test_stopping_the_service_ends_its_runs(self) -> Any:
-        yield self.request("POST", "/genvm/run", self.run_body("sleep 600"))
-        execution = self.service.executions.get(1)
+        _, started = yield self.request("POST", "/genvm/run", self.run_body("sleep 600"))
+        execution = self.service.executions.get(started["id"])
         assert execution.child is not None
         self.assertFalse(execution.child.exited)
         yield self.service.stopService()
@@ -88,10 +88,11 @@ class ServiceTests(TestCase):
 
     @inlineCallbacks
     def test_status_names_what_runs(self) -> Any:
-        yield self.request("POST", "/genvm/run", self.run_body("sleep 600"))
+        _, started = yield self.request("POST", "/genvm/run", self.run_body("sleep 600"))
         code, status = yield self.request("GET", "/status")
         self.assertEqual(code, 200)
-        self.assertEqual(status["executions"]["1"]["state"], "running")
+        genvm_id = started["id"]
+        self.assertEqual(status["executions"][str(genvm_id)]["state"], "running")
         self.assertEqual(status["permits"]["in_use"], 1)
-        code, answer = yield self.request("DELETE", "/genvm/1")
-        self.assertEqual(answer, {"result": "shutdown_completed", "genvm_id": 1})
+        code, answer = yield self.request("DELETE", f"/genvm/{genvm_id}")
+        self.assertEqual(answer, {"result": "shutdown_completed", "genvm_id": genvm_id})

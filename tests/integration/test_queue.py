@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
+from genvm_manager import ID_STEP
+
 from .conftest import Start
 from .support import Daemon, Pending, Root, eventually, report, run_body, timed
 
@@ -29,6 +31,11 @@ def record_runs(root: Root) -> Path:
     events.touch()
     root.script(RECORDER.format(events=events))
     return events
+
+
+def consecutive(ids: list[int], count: int) -> bool:
+    """Tell whether these are so many ids, each the next one to that before it."""
+    return ids == [ids[0] + index * ID_STEP for index in range(count)]
 
 
 def replay(events: Path, limit: int) -> tuple[int, list[int]]:
@@ -69,11 +76,11 @@ def test_two_hundred_at_once_on_three_permits(root: Root, start: Start) -> None:
         for number in range(200)
     ]
     ids = [one.reply().json["id"] for one in pending]
-    assert sorted(ids) == list(range(1, 201))
+    assert consecutive(sorted(ids), 200)
     assert all(daemon.result(genvm_id)["cause"] == "exited" for genvm_id in ids)
     report(f"200 runs of 20 ms on 3 permits: {time.monotonic() - begin:.2f} s")
     highest, order = replay(events, 3)
-    assert sorted(order) == list(range(1, 201))
+    assert consecutive(sorted(order), 200)
     assert highest == 3, "all permits were used"
     assert daemon.permits() == {"permits": 3, "available": 3, "in_use": 0, "waiting": 0}
 
@@ -112,7 +119,7 @@ def test_two_hundred_while_permits_change(root: Root, start: Start) -> None:
     mark("zero-ends")
     daemon.post("/permits", {"permits": 5})
     ids = [one.reply().json["id"] for one in pending]
-    assert sorted(ids) == list(range(1, 201))
+    assert consecutive(sorted(ids), 200)
     began = [daemon.result(genvm_id)["started_at"] for genvm_id in sorted(ids)]
     assert began == sorted(began), "in the order of the queue, whatever the number of permits"
 
@@ -130,7 +137,7 @@ def test_two_hundred_while_permits_change(root: Root, start: Start) -> None:
             phase = name
     assert not running
     assert highest <= 6, "five permits, and a two-permit run that started with one"
-    assert sorted(order) == list(range(1, 201))
+    assert consecutive(sorted(order), 200)
     assert daemon.permits() == {"permits": 5, "available": 5, "in_use": 0, "waiting": 0}
 
 
@@ -143,7 +150,7 @@ def test_order_is_that_of_the_requests(root: Root, start: Start) -> None:
         daemon.waiting(number + 1)
     daemon.post("/permits", {"permits": 1})
     ids = [one.reply().json["id"] for one in pending]
-    assert ids == list(range(1, 31))
+    assert consecutive(ids, 30)
     eventually(daemon.idle)
     assert replay(events, 1)[1] == ids
 
@@ -242,12 +249,13 @@ def test_a_client_that_leaves_while_queued_leaves_no_run(root: Root, start: Star
     daemon.waiting(3)
     leaver.close()
     daemon.waiting(2)
-    assert list(daemon.get("/status")["executions"]) == ["3", "1"]
-    assert daemon.request("GET", "/genvm/2").status == 404
+    third, first = map(int, daemon.get("/status")["executions"])
+    assert third == first + 2 * ID_STEP
+    assert daemon.request("GET", f"/genvm/{first + ID_STEP}").status == 404
     daemon.post("/permits", {"permits": 1})
-    assert [one.reply().json["id"] for one in kept] == [1, 3]
+    assert [one.reply().json["id"] for one in kept] == [first, third]
     eventually(daemon.idle)
-    assert replay(events, 1)[1] == [1, 3]
+    assert replay(events, 1)[1] == [first, third]
 
 
 def test_a_heavy_client_that_leaves_lets_others_pass(daemon: Daemon, queue: Queue) -> None:
@@ -311,13 +319,15 @@ def test_a_repeated_request_is_one_process(root: Root, start: Start) -> None:
     headers = {"Idempotency-Key": "block 7, tx 3"}
     answers = [daemon.request("POST", "/genvm/run", run_body(), headers) for _ in range(3)]
     assert {answer.raw for answer in answers} == {answers[0].raw}
-    assert daemon.result(1)["exit_code"] == 0
+    first = answers[0].json["id"]
+    assert daemon.result(first)["exit_code"] == 0
     answers.append(daemon.request("POST", "/genvm/run", run_body(), headers))
-    assert [answer.json["id"] for answer in answers] == [1] * 4
+    assert [answer.json["id"] for answer in answers] == [first] * 4
     other = daemon.request("POST", "/genvm/run", run_body(), {"Idempotency-Key": "another"})
-    assert other.json["id"] == 2
-    daemon.result(2)
-    assert replay(events, 8)[1] == [1, 2]
+    second = other.json["id"]
+    assert second > first
+    daemon.result(second)
+    assert replay(events, 8)[1] == [first, second]
 
 
 def test_concurrent_repeated_requests_are_one_process(root: Root, start: Start) -> None:
@@ -332,9 +342,9 @@ def test_concurrent_repeated_requests_are_one_process(root: Root, start: Start) 
     assert daemon.get("/status")["queue"]["length"] == 1
     pending.pop(0).close()
     daemon.post("/permits", {"permits": 5})
-    assert {one.reply().json["id"] for one in pending} == {1}
-    daemon.result(1)
-    assert replay(events, 5)[1] == [1]
+    (genvm_id,) = {one.reply().json["id"] for one in pending}
+    daemon.result(genvm_id)
+    assert replay(events, 5)[1] == [genvm_id]
 
 
 def test_a_repeated_key_with_another_body(daemon: Daemon) -> None:
@@ -353,7 +363,7 @@ def test_a_key_is_free_again_after_retention(start: Start) -> None:
     first = daemon.request("POST", "/genvm/run", run_body("exit 0"), headers).json["id"]
     eventually(lambda: daemon.request("GET", f"/genvm/{first}").status == 404)
     second = daemon.request("POST", "/genvm/run", run_body("exit 1"), headers)
-    assert (second.status, second.json["id"]) == (200, first + 1)
+    assert (second.status, second.json["id"]) == (200, first + ID_STEP)
 
 
 def test_a_key_is_free_again_after_a_failed_start(root: Root, start: Start) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -22,6 +23,7 @@ README = PROJECT / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:3999"
 BLOCK = re.compile(r"^```(?:sh|console|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+README_ID = "60184327519700"
 KEY = re.compile(r'"([A-Za-z_]+)":')
 
 
@@ -85,28 +87,43 @@ def readme_daemon() -> Iterator[Daemon]:
     root.close()
 
 
+@pytest.fixture(scope="module")
+def run_ids() -> list[str]:
+    """The ids that the examples got; README has another one in place of the first."""
+    return []
+
+
 def test_there_are_examples() -> None:
     assert len(EXAMPLES) >= 8, f"{README} has {len(EXAMPLES)} curl commands in its shell blocks"
     commands = " ".join(example.command for example in EXAMPLES)
-    for path in ("/genvm/run", "/genvm/1", "/status", "/permits", "/log/level", "/env", "/drain"):
+    for path in ("/genvm/run", "/genvm/$id", "/status", "/permits", "/log/level", "/env", "/drain"):
         assert f"{ADDRESS}{path}" in commands
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: f"line {example.line}")
-def test_example(readme_daemon: Daemon, example: Example) -> None:
+def test_example(readme_daemon: Daemon, run_ids: list[str], example: Example) -> None:
     """In the order of the README, on one daemon: later examples may use what earlier ones made."""
     command = example.command.replace(ADDRESS, f"http://{readme_daemon.address}")
     assert command != example.command, f"it is about {ADDRESS}"
     command = command.replace("curl ", r"curl -w '\n%{http_code}' ", 1)
     done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, **({"id": run_ids[0]} if run_ids else {})},
     )
     assert done.returncode == 0, done.stderr
     body, _, code = done.stdout.rpartition("\n")
     reply = json.loads(body)
     assert ("error" in reply) == example.fails, reply
     assert (code == "200") != example.fails
+    if "id" in reply:
+        run_ids.append(str(reply["id"]))
     documented = example.reply.strip()
+    if run_ids:
+        documented = documented.replace(README_ID, run_ids[0])
     if documented.startswith(("{", "[")):
         if "…" not in documented and "..." not in documented:
             assert reply == json.loads(documented)

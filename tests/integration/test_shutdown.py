@@ -160,7 +160,8 @@ def test_who_waits_gets_an_answer(root: Root, start: Start) -> None:
     eventually(lambda: daemon.get("/status")["executions"][str(ids[0])]["state"] == "stopping")
     queued = [daemon.send("POST", "/genvm/run", run_body("exit 0")) for _ in range(10)]
     daemon.waiting(10)
-    queued_poll = daemon.send("GET", "/genvm/13?wait=60s")
+    newest = next(iter(daemon.get("/status")["executions"]))
+    queued_poll = daemon.send("GET", f"/genvm/{newest}?wait=60s")
     daemon.get("/status")
     daemon.signal(signal.SIGTERM)
     for reply in (one.reply() for one in queued):

@@ -63,6 +63,25 @@ def runs_an_execution(daemon: Daemon) -> None:
 # --- serve, twistd, manager ---
 
 
+def test_a_client_of_an_earlier_start_never_meets_the_run_of_another(
+    root: Root, start: Start
+) -> None:
+    seen: list[int] = []
+    for _ in range(4):
+        daemon = start()
+        for old in seen:
+            for method in ("GET", "DELETE"):
+                reply = daemon.request(method, f"/genvm/{old}")
+                assert (reply.status, reply.json["code"]) == (404, "execution_not_found")
+        ids = [daemon.run("sleep 60") for _ in range(3)]
+        assert ids == sorted(ids)
+        assert not seen or ids[0] > seen[-1], "they grow"
+        assert ids[-1] < 2**53
+        seen += ids
+        daemon.signal(signal.SIGKILL)
+        daemon.wait()
+
+
 def test_serve_over_tcp(start: Start) -> None:
     daemon = start()
     assert daemon.address.startswith("127.0.0.1:")
@@ -172,7 +191,7 @@ def test_twistd_in_the_background(root: Root) -> None:
         up = root.path / "up"
         body = run_body("ignore-sigterm", f"touch {up}", "sleep 60")
         reply = Pending(f"unix://{settings['SOCKET']}", "POST", "/genvm/run", body).reply()
-        assert reply.json == {"result": "started", "id": 1}
+        assert reply.json["result"] == "started"
         eventually(up.exists)
         assert len(processes_with(marker)) == 2, "the manager and its executor"
         kill(pid)
