@@ -107,6 +107,7 @@ import base64
 import binascii
 import codecs
 import contextlib
+import copy
 import ctypes
 import enum
 import errno
@@ -2369,7 +2370,7 @@ class Event(Generic[Value]):
 
     def __init__(self) -> None:
         self._waiters: list[Deferred[Value]] = []
-        self._outcome: tuple[Value] | Failure | None = None
+        self._outcome: tuple[Value] | Exception | None = None
 
     @property
     def happened(self) -> bool:
@@ -2386,8 +2387,8 @@ class Event(Generic[Value]):
         waiter: Deferred[Value] = Deferred(self._waiters.remove)
         if self._outcome is None:
             self._waiters.append(waiter)
-        elif isinstance(self._outcome, Failure):
-            waiter.errback(self._outcome)
+        elif isinstance(self._outcome, Exception):
+            waiter.errback(copy.copy(self._outcome))  # see fail
         else:
             waiter.callback(self._outcome[0])
         return waiter
@@ -2403,17 +2404,20 @@ class Event(Generic[Value]):
     def fail(self, error: Exception) -> None:
         """Let the event fail; only the first call counts."""
         if self._outcome is None:
-            self._outcome = Failure(error)
+            self._outcome = error
             waiters, self._waiters = self._waiters, []
             for waiter in waiters:
-                waiter.errback(self._outcome)
+                waiter.errback(error)
+                # Who waits raises the error: the frames in it would keep them and this event.
+                error.__traceback__ = None
 
 
 def detached(operation: Deferred[Value]) -> Deferred[Value]:
     """Return a Deferred for the result of an operation that goes on if the caller is cancelled."""
     done: Event[Value] = Event()
+    waiter = done.wait()
     operation.addCallbacks(done.fire, lambda failure: done.fail(failure.value))
-    return done.wait()
+    return waiter
 
 
 class Lease:
@@ -2605,7 +2609,7 @@ class LineSplitter:
 
     def __init__(self, limit: int, on_line: Callable[[bytes, bool], None]) -> None:
         self._limit = limit
-        self._on_line = on_line
+        self._on_line: Callable[[bytes, bool], object] = on_line
         self._line = bytearray()
         self._cut = False
 
@@ -2619,9 +2623,10 @@ class LineSplitter:
         self._keep(data[start:])
 
     def end(self) -> None:
-        """Give out a last line that has no newline."""
+        """Give out a last line that has no newline, and forget who wants it; nothing follows."""
         if self._line:
             self._finish()
+        self._on_line = max  # often a method of our owner, which would not be freed
 
     def _keep(self, part: bytes) -> None:
         room = self._limit - len(self._line)
@@ -2838,7 +2843,10 @@ class Child(ProcessProtocol):
         if self._drain_timer is not None:
             self._drain_timer.cancel()
             self._drain_timer = None
-        self._listener.child_closed()
+        listener = self._listener
+        del self._listener  # owner, child and transport would keep each other
+        self.transport = None
+        listener.child_closed()
 
 
 # =============================================================================
@@ -3358,6 +3366,9 @@ DEADLINE_GRACE_SECONDS = 0.5
 KILL_SECONDS = 5.0
 #: Seconds that starting processes may hold the reactor before others get a turn.
 SPAWN_SLICE_SECONDS = 0.01
+#: Once so many bytes of results are dropped, memory goes back to the system, soon.
+TRIM_BYTES = 16 * MIB
+TRIM_SECONDS = 1.0
 
 
 @frozen
@@ -3380,6 +3391,11 @@ class RunRequest:
             value = msgspec.json.decode(self.message)
             raise ValueError(f"message: expected an object, got {kind_of(value)}")
         object.__setattr__(self, "message", self.message.copy())
+
+    @property
+    def size(self) -> int:
+        """Characters that a client sent."""
+        return len(bytes(self.message)) + len(self.host_data) + sum(map(len, self.extra_args))
 
     def arguments(self, cookie: str) -> list[str]:
         """Return the executor's command line without the program.
@@ -3745,6 +3761,15 @@ class LogForwarder:
 # permits, children and the manifest. Never knows HTTP.
 
 
+def give_back_memory() -> None:
+    """Return free memory to the system, where the libc is glibc; it takes 0.1 ms per MiB.
+
+    By itself glibc returns only what lies at the end of the heap.
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @define(eq=False)
 class _RunListener:
     """Tells the executions what happens to the process of one of them."""
@@ -3800,7 +3825,9 @@ class Executions:
         self._finished: deque[Execution] = deque()
         self._kept_bytes = 0
         self._ids = ids
+        self._dropped_bytes = 0
         self._expiry: DelayedCall | None = None
+        self._trimming: DelayedCall | None = None
         self._ready: deque[Execution] = deque()
         self._pacer: DelayedCall | None = None
         self._spawning = False
@@ -3878,10 +3905,10 @@ class Executions:
 
     def dispose(self) -> None:
         """Cancel the timers that are left; the last call."""
-        for timer in (self._expiry, self._pacer):
+        for timer in (self._expiry, self._pacer, self._trimming):
             if timer is not None:
                 timer.cancel()
-        self._expiry = self._pacer = None
+        self._expiry = self._pacer = self._trimming = None
 
     def active(self) -> Iterator[Execution]:
         """Yield executions that have not finished, newest first."""
@@ -3994,6 +4021,7 @@ class Executions:
             argv = [program, *execution.arguments]
             listener = _RunListener(self, execution, sink)
             self._spawner.spawn(listener, argv, pipes=pipes, nulls=nulls)
+            execution.arguments = []
         except ManagerError as error:
             self._stop_deadline(execution)
             self._forget(execution)
@@ -4083,12 +4111,22 @@ class Executions:
         self._schedule_expiry()
 
     def _cost(self, execution: Execution) -> int:
-        return RECORD_BYTES + (0 if execution.capture is None else execution.capture.size)
+        captured = 0 if execution.capture is None else execution.capture.size
+        return RECORD_BYTES + execution.request.size + captured
 
     def _drop_oldest(self) -> None:
         execution = self._finished.popleft()
-        self._kept_bytes -= self._cost(execution)
+        cost = self._cost(execution)
+        self._kept_bytes -= cost
         self._forget(execution)
+        self._dropped_bytes += cost
+        if self._dropped_bytes >= TRIM_BYTES and self._trimming is None:
+            self._trimming = self._reactor.callLater(TRIM_SECONDS, self._trim)
+
+    def _trim(self) -> None:
+        self._trimming = None
+        self._dropped_bytes = 0
+        give_back_memory()
 
     def _schedule_expiry(self) -> None:
         if self._expiry is None and self._finished and not self._closed:
@@ -4892,7 +4930,7 @@ class ContractOperations:
             try:
                 outcome: HostOutcome | ManagerError = await result
             except HostProtocolError as error:
-                outcome = error
+                outcome = error.with_traceback(None)  # it has this frame, which would keep it
             await self._executions.wait(execution, READONLY_GRACE_SECONDS)
         finally:  # the client may be gone at any time
             await self._end(execution)
@@ -5849,7 +5887,7 @@ class AvailabilityCheck:
         try:
             answer = await self._client.ask(target, prompt[0], AnswerMode.TEXT)
         except ProviderError as error:
-            answer = error
+            answer = error.with_traceback(None)  # it has this frame, which would keep it
         except CancelledError:
             raise
         except Exception:
@@ -6871,7 +6909,10 @@ class UpgradeResource(WebSocketResource):
         upgrade = (request.getHeader("upgrade") or "").strip().lower()
         if request.method != b"GET" or upgrade != "websocket":
             return self._refuse(request, 400, "this is a WebSocket service of GenVM executors")
-        return self.render_GET(request)
+        answer = self.render_GET(request)
+        if answer == NOT_DONE_YET:
+            request.connectionLost(connectionDone)  # or it and its channel would keep each other
+        return answer
 
     def _refuse(self, request: Request, status: int, reason: str) -> bytes:
         request.setResponseCode(status)
@@ -7048,6 +7089,7 @@ class CallerSession:
         self.log.debug("an executor disconnected", **self._fields())
         if self._work is not None:
             self._work.cancel()
+        self._transport = None
 
     def close(self, code: int, reason: str) -> None:
         """End the conversation."""
@@ -7108,7 +7150,7 @@ class CallerSession:
         except CalldataError as error:
             failure = RequestFailure("INVALID_REQUEST", context={"error": error.message})
         except RequestFailure as error:
-            failure = error
+            failure = error.with_traceback(None)  # it has this frame, which would keep it
         except CancelledError:
             raise
         except Exception:
@@ -9523,7 +9565,7 @@ class PageVisit:
                     self._follow(target, is_redirect="redirectedRequestId" in given)
         except RequestFailure as failure:
             if is_main:
-                self._failure = failure
+                self._failure = failure.with_traceback(None)  # its frames hold this visit
             self.browser.tell(
                 "Fetch.failRequest", self._session, requestId=number, errorReason="BlockedByClient"
             )
@@ -10438,7 +10480,9 @@ def _endpoint(
             except CancelledError:
                 raise  # the client is gone
             except Exception as error:
-                return api.reply_error(request, error)
+                answer = api.reply_error(request, error)
+                error.__traceback__ = None  # where it was awaited, its frames hold the error
+                return answer
 
         app.route(path, methods=[method])(route)
         return route
@@ -10759,6 +10803,7 @@ class ApiResource(Resource):
                 send(self._api.reply_error(request, cast(Exception, failure.value)))
             elif not failure.check(CancelledError):
                 self._api.log.failure("an answer cannot be sent", failure)
+            failure.cleanFailure()
 
         closed.addErrback(lambda _: answering.cancel())
         answering.addCallback(send).addErrback(failed)
@@ -12310,10 +12355,10 @@ def _settle_memory() -> None:
     """
     gc.collect()
     gc.freeze()
-    libc = ctypes.CDLL(None)
+    gc.collect()  # of nothing: what is frozen counts no more when the next one is due
     with contextlib.suppress(AttributeError):
-        libc.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
-        libc.malloc_trim(0)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+    give_back_memory()
 
 
 @contextlib.contextmanager

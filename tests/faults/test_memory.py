@@ -1,0 +1,184 @@
+"""Memory that was used comes back: nothing waits for a garbage collection; the system gets it.
+
+The garbage collector is off in the processes that are looked at here, and what it would have had to
+free is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..integration.conftest import Start
+from ..integration.support import (
+    Daemon,
+    Root,
+    eventually,
+    memory_of,
+    report,
+    run_body,
+    shell,
+)
+from ..integration.test_module_service import HELLO, Client
+from .support import times
+
+COUNTER = """
+import gc, json, os, signal
+
+def count(*_):
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    gc.collect()
+    kinds = [type(thing).__name__ for thing in gc.garbage
+             if type(thing).__module__ == "genvm_manager"]
+    gc.set_debug(0)
+    gc.garbage.clear()
+    gc.collect()
+    path = os.path.join(os.environ["GARBAGE"], str(os.getpid()))
+    with open(path + ".new", "w") as file:
+        json.dump({kind: kinds.count(kind) for kind in kinds}, file)
+    os.rename(path + ".new", path)
+
+gc.disable()
+signal.signal(signal.SIGRTMIN, count)
+"""
+
+
+class Counted:
+    """A daemon without garbage collection, as are its modules."""
+
+    def __init__(self, root: Root, folder: Path) -> None:
+        (folder / "sitecustomize.py").write_text(COUNTER)
+        self._folder = folder
+        self.daemon = Daemon.serve(
+            root,
+            *("--permits", "2", "--retention-max-bytes", "1"),
+            environ={"PYTHONPATH": str(folder), "GARBAGE": str(folder)},
+        )
+
+    def garbage(self, pid: int) -> dict[str, int]:
+        """Return how many things of ours only a collection of garbage frees, by their kind."""
+        path = self._folder / str(pid)
+        os.kill(pid, signal.SIGRTMIN)
+        eventually(path.exists, what="the garbage is counted")
+        found = json.loads(path.read_text())
+        path.unlink()
+        return dict(found)
+
+    def nothing_left(self, what: str) -> None:
+        """Check that no garbage is left of something, once the daemon has had a turn."""
+        for _ in range(3):
+            self.daemon.get("/permits")
+        assert self.garbage(self.daemon.pid) == {}, what
+
+
+@pytest.fixture
+def counted(root: Root, tmp_path: Path) -> Iterator[Counted]:
+    root.add_shell()
+    counted = Counted(root, tmp_path)
+    counted.nothing_left("the start")
+    yield counted
+    counted.daemon.close()
+
+
+def test_what_has_ended_is_freed_at_once(counted: Counted) -> None:
+    daemon = counted.daemon
+    for captured in (True, False):
+        for _ in range(3):
+            daemon.result(daemon.run(**shell("echo x; echo y >&2", capture_output=captured)))
+        counted.nothing_left(f"runs, {captured=}")
+    for body in (run_body(is_sync=3), run_body(major=7), {}):
+        assert daemon.request("POST", "/genvm/run", body).status == 500
+    counted.nothing_left("requests that are refused")
+
+
+def test_a_run_that_cannot_be_spawned_is_freed_at_once(counted: Counted, root: Root) -> None:
+    daemon = counted.daemon
+    (root.path / "executor" / "v0.1.0" / "bin" / "genvm").unlink()
+    for _ in range(3):
+        assert daemon.request("POST", "/genvm/run", run_body()).json["code"] == "spawn_failed"
+    counted.nothing_left("runs that cannot be spawned")
+
+
+def test_a_request_that_waits_no_more_is_freed_at_once(counted: Counted) -> None:
+    daemon = counted.daemon
+    daemon.post("/permits", {"permits": 1})
+    running = daemon.run(**shell("sleep 300"))
+
+    polls = [daemon.send("GET", f"/genvm/{running}?wait=60s") for _ in range(3)]
+    daemon.get(f"/genvm/{running}?wait=10ms")
+    for poll in polls:
+        poll.close()
+    counted.nothing_left("polls that are abandoned")
+
+    waiting = [daemon.send("POST", "/genvm/run", run_body()) for _ in range(4)]
+    daemon.waiting(4)
+    for request in waiting[:2]:
+        request.close()
+    daemon.waiting(2)
+    counted.nothing_left("waiting runs that are abandoned")
+
+    for genvm_id in daemon.get("/status")["executions"]:
+        daemon.request("DELETE", f"/genvm/{genvm_id}?wait_timeout_ms=0")
+    for request in waiting[2:]:
+        assert request.reply().json["code"] == "execution_cancelled"
+    daemon.run(**shell("exit 0"))
+    eventually(daemon.idle)
+    counted.nothing_left("runs that are ended")
+
+
+def test_generations_and_conversations_are_freed_at_once(counted: Counted) -> None:
+    daemon = counted.daemon
+    module: dict[str, Any] = {"module_type": "llm", "allow_empty_backends": True}
+    for number in range(2):
+        config = {"bind_address": "127.0.0.1:0", "backends": {}, "number": number}
+        daemon.post("/module/restart", {**module, "config": config})
+
+    def module_status() -> Any:
+        return daemon.get("/status")["modules"]["llm"]
+
+    state = module_status()
+    host, _, port = state["address"].rpartition(":")
+    assert counted.garbage(state["pid"]) == {}, "the start of a module"
+
+    def connections(count: int) -> Callable[[], bool]:
+        return lambda: module_status()["stats"].get("connections") == count
+
+    for leaving in (True, False):
+        client = Client((host, int(port)))
+        client.send(HELLO)
+        assert "FatalError" in client.prompt("anything")
+        eventually(connections(1), what="the module saw the client")
+        client.leave() if leaving else client.close()
+        eventually(connections(0), what="the module saw it leave")
+        assert counted.garbage(state["pid"]) == {}, "a conversation"
+    daemon.post("/module/stop", {"module_type": "llm"})
+    counted.nothing_left("a module")
+
+
+def test_memory_comes_back_when_results_are_dropped(root: Root, start: Start) -> None:
+    """8 MiB a run: the results that are kept are within their limit, and then they expire."""
+    root.add_shell()
+    kept, most = 64 << 20, 30 << 20
+    daemon = start("--permits", "4", "--retention-max-bytes", str(kept))
+    zeros = "head -c 4194304 /dev/zero | tr '\\0' x"
+
+    def run(_: int) -> None:
+        status = daemon.result(daemon.run(**shell(f"{zeros}; {zeros} >&2")))
+        assert len(status["stdout"]) == len(status["stderr"]) == 4 << 20
+
+    def resident() -> int:
+        return memory_of(daemon.pid, "VmRSS")
+
+    daemon.result(daemon.run(**shell("exit 0")))
+    before = resident()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(times(60, 600))))
+    report(f"resident: {before >> 20} MiB before, {resident() >> 20} MiB after the load")
+    eventually(lambda: resident() < before + kept + most, what="dropped results are given back")
