@@ -357,6 +357,13 @@ class SpawnFailed(ManagerError):
     code = "spawn_failed"
 
 
+class ResourcesExhausted(SpawnFailed):
+    """There is no process, thread, descriptor or memory to be had; that passes."""
+
+    code = "resources_exhausted"
+    retryable = True
+
+
 class ExecutionNotFound(ManagerError):
     """No execution with this id exists, or its retention has ended."""
 
@@ -2857,14 +2864,18 @@ class Child(ProcessProtocol):
 # of a child, not when the manager is killed, not when its parent ends. Uses
 # child processes. Never knows what a child is for.
 
+#: Seconds before another guardian is started when one died at once or could not be started.
 GUARDIAN_RESTART_SECONDS = 1.0
-#: Seconds between looks at orphans that were killed but are not reaped yet.
+#: Seconds between looks at orphans that were killed but are not reaped yet, and at all others.
 ORPHAN_RETRY_SECONDS = 0.02
+ORPHAN_POLL_SECONDS = 1.0
 #: Seconds for an orphan without the marker to tidy up, as the guardian would let it.
 ORPHAN_GRACE_SECONDS = 0.7
 PARENT_POLL_SECONDS = 0.2
 #: The environment variable by which the guardian knows our descendants.
 MARKER = "GENVM_MANAGED_BY"
+#: The environment variable by which a child and its descendants know its number.
+CHILD_NUMBER = b"GENVM_CHILD"
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
@@ -3017,6 +3028,19 @@ def _ignored_signals() -> list[int]:
     return [n for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN]
 
 
+@define
+class Orphan:
+    """A process whose parent is gone, which makes us its parent.
+
+    ``owners`` are the numbers of children that it may belong to; ``since`` is when the last of
+    them had ended.
+    """
+
+    owners: set[int]
+    is_marked: bool
+    since: float
+
+
 class Spawner:
     """Starts children and makes sure that none is left behind.
 
@@ -3034,10 +3058,11 @@ class Spawner:
         self._devnull: int | None = None
         self._reserved: list[int] = []
         self._guardian: Guardian | None = None
-        self._children: set[Child] = set()
+        self._children: dict[int, Child] = {}
+        self._numbers = itertools.count(1)
         self._turns = OutputTurns(reactor)
         self._sweep_call: DelayedCall | None = None
-        self._orphans: dict[int, float] = {}
+        self._orphans: dict[int, Orphan] = {}
         self._orphan_grace = ORPHAN_GRACE_SECONDS
         self._orphans_ended: Event[None] | None = None
         self._siblings = ""
@@ -3108,7 +3133,7 @@ class Spawner:
 
     def kill_all(self) -> None:
         """Send SIGKILL to every child."""
-        for child in list(self._children):
+        for child in list(self._children.values()):
             child.kill()
 
     def spawn(
@@ -3130,7 +3155,8 @@ class Spawner:
         """
         if self._devnull is None:
             raise SpawnFailed("the manager is not running")
-        child = Child(self._reactor, listener, self._forget, self._turns)
+        number = next(self._numbers)
+        child = Child(self._reactor, listener, lambda _: self._forget(number), self._turns)
         descriptors: dict[int, int | str] = {
             **dict.fromkeys(nulls, self._devnull),
             **dict.fromkeys(pipes, "r"),
@@ -3140,23 +3166,34 @@ class Spawner:
         if self._environment is None:
             # os.environ decodes each variable whenever it is read; a run should not pay for that.
             self._environment = dict(os.environb)
+        environment = {**self._environment, CHILD_NUMBER: b"%d" % number}
         try:
+            _check_descriptors(2 * len(descriptors))
             # No path, uid or gid: they would make Twisted fork instead of posix_spawn.
             self._process(
-                self._reactor, argv[0], argv, self._environment, None, child, childFDs=descriptors
+                self._reactor, argv[0], argv, environment, None, child, childFDs=descriptors
             )
         except OSError as error:
-            raise SpawnFailed(_spawn_problem(error)) from None
+            raise _spawn_error(error, argv[0]) from None
         if not child.exited:
-            self._children.add(child)
+            self._children[number] = child
+            self._sweep_within(ORPHAN_POLL_SECONDS)
 
-    def _forget(self, child: Child) -> None:
-        self._children.discard(child)
-        if self._owns_process and self._sweep_call is None:
-            self._sweep_call = self._reactor.callLater(0, self._sweep)
+    def _forget(self, number: int) -> None:
+        self._children.pop(number, None)
+        self._sweep_within(0)
+
+    def _sweep_within(self, seconds: float) -> None:
+        """Look for orphans soon."""
+        if not self._owns_process:
+            return
+        if self._sweep_call is None:
+            self._sweep_call = self._reactor.callLater(seconds, self._sweep)
+        elif self._sweep_call.getTime() > self._reactor.seconds() + seconds:
+            self._sweep_call.reset(seconds)
 
     def _sweep(self) -> None:
-        """Kill and reap what ended children left behind: it has become our own child by now."""
+        """Reap orphans that ended, and kill those whose owner has ended."""
         self._sweep_call = None
         try:
             with open(self._siblings, "rb", buffering=0) as file:
@@ -3164,43 +3201,87 @@ class Spawner:
         except OSError:
             ours = []
         # Twisted knows every process that was started on purpose.
-        orphans = set(map(int, ours)).difference(reapProcessHandlers)
-        now = self._reactor.seconds()
-        self._orphans = {pid: self._orphans.get(pid, now) for pid in orphans}
-        for pid, since in list(self._orphans.items()):
+        pids = set(map(int, ours)).difference(reapProcessHandlers)
+        self._orphans = {pid: self._orphans.get(pid) or self._orphan(pid) for pid in pids}
+        killed = False
+        for pid, orphan in list(self._orphans.items()):
             try:
                 if os.waitpid(pid, os.WNOHANG)[0]:
                     del self._orphans[pid]
-                elif now - since >= self._orphan_grace or self._is_marked(pid):
+                elif self._is_due(orphan):
                     os.kill(pid, signal.SIGKILL)
+                    killed = True
             except OSError:  # not ours to kill
                 del self._orphans[pid]
-        if self._orphans:
-            self._sweep_call = self._reactor.callLater(ORPHAN_RETRY_SECONDS, self._sweep)
-        elif self._orphans_ended is not None:
+        if not self._orphans and self._orphans_ended is not None:
             self._orphans_ended.fire(None)
+        if self._orphans or self._children:
+            is_ending = killed or self._orphans_ended is not None or not self._children
+            self._sweep_within(ORPHAN_RETRY_SECONDS if is_ending else ORPHAN_POLL_SECONDS)
 
-    def _is_marked(self, pid: int) -> bool:
-        marker = f"{MARKER}={self._boot_id}".encode()
+    def _is_due(self, orphan: Orphan) -> bool:
+        """Tell whether an orphan is to be killed: none of its owners lives, and it had its time."""
+        now = self._reactor.seconds()
+        if not orphan.owners.isdisjoint(self._children):
+            orphan.since = now
+            return False
+        return orphan.is_marked or now - orphan.since >= self._orphan_grace
+
+    def _orphan(self, pid: int) -> Orphan:
+        """Look at an orphan for the first time.
+
+        One that cleared its environment may belong to any child that lives now.
+        """
+        words: list[bytes] = []
         with contextlib.suppress(OSError):
-            return marker in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        return False
+            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        is_marked = f"{MARKER}={self._boot_id}".encode() in words
+        prefix = CHILD_NUMBER + b"="
+        numbers = [word.removeprefix(prefix) for word in words if word.startswith(prefix)]
+        if is_marked and numbers and numbers[0].isdigit():
+            owners = {int(numbers[0])}
+        else:
+            owners = set(self._children)
+        return Orphan(owners, is_marked, self._reactor.seconds())
 
 
-def _spawn_problem(error: OSError) -> str:
+def _check_descriptors(count: int) -> None:
+    """Raise ``OSError`` unless so many can be opened: Twisted would forget some that it opened."""
+    opened: list[int] = []
+    try:
+        while len(opened) < count:
+            opened.append(os.dup(STDIN))
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+#: What passes by itself, so that the same request may succeed later.
+_SHORTAGES = {
+    errno.ENOMEM: "not enough memory",
+    errno.EAGAIN: "too many processes",
+    errno.EMFILE: "too many open files in the manager",
+    errno.ENFILE: "too many open files on this machine",
+    errno.ETXTBSY: "it is being written; wait until its installation is complete",
+}
+
+
+def _spawn_error(error: OSError, program: str) -> SpawnFailed:
     """Return what the user can do about an error of ``posix_spawn``."""
+    number = error.errno or 0
+    if number in _SHORTAGES:
+        return ResourcesExhausted(f"{_SHORTAGES[number]}; try again later")
     reasons = {
         errno.ENOENT: "not found; install this version, or check root and manifest",
         errno.EACCES: "not executable; check its permissions",
         errno.EPERM: "not permitted",
         errno.ENOEXEC: "not an executable of this machine",
         errno.E2BIG: "arguments too long for the kernel; shorten message, host_data or extra_args",
-        errno.ENOMEM: "not enough memory",
-        errno.EAGAIN: "too many processes",
-        errno.EMFILE: "too many open files in the manager",
-        errno.ENFILE: "too many open files on this machine",
     }
-    return reasons.get(error.errno or 0, error.strerror or str(error))
+    reason = reasons.get(number, error.strerror or str(error))
+    if number == errno.ENOENT and os.path.exists(program):
+        reason = "the interpreter or loader that it names is not found; install that"
+    return SpawnFailed(reason)
 
 
 class Guardian(ProcessProtocol):
@@ -3219,17 +3300,26 @@ class Guardian(ProcessProtocol):
         self._reactor = reactor
         self._boot_id = boot_id
         self._stopping = False
+        self._started_at = 0.0
         self._restart: DelayedCall | None = None
 
     def start(self) -> None:
         """Start the process."""
         self._restart = None
+        self._started_at = self._reactor.seconds()
         script = f"{inspect.getsource(guard_descendants)}\nguard_descendants({MARKER + '='!r})"
         argv = [sys.executable, "-I", "-S", "-c", script.replace("'''", '"""'), self._boot_id]
         try:
             self._reactor.spawnProcess(self, argv[0], argv, env={}, childFDs={0: "w", 1: 1, 2: 2})
         except OSError as error:
             self.log.error("executors may outlive a killed manager: {reason}", reason=str(error))
+            self._start_again()
+
+    def _start_again(self) -> None:
+        """Start another one: at once, unless this one did not live long."""
+        lived = self._reactor.seconds() - self._started_at
+        delay = 0 if lived > GUARDIAN_RESTART_SECONDS else GUARDIAN_RESTART_SECONDS
+        self._restart = self._reactor.callLater(delay, self.start)
 
     def stop(self) -> None:
         """Let the process go; it makes a last round on its way out."""
@@ -3243,7 +3333,7 @@ class Guardian(ProcessProtocol):
         """See ``ProcessProtocol``."""
         if not self._stopping:
             self.log.warn("the guardian process died; starting another")
-            self._restart = self._reactor.callLater(GUARDIAN_RESTART_SECONDS, self.start)
+            self._start_again()
 
 
 def guard_descendants(prefix: str) -> None:
@@ -4028,7 +4118,7 @@ class Executions:
             self._release(execution)
             reason = f"executor {execution.version} cannot be started: {error.message}"
             self.log.error("{text}", text=reason, genvm_id=execution.id, program=program)
-            execution.started.fail(SpawnFailed(reason))
+            execution.started.fail(type(error)(reason))
         else:
             if self._log_enabled("debug"):
                 self.log.debug(
@@ -4807,7 +4897,7 @@ class ContractOperations:
                 feeds={STDIN},
             )
         except SpawnFailed as error:
-            raise SpawnFailed(f"executor {version} cannot be started: {error.message}") from None
+            raise type(error)(f"executor {version} cannot be started: {error.message}") from None
         child = cast(Child, answer.child)
         child.feed(code)
         try:

@@ -390,7 +390,7 @@ def one_too_long(tmp_path: Path) -> list[str]:
         (a_folder, "not executable"),
         (not_executable, "not executable"),
         (no_program, "not an executable of this machine"),
-        (no_interpreter, "not found"),
+        (no_interpreter, "the interpreter or loader that it names is not found"),
         (too_long, "arguments too long"),
         (one_too_long, "arguments too long"),
     ],
@@ -495,6 +495,9 @@ def guardian_command() -> tuple[list[str], dict[str, str]]:
             self, _protocol: object, _program: str, argv: list[str], **options: Any
         ) -> None:
             calls.append((argv, options["env"]))
+
+        def seconds(self) -> float:
+            return 0.0
 
     Guardian(Recorder(), "the-boot-id").start()
     ((argv, environment),) = calls

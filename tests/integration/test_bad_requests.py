@@ -305,8 +305,9 @@ def test_a_failed_start_lets_the_next_one_run(root: Root, start: Start) -> None:
     daemon.waiting(21)
     daemon.post("/permits", {"permits": 1})
     assert {one.reply().json["code"] for one in broken} == {"spawn_failed"}
-    assert daemon.result(good.reply().json["id"])["exit_code"] == 0
-    assert list(daemon.get("/status")["executions"]) == ["21"]
+    genvm_id = good.reply().json["id"]
+    assert daemon.result(genvm_id)["exit_code"] == 0
+    assert list(daemon.get("/status")["executions"]) == [str(genvm_id)]
 
 
 def test_a_major_that_does_not_exist(daemon: Daemon) -> None:
