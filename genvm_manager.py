@@ -321,6 +321,12 @@ class BodyTooLarge(ManagerError):
     code = "body_too_large"
 
 
+class UnsupportedEncoding(ManagerError):
+    """A request body is compressed."""
+
+    code = "unsupported_encoding"
+
+
 class Unauthorized(ManagerError):
     """The Bearer token is missing or wrong."""
 
@@ -775,6 +781,7 @@ def _parse_special(kind: type[Any], value: object) -> object:
     return kind.parse(value)
 
 
+GZIP_MARK = b"\x1f\x8b"
 #: More members than any useful request has; each costs memory many times its text.
 MAX_JSON_MEMBERS = 500_000
 Schema = TypeVar("Schema")
@@ -792,6 +799,8 @@ def parse_json(data: bytes, schema: type[Schema]) -> Schema:
     """
     if not data.strip():
         raise InvalidRequest("body: expected a JSON object, got nothing")
+    if data.startswith(GZIP_MARK):
+        raise UnsupportedEncoding("body: it is compressed by gzip; send it without compression")
     if data.count(b",") > MAX_JSON_MEMBERS:
         raise InvalidRequest(f"body: more than {MAX_JSON_MEMBERS} members")
     try:
@@ -10147,16 +10156,25 @@ STATUS_CODES: dict[type[ManagerError], int] = {
     ExecutionNotFound: 404,
     MethodNotAllowed: 405,
     BodyTooLarge: 413,
+    UnsupportedEncoding: 415,
     Unauthorized: 401,
     CrossSiteRequest: 403,
     Draining: 503,
     QueueFull: 503,
+    ResourcesExhausted: 503,
 }
 RETRY_AFTER_SECONDS = 1
 #: Seconds for a request to arrive whole, and for a connection to stay idle.
 RECEIVE_SECONDS = 60
 #: Seconds in which a client that sends too much may still read why it was refused.
 LINGER_SECONDS = 2.0
+#: Seconds for the answer to a client that has shut down its sending side. One that has left looks
+#: the same, and what it waits for is to be cancelled.
+HALF_CLOSED_SECONDS = 1.0
+#: A length of more digits is no length of anything.
+LENGTH_DIGITS = 18
+#: The first byte of a TLS handshake.
+TLS_HANDSHAKE = b"\x16"
 INLINE_BODY_BYTES = 64 * KIB
 SPOOL_BYTES = MIB
 #: A larger result is sent piece by piece, as fast as the client reads.
@@ -10211,6 +10229,7 @@ def error_headers(error: ManagerError) -> dict[str, str]:
     return headers
 
 
+@implementer(IHalfCloseableProtocol)
 class ApiChannel(HTTPChannel):
     """A connection: bounds the time in which a request must arrive, and refuses in JSON."""
 
@@ -10224,11 +10243,17 @@ class ApiChannel(HTTPChannel):
     _next: DelayedCall | None = None
     _receiving = False
     _rest = b""
+    _is_silent = True
 
     def dataReceived(self, data: bytes) -> None:
         """Parse bytes; only the first ones of a request restart the clock: trickling is in vain."""
         if self._refused:
             return
+        if self._is_silent:
+            self._is_silent = False
+            if data.startswith(TLS_HANDSHAKE):
+                self._respondToBadRequestAndDisconnect()
+                return
         if self._fresh:
             self._fresh = False
             self.resetTimeout()
@@ -10254,6 +10279,25 @@ class ApiChannel(HTTPChannel):
         """Take a line of a head, unless the request was refused."""
         if not self._refused:
             HTTPChannel.lineReceived(self, line)
+
+    def headerReceived(self, line: bytes) -> bool:
+        """Take a header; a length that cannot be a number of Python's is refused."""
+        name, _, value = line.partition(b":")
+        if name.strip().lower() == b"content-length" and len(value.strip()) > LENGTH_DIGITS:
+            self._respondToBadRequestAndDisconnect()
+            return False
+        return bool(HTTPChannel.headerReceived(self, line))
+
+    def readConnectionLost(self) -> None:
+        """The client sends nothing more; what it has asked for may still be answered."""
+        if self.answering and not self._refused:
+            self.persistent = 0
+            self._linger = self.callLater(HALF_CLOSED_SECONDS, self._close)
+        else:
+            self.loseConnection()
+
+    def writeConnectionLost(self) -> None:
+        """See ``IHalfCloseableProtocol``; we close as a whole only."""
 
     def lineLengthExceeded(self, line: bytes) -> None:
         """Refuse a line of a head that is longer than any may be."""
@@ -10359,6 +10403,20 @@ class ApiRequest(Request):
         # Without this, Twisted would ask a client that waits for "100 Continue" to go on.
         self.requestHeaders.removeHeader(b"expect")
         self.channel.refuse(error_status(error), error)
+
+    def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
+        """Process a whole request; a URI with a host counts as its path and the header ``Host``."""
+        scheme, separator, rest = path.partition(b"://")
+        if separator and scheme.lower() in (b"http", b"https"):
+            host, _, path = rest.partition(b"/")
+            path = b"/" + path
+            self.requestHeaders.setRawHeaders(b"host", [host])
+        hosts = self.requestHeaders.getRawHeaders(b"host") or []
+        if len(hosts) > 1 or (not hosts and version == b"HTTP/1.1"):
+            reason = f"expected one Host header, got {len(hosts) or 'none'}"
+            self.channel.refuse(400, InvalidRequest(reason))
+        else:
+            Request.requestReceived(self, command, path, version)
 
     def getRequestHostname(self) -> bytes:
         """Return a constant: routes do not depend on ``Host``, which may hold anything."""
@@ -10809,6 +10867,11 @@ class Api:
 
     async def _read(self, request: Request, parse: Callable[[bytes], Value]) -> Value:
         """Return what is made of a request's body, in a thread if it is large."""
+        encoding = header_text(request, b"content-encoding") or "identity"
+        if encoding.strip().lower() != "identity":
+            raise UnsupportedEncoding(
+                f"Content-Encoding {shown(encoding)}: send the body without compression"
+            )
         content = request.content
         assert content is not None  # handlers are called before a disconnect closes the body
         if isinstance(content, io.BytesIO):

@@ -284,7 +284,7 @@ def test_every_error_has_a_stable_code_of_its_own() -> None:
 def test_only_documented_statuses_are_used() -> None:
     for kind in all_errors():
         error = kind.__new__(kind)
-        assert error_status(error) in {401, 403, 404, 405, 413, 500, 503}
+        assert error_status(error) in {401, 403, 404, 405, 413, 415, 500, 503}
         if kind.retryable:
             assert error_status(error) == 503
 
@@ -718,7 +718,6 @@ OTHER_HOSTS = [
         ("[fd00::5]:3999", V6, True),
         ("[fd00::6]:3999", V6, False),
         ("anything.at.all", UNIX, True),
-        (None, LISTENING, True),
     ],
 )
 def test_the_host_must_be_ours(
@@ -760,7 +759,7 @@ def test_a_page_of_another_site_is_refused(
     assert manager.service.gate.limit == (7 if served else 2)
 
 
-@pytest.mark.parametrize("host", [None, ""])
+@pytest.mark.parametrize("host", [""])
 @pytest.mark.parametrize("origin", ["null", "", "http://"])
 def test_an_origin_without_a_place_is_not_the_same_as_no_host(
     host: str | None, origin: str, tmp_path: Path

@@ -27,7 +27,7 @@ def test_without_descriptors_a_run_is_refused_for_now(root: Root, start: Start) 
     limit_descriptors(daemon, before + 3)  # a connection and not all of the pipes
     for _ in range(10):
         reply = daemon.request("POST", "/genvm/run", run_body())
-        assert (reply.status, reply.json["code"]) == (500, "resources_exhausted"), reply.raw
+        assert (reply.status, reply.json["code"]) == (503, "resources_exhausted"), reply.raw
         assert reply.json["retryable"] is True
         assert "open files" in reply.json["error"]
     limit_descriptors(daemon, before + 200)

@@ -1,0 +1,119 @@
+"""HTTP that is unusual, and HTTP that is none."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import socket
+import ssl
+import time
+
+import pytest
+
+from ..integration.conftest import Start
+from ..integration.support import Daemon, eventually, run_body, timed
+
+
+@pytest.fixture
+def daemon(start: Start) -> Daemon:
+    return start()
+
+
+def exchange(
+    daemon: Daemon, data: bytes, *, half_close: bool = False
+) -> tuple[int, dict[str, object]]:
+    """Return status and JSON of the answer to bytes; the connection is closed by the manager."""
+    with daemon.connect(timeout=30) as peer:
+        peer.sendall(data)
+        if half_close:
+            peer.shutdown(socket.SHUT_WR)
+        answer = bytearray()
+        while piece := peer.recv(65536):
+            answer += piece
+    head, _, body = bytes(answer).partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+CLOSE = b"Connection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize("digits", [19, 5000])
+def test_a_length_of_many_digits(daemon: Daemon, digits: int) -> None:
+    head = b"POST /permits HTTP/1.1\r\nHost: localhost\r\nContent-Length: %s\r\n\r\n"
+    status, answer = exchange(daemon, head % (b"9" * digits))
+    assert (status, answer["code"]) == (400, "invalid_request")
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.text + daemon.errors
+
+
+def test_an_absolute_uri(daemon: Daemon) -> None:
+    address = daemon.address.encode()
+    for head in (
+        b"GET http://%s/permits HTTP/1.1\r\nHost: other\r\n",
+        b"GET HTTP://%s/permits HTTP/1.0\r\n",
+    ):
+        status, answer = exchange(daemon, head % address + CLOSE)
+        assert (status, answer["in_use"]) == (200, 0)
+    status, answer = exchange(
+        daemon, b"GET http://evil.example/permits HTTP/1.1\r\nHost: localhost\r\n" + CLOSE
+    )
+    assert (status, answer["code"]) == (403, "cross_site_request")
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        (b"GET /permits HTTP/1.1\r\n", 400),
+        (b"GET /permits HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n", 400),
+        (b"GET /permits HTTP/1.0\r\nHost: localhost\r\nHost: x\r\n", 400),
+        (b"GET /permits HTTP/1.0\r\n", 200),
+        (b"GET /permits HTTP/1.1\r\nHost: localhost\r\n", 200),
+    ],
+)
+def test_hosts(daemon: Daemon, head: bytes, expected: int) -> None:
+    status, answer = exchange(daemon, head + CLOSE)
+    assert status == expected
+    assert expected == 200 or "Host" in str(answer["error"])
+
+
+def test_a_client_that_shuts_down_its_sending_side_gets_its_answer(daemon: Daemon) -> None:
+    body = json.dumps(run_body("exit 0")).encode()
+    head = b"POST /genvm/run HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+    status, answer = exchange(daemon, head + body, half_close=True)
+    assert status == 200, answer
+    assert daemon.result(int(str(answer["id"])))["exit_code"] == 0
+    status, answer = exchange(
+        daemon, b"GET /permits HTTP/1.1\r\nHost: localhost\r\n\r\n", half_close=True
+    )
+    assert status == 200
+
+
+def test_a_client_that_leaves_the_queue_by_shutting_down_is_gone_soon(start: Start) -> None:
+    daemon = start("--permits", "0")
+    with daemon.connect() as peer:
+        body = json.dumps(run_body("exit 0")).encode()
+        head = b"POST /genvm/run HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+        peer.sendall(head % len(body) + body)
+        daemon.waiting(1)
+        peer.shutdown(socket.SHUT_WR)
+        eventually(lambda: daemon.permits()["waiting"] == 0, what="it is taken off the queue")
+
+
+def test_a_tls_handshake_is_answered_at_once_by_the_end(daemon: Daemon) -> None:
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    begin = time.monotonic()
+    with daemon.connect(timeout=30) as peer, pytest.raises((ssl.SSLError, OSError)):
+        context.wrap_socket(peer, server_hostname="localhost")
+    timed("a TLS handshake at the plain port", time.monotonic() - begin, 0.5)
+    assert daemon.get("/permits")["in_use"] == 0
+
+
+def test_compressed_bodies(daemon: Daemon) -> None:
+    body = gzip.compress(json.dumps({"permits": 3}).encode())
+    for headers in ({"Content-Encoding": "gzip"}, {}):
+        reply = daemon.request("POST", "/permits", body, headers)
+        assert (reply.status, reply.json["code"]) == (415, "unsupported_encoding")
+    reply = daemon.request("POST", "/permits", {"permits": 3}, {"Content-Encoding": "identity"})
+    assert reply.status == 200
