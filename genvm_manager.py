@@ -6070,8 +6070,9 @@ def _failed_check(problem: ProviderError, scrub: Callable[[str], str]) -> CheckR
 # Uses children, text and configuration. Never knows what a module does inside.
 
 MODULE_ADDRESSES = {"llm": "127.0.0.1:3031", "web": "127.0.0.1:3032"}
-#: Seconds for a module to accept connections, and for one that is told to stop.
-MODULE_READY_SECONDS = 10.0
+#: Seconds for a module to accept connections, and for one that is told to stop. The first is long:
+#: a busy machine may take many times the half second that it takes an idle one.
+MODULE_READY_SECONDS = 60.0
 MODULE_STOP_SECONDS = 5.0
 #: Seconds for the connections of a replaced generation to end: longer than any run may last.
 MODULE_DRAIN_SECONDS = 25 * 3600.0
@@ -6080,6 +6081,7 @@ MODULE_QUICK_SECONDS = 10.0
 MODULE_QUICK_DEATHS = 5
 MODULE_BACKOFF_SECONDS = (1.0, 60.0)
 MODULE_PROBE_SECONDS = 0.05
+MODULE_CONNECT_SECONDS = 5.0
 MODULE_STDERR_BYTES = 4 * KIB
 MODULE_LINE_BYTES = 256 * KIB
 #: Of a line that is cut, the end may be half a secret.
@@ -6199,6 +6201,7 @@ class Generation:
         self.ready: Event[None] = Event()
         self.ended: Event[None] = Event()
         self.ready_at: float | None = None
+        self.started_at = 0.0
         self._errors = BoundedTail(MODULE_STDERR_BYTES)
         self._lines = {
             # A command of others may print anything on its stdout: that is log.
@@ -6385,9 +6388,24 @@ class Module:
             "restarts": self.restarts,
             "since": None if self.since is None else timestamp_of(self.since),
             "last_error": self.last_error,
+            "waits_for": self._progress(),
             "draining": len(self._alive - {current, self._starting}),
             "stats": {} if current is None else current.stats,
         }
+
+    def _progress(self) -> str | None:
+        """Return what a start or restart waits for."""
+        if self._starting is not None:
+            seconds = self._reactor.seconds() - self._starting.started_at
+            said = self._starting.stderr.rpartition("\n")[2]
+            return (
+                f"generation {self._starting.number} to accept connections, for {seconds:.1f} s "
+                f"of {MODULE_READY_SECONDS:g}; it said last: {said}"
+            )
+        if self._restart_timer is not None:
+            seconds = self._restart_timer.getTime() - self._reactor.seconds()
+            return f"the next attempt to start, in {seconds:.1f} s"
+        return None
 
     async def close(self, grace: float) -> None:
         """End every process, at shutdown."""
@@ -6520,6 +6538,7 @@ class Module:
             self._observer.redactor.scrub,
             built_in=self._command is None,
         )
+        generation.started_at = self._reactor.seconds()
         try:
             self._spawn(generation, setup, listener)
             await self._until_ready(generation, setup)
@@ -6620,7 +6639,7 @@ class Module:
 
     async def _probe(self, generation: Generation, setup: ModuleSetup) -> None:
         """See whether a command accepts connections by now."""
-        endpoint = HostnameEndpoint(self._reactor, setup.host, setup.port, MODULE_READY_SECONDS)
+        endpoint = HostnameEndpoint(self._reactor, setup.host, setup.port, MODULE_CONNECT_SECONDS)
         try:
             protocol = await connectProtocol(endpoint, Protocol())
         except Exception:  # not yet, for whatever reason; a time limit is set elsewhere

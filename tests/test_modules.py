@@ -12,6 +12,7 @@ from twisted.internet.defer import Deferred
 from genvm_manager import (
     MODULE_LINE_BYTES,
     MODULE_QUICK_DEATHS,
+    MODULE_READY_SECONDS,
     MODULE_STOP_SECONDS,
     STDERR,
     STDOUT,
@@ -187,6 +188,38 @@ def test_one_that_starts_does_not_drain(supervised: Supervised) -> None:
     old.end()
     assert supervised.module.status()["draining"] == 0
     supervised.finish()
+
+
+def test_a_start_that_takes_long_tells_what_it_waits_for(supervised: Supervised) -> None:
+    """A busy machine may take most of a minute."""
+    assert supervised.module.status()["waits_for"] is None
+    started = supervised.start()
+    supervised.newest.write(STDERR, b"one\nloading\n")
+    supervised.reactor.advance(MODULE_READY_SECONDS - 0.5)
+    assert started == []
+    assert supervised.state == "starting"
+    assert supervised.module.status()["waits_for"] == (
+        "generation 1 to accept connections, for 59.5 s of 60; it said last: loading"
+    )
+    supervised.newest.get_ready()
+    assert started == [None]
+    assert supervised.module.status()["waits_for"] is None
+    supervised.newest.end(1)
+    assert "the next attempt to start, in " in str(supervised.module.status()["waits_for"])
+    supervised.finish()
+
+
+def test_a_start_that_takes_too_long(supervised: Supervised) -> None:
+    started = supervised.start()
+    supervised.newest.write(STDERR, b"loading\n")
+    supervised.reactor.advance(MODULE_READY_SECONDS)
+    assert supervised.newest.signals == ["KILL"]
+    supervised.newest.end(-9)
+    assert failure_of(started).endswith(
+        "it accepted no connection within 60 s; its stderr ends: loading"
+    )
+    assert supervised.state == "stopped"
+    assert supervised.reactor.getDelayedCalls() == []
 
 
 def test_ready_while_the_manager_ends(supervised: Supervised) -> None:

@@ -733,6 +733,10 @@ listener = socket.create_server((host, int(port)))
 while True:
     peer, _ = listener.accept()
     if behaviour == "brief":
+        try:
+            peer.recv(1)  # until the manager has seen that it is ready, and hangs up
+        except OSError:
+            pass
         say(config["says"])
         os._exit(5)
     try:
@@ -1008,11 +1012,24 @@ def test_sigterm_of_the_manager_with_a_stubborn_command(external_root: Root) -> 
         daemon.close()
 
 
+def test_what_a_start_costs(manager: Daemon, provider: NamedProvider) -> None:
+    """Work of the processor until a module accepts connections, measured at its best."""
+    costs = []
+    for _ in range(3):
+        start_module(manager, provider.config("named:x"))
+        words = Path(f"/proc/{status(manager)['pid']}/stat").read_text().rpartition(")")[2].split()
+        costs.append((int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK"))
+        stop_module(manager)
+    report(f"a start of the LLM module costs {min(costs):.2f} s of the processor")
+    assert min(costs) < 1.0
+
+
 def test_one_never_listens_and_one_keeps_dying(external: Daemon) -> None:
     """Both take their time, so they share it."""
     begin = time.monotonic()
     body = {"module_type": "web", "config": command()}
     silent = external.send("POST", "/module/start", body, timeout=100)
+    eventually(lambda: status(external, "web")["waits_for"] is not None)
     before = status(external)
     start_module(external, command("brief", says="cannot go on"))
     seen: list[tuple[float, int]] = []
@@ -1023,16 +1040,7 @@ def test_one_never_listens_and_one_keeps_dying(external: Daemon) -> None:
             seen.append((time.monotonic() - begin, now["restarts"]))
         return bool(now["state"] == "failed")
 
-    replies: list[tuple[float, Reply]] = []
-
-    def wait_for_silent() -> None:
-        reply = silent.reply()
-        replies.append((time.monotonic() - begin, reply))
-
-    thread = threading.Thread(target=wait_for_silent)
-    thread.start()
     eventually(failed, 90, "it has failed")
-    thread.join(100)
     report("restarts at " + ", ".join(f"{moment:.1f} s" for moment, _ in seen[1:]))
     now = status(external)
     assert now["restarts"] - before["restarts"] == MODULE_QUICK_DEATHS - 1
@@ -1041,10 +1049,10 @@ def test_one_never_listens_and_one_keeps_dying(external: Daemon) -> None:
     assert now["pid"] is now["address"] is None
     assert seen[-1][0] > 0.9 * (1 + 2 + 4 + 8)
     # The other one.
-    (moment, reply) = replies[0]
-    refused(reply, f"within {MODULE_READY_SECONDS:g} s")
-    assert moment > MODULE_READY_SECONDS - 0.5
-    timed("a command that never listens is an error", moment, MODULE_READY_SECONDS)
+    assert status(external, "web")["state"] == "starting"
+    assert f"s of {MODULE_READY_SECONDS:g}" in status(external, "web")["waits_for"]
+    stop_module(external, "web")
+    refused(silent.reply())
     assert status(external, "web")["state"] == "stopped"
     # It has failed, which is not for ever: it can be started, and begins to count anew.
     config = command(name="better")
