@@ -2880,6 +2880,10 @@ ORPHAN_RETRY_SECONDS = 0.02
 ORPHAN_POLL_SECONDS = 1.0
 #: Seconds for an orphan without the marker to tidy up, as the guardian would let it.
 ORPHAN_GRACE_SECONDS = 0.7
+#: In its environment a process of ours says that it removes what it made, and then ends by itself.
+#: It may take so many seconds for that on a busy machine, even beyond our own end.
+TIDY_VARIABLE = "GENVM_TIDIES_UP"
+TIDY_SECONDS = 10.0
 PARENT_POLL_SECONDS = 0.2
 #: The environment variable by which the guardian knows our descendants.
 MARKER = "GENVM_MANAGED_BY"
@@ -3047,6 +3051,7 @@ class Orphan:
 
     owners: set[int]
     is_marked: bool
+    tidies_up: bool
     since: float
 
 
@@ -3234,7 +3239,8 @@ class Spawner:
         if not orphan.owners.isdisjoint(self._children):
             orphan.since = now
             return False
-        return orphan.is_marked or now - orphan.since >= self._orphan_grace
+        grace = TIDY_SECONDS if orphan.tidies_up else self._orphan_grace
+        return orphan.is_marked or now - orphan.since >= grace
 
     def _orphan(self, pid: int) -> Orphan:
         """Look at an orphan for the first time.
@@ -3251,7 +3257,8 @@ class Spawner:
             owners = {int(numbers[0])}
         else:
             owners = set(self._children)
-        return Orphan(owners, is_marked, self._reactor.seconds())
+        tidies_up = f"{TIDY_VARIABLE}=1".encode() in words
+        return Orphan(owners, is_marked, tidies_up, self._reactor.seconds())
 
 
 def _check_descriptors(count: int) -> None:
@@ -9828,7 +9835,7 @@ class ChromiumRenderer:
             browser,
             argv[0],
             argv,
-            env={**kept, **places},
+            env={**kept, **places, TIDY_VARIABLE: "1"},
             childFDs={0: "w", 1: "r", 2: "r", 3: "w", 4: "r"},
         )
 

@@ -20,10 +20,15 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from genvm_manager import VIEWPORT_HEIGHT, VIEWPORT_WIDTH, find_chromium
+from genvm_manager import (
+    ORPHAN_GRACE_SECONDS,
+    VIEWPORT_HEIGHT,
+    VIEWPORT_WIDTH,
+    find_chromium,
+)
 
 from .conftest import Start
-from .support import alive, children_of, command_of, eventually, kill, report, timed
+from .support import Daemon, alive, children_of, command_of, eventually, kill, report, timed
 from .test_module_service import Client
 from .web_support import HELLO, Exchange, WebModule, WebServer, causes, render
 
@@ -393,8 +398,10 @@ def test_the_end_of_a_module_and_its_keepers(web: WebServer, folder: Path) -> No
     eventually(lambda: not left_in(folder), what="no folder is left")
 
 
-def test_the_end_of_a_module_below_its_manager(start: Start, web: WebServer, folder: Path) -> None:
-    gate = Gate(web, "/gated")
+def below_a_manager(
+    start: Start, web: WebServer, folder: Path
+) -> tuple[Daemon, dict[str, Any], Client]:
+    """Return a manager, its Web module's status, and a client that waits for a page."""
     daemon = start(environ={"TMPDIR": str(folder)})
     config = {
         "always_allow_hosts": ["127.0.0.1"],
@@ -408,6 +415,36 @@ def test_the_end_of_a_module_below_its_manager(start: Start, web: WebServer, fol
     client = Client((host, int(port)))
     client.send(HELLO)
     client.send(render(f"{web.url}/gated"))
+    return daemon, module, client
+
+
+@pytest.mark.parametrize("ended", ["module", "manager"])
+def test_a_keeper_that_gets_no_turn(start: Start, web: WebServer, folder: Path, ended: str) -> None:
+    """On a busy machine it comes late to what it has to remove; nobody ends it before."""
+    gate = Gate(web, "/gated")
+    daemon, module, client = below_a_manager(start, web, folder)
+    assert gate.held.acquire(timeout=60)
+    started = family(module["pid"])
+    (keeper,) = children_of(module["pid"])
+    os.kill(keeper, signal.SIGSTOP)
+    if ended == "module":
+        kill(module["pid"])
+        assert daemon.post("/module/stop", {"module_type": "web"})
+        time.sleep(3 * ORPHAN_GRACE_SECONDS)  # the manager looks at it and lets it be
+    else:
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.wait()
+    assert alive(keeper)
+    os.kill(keeper, signal.SIGCONT)
+    eventually(lambda: not [pid for pid in started if alive(pid)], what="no process is left")
+    assert left_in(folder) == []
+    gate.go.set()
+    client.close()
+
+
+def test_the_end_of_a_module_below_its_manager(start: Start, web: WebServer, folder: Path) -> None:
+    gate = Gate(web, "/gated")
+    daemon, module, client = below_a_manager(start, web, folder)
     assert gate.held.acquire(timeout=60)
     started = family(module["pid"])
     assert len(left_in(folder)) == 1
@@ -417,6 +454,7 @@ def test_the_end_of_a_module_below_its_manager(start: Start, web: WebServer, fol
     eventually(lambda: not [pid for pid in started if alive(pid)], what="no process is left")
     assert left_in(folder) == []
     gate.go.set()
+    client.close()
 
 
 # --- rules ---
