@@ -132,6 +132,7 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
 import tempfile
 import termios
 import textwrap
@@ -190,7 +191,7 @@ from OpenSSL.SSL import Error as SSLError
 from service_identity import VerificationError
 from treq.cookies import IndexableCookieJar
 from twisted.application.service import Application, IServiceCollection, Service
-from twisted.internet.address import UNIXAddress
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.base import DelayedCall
 from twisted.internet.defer import (
     CancelledError,
@@ -224,6 +225,8 @@ from twisted.internet.error import TimeoutError as ConnectTimeoutError
 from twisted.internet.interfaces import (
     IAddress,
     IHalfCloseableProtocol,
+    IHostnameResolver,
+    IHostResolution,
     IPushProducer,
     IReadDescriptor,
     IStreamClientEndpoint,
@@ -466,8 +469,121 @@ class HostProtocolError(ManagerError):
 # 1b. The reactor
 # =============================================================================
 #
-# Owns what Twisted's reactor has to do otherwise in a process of ours. Uses
-# nothing. Never knows what runs in it.
+# Owns what Twisted's reactor has to do otherwise in a process of ours, and the
+# threads for what may hang. Uses errors. Never knows what runs in it.
+
+Result = TypeVar("Result")
+#: Seconds for a name server to answer, and for a file to be read.
+LOOKUP_SECONDS = 10.0
+FILE_SECONDS = 10.0
+
+
+class SpareThreads:
+    """Threads for work that may hang: a lookup of a name, a read of a file on a dead disk.
+
+    Such work cannot be called off, so it has a thread of its own, which nobody waits for, not even
+    at the end of the process. At most ``most`` of them exist at once.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._busy = 0
+
+    def run(
+        self, reactor: Any, seconds: float, work: Callable[..., Result], *arguments: Any
+    ) -> Deferred[Result]:
+        """Return a Deferred for what ``work`` returns.
+
+        It fails with Twisted's ``TimeoutError`` after some seconds, and with
+        ``ResourcesExhausted`` where there is no thread.
+        """
+        done: Deferred[Result] = Deferred(lambda _: None)
+
+        def over(outcome: Any) -> None:
+            self._busy -= 1
+            if not done.called:
+                done.callback(outcome)
+
+        def run() -> None:
+            try:
+                outcome: Any = work(*arguments)
+            except BaseException:
+                outcome = Failure()
+            reactor.callFromThread(over, outcome)
+
+        try:
+            if self._busy >= self._most:
+                raise RuntimeError(f"{self._busy} threads hang already")
+            threading.Thread(target=run, name="spare", daemon=True).start()
+        except RuntimeError as error:
+            return fail(ResourcesExhausted(f"no thread is to be had ({error}); try again later"))
+        self._busy += 1
+        return done.addTimeout(seconds, reactor)
+
+
+FILE_THREADS = SpareThreads(8)
+
+
+@implementer(IHostResolution)
+class _Resolution:
+    """A lookup of a name that is under way."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.lookup: Deferred[Any] | None = None
+
+    def cancel(self) -> None:
+        """See ``IHostResolution``."""
+        if self.lookup is not None:
+            self.lookup.cancel()
+
+
+@implementer(IHostnameResolver)
+class SpareResolver:
+    """Looks up names for the reactor in threads that nothing else waits for.
+
+    IP literals and ``localhost`` need none.
+    """
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+        self._threads = SpareThreads(128)
+
+    def resolveHostName(
+        self,
+        resolutionReceiver: Any,
+        hostName: str,
+        portNumber: int = 0,
+        addressTypes: Sequence[type[IAddress]] | None = None,
+        transportSemantics: str = "TCP",
+    ) -> Any:
+        """See ``IHostnameResolver``."""
+        resolution = _Resolution(hostName)
+        resolutionReceiver.resolutionBegan(resolution)
+        wanted = addressTypes or (IPv4Address, IPv6Address)
+
+        def found(places: Any) -> None:
+            for family, _, _, _, place in () if isinstance(places, Failure) else places:
+                kind: Any = IPv6Address if family == socket.AF_INET6 else IPv4Address
+                if kind in wanted:
+                    address = kind(transportSemantics, place[0], portNumber)
+                    resolutionReceiver.addressResolved(address)
+            resolutionReceiver.resolutionComplete()
+
+        names = ("127.0.0.1", "::1") if hostName.lower() == "localhost" else (hostName,)
+        try:
+            literals = [ipaddress.ip_address(name) for name in names]
+        except ValueError:
+            resolution.lookup = self._threads.run(
+                self._reactor,
+                LOOKUP_SECONDS,
+                functools.partial(socket.getaddrinfo, hostName, None, type=socket.SOCK_STREAM),
+            )
+            resolution.lookup.addBoth(found)
+        else:
+            families = {4: socket.AF_INET, 6: socket.AF_INET6}
+            found([(families[item.version], 0, 0, "", (str(item),)) for item in literals])
+        return resolution
 
 
 @define(eq=False)
@@ -524,6 +640,7 @@ def own_reactor() -> Any:
     if reactor.seconds is time.monotonic:
         return reactor
     reactor.seconds = time.monotonic
+    reactor.installNameResolver(SpareResolver(reactor))
     both = readers, writers = (
         _Registrations(reactor.addReader, reactor.removeReader),
         _Registrations(reactor.addWriter, reactor.removeWriter),
@@ -2133,10 +2250,18 @@ class ManifestStore:
         """
         await self._loading.acquire()
         try:
-            pool = reactor.getThreadPool()
-            self.manifest = await deferToThreadPool(reactor, pool, self._read)
+            self.manifest = await FILE_THREADS.run(reactor, FILE_SECONDS, self._read)
         except FileNotFoundError:
-            raise ManifestError(f"{self.path.name} does not exist; the old one stays") from None
+            self.problem = f"{self.path.name} does not exist; the old one stays"
+            raise ManifestError(self.problem) from None
+        except DeferredTimeout:
+            self.problem = (
+                f"{self.path.name}: not read within {FILE_SECONDS:g} s; the old one stays"
+            )
+            raise ManifestError(self.problem) from None
+        except ManifestError as error:
+            self.problem = error.message
+            raise
         finally:
             self._loading.release()
         self.problem = None
@@ -2166,6 +2291,8 @@ class ManifestStore:
 
     def _read(self) -> Manifest:
         try:
+            if not stat.S_ISREG(self.path.stat().st_mode):
+                raise ManifestError(f"{self.path.name}: cannot be read: it is not a file")
             with self.path.open("rb") as file:
                 data = file.read(MANIFEST_MAX_BYTES + 1)
             if len(data) > MANIFEST_MAX_BYTES:
@@ -6499,10 +6626,9 @@ class Module:
             raise
 
     async def _read_setup(self, config: dict[str, Any] | None, allow_empty: bool) -> ModuleSetup:
-        pool = self._reactor.getThreadPool()
         if config is None:
             path = self._config.root / "config" / f"genvm-module-{self.kind}.yaml"
-            config = await deferToThreadPool(self._reactor, pool, _read_module_file, path)
+            config = await self._soon(FILE_SECONDS, f"reading {path.name}", _read_module_file, path)
         problem = None
         try:
             expanded = expand_templates(config, self._config.variables, os.environ)
@@ -6520,11 +6646,20 @@ class Module:
             self._observer.redactor.add(secret, source=self.kind)
         return ModuleSetup.of(self.kind, cast(dict[str, Any], expanded), allow_empty)
 
+    async def _soon(
+        self, seconds: float, what: str, work: Callable[..., Value], *arguments: Any
+    ) -> Value:
+        """Do what may hang; raises ``ModuleFailed`` if it does."""
+        try:
+            return await FILE_THREADS.run(self._reactor, seconds, work, *arguments)
+        except DeferredTimeout:
+            reason = f"{what} takes longer than {seconds:g} s"
+            raise ModuleFailed(f"the {self.kind} module: {reason}") from None
+
     async def _bind(self, setup: ModuleSetup) -> socket.socket | None:
         """Bind the address for a built-in module; see at least that it is free for a command."""
-        pool = self._reactor.getThreadPool()
-        listener = await deferToThreadPool(
-            self._reactor, pool, bind_listener, setup.host, setup.port
+        listener = await self._soon(
+            LOOKUP_SECONDS, f"binding {setup.host}", bind_listener, setup.host, setup.port
         )
         if self._command is None:
             return listener
@@ -12293,6 +12428,8 @@ SHUTDOWN_SECONDS = 0.9
 #: Connections that may wait to be accepted.
 BACKLOG = 1024
 DAEMON_LOG = "genvm-manager.log"
+#: Seconds after the second signal in which the process ends, whatever it does.
+LAST_SECONDS = 1.0
 #: Seconds to wait for another manager that starts on the same unix socket.
 LOCK_SECONDS = 10.0
 THREADS = 32
@@ -12447,13 +12584,22 @@ class ManagerService(Service):
 
     def _take_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._reactor.callFromThread(self._asked_to_end))
+            signal.signal(number, lambda *_: self._take_end_signal())
         for number, action in (
             (signal.SIGHUP, self._asked_to_reload),
             (signal.SIGUSR1, self._asked_to_reopen),
             (signal.SIGUSR2, self._asked_for_state),
         ):
             signal.signal(number, lambda *_, do=action: self._reactor.callFromThread(do))
+
+    def _take_end_signal(self) -> None:
+        if self._asked:
+            # The reactor may be over, or waiting for a thread.
+            self.spawner.kill_all()
+            timer = threading.Timer(LAST_SECONDS, os._exit, (0,))
+            timer.daemon = True
+            timer.start()
+        self._reactor.callFromThread(self._asked_to_end)
 
     def _asked_to_end(self) -> None:
         if self._asked:

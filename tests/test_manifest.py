@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -26,7 +25,7 @@ from genvm_manager import (
     parse_timestamp,
 )
 
-from .support import async_test, real_reactor, soon
+from .support import PATIENCE, async_test, real_reactor, soon
 
 DAY = "2025-01-{:02}T00:00:00Z"
 
@@ -487,15 +486,20 @@ async def test_a_bad_reload_changes_nothing(
 
 @async_test
 async def test_a_reload_leaves_the_reactor_alone_and_the_old_manifest_in_force(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A fifo holds whoever opens it: on the reactor's thread, nothing below would ever run.
     path = tmp_path / "m.yaml"
     write(path)
     store = make_store(path)
     store.load()
-    path.unlink()
-    os.mkfifo(path)
+    may_read = threading.Event()
+    read = store._read
+
+    def hang() -> Manifest:
+        assert may_read.wait(PATIENCE)
+        return read()
+
+    monkeypatch.setattr(store, "_read", hang)
     reactor = real_reactor()
     first = ensureDeferred(store.reload(reactor))
     second = ensureDeferred(store.reload(reactor))
@@ -504,15 +508,8 @@ async def test_a_reload_leaves_the_reactor_alone_and_the_old_manifest_in_force(
     await turn
     assert not first.called
     assert store.resolve(0, at(6)) == "v0.2.3"
-
-    def feed(day: int) -> None:
-        path.write_text(
-            f"executor_versions: {{v0.2.{day}: {{available_after: {DAY.format(day)}}}}}"
-        )
-
-    for reload, day in ((first, 8), (second, 9)):
-        writer = threading.Thread(target=feed, args=(day,), daemon=True)
-        writer.start()
-        await soon(reload)
-        writer.join(10)
-        assert store.resolve(0, parse_timestamp(DAY.format(30))) == f"v0.2.{day}"
+    path.write_text(f"executor_versions: {{v0.2.8: {{available_after: {DAY.format(8)}}}}}")
+    may_read.set()
+    await soon(first)
+    await soon(second)
+    assert store.resolve(0, parse_timestamp(DAY.format(30))) == "v0.2.8"

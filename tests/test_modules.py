@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 from twisted.internet.defer import Deferred
+from twisted.internet.threads import deferToThreadPool
 
 from genvm_manager import (
     MODULE_LINE_BYTES,
@@ -21,9 +22,21 @@ from genvm_manager import (
     Module,
     ModuleFailed,
     Redactor,
+    SpareThreads,
 )
 
 from .support import FakeProcess, FakeSpawner, ThreadlessReactor, observing, outcome
+
+
+@pytest.fixture(autouse=True)
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read files in the threads of the reactor, which are in the hands of these tests."""
+
+    def run(_self: object, reactor: Any, _seconds: float, work: Any, *arguments: Any) -> Any:
+        return deferToThreadPool(reactor, reactor.getThreadPool(), work, *arguments)
+
+    monkeypatch.setattr(SpareThreads, "run", run)
+
 
 READY = b'{"event": "ready"}\n'
 ANY_PORT = "127.0.0.1:0"
