@@ -30,7 +30,8 @@ The file is one module in sections, each of which uses only what stands above it
 6.  Contracts: how a contract's code lies in storage, and which version it states.
 7.  Permits: how many executions run at once.
 8.  Child processes: output, killing, the end.
-8b. Spawning: starting and reaping children; nothing outlives us.
+8b. Guardian: nothing outlives a manager that is killed.
+8c. Spawning: starting and reaping children; nothing is left behind.
 9.  Execution records: one each, with its output and result.
 9b. Executions: from request to the end of retention.
 10. Host state: a contract's storage, calldata and rights in memory.
@@ -1643,7 +1644,7 @@ class LogWriter:
     def _run(self) -> None:
         while (line := self._lines.get()) is not None:
             batch = [line]
-            refused = self._refused
+            missed = self._refused
             for _ in range(self._lines.qsize()):
                 line = self._lines.get()
                 if line is None:
@@ -1653,14 +1654,14 @@ class LogWriter:
             self._write_safely(data)
             self._taken_bytes += len(data)
             # After the lines that it came too late for.
-            self._tell_dropped(self._refused if self._lines.empty() else refused)
+            self._tell_dropped(self._refused if self._lines.empty() else missed)
             if line is None:
                 return
             # Each line that has to wake the thread costs the reactor more than it takes to make it.
             time.sleep(LOG_REST_SECONDS)
 
-    def _tell_dropped(self, refused: int) -> None:
-        dropped = refused + self._failed - self._noted
+    def _tell_dropped(self, missed: int) -> None:
+        dropped = missed + self._failed - self._noted
         if dropped:
             before = self._failed
             self._write_safely(self._note(dropped))
@@ -2993,15 +2994,170 @@ class Child(ProcessProtocol):
 
 
 # =============================================================================
-# 8b. Spawning
+# 8b. Guardian
+# =============================================================================
+#
+# Owns what happens when a manager is killed: the process that ends what it left
+# behind, and the watch over the process that started us. Uses nothing above.
+# Never starts a child for others.
+
+#: Seconds before another guardian is started when one died at once or could not be started.
+GUARDIAN_RESTART_SECONDS = 1.0
+PARENT_POLL_SECONDS = 0.2
+#: The environment variable by which the guardian knows our descendants.
+MARKER = "GENVM_MANAGED_BY"
+
+
+class Guardian(ProcessProtocol):
+    """A tiny process that outlives the manager by a moment and kills what it left behind.
+
+    It waits for the end of the manager at the end-of-file of a pipe, and finds descendants by the
+    marker in their environment. Other than a wrapper around each executor it costs a run nothing,
+    and there is no moment at which a new executor is unknown to it. It is started again when it
+    dies.
+    """
+
+    log = Logger()
+    transport: Any = None
+
+    def __init__(self, reactor: Any, boot_id: str) -> None:
+        self._reactor = reactor
+        self._boot_id = boot_id
+        self._stopping = False
+        self._started_at = 0.0
+        self._restart: DelayedCall | None = None
+
+    def start(self) -> None:
+        """Start the process."""
+        self._restart = None
+        self._started_at = self._reactor.seconds()
+        script = f"{inspect.getsource(guard_descendants)}\nguard_descendants({MARKER + '='!r})"
+        argv = [sys.executable, "-I", "-S", "-c", script.replace("'''", '"""'), self._boot_id]
+        try:
+            self._reactor.spawnProcess(self, argv[0], argv, env={}, childFDs={0: "w", 1: 1, 2: 2})
+        except OSError as error:
+            self.log.error("executors may outlive a killed manager: {reason}", reason=str(error))
+            self._start_again()
+
+    def _start_again(self) -> None:
+        """Start another one: at once, unless this one did not live long."""
+        lived = self._reactor.seconds() - self._started_at
+        delay = 0 if lived > GUARDIAN_RESTART_SECONDS else GUARDIAN_RESTART_SECONDS
+        self._restart = self._reactor.callLater(delay, self.start)
+
+    def stop(self) -> None:
+        """Let the process go; it makes a last round on its way out."""
+        self._stopping = True
+        if self._restart is not None:
+            self._restart.cancel()
+        if self.transport is not None:
+            self.transport.loseConnection()
+
+    def processEnded(self, reason: Failure) -> None:
+        """See ``ProcessProtocol``."""
+        if not self._stopping:
+            self.log.warn("the guardian process died; starting another")
+            self._start_again()
+
+
+def guard_descendants(prefix: str) -> None:
+    """Wait for end-of-file on stdin, then kill every process whose environment has the marker.
+
+    This function runs alone, under a bare Python: it uses nothing but its own imports.
+    """
+    import os
+    import signal
+    import sys
+    import time
+
+    # Signals to the manager's process group are not for us, and neither is its terminal.
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    while os.read(0, 4096):
+        pass
+    marker = (prefix + sys.argv[1]).encode()
+    clean_rounds = 0
+    last_round = time.monotonic() + 5
+    # A process that is just being started shows our marker only after its exec: look again.
+    while clean_rounds < 3 and time.monotonic() < last_round:
+        clean_rounds += 1
+        for name in os.listdir("/proc"):
+            if not name.isdigit():
+                continue
+            try:
+                with open(f"/proc/{name}/environ", "rb") as file:
+                    if marker in file.read().split(b"\0"):
+                        os.kill(int(name), signal.SIGKILL)
+                        clean_rounds = 0
+            except OSError:
+                continue
+        time.sleep(0.02)
+
+
+@implementer(IReadDescriptor)
+class ParentWatch:
+    """Calls back once when the process that started us ends."""
+
+    def __init__(self, reactor: Any, parent_ended: Callable[[], object]) -> None:
+        self._reactor = reactor
+        self._parent_ended = parent_ended
+        self._parent = os.getppid()
+        self._fd: int | None = None
+        self._poll: LoopingCall | None = None
+
+    def start(self) -> None:
+        """Begin to watch."""
+        try:
+            self._fd = os.pidfd_open(self._parent)
+        except (OSError, AttributeError):
+            # No pidfd here, or the parent is gone: its number changes then, which polling sees.
+            self._poll = LoopingCall(self._check)
+            self._poll.clock = self._reactor
+            self._poll.start(PARENT_POLL_SECONDS)
+        else:
+            self._reactor.addReader(self)
+            self._check()
+
+    def stop(self) -> None:
+        """End watching."""
+        if self._poll is not None and self._poll.running:
+            self._poll.stop()
+        if self._fd is not None:
+            self._reactor.removeReader(self)
+            os.close(self._fd)
+            self._fd = None
+
+    def _check(self) -> None:
+        if os.getppid() != self._parent:
+            self.doRead()
+
+    def doRead(self) -> None:
+        """The parent has ended; see ``IReadDescriptor``."""
+        self.stop()
+        self._parent_ended()
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable; see ``IFileDescriptor``."""
+        return -1 if self._fd is None else self._fd
+
+    def connectionLost(self, reason: Failure) -> None:
+        """See ``IFileDescriptor``."""
+        self.stop()
+
+    def logPrefix(self) -> str:
+        """See ``ILoggingContext``."""
+        return "parent"
+
+
+# =============================================================================
+# 8c. Spawning
 # =============================================================================
 #
 # Owns how children are started, and that none is left behind: not at the end
 # of a child, not when the manager is killed, not when its parent ends. Uses
 # child processes. Never knows what a child is for.
 
-#: Seconds before another guardian is started when one died at once or could not be started.
-GUARDIAN_RESTART_SECONDS = 1.0
 #: Seconds between looks at orphans that were killed but are not reaped yet, and at all others.
 ORPHAN_RETRY_SECONDS = 0.02
 ORPHAN_POLL_SECONDS = 1.0
@@ -3011,9 +3167,6 @@ ORPHAN_GRACE_SECONDS = 0.7
 #: It may take so many seconds for that on a busy machine, even beyond our own end.
 TIDY_VARIABLE = "GENVM_TIDIES_UP"
 TIDY_SECONDS = 10.0
-PARENT_POLL_SECONDS = 0.2
-#: The environment variable by which the guardian knows our descendants.
-MARKER = "GENVM_MANAGED_BY"
 #: The environment variable by which a child and its descendants know its number.
 CHILD_NUMBER = b"GENVM_CHILD"
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -3425,148 +3578,6 @@ def _spawn_error(error: OSError, program: str) -> SpawnFailed:
     if number == errno.ENOENT and os.path.exists(program):
         reason = "the interpreter or loader that it names is not found; install that"
     return SpawnFailed(reason)
-
-
-class Guardian(ProcessProtocol):
-    """A tiny process that outlives the manager by a moment and kills what it left behind.
-
-    It waits for the end of the manager at the end-of-file of a pipe, and finds descendants by the
-    marker in their environment. Other than a wrapper around each executor it costs a run nothing,
-    and there is no moment at which a new executor is unknown to it. It is started again when it
-    dies.
-    """
-
-    log = Logger()
-    transport: Any = None
-
-    def __init__(self, reactor: Any, boot_id: str) -> None:
-        self._reactor = reactor
-        self._boot_id = boot_id
-        self._stopping = False
-        self._started_at = 0.0
-        self._restart: DelayedCall | None = None
-
-    def start(self) -> None:
-        """Start the process."""
-        self._restart = None
-        self._started_at = self._reactor.seconds()
-        script = f"{inspect.getsource(guard_descendants)}\nguard_descendants({MARKER + '='!r})"
-        argv = [sys.executable, "-I", "-S", "-c", script.replace("'''", '"""'), self._boot_id]
-        try:
-            self._reactor.spawnProcess(self, argv[0], argv, env={}, childFDs={0: "w", 1: 1, 2: 2})
-        except OSError as error:
-            self.log.error("executors may outlive a killed manager: {reason}", reason=str(error))
-            self._start_again()
-
-    def _start_again(self) -> None:
-        """Start another one: at once, unless this one did not live long."""
-        lived = self._reactor.seconds() - self._started_at
-        delay = 0 if lived > GUARDIAN_RESTART_SECONDS else GUARDIAN_RESTART_SECONDS
-        self._restart = self._reactor.callLater(delay, self.start)
-
-    def stop(self) -> None:
-        """Let the process go; it makes a last round on its way out."""
-        self._stopping = True
-        if self._restart is not None:
-            self._restart.cancel()
-        if self.transport is not None:
-            self.transport.loseConnection()
-
-    def processEnded(self, reason: Failure) -> None:
-        """See ``ProcessProtocol``."""
-        if not self._stopping:
-            self.log.warn("the guardian process died; starting another")
-            self._start_again()
-
-
-def guard_descendants(prefix: str) -> None:
-    """Wait for end-of-file on stdin, then kill every process whose environment has the marker.
-
-    This function runs alone, under a bare Python: it uses nothing but its own imports.
-    """
-    import os
-    import signal
-    import sys
-    import time
-
-    # Signals to the manager's process group are not for us, and neither is its terminal.
-    os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    while os.read(0, 4096):
-        pass
-    marker = (prefix + sys.argv[1]).encode()
-    clean_rounds = 0
-    last_round = time.monotonic() + 5
-    # A process that is just being started shows our marker only after its exec: look again.
-    while clean_rounds < 3 and time.monotonic() < last_round:
-        clean_rounds += 1
-        for name in os.listdir("/proc"):
-            if not name.isdigit():
-                continue
-            try:
-                with open(f"/proc/{name}/environ", "rb") as file:
-                    if marker in file.read().split(b"\0"):
-                        os.kill(int(name), signal.SIGKILL)
-                        clean_rounds = 0
-            except OSError:
-                continue
-        time.sleep(0.02)
-
-
-@implementer(IReadDescriptor)
-class ParentWatch:
-    """Calls back once when the process that started us ends."""
-
-    def __init__(self, reactor: Any, parent_ended: Callable[[], object]) -> None:
-        self._reactor = reactor
-        self._parent_ended = parent_ended
-        self._parent = os.getppid()
-        self._fd: int | None = None
-        self._poll: LoopingCall | None = None
-
-    def start(self) -> None:
-        """Begin to watch."""
-        try:
-            self._fd = os.pidfd_open(self._parent)
-        except (OSError, AttributeError):
-            # No pidfd here, or the parent is gone: its number changes then, which polling sees.
-            self._poll = LoopingCall(self._check)
-            self._poll.clock = self._reactor
-            self._poll.start(PARENT_POLL_SECONDS)
-        else:
-            self._reactor.addReader(self)
-            self._check()
-
-    def stop(self) -> None:
-        """End watching."""
-        if self._poll is not None and self._poll.running:
-            self._poll.stop()
-        if self._fd is not None:
-            self._reactor.removeReader(self)
-            os.close(self._fd)
-            self._fd = None
-
-    def _check(self) -> None:
-        if os.getppid() != self._parent:
-            self.doRead()
-
-    def doRead(self) -> None:
-        """The parent has ended; see ``IReadDescriptor``."""
-        self.stop()
-        self._parent_ended()
-
-    def fileno(self) -> int:
-        """Return the descriptor that becomes readable; see ``IFileDescriptor``."""
-        return -1 if self._fd is None else self._fd
-
-    def connectionLost(self, reason: Failure) -> None:
-        """See ``IFileDescriptor``."""
-        self.stop()
-
-    def logPrefix(self) -> str:
-        """See ``ILoggingContext``."""
-        return "parent"
 
 
 # =============================================================================
@@ -11442,6 +11453,23 @@ def _connect_to(
     return peer
 
 
+def _checked_message(message: Any) -> dict[str, Any]:
+    """Return the message of a run if it has what executors ask for; raises what is wrong."""
+    for name in ("contract_address", "sender_address", "origin_address"):
+        if len(binascii.a2b_base64(message[name], strict_mode=True)) != 20:
+            raise ValueError(f"{name}: expected 20 bytes in base64")
+    if not re.fullmatch("[0-9]+", message["chain_id"], re.ASCII):
+        raise ValueError("chain_id: expected a decimal number in a string")
+    if not isinstance(message["is_init"], bool):
+        raise TypeError("is_init: expected true or false")
+    value = message.get("value")
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise TypeError("value: expected an integer of at least 0, or null")
+    if not isinstance(message.get("datetime", ""), str):
+        raise TypeError("datetime: expected a string")
+    return cast(dict[str, Any], message)
+
+
 # =============================================================================
 # 15b. Practice executor: modules
 # =============================================================================
@@ -11667,23 +11695,6 @@ def _parse_blocks(text: str) -> dict[str, list[_Step]]:
 
 def _handler_name(step: str) -> str:
     return "step_" + step.replace("-", "_")
-
-
-def _checked_message(message: Any) -> dict[str, Any]:
-    """Return the message of a run if it has what executors ask for; raises what is wrong."""
-    for name in ("contract_address", "sender_address", "origin_address"):
-        if len(binascii.a2b_base64(message[name], strict_mode=True)) != 20:
-            raise ValueError(f"{name}: expected 20 bytes in base64")
-    if not re.fullmatch("[0-9]+", message["chain_id"], re.ASCII):
-        raise ValueError("chain_id: expected a decimal number in a string")
-    if not isinstance(message["is_init"], bool):
-        raise TypeError("is_init: expected true or false")
-    value = message.get("value")
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-        raise TypeError("value: expected an integer of at least 0, or null")
-    if not isinstance(message.get("datetime", ""), str):
-        raise TypeError("datetime: expected a string")
-    return cast(dict[str, Any], message)
 
 
 class _PracticeRun:
