@@ -1611,6 +1611,7 @@ class LogWriter:
         self._failed = 0
         self._noted = 0
         self._putting = threading.Lock()
+        self._ending = threading.Event()
         self._thread: threading.Thread | None = None
         self._stuck = False
 
@@ -1638,6 +1639,7 @@ class LogWriter:
         thread, self._thread = self._thread, None
         if thread is not None:
             self._lines.put(None)
+            self._ending.set()
             thread.join(self._flush_seconds)
             self._stuck = thread.is_alive()
 
@@ -1658,7 +1660,7 @@ class LogWriter:
             if line is None:
                 return
             # Each line that has to wake the thread costs the reactor more than it takes to make it.
-            time.sleep(LOG_REST_SECONDS)
+            self._ending.wait(LOG_REST_SECONDS)
 
     def _tell_dropped(self, missed: int) -> None:
         dropped = missed + self._failed - self._noted
