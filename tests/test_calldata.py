@@ -1,4 +1,4 @@
-"""Section 4: calldata. The vectors are those of PROTOCOLS.md section 3."""
+"""Calldata. The vectors are those of PROTOCOLS.md section 3."""
 
 from __future__ import annotations
 

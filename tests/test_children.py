@@ -1,4 +1,4 @@
-"""Section 8: the bytes that children write, their timers, spawning, and their end with us."""
+"""The bytes that children write, their timers, spawning, and their end with us."""
 
 from __future__ import annotations
 

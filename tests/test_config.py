@@ -1,4 +1,4 @@
-"""Section 2b: settings, their sources and their precedence; what the file needs to be imported."""
+"""Settings, their sources and their precedence; what the file needs to be imported."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Section 6: the version that a contract states, and the writes that deploy it.
+"""The version that a contract states, and the writes that deploy it.
 
-How code is inspected in threads (section 10c) is here too; the rest of it is in ``integration``.
+How code is inspected in threads (section 2.11) is here too; the rest of it is in ``integration``.
 """
 
 from __future__ import annotations

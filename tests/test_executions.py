@@ -1,4 +1,4 @@
-"""Sections 9 and 9b: what an execution is, and how it goes from its request to its end."""
+"""What an execution is, and how it goes from its request to its end."""
 
 from __future__ import annotations
 

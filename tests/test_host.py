@@ -1,4 +1,4 @@
-"""Section 10: the embedded host, without a network, and the deployment writes of section 6."""
+"""The embedded host, without a network, and deployment writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sections 14 and 14b: the API over connections in memory; real are all but sockets and time."""
+"""The API over connections in memory; real are all but sockets and time."""
 
 from __future__ import annotations
 

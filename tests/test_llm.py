@@ -1,4 +1,4 @@
-"""Sections 11 to 11c: requests to providers and their answers, the exchange, the check of many."""
+"""Requests to providers and their answers, the exchange, the check of many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 13: the LLM service without its process, and what its answers are made of."""
+"""The LLM service without its process, and what its answers are made of."""
 
 from __future__ import annotations
 

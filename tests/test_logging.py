@@ -1,4 +1,4 @@
-"""Section 3: what a log line holds, which lines pass, and that writing them never blocks."""
+"""What a log line holds, which lines pass, and that writing them never blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 5: the manifest's form, which version a moment selects, and the reload."""
+"""The manifest's form, which version a moment selects, and the reload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sections 12 and 12b: how modules are supervised, where events come in an order of our choice."""
+"""How modules are supervised, where events come in an order of our choice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 7: the gate that decides how many executions run, and the one-shot event."""
+"""The gate that decides how many executions run, and the one-shot event."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 15: the practice executor as a real process, against a small blocking host."""
+"""The practice executor as a real process, against a small blocking host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 1b: what is added while the reactor dispatches events. See also ``tests/faults``."""
+"""What is added while the reactor dispatches events. See also ``tests/faults``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 2: timestamps, durations, templates, JSON bodies, request schemas."""
+"""Timestamps, durations, templates, JSON bodies, request schemas."""
 
 from __future__ import annotations
 

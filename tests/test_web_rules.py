@@ -1,4 +1,4 @@
-"""Sections 13f to 13h: which URLs and addresses are open, names, headers, redirects, signatures."""
+"""Which URLs and addresses are open, names, headers, redirects, signatures."""
 
 from __future__ import annotations
 
