@@ -6961,6 +6961,8 @@ LINGER_SECONDS = 2.0
 HALF_CLOSED_SECONDS = 1.0
 #: A length of more digits is no length of anything.
 LENGTH_DIGITS = 18
+#: A URI with a host, which stands for the header ``Host``; and the rest of it.
+ABSOLUTE_URI = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 #: The first byte of a TLS handshake.
 TLS_HANDSHAKE = b"\x16"
 INLINE_BODY_BYTES = 64 * KIB
@@ -7194,12 +7196,10 @@ class ApiRequest(Request):
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         """Process a whole request; a URI with a host counts as its path and the header ``Host``."""
-        scheme, separator, rest = path.partition(b"://")
-        if separator and scheme.lower() in (b"http", b"https"):
-            host, _, path = rest.partition(b"/")
-            path = b"/" + path
-            self.requestHeaders.setRawHeaders(b"host", [host])
         hosts = self.requestHeaders.getRawHeaders(b"host") or []
+        if absolute := ABSOLUTE_URI.fullmatch(path):
+            host, path = absolute[1], absolute[2] if absolute[2][:1] == b"/" else b"/" + absolute[2]
+            self.requestHeaders.setRawHeaders(b"host", [host])
         if len(hosts) > 1 or (not hosts and version == b"HTTP/1.1"):
             reason = f"expected one Host header, got {len(hosts) or 'none'}"
             self.channel.refuse(400, InvalidRequest(reason))

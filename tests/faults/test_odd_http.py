@@ -54,6 +54,11 @@ def test_an_absolute_uri(daemon: Daemon) -> None:
     ):
         status, answer = exchange(daemon, head % address + CLOSE)
         assert (status, answer["in_use"]) == (200, 0)
+    head = b"GET http://%s?x HTTP/1.1\r\nHost: other\r\n" % address
+    status, answer = exchange(daemon, head + CLOSE)
+    assert (status, answer["code"]) == (404, "endpoint_not_found"), "its path is /"
+    head = b"GET http://%s/permits HTTP/1.1\r\nHost: a\r\nHost: b\r\n" % address
+    assert exchange(daemon, head + CLOSE)[0] == 400
     status, answer = exchange(
         daemon, b"GET http://evil.example/permits HTTP/1.1\r\nHost: localhost\r\n" + CLOSE
     )
