@@ -5463,6 +5463,18 @@ def _text(value: object) -> str:
     return value
 
 
+def _joined(parts: object, *, kind: str | None = None) -> str | None:
+    """Return the text in the parts of an answer that are no thoughts; None if there is none."""
+    if not isinstance(parts, list):
+        raise TypeError(f"expected an array, got {kind_of(parts)}")
+    texts = [
+        _text(part["text"])
+        for part in parts
+        if not part.get("thought") and "text" in part and part.get("type", kind) == kind
+    ]
+    return "".join(texts) if texts else None
+
+
 class OpenAiCompatible(Provider):
     """Chat completions, as OpenAI has them and many others do too."""
 
@@ -5500,9 +5512,15 @@ class OpenAiCompatible(Provider):
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
         """See ``Provider``."""
         choice = data["choices"][0]
-        content = choice["message"].get("content")
+        message = choice["message"]
+        content = message.get("content")
+        if isinstance(content, list):  # with thinking, a list of parts
+            content = _joined(content, kind="text")
         if content is None and choice.get("finish_reason") == "length":
             return ""
+        if content is None and isinstance(message.get("refusal"), str):
+            refusal = message["refusal"][:PROVIDER_MESSAGE_CHARACTERS]
+            raise ProviderError(ErrorKind.BAD_RESPONSE, f"the model refused: {refusal}", status=200)
         return _text(content)
 
 
@@ -5552,12 +5570,13 @@ class Anthropic(Provider):
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
         """See ``Provider``."""
-        first = data["content"][0]
+        blocks = data["content"]
         if mode is AnswerMode.TEXT:
-            return _text(first["text"])
-        if not isinstance(first["input"], dict):
-            raise TypeError(f"expected an object, got {shown(first['input'])}")
-        return cast(dict[str, Any], first["input"])
+            return _text(_joined(blocks, kind="text"))
+        given = next(block["input"] for block in blocks if "input" in block)
+        if not isinstance(given, dict):
+            raise TypeError(f"expected an object, got {shown(given)}")
+        return given
 
 
 class Google(Provider):
@@ -5595,8 +5614,7 @@ class Google(Provider):
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
         """See ``Provider``."""
         candidate = data["candidates"][0]
-        parts = (candidate.get("content") or {}).get("parts") or [{}]
-        text = parts[0].get("text")
+        text = _joined((candidate.get("content") or {}).get("parts") or [])
         if text is None and candidate.get("finishReason") == "MAX_TOKENS":
             return ""
         return _text(text)
@@ -5798,9 +5816,11 @@ class LlmClient:
                 found = cast(Any, parse_foreign_json(body.removeprefix(codecs.BOM_UTF8)))
             except (ValueError, RecursionError) as error:
                 raise unreadable(f"not JSON: {error}") from None
+            if problem := _error_inside(found):
+                raise status_problem(problem, url, body, backend.key)
             try:
                 return LlmAnswer(provider.answer(found, mode), provider.usage(found))
-            except (LookupError, TypeError, ValueError, AttributeError):
+            except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
                 raise unreadable("no answer where it belongs") from None
 
         def unreadable(problem: str) -> ProviderError:
@@ -5902,10 +5922,27 @@ def connection_problem(error: BaseException) -> tuple[ErrorKind, str]:
     return ErrorKind.CONNECT, str(error) or type(error).__name__
 
 
+def _error_inside(found: Any) -> int | None:
+    """Return the status that an error inside an answer with status 200 stands for, if it has one.
+
+    Gateways put what another provider answered there: ``{"error": {"code": 429, "message": ...}}``,
+    or a choice whose ``finish_reason`` is ``error``.
+    """
+    error = found.get("error") if isinstance(found, dict) else None
+    choices = found.get("choices") if isinstance(found, dict) else None
+    if not error and isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        is_error = choices[0].get("finish_reason") == "error"
+        error = choices[0].get("error") or {"code": 500} if is_error else None
+    if not error:
+        return None
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, int) and 400 <= code < 600 else 500
+
+
 def status_problem(status: int, url: str, body: bytes, key: str = "") -> ProviderError:
     """Return the error for a reply whose status is not 200, with the provider's own message."""
     text = masked(body, key).strip()
-    if status in (401, 403):
+    if status in (401, 403) or (status == 400 and "API_KEY_INVALID" in text):
         kind = ErrorKind.AUTH
     elif status == 404:
         kind = ErrorKind.NOT_FOUND
@@ -8812,6 +8849,8 @@ JSON_ANSWER_MAX_CHARACTERS = 256 * KIB
 JSON_MAX_DEPTH = 64
 #: Up to here a whole number that is written with a point or an exponent is exact everywhere.
 WHOLE_NUMBER_MAX = 2**53
+#: What executors can hold of a number from a module: others are text, such as an amount in wei.
+LEAST_INTEGER, LARGEST_INTEGER = -(2**63), 2**64 - 1
 _JSON_STRING_BODY = r'[^"\\]*+(?:\\(?:u[0-9a-fA-F]{4}|[^u])[^"\\]*+)*+'
 _JSON_TOKEN = re.compile(
     rf'\s*+(?:(?P<mark>[{{}}\[\],:])|(?P<text>"{_JSON_STRING_BODY}")'
@@ -8909,6 +8948,8 @@ def _json_to_calldata(value: object, depth: int) -> CalldataValue:
         return json_text(value)
     if isinstance(value, float):
         return _json_number(repr(value))
+    if isinstance(value, int) and not LEAST_INTEGER <= value <= LARGEST_INTEGER:
+        return str(value)
     return cast(CalldataValue, value)
 
 
@@ -9188,6 +9229,8 @@ def read_prompt(members: dict[str, CalldataValue]) -> Question:
         limits: dict[str, CalldataValue] = {"count": len(images), "limit": MAX_PROMPT_IMAGES}
         raise RequestFailure("TOO_MANY_IMAGES", fatal=False, context=limits)
     user = text_member(members, "prompt")
+    if not user.strip():
+        raise RequestFailure("EMPTY_PROMPT", fatal=False)  # most providers answer with an error
     return Question(user, None, mode, tuple(_image(data, at) for at, data in enumerate(images)))
 
 

@@ -434,6 +434,98 @@ def test_google_without_text(content: Any) -> None:
     assert provider_named("google").answer({"candidates": [candidate]}, AnswerMode.TEXT) == ""
 
 
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (
+            "google",
+            {
+                "candidates": [
+                    {
+                        "content": {
+                            "parts": [
+                                {"text": "I think", "thought": True},
+                                {"text": "a"},
+                                {"functionCall": {}},
+                                {"text": "b"},
+                            ]
+                        }
+                    }
+                ]
+            },
+        ),
+        (
+            "anthropic",
+            {
+                "content": [
+                    {"type": "thinking", "thinking": "hm"},
+                    {"type": "text", "text": "a"},
+                    {"type": "text", "text": "b"},
+                ]
+            },
+        ),
+        (
+            "openai-compatible",
+            {
+                "choices": [
+                    {
+                        "message": {
+                            "content": [
+                                {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                                {"type": "text", "text": "a"},
+                                {"type": "text", "text": "b"},
+                            ]
+                        }
+                    }
+                ]
+            },
+        ),
+    ],
+)
+def test_the_parts_of_an_answer_that_are_no_thoughts_are_joined(kind: str, data: Any) -> None:
+    assert asked(data, kind).answer.value == "ab"
+
+
+@pytest.mark.parametrize(
+    "before", [[], [{"type": "thinking"}], [{"type": "text", "text": "Well:"}]]
+)
+def test_the_tool_of_anthropic_is_found_wherever_it_stands(before: list[Any]) -> None:
+    data = {"content": [*before, {"type": "tool_use", "name": "json_out", "input": {"a": 1}}]}
+    assert provider_named("anthropic").answer(data, AnswerMode.JSON) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "status"),
+    [
+        ({"error": {"code": 429, "message": "slow down"}}, ErrorKind.RATE_LIMITED, 429),
+        ({"error": {"code": 503, "message": "slow down"}}, ErrorKind.OVERLOADED, 503),
+        ({"error": {"code": "oops", "message": "slow down"}}, ErrorKind.HTTP, 500),
+        ({"error": "slow down"}, ErrorKind.HTTP, 500),
+        (
+            {"choices": [{"finish_reason": "error", "message": {"content": ""}}]},
+            ErrorKind.HTTP,
+            500,
+        ),
+        (
+            {"choices": [{"finish_reason": "error", "error": {"code": 502}, "message": {}}]},
+            ErrorKind.HTTP,
+            502,
+        ),
+    ],
+)
+def test_an_error_inside_an_answer_is_an_error(data: Any, kind: ErrorKind, status: int) -> None:
+    problem = asked(data, "openai-compatible").problem
+    assert (problem.kind, problem.status) == (kind, status)
+    assert "error" not in data or "slow down" in problem.message
+
+
+def test_a_model_that_refuses() -> None:
+    data = {"choices": [{"message": {"content": None, "refusal": "I cannot"}}]}
+    problem = asked(data, "openai-compatible").problem
+    assert (problem.kind, problem.status) == (ErrorKind.BAD_RESPONSE, 200)
+    assert "the model refused: I cannot" in problem.message
+
+
 NO_ANSWERS: dict[str, list[Any]] = {
     "openai-compatible": [
         {"choices": []},
@@ -448,6 +540,7 @@ NO_ANSWERS: dict[str, list[Any]] = {
         {"content": []},
         {"content": [{"type": "tool_use", "name": "json_out", "input": {}}]},
         {"content": [{"type": "text", "text": None}]},
+        {"content": [{"type": "thinking", "thinking": "hm"}]},
         {"content": "OK"},
     ],
     "google": [

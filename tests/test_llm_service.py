@@ -46,6 +46,7 @@ from genvm_manager import (
     json_object_to_calldata,
     parse_json_answer,
     read_llm_settings,
+    read_prompt,
     request_parts,
     rust_debug,
     rust_text,
@@ -468,7 +469,7 @@ def test_closing_takes_linear_time() -> None:
     [
         ("1", 1),
         ("-7", -7),
-        ("1" * 100, int("1" * 100)),
+        ("1" * 100, "1" * 100),
         ("1" * 5000, "1" * 5000),
         ("1.0", 1),
         ("-0.0", 0),
@@ -860,3 +861,26 @@ def test_hellos() -> None:
     caller = Caller.of({"cookie": "c" * 200, "genvm_id": 5, "host_data": {"a": 1}, "more": 1})
     assert caller.log_fields() == {"cookie": "c" * 100, "genvm_id": 5}
     assert Caller.of({"genvm_id": 0, "host_data": {}}).log_fields() == {"genvm_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("number", "value"),
+    [
+        (2**64 - 1, 2**64 - 1),
+        (2**64, str(2**64)),
+        (-(2**63), -(2**63)),
+        (-(2**63) - 1, str(-(2**63) - 1)),
+        (10**30, "1" + "0" * 30),
+    ],
+)
+def test_an_integer_that_executors_cannot_hold_is_text(number: int, value: object) -> None:
+    """An amount in wei would end the run."""
+    assert parse_json_answer(json.dumps({"a": [number]})) == {"a": [value]}
+    assert json_object_to_calldata({"a": [number]}) == {"a": [value]}
+
+
+@pytest.mark.parametrize("text", ["", " \n\t"])
+def test_an_empty_prompt_is_an_error_that_the_contract_can_catch(text: str) -> None:
+    with pytest.raises(RequestFailure) as caught:
+        read_prompt({"prompt": text})
+    assert (caught.value.causes, caught.value.fatal) == (("EMPTY_PROMPT",), False)
