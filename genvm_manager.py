@@ -3204,6 +3204,7 @@ class PipeReader(ProcessReader):
     somebody else writes to it afterwards is cut.
     """
 
+    _log = Logger()
     #: Bytes that are handed on at once: few where each costs much, as of short lines, or where the
     #: machine is busy.
     FEWEST: ClassVar[int] = 16
@@ -3253,7 +3254,11 @@ class PipeReader(ProcessReader):
             elif self._at < len(self._data):
                 piece = self._data[self._at : self._at + self._step]
                 self._at += self._step
-                self.proc.childDataReceived(self.name, piece)
+                try:
+                    self.proc.childDataReceived(self.name, piece)
+                except Exception:  # nobody else would ever close this pipe
+                    self._log.failure("output of a child cannot be taken")
+                    self._close(is_cut=True)
                 begin, now = now, seconds()
                 if now - begin > slice_seconds / 2:
                     self._step = max(self.FEWEST, self._step // 4)

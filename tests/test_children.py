@@ -334,6 +334,21 @@ async def test_a_variable_that_is_set_reaches_later_children(
 
 
 @async_test
+async def test_output_that_cannot_be_taken_is_cut_and_ends_no_other(
+    spawner: Spawner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, other = Owner(), Owner()
+    monkeypatch.setattr(owner, "child_data", lambda fd, data: 1 / 0)
+    for one in (owner, other):
+        spawner.spawn(one, [PYTHON, "-c", "print('x')"], pipes={1}, nulls={0, 2})
+    await soon(owner.closed)
+    await soon(other.closed)
+    assert owner.events.count("cut 1") == 1
+    assert (owner.status, other.status) == (ExitStatus(0, None), ExitStatus(0, None))
+    assert other.data == {1: b"x\n"}
+
+
+@async_test
 async def test_no_fork_is_ever_called(spawner: Spawner, monkeypatch: pytest.MonkeyPatch) -> None:
     spawned: list[bytes] = []
     real_spawn = os.posix_spawnp
