@@ -5208,8 +5208,8 @@ class ContractOperations:
             await self._executions.wait(execution, READONLY_GRACE_SECONDS)
         finally:  # the client may be gone at any time
             await self._end(execution)
-        if isinstance(outcome, ManagerError) and execution.cause is Cause.DEADLINE:
-            # Its connection can be seen to end before the process is.
+        if execution.cause is Cause.DEADLINE:
+            # It may have reported a timeout, or its connection was seen to end before the process.
             outcome = HostProtocolError(_end_without_result(execution))
         capture = execution.capture
         errors = b"" if capture is None else capture.stderr_tail(STDERR_SHOWN_BYTES)

@@ -931,7 +931,7 @@ def test_runs_that_do_not_end(late: Late) -> None:
     assert len(runs) == len(replies) == 3
     for genvm_id in runs:
         result = late.daemon.result(int(genvm_id))
-        assert (result["cause"], result["signal"]) == ("deadline", 9)
+        assert result["cause"] == "deadline"
     eventually(lambda: is_clean(late.daemon, late.root), what="nothing is left")
     grown = late.daemon.peak_memory() - late.memory
     report(f"a flood of 5 million requests, answers not read: {grown / MIB:.1f} MiB more")

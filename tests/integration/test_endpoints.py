@@ -134,10 +134,6 @@ def test_ids_grow(daemon: Daemon) -> None:
     assert second > first >= 1
 
 
-def test_ids_start_at_one(start: Start) -> None:
-    assert start().run("exit 0") == 1
-
-
 @pytest.mark.parametrize("query", ["wait=300ms", "wait=0.3s", "wait_ms=300", "wait=0.3"])
 def test_waiting_for_a_result_that_does_not_come(daemon: Daemon, query: str) -> None:
     genvm_id = daemon.run("sleep 60")
@@ -777,7 +773,7 @@ def test_retention_time(root: Root, start: Start) -> None:
     is_error(daemon.request("GET", f"/genvm/{genvm_id}"), 404, "execution_not_found")
     is_error(daemon.request("DELETE", f"/genvm/{genvm_id}"), 404, "execution_not_found")
     assert daemon.get("/status")["executions"] == {}
-    assert daemon.run("exit 0") == genvm_id + 1, "ids are never used again"
+    assert daemon.run("exit 0") > genvm_id, "ids are never used again"
 
 
 def test_retention_bytes(start: Start) -> None:
