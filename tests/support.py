@@ -8,15 +8,17 @@ import signal
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, cast
 
+import pytest
 import pytest_twisted
 from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
 from twisted.internet.testing import MemoryReactorClock
+from twisted.internet.threads import deferToThreadPool
 from twisted.logger import ILogObserver, globalLogPublisher
 from twisted.python.failure import Failure
 
-from genvm_manager import Child, ChildListener, OutputTurns, SpawnFailed
+from genvm_manager import Child, ChildListener, OutputTurns, SpareThreads, SpawnFailed
 
 #: Seconds after which a test gives up waiting for something real; nothing takes that long.
 PATIENCE = 30.0
@@ -75,6 +77,15 @@ def exit_reason(code: int | None, signal_number: int | None = None) -> Failure:
     if code == 0:
         return Failure(ProcessDone(0))
     return Failure(ProcessTerminated(code, signal_number, 0))
+
+
+def without_spare_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the threads of the reactor, such as a ``ThreadlessReactor``, do what may hang."""
+
+    def run(_self: object, reactor: Any, _seconds: float, work: Any, *arguments: Any) -> Any:
+        return deferToThreadPool(reactor, reactor.getThreadPool(), work, *arguments)
+
+    monkeypatch.setattr(SpareThreads, "run", run)
 
 
 class ThreadlessReactor(MemoryReactorClock):

@@ -46,6 +46,7 @@ from .support import (
     async_test,
     observing,
     real_reactor,
+    without_spare_threads,
 )
 
 HOST = "127.0.0.1:3999"
@@ -633,7 +634,10 @@ def test_the_log_level_takes_effect_at_once(manager: Manager) -> None:
     assert b"GET /permits" in manager.log
 
 
-def test_the_manifest_can_be_reloaded(manager: Manager, tmp_path: Path) -> None:
+def test_the_manifest_can_be_reloaded(
+    manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_spare_threads(monkeypatch)
     path = tmp_path / "manifest.yaml"
     path.write_text("executor_versions: {v1.0.0: {available_after: 2025-01-01T00:00:00Z}}")
     connection = manager.connect()

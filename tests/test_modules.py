@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import pytest
 from twisted.internet.defer import Deferred
-from twisted.internet.threads import deferToThreadPool
 
 from genvm_manager import (
     MODULE_LINE_BYTES,
@@ -22,20 +21,22 @@ from genvm_manager import (
     Module,
     ModuleFailed,
     Redactor,
-    SpareThreads,
 )
 
-from .support import FakeProcess, FakeSpawner, ThreadlessReactor, observing, outcome
+from .support import (
+    FakeProcess,
+    FakeSpawner,
+    ThreadlessReactor,
+    observing,
+    outcome,
+    without_spare_threads,
+)
 
 
 @pytest.fixture(autouse=True)
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read files in the threads of the reactor, which are in the hands of these tests."""
-
-    def run(_self: object, reactor: Any, _seconds: float, work: Any, *arguments: Any) -> Any:
-        return deferToThreadPool(reactor, reactor.getThreadPool(), work, *arguments)
-
-    monkeypatch.setattr(SpareThreads, "run", run)
+    """Files are read when these tests say so."""
+    without_spare_threads(monkeypatch)
 
 
 READY = b'{"event": "ready"}\n'
