@@ -12607,6 +12607,7 @@ class ManagerService(Service):
         self.site = ApiSite(root, reactor, config.max_body_bytes, policy)
         self._ports: list[Any] = []
         self._parent: ParentWatch | None = None
+        self._checking: Deferred[None] = succeed(None)
         self._stopping: Deferred[None] | None = None
         self._asked = False
 
@@ -12663,6 +12664,8 @@ class ManagerService(Service):
             self._parent.start()
         for note in self.config.notes:
             self.log.info("{text}", text=note)
+        self._checking = Deferred.fromCoroutine(self.contracts.check_detection())
+        self._checking.addErrback(lambda failure: failure.trap(CancelledError))
         for address in self.addresses:
             self.log.info(
                 "listening",
@@ -12749,6 +12752,7 @@ class ManagerService(Service):
         begin = self._reactor.seconds()
         await maybeDeferred(Service.stopService, self)
         self.log.info("shutting down")
+        self._checking.cancel()
         for port in self._ports:
             await maybeDeferred(port.stopListening)
         grace = self.config.shutdown_grace

@@ -369,6 +369,40 @@ def test_the_end_of_the_manager_while_an_executor_is_asked() -> None:
         root.close()
 
 
+@pytest.mark.parametrize(("script", "warned"), [("exit 2", True), ("echo v0.1.0", False)])
+def test_an_executor_that_cannot_be_asked_is_said_at_the_start(script: str, warned: bool) -> None:
+    root = Root()
+    root.script(f"cat > /dev/null; {script}")
+    daemon = serve(root, "--version-detection", "executor")
+    try:
+        if warned:
+            told = daemon.wait_log(lambda r: r["message"].startswith("version_detection: "))
+            assert told["level"] == "warn"
+            assert "has no command parse-version-pattern" in told["message"]
+        else:
+            is_answer(ask(daemon, DETECT, "# v0.1.0"), {"specified_major": 0})
+        assert daemon.stop() == 0
+        assert warned or "version_detection: " not in daemon.text
+        assert "Traceback" not in daemon.text + daemon.errors
+    finally:
+        daemon.close()
+        root.close()
+
+
+def test_the_end_while_an_executor_is_asked_at_the_start() -> None:
+    root = Root()
+    root.script("exec sleep 60")
+    daemon = serve(root, "--version-detection", "executor")
+    try:
+        eventually(daemon.descendants, what="an executor is asked")
+        assert daemon.stop() == 0
+        eventually(lambda: not daemon.descendants(), what="it is killed")
+        assert "Traceback" not in daemon.text + daemon.errors
+    finally:
+        daemon.close()
+        root.close()
+
+
 def test_an_executor_that_refuses_the_code(asking: tuple[Daemon, Root]) -> None:
     """The practice executor, as real ones, takes text with a comment on its first line only."""
     daemon, root = asking
@@ -932,6 +966,8 @@ def test_runs_that_do_not_end(late: Late) -> None:
     for genvm_id in runs:
         result = late.daemon.result(int(genvm_id))
         assert result["cause"] == "deadline"
+        # By SIGTERM, by SIGKILL after that, or by itself once it had reported the timeout.
+        assert (result["signal"], result["exit_code"]) in ((15, None), (9, None), (None, 0))
     eventually(lambda: is_clean(late.daemon, late.root), what="nothing is left")
     grown = late.daemon.peak_memory() - late.memory
     report(f"a flood of 5 million requests, answers not read: {grown / MIB:.1f} MiB more")

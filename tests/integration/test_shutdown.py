@@ -179,7 +179,7 @@ def test_who_waits_gets_an_answer(root: Root, start: Start) -> None:
 def test_no_new_runs_while_it_ends(root: Root, start: Start) -> None:
     """New connections are refused, new runs on an open connection get 503."""
     daemon = start("--permits", "5", "--shutdown-grace", "30s")
-    start_runs(daemon, root, 1, stubborn=1)
+    (genvm_id,) = start_runs(daemon, root, 1, stubborn=1)
     with daemon.connect() as peer:
         request = b"GET /permits HTTP/1.1\r\nHost: localhost\r\n\r\n"
         peer.sendall(request)
@@ -195,6 +195,8 @@ def test_no_new_runs_while_it_ends(root: Root, start: Start) -> None:
         assert peer.recv(65536).startswith(b"HTTP/1.1 200")
     daemon.signal(signal.SIGTERM)
     assert daemon.wait() == 0
+    ends = [r["genvm_id"] for r in daemon.records if r["message"] == "execution finished"]
+    assert ends == [genvm_id], "no other was started"
 
 
 def refuses_connections(daemon: Daemon) -> bool:
