@@ -3022,9 +3022,9 @@ class Child(ProcessProtocol):
 # 2.5 Guardian
 # =============================================================================
 #
-# Owns what happens when a manager is killed: the process that ends what it left
-# behind, and the watch over the process that started us. Uses nothing above.
-# Never starts a child for others.
+# Owns what happens when a manager is killed: how what it started is known, the
+# process that ends what it left behind, and the watch over the process that
+# started us. Uses nothing above. Never starts a child for others.
 
 #: Seconds before another guardian is started when one died at once or could not be started.
 GUARDIAN_RESTART_SECONDS = 1.0
@@ -3033,13 +3033,56 @@ PARENT_POLL_SECONDS = 0.2
 MARKER = "GENVM_MANAGED_BY"
 
 
+class BirthMarks:
+    """Marks what a manager starts so that all that comes from it is known for good.
+
+    The mark is the soft limit of ``RLIMIT_RTTIME``, which every process hands down to what it
+    starts and nobody changes: a number of microseconds so large that it limits nothing. Bit 62,
+    then 30 bits for the manager, then 32 for the number of the child. Where the hard limit is
+    finite or the kernel has no such limit there are no marks, only the environment.
+    """
+
+    _LIMIT: ClassVar[int | None] = getattr(resource, "RLIMIT_RTTIME", None)
+    _BITS: ClassVar[int] = 32
+
+    def __init__(self, boot_id: str) -> None:
+        digest = hashlib.sha256(boot_id.encode()).digest()
+        self.manager = 1 << 30 | int.from_bytes(digest[:4], "big") >> 2
+        self._ours = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        if self._LIMIT is not None:
+            self._ours = resource.getrlimit(self._LIMIT)
+        self.are_possible = self._LIMIT is not None and self._ours[1] == resource.RLIM_INFINITY
+
+    @contextlib.contextmanager
+    def marking(self, number: int) -> Iterator[None]:
+        """Mark what is started meanwhile as the child with some number."""
+        if self._LIMIT is None or not self.are_possible:
+            yield
+            return
+        mark = self.manager << self._BITS | number % (1 << self._BITS)
+        resource.setrlimit(self._LIMIT, (mark, self._ours[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(self._LIMIT, self._ours)
+
+    def number_of(self, pid: int) -> int | None:
+        """Return the number of the child that a process comes from, if it is one of ours."""
+        with contextlib.suppress(OSError):
+            if self._LIMIT is not None and self.are_possible:
+                mark = resource.prlimit(pid, self._LIMIT)[0]
+                if mark >> self._BITS == self.manager:
+                    return mark % (1 << self._BITS)
+        return None
+
+
 class Guardian(ProcessProtocol):
     """A tiny process that outlives the manager by a moment and kills what it left behind.
 
-    It waits for the end of the manager at the end-of-file of a pipe, and finds descendants by the
-    marker in their environment. Other than a wrapper around each executor it costs a run nothing,
-    and there is no moment at which a new executor is unknown to it. It is started again when it
-    dies.
+    It waits for the end of the manager at the end-of-file of a pipe, and finds descendants by
+    their birth mark, or by the marker in their environment. Other than a wrapper around each
+    executor it costs a run nothing, and there is no moment at which a new executor is unknown to
+    it. It is started again when it dies.
     """
 
     log = Logger()
@@ -3057,7 +3100,8 @@ class Guardian(ProcessProtocol):
         self._restart = None
         self._started_at = self._reactor.seconds()
         script = f"{inspect.getsource(guard_descendants)}\nguard_descendants({MARKER + '='!r})"
-        argv = [sys.executable, "-I", "-S", "-c", script.replace("'''", '"""'), self._boot_id]
+        mark = str(BirthMarks(self._boot_id).manager)
+        argv = [sys.executable, "-ISc", script.replace("'''", '"""'), self._boot_id, mark]
         try:
             self._reactor.spawnProcess(self, argv[0], argv, env={}, childFDs={0: "w", 1: 1, 2: 2})
         except OSError as error:
@@ -3086,11 +3130,14 @@ class Guardian(ProcessProtocol):
 
 
 def guard_descendants(prefix: str) -> None:
-    """Wait for end-of-file on stdin, then kill every process whose environment has the marker.
+    """Wait for end-of-file on stdin, then kill every process that bears a mark of the manager.
 
-    This function runs alone, under a bare Python: it uses nothing but its own imports.
+    The arguments: the value of the marker in the environment, whose name and ``=`` are ``prefix``,
+    and the manager's part of a birth mark. This function runs alone, under a bare Python: it uses
+    nothing but its own imports.
     """
     import os
+    import resource
     import signal
     import sys
     import time
@@ -3101,20 +3148,29 @@ def guard_descendants(prefix: str) -> None:
         signal.signal(number, signal.SIG_IGN)
     while os.read(0, 4096):
         pass
-    marker = (prefix + sys.argv[1]).encode()
+    marker, mark = (prefix + sys.argv[1]).encode(), int(sys.argv[2])
+
+    def is_marked(pid: int) -> bool:
+        try:
+            if resource.prlimit(pid, resource.RLIMIT_RTTIME)[0] >> 32 == mark:
+                return True
+        except PermissionError:
+            pass
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return marker in file.read().split(b"\0")
+
+    killed: set[int] = set()
     clean_rounds = 0
     last_round = time.monotonic() + 5
-    # A process that is just being started shows our marker only after its exec: look again.
+    # What is being started while we look may be missed: look again until nothing new is found.
     while clean_rounds < 3 and time.monotonic() < last_round:
         clean_rounds += 1
-        for name in os.listdir("/proc"):
-            if not name.isdigit():
-                continue
+        for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
             try:
-                with open(f"/proc/{name}/environ", "rb") as file:
-                    if marker in file.read().split(b"\0"):
-                        os.kill(int(name), signal.SIGKILL)
-                        clean_rounds = 0
+                if is_marked(pid):
+                    os.kill(pid, signal.SIGKILL)
+                    clean_rounds = clean_rounds if pid in killed else 0
+                    killed.add(pid)
             except OSError:
                 continue
         time.sleep(0.02)
@@ -3192,8 +3248,6 @@ ORPHAN_GRACE_SECONDS = 0.7
 #: It may take so many seconds for that on a busy machine, even beyond our own end.
 TIDY_VARIABLE = "GENVM_TIDIES_UP"
 TIDY_SECONDS = 10.0
-#: The environment variable by which a child and its descendants know its number.
-CHILD_NUMBER = b"GENVM_CHILD"
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
@@ -3391,6 +3445,7 @@ class Spawner:
         self._orphans_ended: Event[None] | None = None
         self._siblings = ""
         self._boot_id = boot_id
+        self._marks = BirthMarks(boot_id)
         self._environment: dict[bytes, bytes] | None = None
 
     def start(self) -> None:
@@ -3490,13 +3545,14 @@ class Spawner:
         if self._environment is None:
             # os.environ decodes each variable whenever it is read; a run should not pay for that.
             self._environment = dict(os.environb)
-        environment = {**self._environment, CHILD_NUMBER: b"%d" % number}
         try:
             _check_descriptors(2 * len(descriptors))
-            # No path, uid or gid: they would make Twisted fork instead of posix_spawn.
-            self._process(
-                self._reactor, argv[0], argv, environment, None, child, childFDs=descriptors
-            )
+            with self._marks.marking(number):
+                # No path, uid or gid: they would make Twisted fork instead of posix_spawn.
+                self._process(
+                    *(self._reactor, argv[0], argv, self._environment, None, child),
+                    childFDs=descriptors,
+                )
         except OSError as error:
             raise _spawn_error(error, argv[0]) from None
         if not child.exited:
@@ -3555,20 +3611,18 @@ class Spawner:
     def _orphan(self, pid: int) -> Orphan:
         """Look at an orphan for the first time.
 
-        One that cleared its environment may belong to any child that lives now.
+        One without a birth mark may belong to any child that lives now.
         """
-        words: list[bytes] = []
+        variables: list[bytes] = []
         with contextlib.suppress(OSError):
-            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        is_marked = f"{MARKER}={self._boot_id}".encode() in words
-        prefix = CHILD_NUMBER + b"="
-        numbers = [word.removeprefix(prefix) for word in words if word.startswith(prefix)]
-        if is_marked and numbers and numbers[0].isdigit():
-            owners = {int(numbers[0])}
-        else:
-            owners = set(self._children)
-        tidies_up = f"{TIDY_VARIABLE}=1".encode() in words
-        return Orphan(owners, is_marked, tidies_up, self._reactor.seconds())
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        number = self._marks.number_of(pid)
+        return Orphan(
+            owners=set(self._children) if number is None else {number},
+            is_marked=f"{MARKER}={self._boot_id}".encode() in variables,
+            tidies_up=f"{TIDY_VARIABLE}=1".encode() in variables,
+            since=self._reactor.seconds(),
+        )
 
 
 def _check_descriptors(count: int) -> None:
@@ -10343,11 +10397,15 @@ def keep_browser() -> None:
     import ctypes
     import fcntl
     import os
+    import resource
     import select
     import shutil
     import signal
     import sys
 
+    if hasattr(resource, "RLIMIT_RTTIME"):  # the mark of what is killed with the manager
+        hard = resource.getrlimit(resource.RLIMIT_RTTIME)[1]
+        resource.setrlimit(resource.RLIMIT_RTTIME, (hard, hard))
     profile, limit, marker, *command = sys.argv[1:]
     prctl = ctypes.CDLL(None).prctl
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

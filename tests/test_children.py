@@ -25,6 +25,7 @@ from genvm_manager import (
     MARKER,
     PARENT_POLL_SECONDS,
     PIECE_BYTES,
+    BirthMarks,
     BoundedTail,
     Child,
     ExitStatus,
@@ -340,7 +341,7 @@ async def test_output_that_cannot_be_taken_is_cut_and_ends_no_other(
     owner, other = Owner(), Owner()
     monkeypatch.setattr(owner, "child_data", lambda fd, data: 1 / 0)
     for one in (owner, other):
-        spawner.spawn(one, [PYTHON, "-c", "print('x')"], pipes={1}, nulls={0, 2})
+        spawner.spawn(one, ["/bin/echo", "x"], pipes={1}, nulls={0, 2})
     await soon(owner.closed)
     await soon(other.closed)
     assert owner.events.count("cut 1") == 1
@@ -521,29 +522,55 @@ def guardian_command() -> tuple[list[str], dict[str, str]]:
 
 def test_the_guardian_kills_what_has_our_marker_and_nothing_else() -> None:
     argv, environment = guardian_command()
-    assert argv[1:3] == ["-I", "-S"], "a bare Python starts fast and needs no packages"
+    assert argv[1] == "-ISc", "a bare Python starts fast and needs no packages"
     assert environment == {}
 
     def victim(marker: str, parent: str = "") -> subprocess.Popen[bytes]:
         return subprocess.Popen(["/bin/sleep", "60"], env={parent + MARKER: marker})
 
-    ours = [victim("the-boot-id") for _ in range(2)]
-    others = [victim("the-boot-id-2"), victim("the-boot"), victim("the-boot-id", "X")]
+    with BirthMarks("the-boot-id").marking(1):
+        hidden = victim("", "X")
+    with BirthMarks("another-boot-id").marking(1):
+        foreign = victim("", "X")
+    ours = [victim("the-boot-id"), victim("the-boot-id"), hidden]
+    others = [victim("the-boot-id-2"), victim("the-boot"), victim("the-boot-id", "X"), foreign]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, env=environment) as guardian:
         try:
             # It says nothing when it is ready: it must do its work whenever the end comes.
             assert guardian.stdin is not None
             guardian.stdin.write(b"bytes are not the end\n")
             guardian.stdin.flush()
-            assert [child.poll() for child in (*ours, *others)] == [None] * 5
+            assert [child.poll() for child in (*ours, *others)] == [None] * 7
             guardian.stdin.close()
-            assert [child.wait(PATIENCE) for child in ours] == [-signal.SIGKILL] * 2
+            assert [child.wait(PATIENCE) for child in ours] == [-signal.SIGKILL] * 3
             assert guardian.wait(PATIENCE) == 0
-            assert [child.poll() for child in others] == [None] * 3
+            assert [child.poll() for child in others] == [None] * 4
         finally:
             for child in (*ours, *others, guardian):
                 child.kill()
                 child.wait()
+
+
+def test_a_birth_mark_is_inherited_and_leaves_us_as_we_were() -> None:
+    limit = resource.RLIMIT_RTTIME
+    before = resource.getrlimit(limit)
+    marks = BirthMarks("the-boot-id")
+    assert marks.are_possible, "this machine limits RLIMIT_RTTIME"
+    with marks.marking(2**32 + 7):
+        command = ["setsid", "-w", "env", "-i", "sh", "-c", "sleep 60 & echo $!; wait"]
+        parent = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert resource.getrlimit(limit) == before
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    try:
+        assert marks.number_of(child) == 7
+        assert BirthMarks("another").number_of(child) is None
+        assert marks.number_of(os.getpid()) is None
+    finally:
+        os.kill(child, signal.SIGKILL)
+        parent.wait(PATIENCE)
+        parent.stdout.close()
+    assert marks.number_of(child) is None, "it is gone"
 
 
 def test_the_guardian_ignores_the_signals_of_the_group() -> None:

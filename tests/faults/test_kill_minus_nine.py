@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ..integration.support import (
     processes_with,
     report,
     run_body,
+    shell,
     within,
 )
 from ..soak import plans
@@ -80,6 +82,27 @@ def test_killed_again_and_again_under_load(root: Root, tmp_path: Path) -> None:
     finally:
         daemon.close()
     report(f"left in the temporary folder: {os.listdir(folder)}")
+
+
+def test_killed_with_descendants_that_cleared_their_environment(root: Root) -> None:
+    """In sessions of their own, some with another parent by then, and far down."""
+    root.add_shell()
+    for _ in range(times(2, 30)):
+        daemon = Daemon.serve(root, "--permits", "20")
+        try:
+            files = [root.path / f"hidden-{number}" for number in range(8)]
+            for file in files:
+                write = f"echo $$ > {file}.new; mv {file}.new {file}; exec sleep 300"
+                hide = f"setsid -f env -i sh -c '{write}'"
+                daemon.run(**shell(f"env -i sh -c {shlex.quote(hide)}; sleep 300"))
+            eventually(lambda: all(file.exists() for file in files), what="all are hidden")  # noqa: B023
+            hidden = [int(file.read_text()) for file in files]
+            killed(daemon, "with descendants that cleared their environment")
+            within(1.0, lambda: not any(map(alive, hidden)), "nothing hidden is left")  # noqa: B023
+            for file in files:
+                file.unlink()
+        finally:
+            daemon.close()
 
 
 def test_killed_while_it_checks_and_detects(root: Root) -> None:

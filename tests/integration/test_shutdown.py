@@ -210,7 +210,7 @@ def refuses_connections(daemon: Daemon) -> bool:
     return False
 
 
-def test_what_hides_from_the_guardian_does_not_outlive_a_shutdown(root: Root) -> None:
+def test_what_hides_does_not_outlive_a_shutdown(root: Root) -> None:
     """A grandchild in a session of its own, without our marker in its environment."""
     root.add_shell()
     daemon = Daemon.serve(root)
