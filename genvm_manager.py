@@ -39,13 +39,14 @@ The file has five parts, and each section uses only what stands above it:
    2.9  Host state: a contract's storage, calldata and rights in memory.
    2.10 Embedded host: the host's side of the protocol that executors speak.
    2.11 Contract operations: version, deployment writes, schema.
-   2.12 LLM providers: how each kind of provider is asked, and what it answers.
-   2.13 LLM client: the exchange with a provider, and what went wrong.
-   2.14 Availability check: every configuration with every prompt.
-   2.15 Module processes: setup, address, and what one process says.
-   2.16 Modules: the LLM and Web modules over time.
-   2.17 HTTP connections: limits, access, errors as JSON.
-   2.18 HTTP API: the routes.
+   2.12 Outgoing HTTP: a response, with limits.
+   2.13 LLM providers: how each kind of provider is asked, and what it answers.
+   2.14 LLM client: the exchange with a provider, and what went wrong.
+   2.15 Availability check: every configuration with every prompt.
+   2.16 Module processes: setup, address, and what one process says.
+   2.17 Modules: the LLM and Web modules over time.
+   2.18 HTTP connections: limits, access, errors as JSON.
+   2.19 HTTP API: the routes.
 3. Module processes:
    3.1  Module services: connections: WebSocket with bounds.
    3.2  Module services: runtime: setup, orders, statistics, the end.
@@ -292,7 +293,7 @@ __all__ = ["Config", "ManagerService", "load_config", "main", "makeApplication",
 #
 # Owns every error that a client or an operator can meet, each with a stable
 # code. Uses nothing but the standard library. Never knows an HTTP status: the
-# table that maps codes to statuses is in section 2.17.
+# table that maps codes to statuses is in section 2.18.
 
 
 class ManagerError(Exception):
@@ -5321,7 +5322,218 @@ def _writes_json(writes: Sequence[tuple[bytes, bytes]]) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 2.12 LLM providers
+# 2.12 Outgoing HTTP
+# =============================================================================
+#
+# Owns the one way in which a response is received: its body with a limit of size,
+# and what went wrong by kind. Providers, signer, webdriver and the pages of
+# contracts are asked with it. Uses treq and errors. Never knows what is asked;
+# whoever asks limits the time, which is over more than the exchange.
+
+HTTP_CONNECT_SECONDS = 60.0
+_GZIP = (b"gzip", b"x-gzip")
+
+
+class HttpFailure(Exception):
+    """There is no whole response; ``status`` tells that its head had come.
+
+    ``kind`` is ``config`` (such a URL cannot be asked), ``dns``, ``connect``, ``tls``,
+    ``timeout`` (no connection), or ``bad_response``. The cause is the exception that it was.
+    """
+
+    def __init__(self, kind: str, detail: str, status: int | None = None) -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.detail = detail
+        self.status = status
+
+
+@frozen
+class HttpReply:
+    """A response; ``unpacked`` tells that its body came compressed."""
+
+    status: int
+    headers: Headers
+    body: bytes
+    unpacked: bool
+
+
+class _BadBody(Exception):
+    """A response body is longer than its reader takes, or not what it says to be."""
+
+
+class BodyReader(Protocol):
+    """Collects a response body up to a limit; cancelling drops the connection."""
+
+    transport: Any = None
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._data = bytearray()
+        self.done: Deferred[bytes] = Deferred(lambda _: self._drop())
+
+    def dataReceived(self, data: bytes) -> None:
+        """See ``Protocol``."""
+        self._data += data
+        if len(self._data) > self._limit:
+            self._drop()
+            if not self.done.called:
+                self.done.errback(_BadBody(f"longer than {self._limit} bytes"))
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """See ``Protocol``."""
+        if self.done.called:
+            return
+        if reason.check(ResponseDone, PotentialDataLoss):
+            self.done.callback(bytes(self._data))
+        else:
+            self.done.errback(reason)
+
+    def _drop(self) -> None:
+        self._data.clear()
+        if self.transport is not None:
+            self.transport.loseConnection()
+
+
+class GzipReader(BodyReader):
+    """Collects a compressed body; the limit is that of the text."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        self._begun = False
+
+    def dataReceived(self, data: bytes) -> None:
+        """See ``Protocol``."""
+        self._begun = True
+        try:
+            while data and not self.done.called:
+                if self._gzip.eof:  # another member of the file follows
+                    self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
+                room = self._limit - len(self._data) + 1
+                super().dataReceived(self._gzip.decompress(data, room))
+                data = self._gzip.unconsumed_tail or self._gzip.unused_data
+        except zlib.error as error:
+            self.done.errback(_BadBody(f"gzip: {error}"))
+            self._drop()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """See ``Protocol``."""
+        if self._begun and not self._gzip.eof and not self.done.called:
+            self.done.errback(_BadBody("gzip: cut off"))
+        super().connectionLost(reason)
+
+
+async def reply_of(
+    sent: Awaitable[Any],
+    limit: int,
+    *,
+    unpack: bool = True,
+    has_body: Callable[[Any], bool] = lambda response: True,
+) -> HttpReply:
+    """Return the reply to a request, unpacked, with a body of at most ``limit`` bytes.
+
+    ``sent`` has the response's head. A body that is not wanted is not read. Raises
+    ``HttpFailure``; cancelling drops the connection.
+    """
+    status = None
+    try:
+        response = await sent
+        status = response.code
+        # treq's decoder has no limit for what a piece may become.
+        raw, reader, unpacked = getattr(response, "original", response), BodyReader(limit), False
+        while isinstance(raw, GzipDecoder):  # more than once is nothing that a provider does
+            raw, unpacked = raw.original, True
+        codings = raw.headers.getRawHeaders(b"content-encoding") or []
+        unpacked |= unpack and len(codings) == 1 and codings[0].strip().lower() in _GZIP
+        if unpacked:
+            reader = GzipReader(limit)
+        raw.deliverBody(reader)
+        if not has_body(response):
+            reader.done.addErrback(lambda _: b"")
+            reader.done.cancel()
+        return HttpReply(status, raw.headers, await reader.done, unpacked)
+    except CancelledError:
+        raise
+    except Exception as error:
+        if _was_cancelled(error):
+            raise CancelledError from None
+        kind, detail = connection_problem(error)
+        raise HttpFailure(kind, detail, status) from error
+
+
+def _was_cancelled(error: BaseException) -> bool:
+    causes = (failure.value for failure in getattr(error, "reasons", ()))
+    return isinstance(error, (CancelledError, ConnectingCancelledError)) or any(
+        map(_was_cancelled, causes)
+    )
+
+
+def connection_problem(error: BaseException) -> tuple[str, str]:
+    """Return what kind of failure an exception of the HTTP client is, and its text."""
+    inner = getattr(error, "reasons", None)
+    if inner:
+        return connection_problem(inner[0].value)
+    if isinstance(error, DNSLookupError):
+        return "dns", str(error)
+    if isinstance(error, (SSLError, VerificationError)):
+        return "tls", str(error) or type(error).__name__
+    if isinstance(error, (ConnectTimeoutError, TCPTimedOutError)):
+        return "timeout", str(error)
+    if isinstance(error, _BadBody):
+        return "bad_response", str(error)
+    if type(error).__name__ == "ParseError":  # Twisted's, for a reply that is not HTTP; private
+        return "bad_response", f"not HTTP: {error}"
+    if isinstance(error, (SchemeNotSupported, UnicodeError, hyperlink.URLParseError)):
+        return "config", f"host: {error}"
+    return "connect", str(error) or type(error).__name__
+
+
+@frozen
+class HttpClient:
+    """Asks services that the operator names, through one pool of connections."""
+
+    _http: treq.client.HTTPClient
+
+    @classmethod
+    def create(cls, reactor: Any, pool: HTTPConnectionPool) -> HttpClient:
+        """Return a client that verifies certificates and keeps no cookies."""
+        agent = Agent(reactor, connectTimeout=HTTP_CONNECT_SECONDS, pool=pool)
+        refuse_all = DefaultCookiePolicy(allowed_domains=[])
+        return cls(treq.client.HTTPClient(cast(Any, agent), IndexableCookieJar(refuse_all)))
+
+    async def exchange(
+        self,
+        method: str,
+        url: str,
+        limit: int,
+        *,
+        headers: Headers | None = None,
+        data: bytes | None = None,
+    ) -> HttpReply:
+        """Return the reply, with a body of at most ``limit`` bytes; raises ``HttpFailure``.
+
+        A kept connection that the service closes while it is used again is no answer: the
+        request is sent once more. So it is on a new one, which cannot be told apart.
+        """
+        for last in (False, True):
+            # A redirect would take a key along to wherever it leads.
+            options: dict[str, Any] = {"allow_redirects": False, "unbuffered": True}
+            options |= {"headers": headers, "data": data}
+            sent = maybeDeferred(self._http.request, method, url, **options)
+            try:
+                return await reply_of(sent, limit)
+            except HttpFailure as failure:
+                error = failure.__cause__
+                if last or not isinstance(error, ResponseNeverReceived):
+                    raise
+                if not all(reason.check(ConnectionDone) for reason in error.reasons):
+                    raise
+        raise AssertionError("unreachable")
+
+
+# =============================================================================
+# 2.13 LLM providers
 # =============================================================================
 #
 # Owns how a language model is asked: the requests and answers of each kind of
@@ -5725,103 +5937,17 @@ def provider_named(name: str) -> Provider:
 
 
 # =============================================================================
-# 2.13 LLM client
+# 2.14 LLM client
 # =============================================================================
 #
-# Owns the exchange with a provider: one pool of connections, limits of time
-# and size, and what went wrong. Uses treq and LLM providers. Never knows who
-# asks, or why.
-
-
-class _BadBody(Exception):
-    """A response body is longer than its reader takes, or not what it says to be."""
-
-
-class BodyReader(Protocol):
-    """Collects a response body up to a limit; cancelling drops the connection."""
-
-    transport: Any = None
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._data = bytearray()
-        self.done: Deferred[bytes] = Deferred(lambda _: self._drop())
-
-    def dataReceived(self, data: bytes) -> None:
-        """See ``Protocol``."""
-        self._data += data
-        if len(self._data) > self._limit:
-            self._drop()
-            if not self.done.called:
-                self.done.errback(_BadBody(f"longer than {self._limit} bytes"))
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """See ``Protocol``."""
-        if self.done.called:
-            return
-        if reason.check(ResponseDone, PotentialDataLoss):
-            self.done.callback(bytes(self._data))
-        else:
-            self.done.errback(reason)
-
-    def _drop(self) -> None:
-        self._data.clear()
-        if self.transport is not None:
-            self.transport.loseConnection()
-
-
-class GzipReader(BodyReader):
-    """Collects a compressed body; the limit is that of the text."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(limit)
-        self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        self._begun = False
-
-    def dataReceived(self, data: bytes) -> None:
-        """See ``Protocol``."""
-        self._begun = True
-        try:
-            while data and not self.done.called:
-                if self._gzip.eof:  # another member of the file follows
-                    self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
-                room = self._limit - len(self._data) + 1
-                super().dataReceived(self._gzip.decompress(data, room))
-                data = self._gzip.unconsumed_tail or self._gzip.unused_data
-        except zlib.error as error:
-            self.done.errback(_BadBody(f"gzip: {error}"))
-            self._drop()
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """See ``Protocol``."""
-        if self._begun and not self._gzip.eof and not self.done.called:
-            self.done.errback(_BadBody("gzip: cut off"))
-        super().connectionLost(reason)
-
-
-def _read_body(response: Any, limit: int) -> Deferred[bytes]:
-    """Return the body of a response of treq.
-
-    A compressed one is unpacked here: treq's decoder has no limit for what a piece may become.
-    """
-    raw, reader = getattr(response, "original", response), BodyReader(limit)
-    while isinstance(raw, GzipDecoder):  # more than once is nothing that a provider does
-        raw, reader = raw.original, GzipReader(limit)
-    raw.deliverBody(reader)
-    return reader.done
-
-
-def make_http_client(reactor: Any, pool: HTTPConnectionPool) -> treq.client.HTTPClient:
-    """Return an HTTP client that verifies certificates and keeps no cookies."""
-    agent = Agent(reactor, connectTimeout=LLM_SECONDS, pool=pool)
-    refuse_all = DefaultCookiePolicy(allowed_domains=[])
-    return treq.client.HTTPClient(cast(Any, agent), IndexableCookieJar(refuse_all))
+# Owns the exchange with a provider, its limits of time and size, and what went
+# wrong. Uses outgoing HTTP and LLM providers. Never knows who asks, or why.
 
 
 class LlmClient:
-    """Asks models over HTTP, through one pool of connections."""
+    """Asks models over HTTP."""
 
-    def __init__(self, reactor: Any, http: treq.client.HTTPClient) -> None:
+    def __init__(self, reactor: Any, http: HttpClient) -> None:
         self._reactor = reactor
         self._http = http
 
@@ -5854,21 +5980,18 @@ class LlmClient:
             return headers, json.dumps(request.body).encode()
 
         headers, data = await self._work(prompt.size, encode)
-        status = None
         try:
-            response = await self._send(url, headers, data)
-            status = response.code
-            body = await _read_body(response, LLM_ANSWER_MAX_BYTES)
-        except CancelledError:
-            raise
-        except Exception as error:
-            if any(reason.check(CancelledError) for reason in getattr(error, "reasons", ())):
-                raise CancelledError from None
-            kind, detail = connection_problem(error)
-            detail = detail if status is None else f"in the body of its answer: {detail}"
+            reply = await self._http.exchange(
+                "POST", url, LLM_ANSWER_MAX_BYTES, headers=headers, data=data
+            )
+        except HttpFailure as failure:
+            status = failure.status
+            detail = f"in the body of its answer: {failure}" if status else str(failure)
+            kind = ErrorKind(failure.kind)
             raise ProviderError(kind, detail, url=url, status=status) from None
-        if status != 200:
-            raise status_problem(response.code, url, body, backend.key)
+        body = reply.body
+        if reply.status != 200:
+            raise status_problem(reply.status, url, body, backend.key)
 
         def read() -> LlmAnswer:
             try:
@@ -5894,30 +6017,6 @@ class LlmClient:
         if size <= INLINE_LLM_BYTES:
             return work()
         return await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work)
-
-    async def _send(self, url: str, headers: Headers, data: bytes) -> Any:
-        """Send a request and return the response; its body is still to come.
-
-        A kept connection that the provider closes while it is used again is no answer: the
-        request is sent once more. So it is on a new one, which cannot be told apart.
-        """
-        for last in (False, True):
-            try:
-                return await self._http.request(
-                    "POST",
-                    url,
-                    headers=headers,
-                    data=data,
-                    # A redirect would take the key along to wherever it leads.
-                    allow_redirects=False,
-                    unbuffered=True,
-                    reactor=self._reactor,
-                )
-            except ResponseNeverReceived as error:
-                closed = all(reason.check(ConnectionDone) for reason in error.reasons)
-                if last or not closed:
-                    raise
-        raise AssertionError("unreachable")
 
 
 def masked(body: bytes, key: str) -> str:
@@ -5959,26 +6058,6 @@ def provider_of(backend: Backend) -> tuple[Provider, str]:
         detail = "key: has characters that cannot be sent in a header"
         raise ProviderError(ErrorKind.CONFIG, detail)
     return provider, provider_url(backend.host, provider.path(backend))
-
-
-def connection_problem(error: BaseException) -> tuple[ErrorKind, str]:
-    """Return what kind of problem an exception of the HTTP client is, and its text."""
-    inner = getattr(error, "reasons", None)
-    if inner:
-        return connection_problem(inner[0].value)
-    if isinstance(error, DNSLookupError):
-        return ErrorKind.DNS, str(error)
-    if isinstance(error, (SSLError, VerificationError)):
-        return ErrorKind.TLS, str(error) or type(error).__name__
-    if isinstance(error, (ConnectTimeoutError, TCPTimedOutError)):
-        return ErrorKind.TIMEOUT, str(error)
-    if isinstance(error, _BadBody):
-        return ErrorKind.BAD_RESPONSE, str(error)
-    if type(error).__name__ == "ParseError":  # Twisted's, for a reply that is no HTTP; private
-        return ErrorKind.BAD_RESPONSE, f"no HTTP: {error}"
-    if isinstance(error, (SchemeNotSupported, UnicodeError, hyperlink.URLParseError)):
-        return ErrorKind.CONFIG, f"host: {error}"
-    return ErrorKind.CONNECT, str(error) or type(error).__name__
 
 
 def _error_inside(found: Any) -> int | None:
@@ -6028,7 +6107,7 @@ def _provider_message(text: str) -> str:
 
 
 # =============================================================================
-# 2.14 Availability check
+# 2.15 Availability check
 # =============================================================================
 #
 # Owns the check of provider configurations: every configuration with every
@@ -6329,7 +6408,7 @@ def _failed_check(problem: ProviderError, scrub: Callable[[str], str]) -> CheckR
 
 
 # =============================================================================
-# 2.15 Module processes
+# 2.16 Module processes
 # =============================================================================
 #
 # Owns what one process of a module is: its setup, its address, what it says.
@@ -6548,7 +6627,7 @@ class Generation:
 
 
 # =============================================================================
-# 2.16 Modules
+# 2.17 Modules
 # =============================================================================
 #
 # Owns the LLM and Web modules over time: states, generations, readiness,
@@ -7026,7 +7105,7 @@ def _read_module_file(path: Path) -> dict[str, Any]:
 
 
 # =============================================================================
-# 2.17 HTTP connections
+# 2.18 HTTP connections
 # =============================================================================
 #
 # Owns how requests arrive and answers leave: status codes, limits of size and
@@ -7448,7 +7527,7 @@ class PieceProducer:
 
 
 # =============================================================================
-# 2.18 HTTP API
+# 2.19 HTTP API
 # =============================================================================
 #
 # Owns the routes: the path, the form of the body, the call, the answer. The
@@ -9158,7 +9237,7 @@ class LlmService(ModuleService):
         settings = read_llm_settings(setup.config, allow_empty=setup.allow_empty_backends)
         for note in settings.notes:
             cls.log.warn("{text}", text=note)
-        http = make_http_client(reactor, HTTPConnectionPool(reactor))
+        http = HttpClient.create(reactor, HTTPConnectionPool(reactor))
         return cls(settings, reactor, LlmClient(reactor, http), redactor)
 
     def statistics(self) -> dict[str, Any]:
@@ -9987,14 +10066,6 @@ def joined_headers(headers: Headers) -> dict[str, bytes]:
     }
 
 
-def was_cancelled(error: BaseException) -> bool:
-    """Tell whether an exception of the HTTP client says that the request was cancelled."""
-    causes = (failure.value for failure in getattr(error, "reasons", ()))
-    return isinstance(error, (CancelledError, ConnectingCancelledError)) or any(
-        map(was_cancelled, causes)
-    )
-
-
 @implementer(IBodyProducer)
 class _Body:
     """A request body in memory, sent piece by piece as the server takes it."""
@@ -10064,17 +10135,15 @@ class WebClient:
         """Return the response at the end of all redirects; raises ``RequestFailure``."""
         origin = request.target.url
         for _ in range(MAX_REDIRECTS + 1):
-            response, unpacked = await self._send(request, traffic)
-            location = response.headers.getRawHeaders(b"location")
-            if response.code not in _REDIRECTS or not location:
-                body = await self._read(request, response, traffic, unpacked=unpacked)
-                headers = joined_headers(response.headers)
-                if unpacked:
+            reply = await self._exchange(request, traffic)
+            if not _leads_on(reply.status, reply.headers):
+                headers = joined_headers(reply.headers)
+                if reply.unpacked:
                     headers.pop("content-encoding", None)
                     headers.pop("content-length", None)
-                return WebResponse(response.code, headers, body)
-            _forget_body(response)
-            request = self._follow(request, response.code, location[0])
+                return WebResponse(reply.status, headers, reply.body)
+            location = reply.headers.getRawHeaders(b"location", [])[0]
+            request = self._follow(request, reply.status, location)
         raise refused("TOO_MANY_REDIRECTS", origin, f"more than {MAX_REDIRECTS}")
 
     def _follow(self, request: WebRequest, status: int, location: bytes) -> WebRequest:
@@ -10089,12 +10158,28 @@ class WebClient:
             raise refused("SCHEMA_FORBIDDEN", url, "a redirect from https to http")
         return request.redirected(status, target)
 
-    async def _send(self, request: WebRequest, traffic: Traffic) -> tuple[Any, bool]:
-        """Return the response's head, and whether its body is to be decompressed."""
+    async def _exchange(self, request: WebRequest, traffic: Traffic) -> HttpReply:
+        sent = self._send(request, traffic)
+        # Who asks for an encoding gets what the server sends.
+        unpack = "accept-encoding" not in request.headers
+
+        def has_body(response: Any) -> bool:
+            return not _leads_on(response.code, response.headers)
+
+        try:
+            return await reply_of(sent, WEB_BODY_MAX_BYTES, unpack=unpack, has_body=has_body)
+        except HttpFailure as failure:
+            if isinstance(failure.__cause__, RequestFailure):
+                raise failure.__cause__ from None
+            cause = "SENDING_REQUEST" if failure.status is None else "READING_BODY"
+            reason = _too_much(traffic) or failure.detail
+            raise refused(cause, request.target.url, reason) from None
+
+    async def _send(self, request: WebRequest, traffic: Traffic) -> Any:
+        """Return the response's head."""
         target = request.target
         headers = Headers({k.encode(): [value] for k, value in request.headers.items()})
-        asks_gzip = not headers.hasHeader(b"accept-encoding")
-        if asks_gzip:
+        if not headers.hasHeader(b"accept-encoding"):
             headers.setRawHeaders(b"accept-encoding", [b"gzip"])
         if not headers.hasHeader(b"user-agent"):
             headers.setRawHeaders(b"user-agent", [f"genvm-manager/{__version__}".encode()])
@@ -10106,49 +10191,25 @@ class WebClient:
         # Twisted keeps all headers, however many; each costs far more than its bytes.
         traffic.limit = min(whole, traffic.received + WEB_HEAD_MAX_BYTES)
         try:
-            response: Any = await agent.request(
+            return await agent.request(
                 request.method.encode(), target.url.encode(), headers, cast(Any, body)
             )
-        except RequestFailure:
+        except Exception:
+            if reason := _too_much(traffic):
+                raise refused("SENDING_REQUEST", target.url, reason) from None
             raise
-        except Exception as error:
-            if was_cancelled(error):
-                raise CancelledError from None
-            raise self._problem("SENDING_REQUEST", target, error, traffic) from None
         finally:
             traffic.limit = whole
-        coding = response.headers.getRawHeaders(b"content-encoding") or [b""]
-        gzip = len(coding) == 1 and coding[0].strip().lower() in (b"gzip", b"x-gzip")
-        return response, asks_gzip and gzip
-
-    async def _read(
-        self, request: WebRequest, response: Any, traffic: Traffic, *, unpacked: bool
-    ) -> bytes:
-        reader = (GzipReader if unpacked else BodyReader)(WEB_BODY_MAX_BYTES)
-        response.deliverBody(reader)
-        try:
-            return await reader.done
-        except CancelledError:
-            raise
-        except Exception as error:
-            raise self._problem("READING_BODY", request.target, error, traffic) from None
-
-    def _problem(
-        self, cause: str, target: Target, error: Exception, traffic: Traffic
-    ) -> RequestFailure:
-        if traffic.received > traffic.limit:
-            return refused(cause, target.url, f"more than {traffic.limit} bytes were received")
-        if isinstance(error, ProviderError):
-            return refused(cause, target.url, error.message)
-        return refused(cause, target.url, connection_problem(error)[1])
 
 
-def _forget_body(response: Any) -> None:
-    """Close the connection below a response whose body nobody wants."""
-    reader = BodyReader(0)
-    response.deliverBody(reader)
-    reader.done.addErrback(lambda _: None)
-    reader.done.cancel()
+def _leads_on(status: int, headers: Headers) -> bool:
+    """Tell whether a response is a redirect that is followed."""
+    return status in _REDIRECTS and bool(headers.getRawHeaders(b"location"))
+
+
+def _too_much(traffic: Traffic) -> str:
+    exceeded = traffic.received > traffic.limit
+    return f"more than {traffic.limit} bytes were received" if exceeded else ""
 
 
 # --- signatures ---
@@ -10199,7 +10260,7 @@ class RequestSigner:
     def __init__(
         self,
         signer: Signer,
-        http: treq.client.HTTPClient,
+        http: HttpClient,
         reactor: Any,
         *,
         now: Callable[[], float] = time.time,
@@ -10241,29 +10302,19 @@ class RequestSigner:
             name.encode(): [self._header_value(self._fill(text, variables))]
             for name, text in self._signer.headers.items()
         }
+        data = base.encode("latin-1")
         try:
-            response = await self._http.request(
-                "POST",
-                url,
-                headers=Headers(headers),
-                data=base.encode("latin-1"),
-                allow_redirects=False,
-                unbuffered=True,
+            reply = await self._http.exchange(
+                "POST", url, SIGNATURE_MAX_BYTES, headers=Headers(headers), data=data
             )
-            reader = BodyReader(SIGNATURE_MAX_BYTES)
-            response.deliverBody(reader)
-            body = await reader.done
-        except ProviderError as error:
-            raise _signing_failed("READING_BODY", error.message) from None
-        except Exception as error:
-            if was_cancelled(error):
-                raise CancelledError from None
-            kind, text = connection_problem(error)
-            self.log.warn("the signer cannot be asked: {text}", text=text)
-            raise _signing_failed("SENDING_REQUEST", f"no connection: {kind.value}") from None
-        if response.code != 200:
-            raise _signing_failed("STATUS_NOT_OK", f"status {response.code}")
-        return body
+        except HttpFailure as failure:
+            self.log.warn("the signer cannot be asked: {text}", text=failure.detail)
+            if failure.status is not None:
+                raise _signing_failed("READING_BODY", failure.detail) from None
+            raise _signing_failed("SENDING_REQUEST", f"no connection: {failure.kind}") from None
+        if reply.status != 200:
+            raise _signing_failed("STATUS_NOT_OK", f"status {reply.status}")
+        return reply.body
 
     def _fill(self, text: str, variables: Mapping[str, str]) -> str:
         def value_of(match: re.Match[str]) -> str:
@@ -11126,7 +11177,7 @@ class WebdriverClient:
     """Renders pages by way of a webdriver service."""
 
     def __init__(
-        self, reactor: Any, rules: UrlRules, http: treq.client.HTTPClient, host: str, timeout: float
+        self, reactor: Any, rules: UrlRules, http: HttpClient, host: str, timeout: float
     ) -> None:
         self._reactor = reactor
         self._http = http
@@ -11151,25 +11202,19 @@ class WebdriverClient:
         except DNSLookupError as error:
             raise page_failed(target.url, 0, str(error)) from None
         query = urlencode({"url": target.url, "mode": mode, "waitAfterLoaded": f"{wait:g}"})
+        url = f"{self._host}/render?{query}"
         try:
-            response = await self._http.request(
-                "GET", f"{self._host}/render?{query}", allow_redirects=False, unbuffered=True
-            )
-            reader = BodyReader(RENDER_MAX_BYTES)
-            response.deliverBody(reader)
-            body = await reader.done
-        except ProviderError as error:
-            raise self._failed("READING_BODY", reason=error.message) from None
-        except Exception as error:
-            if was_cancelled(error):
-                raise CancelledError from None
-            raise self._failed("SENDING_REQUEST", reason=connection_problem(error)[1]) from None
+            reply = await self._http.exchange("GET", url, RENDER_MAX_BYTES)
+        except HttpFailure as failure:
+            cause = "SENDING_REQUEST" if failure.status is None else "READING_BODY"
+            raise self._failed(cause, reason=failure.detail) from None
+        body = reply.body
         traffic.take(len(body))
         text = body.decode("utf-8", "replace")
-        if response.code != 200:
+        if reply.status != 200:
             shown_body = text[:REPORTED_BODY_CHARACTERS]
-            raise self._failed("STATUS_NOT_OK", status=response.code, body=shown_body)
-        given = response.headers.getRawHeaders("resulting-status", [""])[0].strip()
+            raise self._failed("STATUS_NOT_OK", status=reply.status, body=shown_body)
+        given = reply.headers.getRawHeaders("resulting-status", [""])[0].strip()
         if not given.isascii() or not given.isdigit() or len(given) > 3:
             raise self._failed("READING_BODY", reason="no header Resulting-Status")
         status = int(given)
@@ -11210,7 +11255,7 @@ class WebService(ModuleService):
             redactor.add(secret)
         settings = read_web_settings(setup.config)
         rules = settings.rules
-        http = make_http_client(reactor, HTTPConnectionPool(reactor))
+        http = HttpClient.create(reactor, HTTPConnectionPool(reactor))
         signer = None if settings.signer is None else RequestSigner(settings.signer, http, reactor)
         renderer: ChromiumRenderer | WebdriverClient | None = None
         if settings.webdriver == LOCAL_CHROMIUM:
@@ -12409,6 +12454,7 @@ def install_practice_executor(root: Path, version: str) -> Path:
 
 DEMO_VERSION = "v0.1.0"
 DEMO_SECONDS = 60.0
+DEMO_ANSWER_BYTES = MIB
 DEMO_CONTRACT = """\
 # v0.1.0
 on init
@@ -12472,7 +12518,8 @@ class Demo:
         self._reactor = reactor
         self._folder = folder
         self._say = say
-        self._http = make_http_client(reactor, HTTPConnectionPool(reactor, persistent=False))
+        pool = HTTPConnectionPool(reactor, persistent=False)
+        self._http = HttpClient.create(reactor, pool)
         self._base = ""
 
     async def run(self) -> CalldataValue:
@@ -12537,11 +12584,11 @@ class Demo:
         if body is not None:
             self._say(f"   > {json.dumps(body)}")
         data = None if body is None else json.dumps(body).encode()
-        response = await self._soon(self._http.request(method, self._base + path, data=data))
-        text = await self._soon(response.text())
-        self._say(f"   < {response.code} {text}\n")
-        answer: dict[str, Any] = json.loads(text)
-        if response.code != 200:
+        asking = self._http.exchange(method, self._base + path, DEMO_ANSWER_BYTES, data=data)
+        reply = await self._soon(Deferred.fromCoroutine(asking))
+        self._say(f"   < {reply.status} {reply.body.decode()}\n")
+        answer: dict[str, Any] = json.loads(reply.body)
+        if reply.status != 200:
             raise HostProtocolError(f"{method} {path} failed: {answer['error']}")
         return answer
 
@@ -12642,7 +12689,7 @@ class ManagerService(Service):
             config, reactor, self.manifest, self.spawner, self.executions
         )
         self._pool = HTTPConnectionPool(reactor)
-        http = make_http_client(reactor, self._pool)
+        http = HttpClient.create(reactor, self._pool)
         self.api = Api(
             config,
             reactor,

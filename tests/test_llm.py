@@ -42,6 +42,7 @@ from twisted.web.client import (
 )
 from twisted.web.error import SchemeNotSupported
 from twisted.web.http import PotentialDataLoss
+from twisted.web.http_headers import Headers
 
 from genvm_manager import (
     CHECK_RESPONSE_CHARACTERS,
@@ -58,6 +59,7 @@ from genvm_manager import (
     CheckBody,
     Config,
     ErrorKind,
+    HttpClient,
     Image,
     InvalidRequest,
     LlmAnswer,
@@ -745,7 +747,7 @@ def wrapped(error: Exception) -> Exception:
 def test_kind_of_an_exception(error: Exception, kind: ErrorKind) -> None:
     problem = asked(error=error).problem
     assert (problem.kind, problem.status) == (kind, None)
-    assert connection_problem(error)[0] is kind
+    assert connection_problem(error)[0] == kind.value
     assert problem.message
 
 
@@ -773,6 +775,7 @@ class FakeResponse:
 
     def __init__(self, code: int = 200) -> None:
         self.code = code
+        self.headers = Headers()
         self.length = None
         self.transport = FakeBody()
         self.protocol: Any = None
@@ -817,7 +820,7 @@ class Exchange:
         self.http = FakeHttp()
         self.clock = ThreadlessReactor()
         self.result: list[Any] = []
-        client = LlmClient(self.clock, cast(HTTPClient, self.http))
+        client = LlmClient(self.clock, HttpClient(cast(HTTPClient, self.http)))
         self.waiting = client.ask(target or backend(), prompt, mode)
         self.waiting.addBoth(self.result.append)
 
@@ -1511,7 +1514,7 @@ def test_the_time_limit_of_a_prompt_goes_over_that_of_a_configuration(
 def replied(body: bytes, status: int = 400, key: str = KEY, **changes: Any) -> dict[str, Any]:
     """Return the result of a check whose provider answers with a body."""
     http = FakeHttp()
-    client = LlmClient(Clock(), cast(HTTPClient, http))
+    client = LlmClient(Clock(), HttpClient(cast(HTTPClient, http)))
     checked = Checked([config(**{"key": key, **changes})], [prompt()], client=client)
     if http.responses:
         response = FakeResponse(status)

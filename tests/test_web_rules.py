@@ -38,6 +38,7 @@ from genvm_manager import (
     Caller,
     CheckedEndpoint,
     ConfigError,
+    HttpClient,
     InvalidRequest,
     Names,
     NameThreads,
@@ -682,7 +683,7 @@ class UnreachableSigner:
 @pytest.mark.parametrize("size", [INLINE_DIGEST_BYTES, INLINE_DIGEST_BYTES + 1])
 def test_large_bodies_are_hashed_in_a_thread(threads: Threads, size: int) -> None:
     http, body = UnreachableSigner(), bytes(size)
-    signer = RequestSigner(Signer("http://signer/", {}), cast(Any, http), threads)
+    signer = RequestSigner(Signer("http://signer/", {}), HttpClient(cast(Any, http)), threads)
     request = WebRequest("POST", RULES.check("https://example.com/"), {}, body)
     work = Deferred.fromCoroutine(signer.sign(request, Caller("c1", None, {})))
     assert (body in threads.running) == (size > INLINE_DIGEST_BYTES)

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import (
     encode_dss_signature,
 )
 
-from genvm_manager import CALLER_LOOKUPS
+from genvm_manager import CALLER_LOOKUPS, RENDER_MAX_BYTES, SIGNATURE_MAX_BYTES
 
 from .support import WAIT, Root, eventually, memory_of, report, timed
 from .test_module_service import call
@@ -799,9 +799,12 @@ def test_signing(start: Start, web: WebServer) -> None:
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
+        ({"signer_url": "none"}, "SENDING_REQUEST"),
         ({"signer_url": "http://127.0.0.1:1/"}, "SENDING_REQUEST"),
         ({"signer_url": "http://signer.inside.test/"}, "SENDING_REQUEST"),
         ({"signer_url": "URL/none"}, "STATUS_NOT_OK"),
+        ({"signer_url": "URL/long"}, "READING_BODY"),
+        ({"signer_url": "URL/broken"}, "READING_BODY"),
         ({"signer_url": "URL/#{unknown}"}, "TEMPLATE"),
         ({"signer_url": "URL/", "signer_headers": {"x": "#{unknown}"}}, "TEMPLATE"),
     ],
@@ -810,6 +813,8 @@ def test_signers_that_fail(
     start: Start, web: WebServer, changes: dict[str, Any], cause: str
 ) -> None:
     url = changes["signer_url"].replace("URL", web.url)
+    web.answers["/long"] = lambda e: e.reply(bytes(SIGNATURE_MAX_BYTES + 1))
+    web.answers["/broken"] = lambda e: e.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx")
     module = start(**{**changes, "signer_url": url})
     text = module.get(f"{web.url}/page", sign=True)["FatalError"]
     assert f'causes: ["SIGNING_FAILED", "{cause}"], fatal: true' in text
@@ -867,6 +872,10 @@ def test_webdriver_errors(start: Start, web: WebServer) -> None:
     assert '"status": Number(500.0), "body": Str("broken")' in text
     webdriver(web, b"no status")
     assert '"READING_BODY"' in module.render("http://trusted.test/")["FatalError"]
+    webdriver(web, bytes(RENDER_MAX_BYTES + 1), b"Resulting-Status: 200")
+    text = module.render("http://trusted.test/")["FatalError"]
+    assert 'causes: ["READING_BODY"]' in text
+    assert f"longer than {RENDER_MAX_BYTES} bytes" in text
     assert (
         '"SENDING_REQUEST"'
         in (start(webdriver_host="http://127.0.0.1:1").render("http://trusted.test/")["FatalError"])
