@@ -1208,6 +1208,9 @@ class Config:
     version_detection: str = _setting(
         DETECTION, "native", "native, or executor to ask the newest executor"
     )
+    readonly_extra_args: tuple[str, ...] = _setting(
+        NAMES, (), "arguments that executors need in read-only runs, such as --allow-latest"
+    )
     llm_check_concurrency: int = _setting(COUNT, 20, "models that POST /llm/check asks at once")
     env_allow: tuple[str, ...] = _setting(NAMES, (), "protected variables that POST /env may set")
     allowed_hosts: tuple[str, ...] = _setting(NAMES, (), "further names accepted in Host")
@@ -2352,6 +2355,12 @@ CODE_SLOT: Final = hashlib.sha3_256(bytes(32) + (1).to_bytes(4, "little")).diges
 """The storage slot that holds a contract's code (PROTOCOLS.md section 4)."""
 
 
+def require_code(code: bytes) -> None:
+    """Raise ``InvalidRequest`` if there is no code."""
+    if not code:
+        raise InvalidRequest("the contract code is empty: send the code as the request body")
+
+
 def deployment_writes(code: bytes) -> list[tuple[bytes, bytes]]:
     """Return the storage writes, (key, value), that deploy ``code``.
 
@@ -2359,8 +2368,7 @@ def deployment_writes(code: bytes) -> list[tuple[bytes, bytes]]:
     code, the second the code itself. Raises InvalidRequest for code that is empty or that a slot
     cannot hold.
     """
-    if not code:
-        raise InvalidRequest("the contract code is empty: send the code as the request body")
+    require_code(code)
     if len(code) > STORAGE_INDEX_LIMIT - CODE_OFFSET:
         raise InvalidRequest("the contract code does not fit in a storage slot (4 GiB)")
     length = len(code).to_bytes(CODE_OFFSET, "little")
@@ -3680,6 +3688,8 @@ LOG_MAX_BYTES = 16 * MIB
 LOG_LINE_MAX_BYTES = 6 * MIB
 #: A line with more members is kept as text: reading them would hold the reactor.
 LOG_LINE_MAX_MEMBERS = 50_000
+#: What is kept of the stderr of a run whose output nobody asked for.
+UNREAD_STDERR_BYTES = 2000
 #: The same for a line that goes to the manager's log, where each member is looked at for secrets.
 FORWARDED_MEMBERS = 1000
 LISTED_FINISHED = 1000
@@ -4048,14 +4058,25 @@ class LogForwarder:
         self._genvm_id = genvm_id
         self._enabled = enabled
         self._lines = LineSplitter(LOG_LINE_MAX_BYTES, self._forward)
+        self._errors = BoundedTail(UNREAD_STDERR_BYTES)
 
-    def add(self, _fd: int, data: bytes) -> None:
-        """Take bytes of the log pipe, the only one that is read."""
-        self._lines.add(data)
+    @property
+    def stderr(self) -> str:
+        """The end of stderr; whole lines, since half a secret would not be known as one."""
+        text = self._errors.content.decode("utf-8", "replace")
+        return ((self._errors.truncated and text.partition("\n")[2]) or text).strip()
 
-    def cut(self, _fd: int) -> None:
+    def add(self, fd: int, data: bytes) -> None:
+        """Take bytes from one of the executor's descriptors."""
+        if fd == LOG_FD:
+            self._lines.add(data)
+        else:
+            self._errors.add(data)
+
+    def cut(self, fd: int) -> None:
         """More was written than is read."""
-        self.log.warn("the end of an executor's log is cut", genvm_id=self._genvm_id)
+        if fd == LOG_FD:
+            self.log.warn("the end of an executor's log is cut", genvm_id=self._genvm_id)
 
     def end(self) -> None:
         """Nothing follows."""
@@ -4121,7 +4142,8 @@ class _RunListener:
 
     def child_closed(self) -> None:
         self.sink.end()
-        self.owner.process_closed(self.execution)
+        unread = self.sink.stderr if isinstance(self.sink, LogForwarder) else ""
+        self.owner.process_closed(self.execution, unread)
 
 
 class Executions:
@@ -4340,7 +4362,7 @@ class Executions:
             pipes, nulls = {STDOUT, STDERR, LOG_FD}, {STDIN}
         else:
             sink = LogForwarder(execution.id, self._log_enabled)
-            pipes, nulls = {LOG_FD}, {STDIN, STDOUT, STDERR}
+            pipes, nulls = {STDERR, LOG_FD}, {STDIN, STDOUT}
         execution.move(State.RUNNING)
         execution.started_at, execution.began = self._now(), self._reactor.seconds()
         execution.deadline_timer = self._reactor.callLater(
@@ -4388,29 +4410,36 @@ class Executions:
         self._stop_deadline(execution)
         self._release(execution)
 
-    def process_closed(self, execution: Execution) -> None:
-        """The output is complete: the result can be read from now on."""
-        self._finish(execution, execution.cause or Cause.EXITED)
+    def process_closed(self, execution: Execution, unread: str) -> None:
+        """The output is complete: the result can be read from now on.
 
-    def _finish(self, execution: Execution, cause: Cause) -> None:
+        ``unread`` is the end of a stderr that nobody asked for.
+        """
+        self._finish(execution, execution.cause or Cause.EXITED, unread)
+
+    def _finish(self, execution: Execution, cause: Cause, unread: str = "") -> None:
         execution.move(State.FINISHED)
         execution.cause = cause
         execution.finished_at, execution.over = self._now(), self._reactor.seconds()
         self._retain(execution)
-        if self._log_enabled("info"):
-            self._log_end(execution)
+        failed = execution.exit is not None and execution.exit.code != 0
+        self._log_end(execution, {"stderr": unread} if failed and unread else {})
         execution.ended.fire(None)
         self._check_all_ended()
 
-    def _log_end(self, execution: Execution) -> None:
+    def _log_end(self, execution: Execution, details: Mapping[str, str]) -> None:
+        if not details and not self._log_enabled("info"):
+            return
         ran = 0.0 if execution.began is None else execution.over - execution.began
-        self.log.info(
+        say = self.log.warn if details else self.log.info
+        say(
             "execution finished",
             genvm_id=execution.id,
             cause=None if execution.cause is None else execution.cause.value,
             exit_code=None if execution.exit is None else execution.exit.code,
             signal=None if execution.exit is None else execution.exit.signal,
             ran_s=round(ran, 3),
+            **details,
         )
 
     def _check_all_ended(self) -> None:
@@ -5096,8 +5125,10 @@ class ContractOperations:
     async def major(self, code: bytes, moment: datetime) -> int:
         """Return the major version that runs a contract deployed at a moment.
 
-        Raises ``VersionNotAvailable``; asking an executor can raise ``DetectionFailed`` too.
+        Raises ``InvalidRequest`` where there is no code, ``VersionNotAvailable``; asking an
+        executor can raise ``DetectionFailed`` too.
         """
+        require_code(code)
         newest = self._manifest.newest_major(moment)
         if self._config.version_detection == "executor":
             version = self._manifest.resolve(newest, moment)
@@ -5243,7 +5274,7 @@ class ContractOperations:
             timestamp=cast(Timestamp, moment),
             host=host,
             max_execution_minutes=READONLY_SECONDS / 60,
-            extra_args=["--permissions", "rw"],
+            extra_args=[*self._config.readonly_extra_args, "--permissions", "rw"],
         )
 
     async def _run(

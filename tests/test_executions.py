@@ -170,7 +170,7 @@ def test_output_that_is_not_wanted_goes_nowhere() -> None:
     world = World()
     world.start(capture_output=True)
     world.start(capture_output=False)
-    assert world.spawner.descriptors == [({1, 2, 3}, {0}), ({3}, {0, 1, 2})]
+    assert world.spawner.descriptors == [({1, 2, 3}, {0}), ({2, 3}, {0, 1})]
 
 
 @pytest.mark.parametrize(("is_sync", "permits"), [(True, 1), (False, 2)])

@@ -169,7 +169,6 @@ def pid_in(path: Path) -> int:
         (b"# v99.0.0\n", NEWEST),
         (b"# v*.*.*\n", NEWEST),
         (b"import this\n", NEWEST),
-        (b"", NEWEST),
         (b"\xff\0", NEWEST),
         (b"\0asm\x01\0\0\0\0\x14\x0dgenvm.versionv0.1.0", 0),
         (b"PK\x05\x06" + bytes(18), NEWEST),
@@ -291,13 +290,13 @@ def asking() -> Iterator[tuple[Daemon, Root]]:
     root.close()
 
 
-@pytest.mark.parametrize("code", ["# v0.1.0\n", "// v5.0.0\n", "refused\n", ""])
+@pytest.mark.parametrize("code", ["# v0.1.0\n", "// v5.0.0\n", "refused\n"])
 def test_the_practice_executor_is_asked(asking: tuple[Daemon, Root], code: str) -> None:
     reply = ask(asking[0], DETECT, code, newest_is(0))
     is_answer(reply, {"specified_major": 0})
 
 
-@pytest.mark.parametrize("size", [0, 10, 5 * MIB], ids=["nothing", "little", "much"])
+@pytest.mark.parametrize("size", [10, 5 * MIB], ids=["little", "much"])
 def test_the_newest_executor_gets_the_contract(asking: tuple[Daemon, Root], size: int) -> None:
     daemon, root = asking
     code = bytes(range(256)) * (size // 256) + bytes(size % 256)
@@ -507,7 +506,7 @@ def test_other_majors_have_no_deployment_writes(daemon: Daemon, code: str) -> No
     is_error(ask(daemon, WRITES, code), "unsupported_major", "major 0")
 
 
-@pytest.mark.parametrize("path", [WRITES, SCHEMA])
+@pytest.mark.parametrize("path", ENDPOINTS)
 def test_no_code(daemon: Daemon, path: str) -> None:
     is_error(ask(daemon, path, b""), "invalid_request", "empty")
 
@@ -701,6 +700,21 @@ def test_runs_without_a_schema(daemon: Daemon, shared_root: Root, name: str) -> 
         assert re.search(pattern, reply.json["error"], re.IGNORECASE), reply.json["error"]
     for secret in (str(shared_root.path), "host.sock", "Traceback"):
         assert secret not in reply.json["error"]
+
+
+def test_what_executors_need_in_read_only_runs() -> None:
+    root = Root()
+    temporary(root).mkdir()
+    root.script('printf "%s;" "$@" >&2; exit 1')
+    settings = "readonly_extra_args: [--allow-latest, --debug-mode]\n"
+    (root.path / "config" / "genvm-manager.yaml").write_text(settings)
+    daemon = serve(root)
+    try:
+        said = ask(daemon, SCHEMA, "# v0.1.0").json["error"]
+        assert ";run;--allow-latest;--debug-mode;--permissions;rw;--sync;" in said
+    finally:
+        daemon.close()
+        root.close()
 
 
 def test_an_executor_that_is_not_installed(daemon: Daemon) -> None:

@@ -217,8 +217,21 @@ def test_without_capture(daemon: Daemon) -> None:
     assert (plain["level"], plain["genvm_id"]) == ("info", genvm_id)
     odd = daemon.wait_log(lambda r: r.get("record", {}).get("extra") == 1)
     assert (odd["level"], odd["genvm_id"]) == ("error", genvm_id)
-    ours = [r for r in daemon.records if r.get("genvm_id") == genvm_id]
-    assert ours
+    ended = daemon.wait_log(
+        lambda r: r["message"] == "execution finished" and r["genvm_id"] == genvm_id
+    )
+    assert ended["stderr"].endswith("lost"), "nobody else can say why it failed"
+
+
+def test_a_set_up_failure_without_capture_leaves_its_reason(root: Root, start: Start) -> None:
+    start_of_line = "x" * 3000
+    root.script(f"printf '{start_of_line}\\nno such host\\n' >&2; exit ${{data:-0}}")
+    daemon = start()
+    daemon.post("/log/level", {"level": "warn"})
+    for code in ("0", "101"):
+        daemon.result(daemon.run(capture_output=False, host_data=code))
+    ended = daemon.wait_log(lambda r: r["message"] == "execution finished")
+    assert (ended["level"], ended["exit_code"], ended["stderr"]) == ("warn", 101, "no such host")
 
 
 def test_the_executor_gets_its_command_line(root: Root, start: Start) -> None:
