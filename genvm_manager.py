@@ -9010,9 +9010,9 @@ def _read_template(data: object, kind: TemplateKind) -> TemplateText:
 # 3.4 LLM service: JSON of models
 # =============================================================================
 #
-# Owns how a model's text becomes a calldata map: code fences, JSON that a length
-# limit cut off, numbers that calldata does not have. Uses calldata; pure, and in
-# linear time. Never knows who asked.
+# Owns how a model's text becomes a calldata map: where its JSON begins, JSON that a
+# length limit cut off, numbers that calldata does not have. Uses calldata; pure, and
+# in linear time. Never knows who asked.
 
 JSON_ANSWER_MAX_CHARACTERS = 256 * KIB
 JSON_MAX_DEPTH = 64
@@ -9026,6 +9026,9 @@ _JSON_TOKEN = re.compile(
     rf'|(?P<open>"{_JSON_STRING_BODY})|(?P<word>[^\s{{}}\[\],:"]++))',
     re.DOTALL,
 )
+_FENCED_JSON = re.compile(r"(?P<before>```\w*+\s*+)[{\[]")
+#: Within prose, braces are JSON if there is a key in them, or nothing else to come.
+_JSON_IN_PROSE = re.compile(r'(?P<before>)(?:\A\s*+[{\[]|(?:\[\s*+)?+\{\s*+(?:"|\}?+\s*+\Z))')
 _JSON_CUT_ESCAPE = re.compile(r"(?:\\(?:u[0-9a-fA-F]{0,3})?)?")
 _HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 _JSON_WORDS = ("true", "false", "null")
@@ -9036,7 +9039,7 @@ def parse_json_answer(text: str) -> dict[str, CalldataValue]:
     """Return the JSON object in a model's answer as calldata; raises ``ValueError``."""
     if len(text) > JSON_ANSWER_MAX_CHARACTERS:
         raise ValueError(f"JSON longer than {JSON_ANSWER_MAX_CHARACTERS} characters")
-    text = strip_fences(text)
+    text = json_in(text)
     try:
         try:
             value = _answer_decoder.decode(text)
@@ -9054,16 +9057,20 @@ def json_object_to_calldata(value: object) -> dict[str, CalldataValue]:
     return cast(dict[str, CalldataValue], _json_to_calldata(value, JSON_MAX_DEPTH))
 
 
-def strip_fences(text: str) -> str:
-    """Return what stands inside a Markdown code fence, if the text does not begin with JSON."""
-    text = text.strip()
-    if text.startswith(("{", "[")) or "```" not in text:
+def json_in(text: str) -> str:
+    """Return a model's text from its JSON on; raises ``ValueError`` for thoughts and no answer.
+
+    Thoughts, prose and code fences may come before. JSON in a fence goes before other JSON.
+    """
+    text = text.lstrip("\ufeff \t\r\n")
+    if text.startswith(("{", "[")):
         return text
-    _, _, inside = text.partition("```")
-    label, newline, rest = inside.partition("\n")
-    inside = rest if newline and label.strip().isalnum() else inside.removeprefix("json")
-    end = inside.rfind("```")
-    return (inside if end < 0 else inside[:end]).strip()
+    _, closed, answer = text.partition("</think>")  # some do not say where thoughts begin
+    if not closed and text.startswith("<think>"):
+        raise ValueError("thoughts that were cut off, and no JSON")
+    text = answer if closed else text
+    begin = _FENCED_JSON.search(text) or _JSON_IN_PROSE.search(text)
+    return text[begin.end("before") :] if begin else text
 
 
 def close_json(text: str) -> str:

@@ -50,7 +50,6 @@ from genvm_manager import (
     request_parts,
     rust_debug,
     rust_text,
-    strip_fences,
 )
 from tests.support import outcome
 
@@ -403,7 +402,37 @@ def test_code_fences(text: str) -> None:
     else:
         assert parse_json_answer(text) == {"a": 1}
     fenced = '{"a": "```json\\n{}\\n```"}'
-    assert strip_fences(fenced) == fenced
+    assert parse_json_answer(fenced) == json.loads(fenced)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('\ufeff{"a": 1}', {"a": 1}),
+        ('<think>\nIs it {"b": 2}?\n</think>\n\n{"a": 1}', {"a": 1}),
+        ('<think></think>```json\n{"a": 1}\n```', {"a": 1}),
+        ('Is it {"b": 2}?\n</think>\n{"a": 1}', {"a": 1}),
+        ('<think>x</think>Here it is: {"a": "cut o', {"a": "cut o"}),
+        ('Sure! Here is the JSON:\n{"a": 1}', {"a": 1}),
+        ('Given {x} and {}, it is { "a": 1 }. Anything else?', {"a": 1}),
+        ('Given {"b": 2}:\n```json\n{"a": 1}\n```', {"a": 1}),
+        ("There is nothing: {}\n", {}),
+        ("Here it is: {", {}),
+        ('{"a": "<think></think>{}"}', {"a": "<think></think>{}"}),
+        ('<think>Is it {"b": 2}?', None),
+        ('<think>Is it {"b": 2}?</think>', None),
+        ('Here they are: [{"a": 1}, {"a": 2}]', None),
+        ('<think></think>[1, {"a": 1}]', None),
+        ("Use {curly} braces.", None),
+        ("Use {} as braces.", None),
+    ],
+)
+def test_what_comes_before_json(text: str, value: dict[str, Any] | None) -> None:
+    if value is None:
+        with pytest.raises(ValueError):
+            parse_json_answer(text)
+    else:
+        assert parse_json_answer(text) == value
 
 
 @given(json_objects)
@@ -455,7 +484,21 @@ def test_nothing_else_than_value_error(text: str) -> None:
 
 
 def test_closing_takes_linear_time() -> None:
-    for piece in ('"', "[", "{", '{"a":', '\\"', '"\\', "1,", ",", " ", "tru", '["a",'):
+    for piece in (
+        '"',
+        "[",
+        "{",
+        '{"a":',
+        '\\"',
+        '"\\',
+        "1,",
+        ",",
+        " ",
+        "tru",
+        '["a",',
+        "```",
+        "[ {",
+    ):
         for begin in ("", '{"a": "', '{"a": ['):
             text = begin + piece * (250_000 // len(piece))
             start = time.process_time()
