@@ -5427,12 +5427,16 @@ class BodyReader(Protocol):
 
 
 class GzipReader(BodyReader):
-    """Collects a compressed body; the limit is that of the text."""
+    """Collects a compressed body; the limit is that of the text.
+
+    What follows its end, and does not begin as another member of a gzip file does, is no error.
+    """
 
     def __init__(self, limit: int) -> None:
         super().__init__(limit)
         self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
         self._begun = False
+        self._whole = -1  # how much text there was at the end of the last member
 
     def dataReceived(self, data: bytes) -> None:
         """See ``Protocol``."""
@@ -5444,13 +5448,19 @@ class GzipReader(BodyReader):
                 room = self._limit - len(self._data) + 1
                 super().dataReceived(self._gzip.decompress(data, room))
                 data = self._gzip.unconsumed_tail or self._gzip.unused_data
+                if self._gzip.eof:
+                    self._whole = len(self._data)
         except zlib.error as error:
-            self.done.errback(_BadBody(f"gzip: {error}"))
+            if self._whole == len(self._data):
+                self.done.callback(bytes(self._data))
+            else:
+                self.done.errback(_BadBody(f"gzip: {error}"))
             self._drop()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """See ``Protocol``."""
-        if self._begun and not self._gzip.eof and not self.done.called:
+        cut = self._begun and not self._gzip.eof and self._whole != len(self._data)
+        if cut and not self.done.called:
             self.done.errback(_BadBody("gzip: cut off"))
         super().connectionLost(reason)
 
@@ -5577,6 +5587,8 @@ LLM_ANSWER_MAX_BYTES = 32 * MIB
 INLINE_LLM_BYTES = 64 * KIB
 PROVIDER_MESSAGE_CHARACTERS = 500
 ANTHROPIC_VERSION = "2023-06-01"
+#: Anthropic demands a limit, also where the prompt has none.
+REQUIRED_MAX_TOKENS = 4096
 IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 OVERLOADED_STATUSES = frozenset((408, 503, 504, 529))
 HEADER_TEXT = re.compile(r"[\x21-\x7e]*")
@@ -5669,13 +5681,13 @@ class Image:
 
 @frozen
 class Prompt:
-    """What is asked, the same for all providers."""
+    """What is asked, the same for all providers. What is None is not sent."""
 
     user_message: str
     system_message: str | None = None
-    temperature: float = 0.7
+    temperature: float | None = 0.7
     images: tuple[Image, ...] = ()
-    max_tokens: int = 1000
+    max_tokens: int | None = 1000
     use_max_completion_tokens: bool = False
     seed: int | None = None
 
@@ -5807,9 +5819,10 @@ class OpenAiCompatible(Provider):
             temperature=prompt.temperature,
             seed=prompt.seed,
             response_format=None if mode is AnswerMode.TEXT else {"type": "json_object"},
+            **{limit: prompt.max_tokens},
         )
-        headers = {"Authorization": f"Bearer {backend.key}"}
-        return ProviderRequest(headers, {**body, limit: prompt.max_tokens})
+        headers = {"Authorization": f"Bearer {backend.key}"} if backend.key else {}
+        return ProviderRequest(headers, body)
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
         """See ``Provider``."""
@@ -5853,7 +5866,7 @@ class Anthropic(Provider):
             model=backend.model,
             messages=[{"role": "user", "content": content}],
             system=prompt.system_message,
-            max_tokens=prompt.max_tokens,
+            max_tokens=prompt.max_tokens or REQUIRED_MAX_TOKENS,
             temperature=prompt.temperature,
             stream=False,
         )
@@ -5867,7 +5880,8 @@ class Anthropic(Provider):
                 "input_schema": schema,
             }
             body |= {"tools": [tool], "tool_choice": {"type": "tool", "name": _JSON_TOOL}}
-        headers = {"x-api-key": backend.key, "anthropic-version": ANTHROPIC_VERSION}
+        headers = {"anthropic-version": ANTHROPIC_VERSION}
+        headers |= {"x-api-key": backend.key} if backend.key else {}
         return ProviderRequest(headers, body)
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
@@ -5903,15 +5917,15 @@ class Google(Provider):
         parts.append({"text": prompt.user_message})
         system = prompt.system_message
         body = _without_none(
-            generationConfig={
-                "responseMimeType": "text/plain" if mode is AnswerMode.TEXT else "application/json",
-                "temperature": prompt.temperature,
-                "maxOutputTokens": prompt.max_tokens,
-            },
+            generationConfig=_without_none(
+                responseMimeType="text/plain" if mode is AnswerMode.TEXT else "application/json",
+                temperature=prompt.temperature,
+                maxOutputTokens=prompt.max_tokens,
+            ),
             system_instruction=None if system is None else {"parts": [{"text": system}]},
             contents=[{"parts": parts}],
         )
-        return ProviderRequest({"x-goog-api-key": backend.key}, body)
+        return ProviderRequest({"x-goog-api-key": backend.key} if backend.key else {}, body)
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
         """See ``Provider``."""
@@ -5933,12 +5947,13 @@ class Ollama(Provider):
 
     def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
         """See ``Provider``."""
-        options = {"temperature": prompt.temperature, "num_predict": prompt.max_tokens}
         body = _without_none(
             model=backend.model,
             prompt=prompt.user_message,
             stream=False,
-            options={**options, **_without_none(seed=prompt.seed)},
+            options=_without_none(
+                temperature=prompt.temperature, num_predict=prompt.max_tokens, seed=prompt.seed
+            ),
             images=[image.base64() for image in prompt.images],
             system=prompt.system_message,
             format=None if mode is AnswerMode.TEXT else "json",
@@ -6008,6 +6023,7 @@ class LlmClient:
             request = provider.request(backend, prompt, mode)
             headers = Headers({name: [value] for name, value in request.headers.items()})
             headers.addRawHeader("Content-Type", "application/json")
+            headers.addRawHeader("User-Agent", f"genvm-manager/{__version__}")
             return headers, json.dumps(request.body).encode()
 
         headers, data = await self._work(prompt.size, encode)
@@ -6178,9 +6194,9 @@ class TestPrompt:
 
     user_message: str
     system_message: str | None = None
-    temperature: Number = 0.7
+    temperature: Number | None = 0.7
     images: list[str] = field(factory=list)
-    max_tokens: PositiveInt = 1000
+    max_tokens: PositiveInt | None = 1000
     use_max_completion_tokens: bool = False
     seed: int | None = None
     timeout_ms: PositiveInt | None = None
@@ -8768,6 +8784,8 @@ def run_module_service(kind: str) -> int:
 # models in the order of preference, and the templates of prompts. Uses LLM
 # providers and schemas; pure.
 
+#: A contract's question may need long thoughts; a check asks for a word.
+MODULE_LLM_SECONDS = 180.0
 PLACEHOLDER = re.compile(r"#\{([A-Za-z0-9_]*)\}")
 
 
@@ -8852,6 +8870,8 @@ class LlmModel:
     supports_json: bool
     supports_image: bool
     use_max_completion_tokens: bool
+    temperature: float | None
+    max_tokens: int | None
 
     @property
     def name(self) -> str:
@@ -8900,6 +8920,8 @@ class _ModelEntry:
     supports_json: bool = False
     supports_image: bool = False
     use_max_completion_tokens: bool = False
+    temperature: Number | None = 0.7
+    max_tokens: PositiveInt | None = 1000
     meta: AnyObject | None = None
     timeout: Any = None
 
@@ -8912,7 +8934,7 @@ class _Switch:
 def read_llm_settings(config: AnyObject, *, allow_empty: bool) -> LlmSettings:
     """Return the settings in a configuration; raises ``ManagerError`` that names the path."""
     top = structure(config, _TopEntry)
-    timeout = timeout_setting(top.timeout, LLM_SECONDS, "timeout")
+    timeout = timeout_setting(top.timeout, MODULE_LLM_SECONDS, "timeout")
     templates = {
         name: _read_template(top.prompt_templates.get(kind.key), kind)
         for name, kind in TEMPLATE_KINDS.items()
@@ -8974,6 +8996,8 @@ def _make_model(backend_id: str, backend: Backend, entry: _ModelEntry) -> LlmMod
         entry.supports_json,
         entry.supports_image,
         entry.use_max_completion_tokens,
+        entry.temperature,
+        entry.max_tokens,
     )
 
 
@@ -9204,7 +9228,9 @@ class Question:
         return Prompt(
             self.user,
             "\n\n".join(parts) or None,
+            temperature=model.temperature,
             images=self.images,
+            max_tokens=model.max_tokens,
             use_max_completion_tokens=model.use_max_completion_tokens,
         )
 
@@ -9309,24 +9335,28 @@ class LlmService(ModuleService):
         return Question(*self._settings.templates[name].fill(variables), kind.mode)
 
     async def _ask(self, question: Question, caller: Caller) -> CalldataValue:
-        """Return the answer of the first backend that gives one; raises ``RequestFailure``."""
+        """Return the first answer that a backend gives; raises ``RequestFailure``.
+
+        A limit or a fault may be one model's alone: the next one of the same backend is asked.
+        """
         errors: list[tuple[LlmModel, ProviderError]] = []
         for models in self._settings.backends:
-            suits = (m for m in models if m.suits(question.mode, images=bool(question.images)))
-            model = next(suits, None)
-            if model is None:
-                continue
-            try:
-                return await self._ask_model(model, question, caller)
-            except ProviderError as error:
-                errors.append((model, error))
-                self.log.warn(
-                    "a model gave no answer",
-                    model=model.name,
-                    kind=error.kind.value,
-                    reason=self._cut(error.message, REPORTED_REASON_CHARACTERS),
-                    **caller.log_fields(),
-                )
+            for model in models:
+                if not model.suits(question.mode, images=bool(question.images)):
+                    continue
+                try:
+                    return await self._ask_model(model, question, caller)
+                except ProviderError as error:
+                    errors.append((model, error))
+                    self.log.warn(
+                        "a model gave no answer",
+                        model=model.name,
+                        kind=error.kind.value,
+                        reason=self._cut(error.message, REPORTED_REASON_CHARACTERS),
+                        **caller.log_fields(),
+                    )
+                    if error.status != 429 and (error.status or 0) < 500:
+                        break
         raise self._no_answer(errors, question)
 
     async def _ask_model(

@@ -70,6 +70,7 @@ from genvm_manager import (
     ProviderError,
     Redactor,
     Usage,
+    __version__,
     connection_problem,
     parse_json,
     provider_named,
@@ -285,15 +286,26 @@ def test_empty_and_zero_are_sent(kind: str) -> None:
     assert ('"seed": 0' in text) or kind in ("anthropic", "google")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_temperature_and_limit(kind: str) -> None:
+    prompt = attrs.evolve(PLAIN, temperature=None, max_tokens=None)
+    body = provider_named(kind).request(backend(kind), prompt, AnswerMode.TEXT).body
+    assert "temperature" not in json.dumps(body)
+    limits = re.findall(r'"(\w*_tokens|maxOutputTokens|num_predict)": (\w+)', json.dumps(body))
+    # Anthropic demands one.
+    assert limits == ([("max_tokens", "4096")] if kind == "anthropic" else [])
+
+
 @pytest.mark.parametrize("kind", HEADERS)
 def test_headers_with_the_key(kind: str) -> None:
     request = provider_named(kind).request(backend(kind), PLAIN, AnswerMode.TEXT)
     assert request.headers == HEADERS[kind]
 
 
-def test_ollama_needs_no_key() -> None:
-    request = provider_named("ollama").request(backend("ollama", key=""), PLAIN, AnswerMode.TEXT)
-    assert request.headers == {}
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_key_that_is_not_given_is_not_sent(kind: str) -> None:
+    request = provider_named(kind).request(backend(kind, key=""), PLAIN, AnswerMode.TEXT)
+    assert request.headers.keys() <= {"anthropic-version"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -881,6 +893,7 @@ def test_what_is_sent(kind: str) -> None:
     }
     expected = {name.lower(): [value] for name, value in HEADERS.get(kind, {}).items()}
     headers = {k: v for k, v in headers.items() if kind != "ollama" or k != "authorization"}
+    expected["user-agent"] = [f"genvm-manager/{__version__}"]
     assert headers == {**expected, "content-type": ["application/json"]}
     assert options["allow_redirects"] is False
     assert exchange.clock.getDelayedCalls() == []

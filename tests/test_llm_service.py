@@ -227,7 +227,7 @@ def test_timeouts_and_defaults() -> None:
     found = read({"backends": {"a": backend(timeout=7, models=models)}, "timeout": "1m"})
     assert [model.backend.timeout for model in found.backends[0]] == [5, 7]
     assert read({"backends": {"a": backend()}}).backends[0][0].backend == Backend(
-        "https://api.example.com", "openai-compatible", "m", KEY, 60
+        "https://api.example.com", "openai-compatible", "m", KEY, 180
     )
     assert [m.use_max_completion_tokens for m in found.backends[0]] == [False, True]
     assert not any(m.supports_json or m.supports_image for m in found.backends[0])
@@ -247,6 +247,8 @@ def test_timeouts_and_defaults() -> None:
         ({"backends": {"a": backend(models=["m"])}}, "backends.a.models: expected an object"),
         ({"backends": {"a": backend(models={"m": {"supports_json": 1}})}}, "a.models.m.supports_j"),
         ({"backends": {"a": backend(models={"m": 5})}}, "backends.a.models.m"),
+        ({"backends": {"a": backend(models={"m": {"max_tokens": 0}})}}, "a.models.m.max_tokens"),
+        ({"backends": {"a": backend(models={"m": {"temperature": "x"}})}}, "a.models.m.temperat"),
         ({"backends": {"a": backend(timeout=0)}}, "backends.a.timeout: expected more than 0"),
         ({"backends": {"a": backend(timeout="x")}}, "backends.a.timeout: expected seconds"),
         ({"backends": {"a": backend(meta={"priority": "x"})}}, "backends.a.meta.priority: expec"),
@@ -771,6 +773,36 @@ def test_the_next_backend_answers(first: Callable[[Asking], None]) -> None:
     assert asking.models() == ["m", "n"]
     asking.say("from the second")
     assert answers == [ok("from the second")]
+
+
+@pytest.mark.parametrize(
+    ("first", "asked"),
+    [
+        (refused(429, ErrorKind.RATE_LIMITED), ["m", "n"]),
+        (refused(500), ["m", "n"]),
+        (refused(503, ErrorKind.OVERLOADED), ["m", "n"]),
+        (refused(401, ErrorKind.AUTH), ["m", "o"]),
+        (refused(400), ["m", "o"]),
+        (lambda asking: asking.fail(ErrorKind.TIMEOUT), ["m", "o"]),
+        (lambda asking: asking.fail(ErrorKind.CONNECT), ["m", "o"]),
+    ],
+)
+def test_a_limit_or_a_fault_may_be_one_models_alone(first: Failing, asked: list[str]) -> None:
+    asking = Asking(backend(models={"m": {}, "n": {}}), backend(models={"o": {}}))
+    answers = asking.prompt()
+    first(asking)
+    assert asking.models() == asked
+    asking.say("from the next")
+    assert answers == [ok("from the next")]
+
+
+def test_temperature_and_limit_of_a_model() -> None:
+    models = {"m": {"temperature": None, "max_tokens": None}, "n": {"temperature": 0}}
+    asking = Asking(backend(models=models))
+    asking.prompt()
+    refused(500)(asking)
+    told = [(prompt.temperature, prompt.max_tokens) for _, prompt, _ in asking.client.asked]
+    assert told == [(None, None), (0, 1000)]
 
 
 def test_an_answer_of_the_wrong_form_hands_over() -> None:

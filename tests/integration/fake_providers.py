@@ -142,11 +142,10 @@ def _openai(headers: Mapping[str, str], body: Any) -> Problems:
             "model": _is_text,
             "messages": _openai_messages,
             "stream": False,
-            "temperature": _number,
         },
-        {"seed": _whole, "response_format": {"type": "json_object"}},
+        {"temperature": _number, "seed": _whole, "response_format": {"type": "json_object"}},
     )
-    return found if len(limits) == 1 else [*found, f"body: limits {limits}"]
+    return found if len(limits) < 2 else [*found, f"body: limits {limits}"]
 
 
 def _anthropic_messages(messages: Any) -> bool:
@@ -172,10 +171,10 @@ def _anthropic(headers: Mapping[str, str], body: Any) -> Problems:
             "model": _is_text,
             "messages": _anthropic_messages,
             "max_tokens": _whole,
-            "temperature": _number,
             "stream": False,
         },
         {
+            "temperature": _number,
             "system": _is_text,
             "tools": lambda tools: [tool["name"] for tool in tools] == ["json_out"],
             "tool_choice": {"type": "tool", "name": "json_out"},
@@ -207,12 +206,8 @@ def _google(headers: Mapping[str, str], body: Any) -> Problems:
     ) + _members(
         body.get("generationConfig"),
         "body.generationConfig",
-        {
-            "responseMimeType": lambda value: value in ("text/plain", "application/json"),
-            "temperature": _number,
-            "maxOutputTokens": _whole,
-        },
-        {"seed": _whole},
+        {"responseMimeType": lambda value: value in ("text/plain", "application/json")},
+        {"temperature": _number, "maxOutputTokens": _whole, "seed": _whole},
     )
 
 
@@ -233,8 +228,8 @@ def _ollama(headers: Mapping[str, str], body: Any) -> Problems:
     ) + _members(
         body.get("options"),
         "body.options",
-        {"temperature": _number, "num_predict": _whole},
-        {"seed": _whole},
+        {},
+        {"temperature": _number, "num_predict": _whole, "seed": _whole},
     )
 
 
@@ -414,8 +409,17 @@ class Asked:
         self.reply(200, tool_answer_of(self.kind))
 
     def gzipped(self) -> None:
+        # The model is called gzipped.<coding>.<anything>.
         data = gzip.compress(json.dumps(answer_of(self.kind, "OK")).encode())
-        self.reply(200, data, {"content-encoding": "gzip"})
+        self.reply(200, data, {"content-encoding": self.body["model"].split(".")[1]})
+
+    def padded(self) -> None:
+        # What follows a gzip file is no other one; it comes with its last bytes, and later.
+        data = gzip.compress(json.dumps(answer_of(self.kind, "OK")).encode())
+        self.request.setHeader("content-encoding", "gzip")
+        self.request.write(data + b"\0")
+        self.later(0.05, lambda: self.request.write(b"\0\0\0"))
+        self.later(0.1, self.request.finish)
 
     def not_gzip(self) -> None:
         self.reply(200, answer_of(self.kind, "OK"), {"content-encoding": "gzip"})

@@ -232,6 +232,7 @@ def test_what_is_sent_to_openai(checker: Checker) -> None:
     assert headers["authorization"] == f"Bearer {KEY}"
     assert headers["content-type"] == "application/json"
     assert int(headers["content-length"]) > 0
+    assert headers["user-agent"].startswith("genvm-manager/")
     assert "cookie" not in headers
 
 
@@ -244,6 +245,18 @@ def test_everything_in_a_prompt_arrives(checker: Checker, kind: str) -> None:
     text = json.dumps(request["body"])
     for word in ("Be brief", "two letters 'OK'", PNG_TEXT, JPEG_TEXT, "200"):
         assert word in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_null_is_not_sent(checker: Checker, kind: str) -> None:
+    config = checker.config(kind=kind)
+    assert checker.results([config], prompt(temperature=None, max_tokens=None))[0]["available"]
+    (request,) = checker.fakes.requests(config["model"])
+    assert request["problems"] == []
+    text = json.dumps(request["body"])
+    assert "temperature" not in text
+    # Anthropic demands a limit.
+    assert ("oken" in text, "num_predict" in text) == (kind == "anthropic", False)
 
 
 REFERENCE = """
@@ -300,7 +313,10 @@ def test_no_text_within_the_limit_is_an_empty_text(checker: Checker, kind: str) 
     assert (found["available"], found["response"]) == (True, "")
 
 
-@pytest.mark.parametrize("behaviour", ["gzipped", "chunked", "cookie"])
+@pytest.mark.parametrize(
+    "behaviour",
+    ["gzipped.gzip", "gzipped.GZIP", "gzipped.x-gzip", "padded", "chunked", "cookie"],
+)
 def test_answers_arrive_however_they_are_sent(checker: Checker, behaviour: str) -> None:
     assert checker.result(checker.config(behaviour))["response"] == "OK"
 

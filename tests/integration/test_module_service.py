@@ -676,6 +676,19 @@ def test_handing_over(start: Start, provider: Provider) -> None:
     assert stats["b1"]["status:500"]["errors"] == {"http": 1}
 
 
+def test_the_next_model_of_a_backend_is_asked_first(start: Start, provider: Provider) -> None:
+    config = provider.config("a", "says:another backend")
+    last = {"temperature": None, "max_tokens": None}
+    config["backends"]["b0"]["models"] = {
+        "status:429": {"meta": {"priority": 2}, "temperature": 0.25},
+        "status:502": {"meta": {"priority": 1}},
+        "echo": last,
+    }
+    assert start(config).connect().prompt("the same backend") == ok("the same backend")
+    told = [(body.get("temperature"), body.get("max_tokens")) for body in provider.requests]
+    assert told == [(0.25, 1000), (0.7, 1000), (None, None)]
+
+
 def test_all_overloaded(start: Start, provider: Provider) -> None:
     config = provider.config("status:429", "status:503")
     module = start(config)
