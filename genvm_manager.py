@@ -301,11 +301,14 @@ class ManagerError(Exception):
 
     ``code`` is snake_case and never changes once released; ``retryable`` tells a client whether
     the same request can succeed later without a change; ``genvm_id`` names the execution that is
-    concerned, if any.
+    concerned, if any. Clients of GenVM's own manager know some errors by how their text begins:
+    by ``prefix``; where it is the whole text, ``advice`` says what to do.
     """
 
     code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
+    prefix: ClassVar[str] = ""
+    advice: str | None = None
 
     def __init__(self, message: str, *, genvm_id: int | None = None) -> None:
         super().__init__(message)
@@ -459,15 +462,20 @@ class TemporaryFolderFailed(ManagerError):
 
 
 class ModuleAlreadyRunning(ManagerError):
-    """The module runs, or is about to."""
+    """The module runs, or is about to; ``advice`` says more."""
 
     code = "module_already_running"
+
+    def __init__(self, advice: str) -> None:
+        super().__init__(self.code)
+        self.advice = advice
 
 
 class ModuleFailed(ManagerError):
     """A module did not start: its configuration, its address or its process is at fault."""
 
     code = "module_failed"
+    prefix = "module_failed_to_start: "
 
 
 class CalldataError(ManagerError):
@@ -870,7 +878,7 @@ MAX_EXECUTION_MINUTES = 24 * 60
 NonNegativeInt = Annotated[int, Meta(ge=0)]
 PositiveInt = Annotated[int, Meta(gt=0)]
 Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
-ExecutionMinutes = Annotated[float, Meta(gt=0, le=MAX_EXECUTION_MINUTES)]
+ExecutionMinutes = Annotated[float, Meta(gt=0)]
 #: An object whose members are checked later.
 AnyObject = dict[str, Any]
 
@@ -972,6 +980,51 @@ def structure(data: object, schema: type[Schema], *, path: str = "") -> Schema:
         return msgspec.convert(data, schema, dec_hook=_parse_special)
     except msgspec.ValidationError as error:
         raise InvalidRequest(_problems(error, data, schema, path)) from None
+
+
+def nearest(key: object, known: Iterable[str]) -> str | None:
+    """Return the known key that somebody must have meant: one slip away, two in a long one."""
+    text = str(key)
+    slips = 1 if len(text) < 8 else 2
+    near = [name for name in known if abs(len(name) - len(text)) <= slips]
+    found = min(near, key=lambda name: _slips(text, name), default=None)
+    return found if found is not None and _slips(text, found) <= slips else None
+
+
+def _slips(one: str, other: str) -> int:
+    """Return how many letters must be added, left out, replaced, or swapped with the next."""
+    before: list[int] = []
+    row = [*range(len(other) + 1)]
+    for i, letter in enumerate(one, 1):
+        above, row = row, [i]
+        for j, wanted in enumerate(other, 1):
+            best = min(above[j] + 1, row[-1] + 1, above[j - 1] + (letter != wanted))
+            if i > 1 and j > 1 and (letter, one[i - 2]) == (other[j - 2], wanted):
+                best = min(best, before[j - 2] + 1)
+            row.append(best)
+        before = above
+    return row[-1]
+
+
+def unknown_key(meant: str | None) -> str:
+    """Return what is wrong with a key that nothing knows."""
+    return "unknown key: ignored" if meant is None else f"unknown key; did you mean {meant}?"
+
+
+def unknown_keys(data: object, schema: Any, *more: str, path: str = "") -> list[str]:
+    """Return notes on the keys in plain data that neither a schema nor ``more`` has.
+
+    Raises ``ConfigError`` for one that is nearly one of those.
+    """
+    known = [*(item.name for item in attrs.fields(schema)), *more]
+    notes = []
+    for key in data if isinstance(data, dict) else ():
+        if key not in known:
+            text = f"{path}{key}: " + unknown_key(meant := nearest(key, known))
+            if meant is not None:
+                raise ConfigError(text)
+            notes.append(text)
+    return notes
 
 
 def setting(value: object, kind: Any) -> Any:
@@ -1078,6 +1131,8 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 LOG_LEVELS = {"trace": 5, "debug": 10, "info": 20, "warn": 30, "error": 40, "critical": 50}
 ENVIRONMENT_PREFIX = "GENVM_MANAGER_"
 MODULE_KINDS = ("llm", "web")
+#: What the configuration of any module may have.
+MODULE_KEYS = ("bind_address", "host", "port", "lua_script_path")
 LEGACY_SETTINGS = ("threads", "blocking_threads", "log_disable")
 
 
@@ -1107,6 +1162,29 @@ class ModuleKind(str):
         if not isinstance(value, str) or value.lower() not in MODULE_KINDS:
             raise ValueError(f"expected llm or web, got {shown(value)}")
         return cls(value.lower())
+
+
+def host_name(host: str) -> str:
+    """Return the name or IP literal in a ``Host`` header, without port and brackets."""
+    literal, closed, _ = host.removeprefix("[").partition("]")
+    return (literal if closed and host.startswith("[") else host.partition(":")[0]).lower()
+
+
+class AllowedHost(str):
+    """A host's name or IP literal, ``*.example`` for names under another, or ``*`` for any."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Return the entry in lower case, without brackets; raises ``ValueError``."""
+        text = Name.parse(value).strip().lower()
+        with contextlib.suppress(ValueError):
+            return cls(ipaddress.ip_address(text).compressed)
+        name = host_name(text.rpartition("://")[2].partition("/")[0])
+        if not name or "*" in name.removeprefix("*.").removeprefix("*"):
+            raise ValueError(f"expected a name, *.name or *, got {shown(value)}")
+        if text not in (name, f"[{name}]"):
+            raise ValueError(f"expected a host alone, got {shown(value)}; write {name}")
+        return cls(name)
 
 
 class ModuleCommands(dict[str, tuple[str, ...]]):
@@ -1147,6 +1225,10 @@ def _plain_integer(text: str) -> object:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else text
 
 
+def _plain_list(text: str) -> object:
+    return [part.strip() for part in text.split(",")]
+
+
 def _plain_scalar(text: str) -> object:
     try:
         return yaml.safe_load(text)
@@ -1165,9 +1247,8 @@ LEVEL = SettingKind(LevelName, "LEVEL")
 FORMAT = SettingKind(Literal["json", "text"], "FORMAT")
 MODULES = SettingKind(ModuleCommands, "YAML", _plain_scalar)
 DETECTION = SettingKind(Literal["native", "executor"], "HOW")
-NAMES = SettingKind(
-    tuple[Name, ...], "NAME,…", lambda text: [part.strip() for part in text.split(",")]
-)
+NAMES = SettingKind(tuple[Name, ...], "NAME,…", _plain_list)
+HOSTS = SettingKind(tuple[AllowedHost, ...], "NAME,…", _plain_list)
 
 
 def _setting(kind: SettingKind, default: Any, help_text: str) -> Any:
@@ -1213,7 +1294,9 @@ class Config:
     )
     llm_check_concurrency: int = _setting(COUNT, 20, "models that POST /llm/check asks at once")
     env_allow: tuple[str, ...] = _setting(NAMES, (), "protected variables that POST /env may set")
-    allowed_hosts: tuple[str, ...] = _setting(NAMES, (), "further names accepted in Host")
+    allowed_hosts: tuple[str, ...] = _setting(
+        HOSTS, (), "further names accepted in Host and Origin; *.example, * (Host only)"
+    )
     auth_token_file: Path | None = _setting(PATH, None, "file with the Bearer token to require")
     allow_unauthenticated: bool = _setting(FLAG, False, "listen beyond loopback without a token")
     notes: tuple[str, ...] = field(default=())
@@ -1329,7 +1412,8 @@ def _read_settings(
         if key in LEGACY_SETTINGS:
             notes.append(f"{path}: {key} has no effect in this manager: ignored")
         elif key not in SETTINGS:
-            problems.append(f"{path}: {key}: unknown key; known are {', '.join(SETTINGS)}")
+            said = notes if (meant := nearest(key, SETTINGS)) is None else problems
+            said.append(f"{path}: {key}: " + unknown_key(meant))
         elif value is not None:
             try:
                 plain = expand_templates(value, variables, environ)
@@ -3725,10 +3809,15 @@ class RunRequest:
     extra_args: list[str] = field(factory=list)
 
     def __attrs_post_init__(self) -> None:
-        """Keep the text of the message alone, not the whole body that it is a part of."""
+        """Keep the text of the message alone, not the whole body that it is a part of.
+
+        More minutes than ``MAX_EXECUTION_MINUTES`` count as so many.
+        """
         if not bytes(self.message).startswith(b"{"):
             value = msgspec.json.decode(self.message)
             raise ValueError(f"message: expected an object, got {kind_of(value)}")
+        minutes = min(self.max_execution_minutes, MAX_EXECUTION_MINUTES)
+        object.__setattr__(self, "max_execution_minutes", minutes)
         object.__setattr__(self, "message", self.message.copy())
 
     @property
@@ -4020,6 +4109,7 @@ class Execution:
             "is_sync": self.request.is_sync,
             "started_at": None if self.started_at is None else timestamp_of(self.started_at),
             "strict_deadline": None if self.deadline is None else timestamp_of(self.deadline),
+            "has_result": self.state is State.FINISHED,
             "result": self._outcome() if self.state is State.FINISHED else None,
         }
         text = json.dumps(entry).encode()
@@ -4174,6 +4264,7 @@ class Executions:
         self._records: dict[int, Execution] = {}
         self._by_key: dict[str, Execution] = {}
         self._finished: deque[Execution] = deque()
+        self._unread: dict[int, Execution] = {}
         self._kept_bytes = 0
         self._ids = ids
         self._dropped_bytes = 0
@@ -4266,9 +4357,16 @@ class Executions:
         return (e for e in reversed(self._records.values()) if e.state is not State.FINISHED)
 
     def listed(self) -> Iterator[Execution]:
-        """Yield what ``GET /status`` lists, newest first."""
+        """Yield what ``GET /status`` lists, newest first.
+
+        That is what goes on, and finished executions until somebody reads their result.
+        """
         yield from self.active()
-        yield from itertools.islice(reversed(self._finished), LISTED_FINISHED)
+        yield from itertools.islice(reversed(self._unread.values()), LISTED_FINISHED)
+
+    def note_reading(self, execution: Execution) -> None:
+        """Somebody has read, or nobody will ever read, the result of an execution."""
+        self._unread.pop(execution.id, None)
 
     # --- admission ---
 
@@ -4314,6 +4412,7 @@ class Executions:
     def _forget(self, execution: Execution) -> None:
         """Drop a record; who waits for the end of one that never ran hears that it is gone."""
         del self._records[execution.id]
+        self._unread.pop(execution.id, None)
         if execution.state is not State.FINISHED:
             reason = f"execution {execution.id} was never started"
             execution.ended.fail(ExecutionNotFound(reason, genvm_id=execution.id))
@@ -4463,6 +4562,7 @@ class Executions:
 
     def _retain(self, execution: Execution) -> None:
         self._finished.append(execution)
+        self._unread[execution.id] = execution
         self._kept_bytes += self._cost(execution)
         while self._kept_bytes > self._config.retention_max_bytes and len(self._finished) > 1:
             self._drop_oldest()
@@ -5302,9 +5402,10 @@ class ContractOperations:
         return outcome, errors.decode("utf-8", "replace").strip()
 
     async def _end(self, execution: Execution) -> None:
-        """Make sure that a run is over."""
+        """Make sure that a run is over; nobody else will ask for its result."""
         with contextlib.suppress(ShutdownTimeout, ExecutionNotFound):
             await self._executions.stop(execution.id, 0)
+        execution.ended.wait().addCallback(lambda _: self._executions.note_reading(execution))
 
 
 def _end_without_result(execution: Execution) -> str:
@@ -6737,8 +6838,7 @@ class Module:
 
     def _already_running(self) -> ModuleAlreadyRunning:
         return ModuleAlreadyRunning(
-            f"module_already_running: the {self.kind} module is {self.state.value}; "
-            "stop or restart it"
+            f"the {self.kind} module is {self.state.value}; stop or restart it"
         )
 
     def stop(self) -> Deferred[bool]:
@@ -7211,10 +7311,12 @@ Answer = dict[str, Any] | list[Any] | bytes | None
 def error_body(error: ManagerError, request_id: str | None = None) -> bytes:
     """Return the JSON that describes an error to a client."""
     body: dict[str, object] = {
-        "error": error.message,
+        "error": error.prefix + error.message,
         "code": error.code,
         "retryable": error.retryable,
     }
+    if error.advice is not None:
+        body["advice"] = error.advice
     if error.genvm_id is not None:
         body["genvm_id"] = error.genvm_id
     if isinstance(error, ExecutionNotFound):
@@ -7505,12 +7607,14 @@ class AccessPolicy:
                 raise Unauthorized("send the manager's token: Authorization: Bearer <token>")
         elif host is not None and not self._is_ours(host, request):
             raise CrossSiteRequest(
-                f"Host {shown(host)} is not this manager; add it to allowed_hosts if it is meant"
+                f"Host {shown(host)} is not this manager; "
+                f"if it is meant, add {shown(host_name(host))} to allowed_hosts"
             )
         if origin is not None and not self._same_site(origin, host):
+            name = host_name(origin.partition("://")[2])
             raise CrossSiteRequest(
-                f"requests from the site {shown(origin)} are refused; "
-                "add its host to allowed_hosts if it is meant"
+                f"requests from the site {shown(origin)} are refused"
+                + (f"; if it is meant, add {shown(name)} to allowed_hosts" if name else "")
             )
 
     def _is_ours(self, host: str, request: Request) -> bool:
@@ -7520,13 +7624,21 @@ class AccessPolicy:
             isinstance(address, UNIXAddress)
             or is_loopback(name)
             or name == getattr(address, "host", None)
-            or name in self.allowed_hosts
+            or "*" in self.allowed_hosts
+            or self._is_allowed(name)
         )
+
+    def _is_allowed(self, name: str) -> bool:
+        # Not for "*": a manager of any name is meant by that, not one that any page may use.
+        _, dot, parent = name.partition(".")
+        while dot and f"*.{parent}" not in self.allowed_hosts:
+            _, dot, parent = parent.partition(".")
+        return bool(dot) or name in self.allowed_hosts
 
     def _same_site(self, origin: str, host: str | None) -> bool:
         _, _, place = origin.partition("://")
         return place != "" and (
-            place.lower() == (host or "").lower() or host_name(place) in self.allowed_hosts
+            place.lower() == (host or "").lower() or self._is_allowed(host_name(place))
         )
 
 
@@ -7534,12 +7646,6 @@ def header_text(request: Request, name: bytes) -> str | None:
     """Return a header, byte by byte: what is no ASCII is still comparable."""
     value = request.getHeader(name)
     return None if value is None else value.decode("latin-1")
-
-
-def host_name(host: str) -> str:
-    """Return the name or IP literal in a ``Host`` header, without port and brackets."""
-    literal, closed, _ = host.removeprefix("[").partition("]")
-    return (literal if closed and host.startswith("[") else host.partition(":")[0]).lower()
 
 
 class PieceProducer:
@@ -7731,6 +7837,8 @@ class Api:
         pieces = itertools.chain(
             (b'{"genvm_id": %d, "status": ' % genvm_id,), execution.result_pieces(), (b"}",)
         )
+        if execution.state is State.FINISHED:
+            self._executions.note_reading(execution)
         if execution.capture is None or execution.capture.size <= STREAMED_RESULT_BYTES:
             return b"".join(pieces)
         return await self.stream(request, pieces)
@@ -8939,11 +9047,14 @@ def read_llm_settings(config: AnyObject, *, allow_empty: bool) -> LlmSettings:
         name: _read_template(top.prompt_templates.get(kind.key), kind)
         for name, kind in TEMPLATE_KINDS.items()
     }
-    notes: list[str] = []
+    notes = unknown_keys(config, _TopEntry, *MODULE_KEYS)
     found: list[tuple[tuple[float, str], tuple[LlmModel, ...]]] = []
     for backend_id, data in top.backends.items():
         path = f"backends.{backend_id}"
         backend = _read_backend(backend_id, data, path, timeout)
+        notes += unknown_keys(data, _BackendEntry, "enabled", path=f"{path}.")
+        for name, model in (data.get("models") or {}).items():
+            notes += unknown_keys(model, _ModelEntry, "enabled", path=f"{path}.models.{name}.")
         if isinstance(backend, str):
             notes.append(f"{path}: left out: {backend}")
         else:
@@ -11322,6 +11433,8 @@ class WebService(ModuleService):
         for secret in secrets_in(setup.config):
             redactor.add(secret)
         settings = read_web_settings(setup.config)
+        for note in unknown_keys(setup.config, _WebEntry, *MODULE_KEYS):
+            cls.log.warn("{text}", text=note)
         rules = settings.rules
         http = HttpClient.create(reactor, HTTPConnectionPool(reactor))
         signer = None if settings.signer is None else RequestSigner(settings.signer, http, reactor)

@@ -148,8 +148,12 @@ def test_an_unknown_variable_of_ours_is_said_and_ignored(tmp_path: Path) -> None
         ("env_allow: PATH", "expected an array"),
         ("env_allow: [1]", "[0]: expected a string, got 1"),
         ("reroute_to: ${nope}", "unknown variable ${nope}"),
-        ("prot: 1", "unknown key; known are host, port, socket"),
-        ("1: 2", "unknown key"),
+        ("log_levl: info", "unknown key; did you mean log_level?"),
+        ("prot: 1", "unknown key; did you mean port?"),
+        ("allowed_hosts: [MY.node:3999]", "expected a host alone, got"),
+        ("allowed_hosts: ['https://my.node/x']", "write my.node"),
+        ("allowed_hosts: ['[::1]:80']", "write ::1"),
+        ("allowed_hosts: ['a*.node']", "expected a name, *.name or *"),
     ],
 )
 def test_a_wrong_line_stops_the_start_naming_file_key_and_reason(
@@ -696,3 +700,18 @@ def test_the_file_runs_whatever_its_name_is(
     assert run.stderr.startswith("genvm-manager: flag --host: expected a string that is not empty")
     assert 'got "with space"' in run.stderr
     assert (tmp_path / "__pycache__").exists() == is_imported
+
+
+def test_other_unknown_keys_are_said_in_the_log(tmp_path: Path) -> None:
+    path = write_settings(tmp_path, "session_limit: 5\n1: 2\nport: 5\n")
+    config = load_config({"root": str(tmp_path)}, {})
+    assert config.port == 5
+    assert config.notes == tuple(
+        f"{path}: {key}: unknown key: ignored" for key in ("session_limit", "1")
+    )
+
+
+@pytest.mark.parametrize("text", ["*", "*.node.example", "my.node", "::1", "10.0.0.1", "[FD00::5]"])
+def test_hosts_that_may_be_allowed(text: str, tmp_path: Path) -> None:
+    config = load_config({"root": str(tmp_path), "allowed_hosts": text}, {})
+    assert config.allowed_hosts == (text.strip("[]").lower(),)

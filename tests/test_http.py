@@ -413,10 +413,23 @@ def test_the_status_shows_everything(manager: Manager) -> None:
     assert answer["executions"]["2"]["result"] is None
     for entry in answer["executions"].values():
         assert set(entry) == {
-            *("state", "version", "is_sync", "started_at", "strict_deadline", "result")
+            *("state", "version", "is_sync", "started_at", "strict_deadline", "has_result"),
+            "result",
         }
+    assert [e["has_result"] for e in answer["executions"].values()] == [False, False, True]
     assert (answer["draining"], answer["uptime_s"]) == (False, 2.5)
     assert len(answer["boot_id"]) >= 16
+
+
+def test_results_that_were_read_are_listed_no_more(manager: Manager) -> None:
+    for _ in range(3):
+        manager.connect().ask("POST", "/genvm/run", RUN)
+    for process in manager.processes[:2]:
+        process.end(0)
+    for genvm_id in (1, 3):  # the latter goes on: there is nothing to read yet
+        manager.request("GET", f"/genvm/{genvm_id}")
+    assert list(manager.request("GET", "/status").json["executions"]) == ["3", "2"]
+    assert manager.request("GET", "/genvm/1").json["status"]["exit_code"] == 0, "it stays readable"
 
 
 def test_the_status_shows_who_waits(manager: Manager) -> None:
@@ -732,6 +745,34 @@ def test_the_host_must_be_ours(
     assert response.status == (200 if served else 403)
     if not served:
         assert response.json["code"] == "cross_site_request"
+
+
+def test_the_refusal_names_the_host_as_it_is_to_be_entered(tmp_path: Path) -> None:
+    manager = Manager(tmp_path)
+    for headers in ({"Host": "My.Node:3999"}, {"Origin": "https://My.Node:3999"}):
+        response = manager.connect(LISTENING).request("GET", "/permits", **headers)
+        assert response.status == 403
+        assert response.json["error"].endswith('; if it is meant, add "my.node" to allowed_hosts')
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host", "origin", "served"),
+    [
+        ("*", "any.node:1", None, True),
+        ("*", HOST, "http://evil.example", False),
+        ("*.node.example", "a.node.example", None, True),
+        ("*.node.example", "b.a.node.example:1", "https://c.node.example", True),
+        ("*.node.example", "node.example", None, False),
+        ("*.node.example", "anode.example", None, False),
+    ],
+)
+def test_patterns_of_hosts(
+    allowed: str, host: str, origin: str | None, served: bool, tmp_path: Path
+) -> None:
+    manager = Manager(tmp_path, allowed_hosts=(allowed,))
+    connection = manager.connect(LISTENING)
+    response = connection.request("GET", "/permits", Host=host, Origin=origin)
+    assert response.status == (200 if served else 403)
 
 
 @pytest.mark.parametrize(

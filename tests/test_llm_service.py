@@ -222,6 +222,33 @@ def test_order_of_backends_and_models() -> None:
     ]
 
 
+def test_unknown_keys_are_noted() -> None:
+    models = {"m": {"price": 1, "enabled": True}}
+    found = read({"backends": {"a": backend(models=models, region="x")}, "lines": 1})
+    assert found.notes == (
+        "lines: unknown key: ignored",
+        "backends.a.region: unknown key: ignored",
+        "backends.a.models.m.price: unknown key: ignored",
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"backend": {}, "backends": {"a": backend()}}, "backend: unknown key; did you mean"),
+        ({"backends": {"a": backend(modles={})}}, "backends.a.modles: unknown key; did you mean"),
+        (
+            {"backends": {"a": backend(models={"m": {"suports_json": True}})}},
+            "backends.a.models.m.suports_json: unknown key; did you mean supports_json?",
+        ),
+    ],
+)
+def test_nearly_known_keys_are_errors(config: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(config)
+    assert caught.value.message.startswith(problem)
+
+
 def test_timeouts_and_defaults() -> None:
     models = {"m": {"timeout": "5s"}, "n": {"use_max_completion_tokens": True}}
     found = read({"backends": {"a": backend(timeout=7, models=models)}, "timeout": "1m"})

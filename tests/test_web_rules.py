@@ -755,7 +755,7 @@ def test_wrong_settings_are_named(config: dict[str, Any], problem: str) -> None:
 
 
 def test_settings() -> None:
-    settings = read_web_settings(AnyObject({"unknown": 1, "webdriver_host": "http://wd:4444/"}))
+    settings = read_web_settings(AnyObject({"webdriver_host": "http://wd:4444/"}))
     assert settings.webdriver == "http://wd:4444"
     assert (settings.timeout, settings.render_timeout, settings.max_renders) == (30, 30, 2)
     assert settings.signer is None

@@ -78,7 +78,7 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "message": ["{}", 1, None, [], True],
     "is_sync": ["yes", "true", 1, 0, None, [], {}],
     "capture_output": ["yes", "false", 1, 0, None],
-    "max_execution_minutes": [0, -1, 0.0, -0.5, 1440.001, 1441, 10**400, "10", True, None, [1], {}],
+    "max_execution_minutes": [0, -1, 0.0, -0.5, 10**400, "10", True, None, [1], {}],
     "host_data": [{}, None, 1, ["x"], False],
     "timestamp": [None, 1735689600, 1735689600.5, True, ["2025-01-01T00:00:00Z"], {}],
     "host": [None, 1, ["h:1"], {"path": "x"}, True],
@@ -306,8 +306,8 @@ def test_a_failed_start_lets_the_next_one_run(root: Root, start: Start) -> None:
     daemon.post("/permits", {"permits": 1})
     assert {one.reply().json["code"] for one in broken} == {"spawn_failed"}
     genvm_id = good.reply().json["id"]
-    assert daemon.result(genvm_id)["exit_code"] == 0
     assert list(daemon.get("/status")["executions"]) == [str(genvm_id)]
+    assert daemon.result(genvm_id)["exit_code"] == 0
 
 
 def test_a_major_that_does_not_exist(daemon: Daemon) -> None:

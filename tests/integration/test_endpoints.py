@@ -61,7 +61,8 @@ def test_status(daemon: Daemon) -> None:
 def test_status_lists_executions(daemon: Daemon) -> None:
     running = daemon.run("sleep 60", is_sync=False, max_execution_minutes=0.5)
     finished = daemon.run("exit 4")
-    daemon.result(finished)
+    name = str(finished)
+    eventually(lambda: daemon.get("/status")["executions"][name]["has_result"])
     status = daemon.get("/status")
     entry = status["executions"][str(running)]
     assert entry == {
@@ -70,6 +71,7 @@ def test_status_lists_executions(daemon: Daemon) -> None:
         "is_sync": False,
         "started_at": entry["started_at"],
         "strict_deadline": entry["strict_deadline"],
+        "has_result": False,
         "result": None,
     }
     assert RFC3339.fullmatch(entry["started_at"])
@@ -82,6 +84,8 @@ def test_status_lists_executions(daemon: Daemon) -> None:
     daemon.request("DELETE", f"/genvm/{running}")
     order = list(daemon.get("/status")["executions"])
     assert order[:2] == [str(running), str(finished)], "the last to finish comes first"
+    daemon.result(finished)
+    assert name not in daemon.get("/status")["executions"], "somebody has read it"
 
 
 # --- POST /genvm/run and GET /genvm/{id} ---
@@ -797,8 +801,9 @@ def test_retention_bytes(start: Start) -> None:
     found = [daemon.request("GET", f"/genvm/{genvm_id}").status for genvm_id in ids]
     assert found == [404, 404, 404, 200, 200, 200]
     huge = daemon.run("spam stdout 3000000", "exit 0")
+    eventually(lambda: list(daemon.get("/status")["executions"]) == [str(huge)])
+    eventually(daemon.idle)
     assert len(daemon.result(huge)["stdout"]) == 3_000_000
-    assert list(daemon.get("/status")["executions"]) == [str(huge)]
 
 
 def test_at_most_1000_finished_executions_are_listed(root: Root, start: Start) -> None:

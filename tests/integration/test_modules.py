@@ -193,7 +193,9 @@ def test_start_and_stop(manager: Daemon, provider: NamedProvider) -> None:
     assert alive(now["pid"])
     assert now["last_error"] is None
     text = refused(try_start(manager, provider.config("echo")), code="module_already_running")
-    assert "module_already_running" in text
+    assert text == "module_already_running"
+    advice = try_start(manager, provider.config("echo")).json["advice"]
+    assert advice == "the llm module is running; stop or restart it"
     # No executor has got hold of the listening socket.
     genvm_id = manager.run("sleep 60")
     eventually(lambda: len(manager.descendants()) == 2)
@@ -474,6 +476,19 @@ def test_stop_and_start_while_it_waits_to_be_restarted(
     eventually(lambda: status(manager)["state"] == "starting")
     assert restart(manager, provider.config("says:y"))["changed"] is True
     assert answer_at(place(manager)) == "y"
+
+
+def test_unknown_keys_of_the_web_module(manager: Daemon) -> None:
+    config = {"bind_address": ANY_PORT, "extra_tdl": ["internal"]}
+    refused(try_start(manager, config, "web"), "extra_tdl: unknown key; did you mean extra_tld?")
+    start_module(manager, {"bind_address": ANY_PORT, "color": "red"}, "web")
+    manager.wait_log(lambda r: r["message"] == "color: unknown key: ignored")
+    assert stop_module(manager, "web") == "module_stopped"
+
+
+def test_a_start_that_fails_says_so_as_clients_know_it(manager: Daemon) -> None:
+    text = refused(try_start(manager, {"bind_address": ANY_PORT, "backends": {}}))
+    assert text.startswith("module_failed_to_start: the llm module did not start")
 
 
 def test_an_old_generation_that_dies_is_not_missed(
