@@ -994,7 +994,7 @@ def nearest(key: object, known: Iterable[str]) -> str | None:
 def _slips(one: str, other: str) -> int:
     """Return how many letters must be added, left out, replaced, or swapped with the next."""
     before: list[int] = []
-    row = [*range(len(other) + 1)]
+    row: list[int] = [*range(len(other) + 1)]
     for i, letter in enumerate(one, 1):
         above, row = row, [i]
         for j, wanted in enumerate(other, 1):
@@ -5403,9 +5403,9 @@ class ContractOperations:
 
     async def _end(self, execution: Execution) -> None:
         """Make sure that a run is over; nobody else will ask for its result."""
+        execution.ended.wait().addCallback(lambda _: self._executions.note_reading(execution))
         with contextlib.suppress(ShutdownTimeout, ExecutionNotFound):
             await self._executions.stop(execution.id, 0)
-        execution.ended.wait().addCallback(lambda _: self._executions.note_reading(execution))
 
 
 def _end_without_result(execution: Execution) -> str:
