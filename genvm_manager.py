@@ -261,6 +261,7 @@ from twisted.web.client import (
     Agent,
     BrowserLikePolicyForHTTPS,
     GzipDecoder,
+    HostnameCachingHTTPSPolicy,
     HTTPConnectionPool,
     ResponseDone,
     ResponseNeverReceived,
@@ -5640,7 +5641,8 @@ class HttpClient:
     @classmethod
     def create(cls, reactor: Any, pool: HTTPConnectionPool) -> HttpClient:
         """Return a client that verifies certificates and keeps no cookies."""
-        agent = Agent(reactor, connectTimeout=HTTP_CONNECT_SECONDS, pool=pool)
+        tls = HostnameCachingHTTPSPolicy(BrowserLikePolicyForHTTPS())
+        agent = Agent(reactor, tls, connectTimeout=HTTP_CONNECT_SECONDS, pool=pool)
         refuse_all = DefaultCookiePolicy(allowed_domains=[])
         return cls(treq.client.HTTPClient(cast(Any, agent), IndexableCookieJar(refuse_all)))
 
@@ -6327,6 +6329,42 @@ CheckedPrompt: TypeAlias = tuple[Prompt, int | None]
 CheckResult: TypeAlias = dict[str, Any]
 
 
+class ReactorShare:
+    """Gives work a part of each turn of the reactor; what does not fit waits, in order.
+
+    Asking a model costs a millisecond, and clients may want thousands. Whoever waits and is
+    cancelled has cost nothing.
+    """
+
+    #: What all of the work may take of one turn.
+    TURN_SECONDS: ClassVar[float] = 0.004
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+        self._ends: float | None = None
+        self._waiting: deque[Deferred[None]] = deque()
+
+    def turn(self) -> Deferred[None]:
+        """Return a Deferred that fires when there is time, which may be at once."""
+        if not self._waiting and self._has_time():
+            return succeed(None)
+        waiter: Deferred[None] = Deferred(self._waiting.remove)
+        self._waiting.append(waiter)
+        return waiter
+
+    def _has_time(self) -> bool:
+        now = self._reactor.seconds()
+        if self._ends is None:
+            self._ends = now + self.TURN_SECONDS
+            self._reactor.callLater(0, self._next_turn)
+        return bool(now < self._ends)
+
+    def _next_turn(self) -> None:
+        self._ends = None
+        while self._waiting and self._has_time():
+            self._waiting.popleft().callback(None)
+
+
 class AvailabilityCheck:
     """Checks whether models answer.
 
@@ -6343,19 +6381,23 @@ class AvailabilityCheck:
         self._redactor = redactor
         self._at_once = max(1, config.llm_check_concurrency)
         self._shared_slots = DeferredSemaphore(max(1, self._at_once - 1))
+        self._share = ReactorShare(reactor)
+        self._one_reader = DeferredSemaphore(1)
 
     async def check(self, body: CheckBody) -> list[CheckResult]:
         """Return one result for each pair, by configuration first; raises ``InvalidRequest``."""
         count = len(body.configs) * len(body.test_prompts)
         if max(count, len(body.configs), len(body.test_prompts)) > MAX_CHECKS:
             raise InvalidRequest(f"configs, test_prompts: {count} pairs; at most {MAX_CHECKS}")
-        read = functools.partial(self._read, body)
+        await self._share.turn()
         if _is_large(body):
-            secrets, backends, prompts = await deferToThreadPool(
-                self._reactor, self._reactor.getThreadPool(), read
-            )
+            await self._one_reader.acquire()  # however many clients ask and leave
+            pool = self._reactor.getThreadPool()
+            reading = maybeDeferred(deferToThreadPool, self._reactor, pool, self._read, body)
+            reading.addBoth(self._read_one)
+            secrets, backends, prompts = await detached(reading)
         else:
-            secrets, backends, prompts = read()
+            secrets, backends, prompts = self._read(body)
         for secret in secrets:
             self._redactor.add(secret)
         results: list[CheckResult] = []
@@ -6374,6 +6416,10 @@ class AvailabilityCheck:
         if waiting:
             await self._ask_all(waiting)
         return results
+
+    def _read_one(self, result: Value) -> Value:
+        self._one_reader.release()
+        return result
 
     async def _ask_all(
         self, waiting: deque[tuple[CheckResult, CheckedBackend, CheckedPrompt]]
@@ -6395,6 +6441,7 @@ class AvailabilityCheck:
             while waiting:
                 await until(slots.acquire())
                 try:
+                    await until(self._share.turn())
                     if waiting:
                         result, backend, prompt = waiting.popleft()
                         result |= await until(Deferred.fromCoroutine(self._ask(backend, prompt)))

@@ -13,6 +13,7 @@ import json
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,10 @@ RUNS = 12
 SOME_RUNS = 100
 CHECKS = 20
 KNOWN = {"out": "a known text on stdout", "err": "a known text on stderr", "log": "a known record"}
+#: Checks of so many models, one every so many seconds, for so long.
+MANY_CHECKS, ASKING_SECONDS, FLOOD_SECONDS = 100, 1 / 60, 6.0
+#: How long a status may take meanwhile, on a machine with other work too.
+STATUS_SECONDS = 2.0
 SYN_SENT, ESTABLISHED = "02", "01"
 
 
@@ -166,6 +171,31 @@ def test_runs_beside_clients_that_hang_up(root: Root, start: Start, kind: str) -
             over.set()
     for one in leaving:
         one.result()
+    target.close()
+
+
+def test_the_status_beside_checks_that_nobody_waits_for(root: Root, start: Start) -> None:
+    """Asking what they want would take the manager many times as long as they are there."""
+    daemon = start("--permits", PERMITS)
+    target = Target("closed")
+    over = threading.Event()
+
+    def ask_and_leave() -> None:
+        while not over.wait(ASKING_SECONDS):
+            daemon.send("POST", "/llm/check", check_body(target.port, MANY_CHECKS)).close()
+
+    with ThreadPoolExecutor(1) as pool:
+        leaving = pool.submit(ask_and_leave)
+        try:
+            end, slowest = time.monotonic() + FLOOD_SECONDS, 0.0
+            while time.monotonic() < end:
+                begin = time.monotonic()
+                daemon.get("/status")
+                slowest = max(slowest, time.monotonic() - begin)
+        finally:
+            over.set()
+        leaving.result()
+    assert slowest < STATUS_SECONDS
     target.close()
 
 
