@@ -5641,7 +5641,7 @@ class HttpClient:
     @classmethod
     def create(cls, reactor: Any, pool: HTTPConnectionPool) -> HttpClient:
         """Return a client that verifies certificates and keeps no cookies."""
-        tls = HostnameCachingHTTPSPolicy(BrowserLikePolicyForHTTPS())
+        tls = HostnameCachingHTTPSPolicy(cast(Any, BrowserLikePolicyForHTTPS()))
         agent = Agent(reactor, tls, connectTimeout=HTTP_CONNECT_SECONDS, pool=pool)
         refuse_all = DefaultCookiePolicy(allowed_domains=[])
         return cls(treq.client.HTTPClient(cast(Any, agent), IndexableCookieJar(refuse_all)))
