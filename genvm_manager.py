@@ -550,6 +550,59 @@ class SpareThreads:
 FILE_THREADS = SpareThreads(8)
 
 
+def in_thread(
+    reactor: Any, work: Callable[..., Result], *arguments: Any, pool: ThreadPool | None = None
+) -> Deferred[Result]:
+    """Return a Deferred for what ``work`` returns, which takes long but cannot hang.
+
+    It fails with ``ResourcesExhausted`` where there is no thread. ``pool`` is the reactor's own
+    unless another one is given.
+    """
+    try:
+        return deferToThreadPool(reactor, pool or reactor.getThreadPool(), work, *arguments)
+    except RuntimeError as error:
+        return fail(ResourcesExhausted(f"no thread is to be had ({error}); try again later"))
+
+
+#: Seconds between looks for a free descriptor, and as many are accepted at once at most.
+ACCEPT_RETRY_SECONDS = 0.1
+ACCEPTS = 16
+
+
+def free_descriptors(most: int) -> int:
+    """Return how many descriptors can be opened, up to ``most``."""
+    opened: list[int] = []
+    with contextlib.suppress(OSError):
+        while len(opened) < most:
+            opened.append(os.dup(0))
+    for fd in opened:
+        os.close(fd)
+    return len(opened)
+
+
+def accept_with_room(reactor: Any, port: Any) -> None:
+    """Let the clients of a listening port wait in its backlog while no descriptor is free.
+
+    Twisted would close their connections without an answer.
+    """
+    accept = port.doRead
+
+    def look_again() -> None:
+        if port.connected and not port.disconnecting:
+            port.startReading()
+
+    def do_read() -> None:
+        room = free_descriptors(ACCEPTS)
+        if room == 0:
+            port.stopReading()
+            reactor.callLater(ACCEPT_RETRY_SECONDS, look_again)
+        else:
+            port.numberAccepts = min(port.numberAccepts, room)
+            accept()
+
+    port.doRead = do_read
+
+
 @implementer(IHostResolution)
 class _Resolution:
     """A lookup of a name that is under way."""
@@ -3721,13 +3774,8 @@ class Spawner:
 
 def _check_descriptors(count: int) -> None:
     """Raise ``OSError`` unless so many can be opened: Twisted would forget some that it opened."""
-    opened: list[int] = []
-    try:
-        while len(opened) < count:
-            opened.append(os.dup(STDIN))
-    finally:
-        for fd in opened:
-            os.close(fd)
+    if free_descriptors(count) < count:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 #: What passes by itself, so that the same request may succeed later.
@@ -3790,9 +3838,9 @@ DEADLINE_GRACE_SECONDS = 0.5
 KILL_SECONDS = 5.0
 #: Seconds that starting processes may hold the reactor before others get a turn.
 SPAWN_SLICE_SECONDS = 0.01
-#: Once so many bytes of results are dropped, memory goes back to the system, soon.
+#: Memory of dropped results goes back to the system within seconds: fewer if it is much.
 TRIM_BYTES = 16 * MIB
-TRIM_SECONDS = 1.0
+TRIM_SECONDS, TRIM_LITTLE_SECONDS = 1.0, 10.0
 
 
 @frozen
@@ -4579,8 +4627,11 @@ class Executions:
         self._kept_bytes -= cost
         self._forget(execution)
         self._dropped_bytes += cost
-        if self._dropped_bytes >= TRIM_BYTES and self._trimming is None:
-            self._trimming = self._reactor.callLater(TRIM_SECONDS, self._trim)
+        seconds = TRIM_SECONDS if self._dropped_bytes >= TRIM_BYTES else TRIM_LITTLE_SECONDS
+        if self._trimming is None:
+            self._trimming = self._reactor.callLater(seconds, self._trim)
+        elif self._trimming.getTime() > self._reactor.seconds() + seconds:
+            self._trimming.reset(seconds)
 
     def _trim(self) -> None:
         self._trimming = None
@@ -5237,8 +5288,7 @@ class ContractOperations:
         if len(code) <= INLINE_CODE_BYTES:
             return stated_major(code, newest)
         await self._inspecting.acquire()
-        pool = self._reactor.getThreadPool()
-        inspecting = deferToThreadPool(self._reactor, pool, stated_major, code, newest)
+        inspecting = in_thread(self._reactor, stated_major, code, newest)
         inspecting.addBoth(self._inspected)
         # A client that leaves does not end the thread: the next one waits for that all the same.
         return await detached(inspecting)
@@ -5323,8 +5373,7 @@ class ContractOperations:
             self._read_only -= 1
             if self._closed is not None and self._read_only == 0:
                 self._closed.fire(None)
-        pool = self._reactor.getThreadPool()
-        schema = await deferToThreadPool(self._reactor, pool, _schema_of, outcome, errors)
+        schema = await in_thread(self._reactor, _schema_of, outcome, errors)
         return _schema_json(schema)
 
     @contextlib.asynccontextmanager
@@ -6166,7 +6215,7 @@ class LlmClient:
         """Do what takes as long as there are bytes; in a thread if these are many."""
         if size <= INLINE_LLM_BYTES:
             return work()
-        return await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work)
+        return await in_thread(self._reactor, work)
 
 
 def masked(body: bytes, key: str) -> str:
@@ -6392,8 +6441,7 @@ class AvailabilityCheck:
         await self._share.turn()
         if _is_large(body):
             await self._one_reader.acquire()  # however many clients ask and leave
-            pool = self._reactor.getThreadPool()
-            reading = maybeDeferred(deferToThreadPool, self._reactor, pool, self._read, body)
+            reading = in_thread(self._reactor, self._read, body)
             reading.addBoth(self._read_one)
             secrets, backends, prompts = await detached(reading)
         else:
@@ -8048,7 +8096,7 @@ class Api:
 
         # The thread closes the body: the request would do it as soon as the client disconnects.
         request.content = None
-        return await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), read)
+        return await in_thread(self._reactor, read)
 
     async def stream(self, request: Request, pieces: Iterator[bytes]) -> Answer:
         """Send JSON piece by piece; returns what a handler returns when its answer is sent."""
@@ -8707,8 +8755,7 @@ class CallerSession:
     async def _decode(self, data: bytes) -> CalldataValue:
         if len(data) <= INLINE_MESSAGE_BYTES:
             return decode_calldata(data)
-        pool = self._reactor.getThreadPool()
-        return await deferToThreadPool(self._reactor, pool, decode_calldata, data)
+        return await in_thread(self._reactor, decode_calldata, data)
 
     async def _answer(self, data: bytes, caller: Caller) -> bytes:
         """Return the answer to a message, whatever the message is."""
@@ -8837,6 +8884,7 @@ class ServiceRuntime:
                 listener.setblocking(False)  # one that another generation takes must not stop us
                 family = listener.family
             self._port = self._reactor.adoptStreamPort(descriptor, family, self.factory)
+            accept_with_room(self._reactor, self._port)
             os.close(descriptor)
         except OSError as error:
             raise ConfigError(f"descriptor {descriptor} is not a socket: {error}") from None
@@ -10068,7 +10116,7 @@ class Names:
             self._threads.release()
             return result
 
-        lookup = deferToThreadPool(self._reactor, self._pool, self._resolve, name)
+        lookup = in_thread(self._reactor, self._resolve, name, pool=self._pool)
         return await detached(lookup.addBoth(over))
 
 
@@ -10518,9 +10566,7 @@ class RequestSigner:
     async def _digest(self, body: bytes) -> bytes:
         if len(body) <= INLINE_DIGEST_BYTES:
             return digest_of(body)
-        return await deferToThreadPool(
-            self._reactor, self._reactor.getThreadPool(), digest_of, body
-        )
+        return await in_thread(self._reactor, digest_of, body)
 
     async def _ask(self, base: str, variables: Mapping[str, str]) -> bytes:
         url = self._fill(self._signer.url, variables)
@@ -11264,9 +11310,8 @@ class ChromiumRenderer:
                 browser.transport.signalProcess("KILL")
             code = await browser.ended.wait()
         if code < 0:  # it was killed
-            pool = self._reactor.getThreadPool()
             folder = Path(tempfile.gettempdir())
-            await deferToThreadPool(self._reactor, pool, remove_stale_profiles, folder)
+            await in_thread(self._reactor, remove_stale_profiles, folder)
         return code
 
     def _spawn(self, browser: BrowserProcess, proxy: str) -> None:
@@ -12965,6 +13010,8 @@ class ManagerService(Service):
             # The last one: nothing that fails afterwards would leave a file behind.
             if config.socket is not None:
                 self._ports.append(self._listen_unix(config.socket))
+            for port in self._ports:
+                accept_with_room(self._reactor, port)
         except CannotListenError as error:
             at_port = isinstance(error.port, int)
             place = f"{config.host}:{error.port}" if at_port else config.socket

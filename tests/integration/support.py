@@ -454,6 +454,10 @@ class Daemon:
         assert status is not None, "the execution goes on"
         return dict(status)
 
+    def ended(self, genvm_id: int) -> bool:
+        """Tell whether an execution has ended, waiting for that for a moment."""
+        return self.get(f"/genvm/{genvm_id}?wait=1s")["status"] is not None
+
     def permits(self) -> dict[str, int]:
         """Return the answer of ``GET /permits``."""
         return dict(self.get("/permits"))

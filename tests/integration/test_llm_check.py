@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import threading
@@ -760,22 +761,21 @@ def test_the_manager_ends_during_a_check(own: Checker) -> None:
     assert "Traceback" not in said
 
 
-def sockets_of(daemon: Daemon) -> list[Path]:
-    """Return the sockets that a daemon has open."""
-    found = []
+def sockets_of(daemon: Daemon) -> set[str]:
+    """Return the numbers of the sockets that a daemon has open."""
+    found = set()
     for path in Path(f"/proc/{daemon.pid}/fd").iterdir():
-        try:
-            if os.readlink(path).startswith("socket:"):
-                found.append(path)
-        except OSError:
-            continue
+        with contextlib.suppress(OSError):  # closed meanwhile
+            kind, _, number = os.readlink(path).partition(":")
+            if kind == "socket":
+                found.add(number[1:-1])
     return found
 
 
 def provider_sockets(checker: Checker, host: str) -> list[str]:
     """Return the daemon's TCP sockets that are connected to a provider's port."""
     port = int(host.split("/")[2].rpartition(":")[2])
-    own = {os.readlink(path)[8:-1] for path in sockets_of(checker.daemon)}
+    own = sockets_of(checker.daemon)
     lines = Path(f"/proc/{checker.daemon.pid}/net/tcp").read_text().splitlines()[1:]
     rows = [line.split() for line in lines]
     return [row[2] for row in rows if row[9] in own and int(row[2].rpartition(":")[2], 16) == port]

@@ -69,6 +69,7 @@ def soak(options: Options, busy: int = 0) -> tuple[Soak, dict[str, Any]]:
         "status_ms": attrs.asdict(status),
         "yardstick_ms": attrs.asdict(yardstick),
         "memory_mib": {name: round(size / MIB, 1) for name, size in one.memory.items()},
+        "memory_after_each_phase_mib": [round(size / MIB) for size in one.memory_after],
         "sigterm_seconds": round(one.end_seconds, 2),
         "problems": one.problems,
     }

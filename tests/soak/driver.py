@@ -93,6 +93,7 @@ class Soak:
         self.steps = 0
         self.latencies: Path
         self.memory: dict[str, int] = {}
+        self.memory_after: list[int] = []
         self.end_seconds = 0.0
         self.requests = 0
         self.backends = Backends()
@@ -329,6 +330,7 @@ class Soak:
             self._problem(name, str(problem))
         finally:
             self.memory["after"] = self.manager.memory()
+            self.memory_after.append(self.memory["after"])
 
     async def _becomes(self, name: str, what: str, wrong: Callable[[], Any]) -> None:
         """Wait until nothing is wrong; note what still is when it has had its time."""
