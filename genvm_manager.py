@@ -274,7 +274,10 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request, Site
 from twisted.web.websocket import WebSocketResource
 from werkzeug.exceptions import HTTPException
-from wsproto.utilities import LocalProtocolError
+from wsproto import ConnectionType, WSConnection
+from wsproto.events import AcceptConnection, CloseConnection
+from wsproto.events import Request as WebSocketRequest
+from wsproto.utilities import LocalProtocolError, ProtocolError
 from zope.interface import implementer
 
 __version__ = "0.1.0"
@@ -1242,7 +1245,10 @@ class AllowedHost(str):
 
 
 class ModuleCommands(dict[str, tuple[str, ...]]):
-    """The commands of external modules by their kind: a program and its arguments each."""
+    """The commands of external modules by their kind: a program and its arguments each.
+
+    No words stand for the built-in module; a kind that is not there is ``auto``.
+    """
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -1250,8 +1256,13 @@ class ModuleCommands(dict[str, tuple[str, ...]]):
         commands = cls()
         for name, options in setting(value, AnyObject).items():
             kind = ModuleKind.parse(name)
+            if options == "built-in":
+                commands[kind] = ()
+            if options in ("auto", "built-in"):
+                continue
             if not isinstance(options, dict) or set(options) != {"command"}:
-                raise ValueError(f"{kind}: expected a command, got {shown(options)}")
+                expected = "auto, built-in or a command"
+                raise ValueError(f"{kind}: expected {expected}, got {shown(options)}")
             words = setting(options["command"], tuple[Name, ...])
             if not words:
                 raise ValueError(f"{kind}.command: expected a program and its arguments")
@@ -1338,7 +1349,7 @@ class Config:
     capture_max_bytes: int = _setting(COUNT, 4 * MIB, "captured output kept per stream")
     shutdown_grace: float = _setting(SECONDS, 0.7, "time from SIGTERM to SIGKILL at shutdown")
     modules: Mapping[str, tuple[str, ...]] = _setting(
-        MODULES, {}, "commands of external modules; default: the built-in ones"
+        MODULES, {}, "for llm and web: auto, built-in or {command: [...]}"
     )
     version_detection: str = _setting(
         DETECTION, "native", "native, or executor to ask the newest executor"
@@ -6678,7 +6689,30 @@ MODULE_BACKLOG = 1024
 #: The child's descriptor that ``{config_file}`` of an external command names.
 CONFIG_FD = 3
 CONFIG_FILE = f"/proc/self/fd/{CONFIG_FD}" if sys.platform == "linux" else f"/dev/fd/{CONFIG_FD}"
+#: Of a command: becomes the flag of that name, or nothing.
+ALLOW_EMPTY = "{allow_empty_backends}"
+ELF_MARK = b"\x7fELF"
 _SECRET_NAMES = re.compile(r"key|token|secret|password|authorization|headers", re.IGNORECASE)
+
+
+def module_command(config: Config, kind: str) -> tuple[str, ...] | None:
+    """Return the command of an external module; None for the built-in one.
+
+    Without a setting, GenVM's own program is used where the root has it. Only an ELF file is that:
+    ours may stand in its place.
+    """
+    if kind in config.modules:
+        return config.modules[kind] or None
+    program = config.root / "bin" / "genvm-modules"
+    try:
+        with program.open("rb") as file:
+            is_program = stat.S_ISREG(os.fstat(file.fileno()).st_mode) and file.read(4) == ELF_MARK
+    except OSError:
+        return None
+    if not is_program:
+        return None
+    flags = [ALLOW_EMPTY] if kind == "llm" else []
+    return (str(program), kind, "--config", "{config_file}", *flags)
 
 
 class ModuleState(enum.Enum):
@@ -6714,6 +6748,11 @@ class ModuleSetup:
                 f"the {kind} module's address is wrong: {error}; set bind_address, or host and port"
             ) from None
         return cls(config, host, port, allow_empty_backends)
+
+    @property
+    def external(self) -> dict[str, Any]:
+        """The configuration for a command of others, which has no default for the address."""
+        return {"bind_address": f"{self.host}:{self.port}", **self.config}
 
 
 def split_address(text: object) -> tuple[str, int]:
@@ -6763,6 +6802,40 @@ def secrets_in(value: object, *, named: bool = False) -> Iterator[str]:
             yield from secrets_in(member, named=named)
     elif named and isinstance(value, str):
         yield value
+
+
+class Greeting(Protocol):
+    """Opens a WebSocket conversation and takes leave: modules log an error for less.
+
+    ``over`` fires at the end of the connection.
+    """
+
+    transport: Any
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+        self._wire = WSConnection(ConnectionType.CLIENT)
+        self.over: Event[None] = Event()
+
+    def connectionMade(self) -> None:
+        """Ask for the upgrade; see ``IProtocol``."""
+        self.transport.write(self._wire.send(WebSocketRequest(self._host, "/")))
+
+    def dataReceived(self, data: bytes) -> None:
+        """Take what the module says; see ``IProtocol``."""
+        try:
+            self._wire.receive_data(data)
+            for event in self._wire.events():
+                if isinstance(event, AcceptConnection):
+                    self.transport.write(self._wire.send(CloseConnection(1000)))
+                else:
+                    self.transport.loseConnection()
+        except ProtocolError:
+            self.transport.loseConnection()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """See ``IProtocol``."""
+        self.over.fire(None)
 
 
 class Generation:
@@ -6900,7 +6973,7 @@ class Module:
         self._spawner = spawner
         self._observer = observer
         self._now = now
-        self._command = config.modules.get(kind)
+        self._command = module_command(config, kind)
         self._lock = DeferredLock()
         self._listener: socket.socket | None = None
         self._setup: ModuleSetup | None = None
@@ -7200,12 +7273,17 @@ class Module:
             if any("{config_file}" in word for word in command):
                 try:
                     file = files.enter_context(tempfile.TemporaryFile())
-                    file.write(json.dumps(setup.config).encode())  # JSON is YAML too
+                    file.write(json.dumps(setup.external).encode())  # JSON is YAML too
                     file.seek(0)
                 except OSError as error:
                     raise SpawnFailed(f"its configuration cannot be stored: {error}") from None
                 inherited[CONFIG_FD] = file.fileno()
-            argv = [word.replace("{config_file}", CONFIG_FILE) for word in command]
+            flag = "--allow-empty-backends" if setup.allow_empty_backends else ""
+            argv = [
+                word.replace("{config_file}", CONFIG_FILE).replace(ALLOW_EMPTY, flag)
+                for word in command
+                if flag or word != ALLOW_EMPTY
+            ]
             self._spawner.spawn(
                 generation, argv, pipes={STDOUT, STDERR}, nulls={STDIN}, inherited=inherited
             )
@@ -7236,11 +7314,14 @@ class Module:
         """See whether a command accepts connections by now."""
         endpoint = HostnameEndpoint(self._reactor, setup.host, setup.port, MODULE_CONNECT_SECONDS)
         try:
-            protocol = await connectProtocol(endpoint, Protocol())
+            greeting = await connectProtocol(endpoint, Greeting(f"{setup.host}:{setup.port}"))
         except Exception:  # not yet, for whatever reason; a time limit is set elsewhere
             return
-        protocol.transport.abortConnection()
         generation.ready.fire(None)
+        try:
+            await greeting.over.wait().addTimeout(MODULE_CONNECT_SECONDS, self._reactor)
+        except DeferredTimeout:
+            greeting.transport.abortConnection()
 
     # --- ends ---
 
@@ -8616,6 +8697,17 @@ class ServiceSetup:
             raise ConfigError("the first line on stdin is not a module's setup") from None
 
 
+def refuse_scripts(kind: str, config: AnyObject) -> None:
+    """Raise ``ConfigError`` if a configuration asks for another script than GenVM's stock one."""
+    path = config.get("lua_script_path")
+    if path and os.path.basename(str(path)) != f"genvm-{kind}-default.lua":
+        raise ConfigError(
+            f"lua_script_path: the built-in {kind} module does what genvm-{kind}-default.lua does "
+            f"and cannot run {shown(path)}; to run it, put GenVM's own module program into the "
+            f"root as bin/genvm-modules, or name its command in the setting modules.{kind}"
+        )
+
+
 class ModuleService:
     """What a module does for executors; there is one instance in a module's process."""
 
@@ -8962,6 +9054,7 @@ def run_module_service(kind: str) -> int:
         setup = ServiceSetup.parse(line)
         if kind not in MODULE_SERVICES:
             raise ConfigError(f"no service is built in for the {kind} module; set its command")
+        refuse_scripts(kind, setup.config)
         observer.set_level(LevelName.parse(setup.log_level))
         service = MODULE_SERVICES[kind].create(setup, reactor, observer.redactor)
         runtime = ServiceRuntime(service, reactor, observer, end)

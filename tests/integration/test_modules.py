@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -728,7 +730,7 @@ def test_status_is_quick_meanwhile(manager: Daemon, provider: NamedProvider) -> 
 # --- external commands ---
 
 EXTERNAL = """
-import json, os, socket, sys, time
+import base64, hashlib, json, os, socket, sys, time
 with open(sys.argv[1]) as file:
     config = json.load(file)
 def say(text):
@@ -747,6 +749,19 @@ host, _, port = config["bind_address"].rpartition(":")
 listener = socket.create_server((host, int(port)))
 while True:
     peer, _ = listener.accept()
+    if behaviour == "websocket":
+        head = peer.recv(4096).decode()
+        key = head.split("Sec-WebSocket-Key: ")[1].split("\\r\\n")[0]
+        digest = hashlib.sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode()).digest()
+        accept = base64.b64encode(digest).decode()
+        peer.sendall((
+            "HTTP/1.1 101 Switching Protocols\\r\\nUpgrade: websocket\\r\\nConnection: Upgrade"
+            f"\\r\\nSec-WebSocket-Accept: {accept}\\r\\n\\r\\n"
+        ).encode())
+        frame = peer.recv(100)
+        farewell = bytes(a ^ b for a, b in zip(frame[6:], frame[2:6]))
+        peer.sendall(b"\\x88\\x02" + farewell)
+        say(f"{frame[:2].hex()} {farewell.hex()} then {peer.recv(100)!r}")
     if behaviour == "brief":
         try:
             peer.recv(1)  # until the manager has seen that it is ready, and hangs up
@@ -837,6 +852,102 @@ def test_a_command(external: Daemon) -> None:
     assert not {first, os.readlink(again)} & set(links)
     assert stop_module(external) == "module_stopped"
     assert is_free(address)
+
+
+def test_the_readiness_probe_is_a_whole_conversation(external: Daemon) -> None:
+    """The module would log an error for a connection that ends without a word."""
+    start_module(external, command("websocket"))
+    external.wait_log(lambda r: r["message"] == "8882 03e8 then b''")
+    assert stop_module(external) == "module_stopped"
+
+
+STAND_IN = r"""
+#include <arpa/inet.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+/* As genvm-modules: KIND --config FILE [--allow-empty-backends], the flag for llm only. */
+int main(int argc, char **argv) {
+    char config[4096] = "";
+    int more = argc == 5 && !strcmp(argv[1], "llm") && !strcmp(argv[4], "--allow-empty-backends");
+    if ((argc != 4 && !more) || strcmp(argv[2], "--config")) return 2;
+    FILE *file = fopen(argv[3], "r");
+    if (!file) return 3;
+    fread(config, 1, sizeof config - 1, file);
+    char *address = strstr(config, "127.0.0.1:");
+    if (!address) return 4;
+    struct sockaddr_in place = {.sin_family = AF_INET, .sin_port = htons(atoi(address + 10))};
+    place.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    int listener = socket(AF_INET, SOCK_STREAM, 0), peer, yes = 1;
+    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+    if (bind(listener, (struct sockaddr *)&place, sizeof place) || listen(listener, 9)) return 5;
+    const char *name = more ? "allowed" : argv[1];
+    while ((peer = accept(listener, 0, 0)) >= 0) {
+        write(peer, name, strlen(name));
+        close(peer);
+    }
+    return 6;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program in the place of GenVM's own."""
+    program = tmp_path_factory.mktemp("cc") / "genvm-modules"
+    source = program.with_suffix(".c")
+    source.write_text(STAND_IN)
+    subprocess.run(["cc", "-w", "-o", str(program), str(source)], check=True)
+    return program
+
+
+def test_a_root_with_genvms_own_modules(root: Root, start: Start, stand_in: Path) -> None:
+    (root.path / "bin").mkdir()
+    shutil.copy(stand_in, root.path / "bin")
+    daemon = start()
+    config = {"bind_address": f"127.0.0.1:{free_port()}", "lua_script_path": "own.lua"}
+    for kind, allow, name in (
+        ("llm", False, "llm"),
+        ("llm", True, "allowed"),
+        ("web", True, "web"),
+    ):
+        start_module(daemon, config, kind, allow_empty_backends=allow)
+        host, _, port = config["bind_address"].rpartition(":")
+        assert name_at((host, int(port))) == name
+        assert stop_module(daemon, kind) == "module_stopped"
+
+
+@pytest.mark.parametrize("chosen", ["built-in", "auto"])
+def test_the_built_in_modules_beside_it(
+    root: Root, start: Start, stand_in: Path, chosen: str
+) -> None:
+    (root.path / "bin").mkdir()
+    program = root.path / "bin" / "genvm-modules"
+    if chosen == "built-in":
+        shutil.copy(stand_in, program)
+    else:  # our own file in its place, or anything else that is no program of GenVM's
+        program.write_text("#!/bin/sh\nexit 9\n")
+        program.chmod(0o755)
+    daemon = start("--modules", f"{{llm: {chosen}, web: {chosen}}}")
+    for kind in ("llm", "web"):
+        for path in ("/opt/genvm/config/greybox.lua", f"genvm-{kind}-default.lua.mine"):
+            config = {"bind_address": ANY_PORT, "lua_script_path": path}
+            reply = try_start(daemon, config, kind)
+            refused(reply, f'cannot run "{path}"', "bin/genvm-modules", f"modules.{kind}")
+        config["lua_script_path"] = f"/opt/genvm/config/genvm-{kind}-default.lua"
+        start_module(daemon, config, kind, allow_empty_backends=True)
+        assert stop_module(daemon, kind) == "module_stopped"
+
+
+@pytest.mark.parametrize(("allow", "said"), [(False, "[]"), (True, "[--allow-empty-backends]")])
+def test_a_command_is_told_whether_backends_may_be_missing(
+    root: Root, start: Start, allow: bool, said: str
+) -> None:
+    words = ["sh", "-c", 'echo "[$*]" >&2; exit 3', "sh", "{allow_empty_backends}"]
+    daemon = start("--modules", json.dumps({"llm": {"command": words}}))
+    body = {"module_type": "llm", "config": command(), "allow_empty_backends": allow}
+    refused(daemon.request("POST", "/module/start", body), f"its stderr ends: {said}")
 
 
 def test_kill_9_of_the_manager_leaves_no_configuration(external_root: Root, tmp_path: Path) -> None:
