@@ -257,6 +257,7 @@ from twisted.protocols.basic import LineReceiver
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
+from twisted.web._newclient import HTTPClientParser
 from twisted.web.client import (
     Agent,
     BrowserLikePolicyForHTTPS,
@@ -5524,6 +5525,9 @@ def _writes_json(writes: Sequence[tuple[bytes, bytes]]) -> Iterator[bytes]:
 # whoever asks limits the time, which is over more than the exchange.
 
 HTTP_CONNECT_SECONDS = 60.0
+#: A line of a response's head, its end included. Twisted has no way to ask for more than 16 KiB.
+HEADER_LINE_BYTES = 64 * KIB
+HTTPClientParser.MAX_LENGTH = HEADER_LINE_BYTES - 1
 _GZIP = (b"gzip", b"x-gzip")
 
 
@@ -10969,6 +10973,7 @@ class SocksGate(ServerFactory):
         self._rules = rules
         self.traffic = traffic
         self._connections: list[Any] = []
+        self._is_cut = False
         self.refusals: dict[str, RequestFailure] = {}
         self._port = reactor.listenTCP(0, self, interface="127.0.0.1")
         self.address = f"127.0.0.1:{self._port.getHost().port}"
@@ -10978,9 +10983,9 @@ class SocksGate(ServerFactory):
         return SocksConnection(self)
 
     def enter(self, connection: Any) -> bool:
-        """Count a connection; False if there are too many."""
+        """Count a connection; False if there are too many, or none is wanted any more."""
         self._connections.append(connection)
-        return len(self._connections) <= SOCKS_CONNECTIONS
+        return len(self._connections) <= SOCKS_CONNECTIONS and not self._is_cut
 
     def leave(self, connection: Any) -> None:
         """Forget a connection."""
@@ -11000,10 +11005,15 @@ class SocksGate(ServerFactory):
                 self.refusals[read_host(host)] = failure
             raise
 
-    def close(self) -> Deferred[Any]:
-        """Close the listener and everything that goes through it."""
+    def cut(self) -> None:
+        """Close everything that goes through, and let nothing through any more."""
+        self._is_cut = True
         for connection in list(self._connections):
             connection.abortConnection()
+
+    def close(self) -> Deferred[Any]:
+        """Close the listener and everything that goes through it."""
+        self.cut()
         return maybeDeferred(self._port.stopListening)
 
 
@@ -11129,8 +11139,12 @@ RENDER_MEMORY_MIB = 1024
 RENDER_TRAFFIC_MAX_BYTES = 64 * MIB
 #: Seconds in which the keeper ends Chromium and removes its profile.
 KEEPER_SECONDS = 10.0
+#: Of the time limit, what is kept for reading a page that is never whole.
+READING_SECONDS = 5.0
 READ_ATTEMPTS = 3
 _KEEPER_MEMORY = 3
+_PDF = "application/pdf"
+_NOT_PAGES = re.compile(rf"{_PDF}|(image|audio|video|font)/.*")
 _TEXT_SCRIPT = "document.body ? document.body.innerText : ''"
 _HTML_SCRIPT = "document.documentElement ? document.documentElement.outerHTML : ''"
 _BOUNDED_SCRIPT = "(() => {{ const t = {}; return t.length > {} ? null : t; }})()"
@@ -11165,7 +11179,11 @@ class PageVisit:
         self._last = target
         self._redirects = 0
         self._status = 0
+        self._kind = ""
+        self._document = ""
         self._arrived = False
+        self._received: Event[None] = Event()
+        self._parsed: Event[None] = Event()
         self._loaded: Event[None] = Event()
         self._failure: RequestFailure | None = None
         self._over: Event[None] = Event()
@@ -11174,14 +11192,18 @@ class PageVisit:
         problem = f"the page brings more than {traffic.limit} bytes"
         traffic.exceeded.wait().addCallback(lambda _: self._fail(problem))
 
-    async def render(self, mode: str, wait: float) -> Page:
-        """Load the page, wait, and return what is there by then; raises ``BrowserGone``."""
+    async def render(self, mode: str, wait: float, patience: float) -> Page:
+        """Load the page, wait, and return what is there by then; raises ``BrowserGone``.
+
+        A page that is not whole after ``patience`` seconds is taken as it is.
+        """
+        late = self._reactor.seconds() + patience
         await self._prepare()
         answer = await self._call("Page.navigate", url=self._target.url)
         if answer.get("errorText"):
             self._navigation_failed(str(answer["errorText"]))
         self._arrived = True
-        await self._loaded.wait()
+        await self._settle(late)
         with contextlib.suppress(DeferredTimeout):
             await self._over.wait().addTimeout(wait, self._reactor)
         if self._failure is not None:
@@ -11192,10 +11214,24 @@ class PageVisit:
                 return await self._read(mode)
         raise page_failed(self._target.url, self._status, "the page does not stay")
 
+    async def _settle(self, late: float) -> None:
+        """Wait until the page is loaded, or is parsed and it is late."""
+        with contextlib.suppress(DeferredTimeout):
+            seconds = max(0.0, late - self._reactor.seconds())
+            await self._loaded.wait().addTimeout(seconds, self._reactor)
+            return
+        await self._received.wait()
+        if not self._parsed.happened:
+            # A script that does not come holds up what is behind it until its connection is gone.
+            self._gate.cut()
+        await self._parsed.wait()
+
     async def _read(self, mode: str) -> Page:
         if not page_loaded(self._status):
             text = collapse_text(await self._evaluate(_TEXT_SCRIPT))
             raise page_failed(self._target.url, self._status, text)
+        if _NOT_PAGES.fullmatch(self._kind) and (mode != "screenshot" or self._kind == _PDF):
+            raise self._not_a_page()
         if mode == "screenshot":
             shot = await self._call("Page.captureScreenshot", format="png")
             return Page(self._status, base64.b64decode(shot["data"]))
@@ -11245,24 +11281,36 @@ class PageVisit:
             raise page_failed(self._target.url, self._status, "the page's text is too long")
         return text
 
+    def _not_a_page(self) -> RequestFailure:
+        problem = f"{self._kind} is not a page: ask for it with Request"
+        return page_failed(self._target.url, self._status, problem)
+
     def _navigation_failed(self, problem: str) -> NoReturn:
         refusal = self._failure or self._gate.refusals.get(self._last.host)
+        if refusal is None and self._kind:  # what is not shown is downloaded, which is denied
+            refusal = self._not_a_page()
         raise refusal or page_failed(self._target.url, self._status, problem)
 
     def _gone(self) -> None:
-        self._loaded.fail(BrowserGone("Chromium has ended"))
-        self._over.fail(BrowserGone("Chromium has ended"))
+        for event in (self._received, self._parsed, self._loaded, self._over):
+            event.fail(BrowserGone("Chromium has ended"))
 
     def _event(self, method: str, given: dict[str, Any]) -> None:
         if method == "Fetch.requestPaused":
             self._check_document(given)
         elif method == "Page.loadEventFired" and self._status:
             self._loaded.fire(None)
+        elif method == "Page.domContentEventFired" and self._status:
+            self._parsed.fire(None)
+        elif method == "Network.loadingFinished" and given["requestId"] == self._document:
+            self._received.fire(None)
         elif method == "Page.frameNavigated" and self._arrived:
             self._check_arrival(given["frame"])
         elif method == "Network.responseReceived":
             if given["type"] == "Document" and given.get("frameId") == self._frame:
                 self._status = int(given["response"]["status"])
+                self._kind = str(given["response"].get("mimeType", "")).lower()
+                self._document = given["requestId"]
         elif method == "Page.javascriptDialogOpening":
             self.browser.tell("Page.handleJavaScriptDialog", self._session, accept=False)
         elif method == "Inspector.targetCrashed":
@@ -11375,7 +11423,8 @@ class ChromiumRenderer:
             raise RequestFailure(
                 "RENDERER_FAILED", context={"reason": error.strerror or str(error)}
             ) from None
-        work = Deferred.fromCoroutine(visit.render(mode, wait))
+        patience = self._timeout - min(READING_SECONDS, self._timeout / 4)
+        work = Deferred.fromCoroutine(visit.render(mode, wait, patience))
         seconds = self._timeout + wait
 
         def too_late(_result: object, _seconds: float) -> Failure:

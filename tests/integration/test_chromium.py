@@ -176,7 +176,7 @@ def test_statuses_dialogs_and_no_server(module: WebModule, web: WebServer) -> No
 # --- limits ---
 
 
-@pytest.mark.parametrize("kind", ["body", "script", "subresource"])
+@pytest.mark.parametrize("kind", ["body", "script"])
 def test_endless_pages(folder: Path, web: WebServer, kind: str) -> None:
     def endless(exchange: Exchange) -> None:
         exchange.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n")
@@ -184,9 +184,8 @@ def test_endless_pages(folder: Path, web: WebServer, kind: str) -> None:
             exchange.send(b"<p>more</p>" * 10)
             time.sleep(0.02)
 
-    web.answers["/body"] = web.answers["/image"] = endless
+    web.answers["/body"] = endless
     web.page("/script", "<script>while (true) {}</script>")
-    web.page("/subresource", "<script src=/image></script>")
     module = begin(folder, render_timeout="8s")
     try:
         began = time.monotonic()
@@ -196,6 +195,70 @@ def test_endless_pages(folder: Path, web: WebServer, kind: str) -> None:
         nothing_left(module, folder)
     finally:
         module.close()
+
+
+@pytest.mark.parametrize(
+    ("held", "sends"),
+    [
+        ("<img src=/x>", "nothing"),
+        ("<script src=/x></script>", "nothing"),
+        ("<script src=/x></script>", "without end"),
+        ("<link rel=stylesheet href=/x>", "nothing"),
+        ("<iframe src=/x></iframe>", "nothing"),
+    ],
+)
+def test_a_part_that_never_comes_does_not_cost_the_page(
+    folder: Path, web: WebServer, held: str, sends: str
+) -> None:
+    over = threading.Event()
+
+    def never(exchange: Exchange) -> None:
+        if sends == "nothing":
+            over.wait(60)
+            return
+        exchange.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n")
+        while not over.wait(0.02):
+            exchange.send(b"x")
+
+    web.answers["/x"] = never
+    url = web.page("/", f"<head>{held}</head><p>before{held}<p>after")
+    module = begin(folder, render_timeout="8s")
+    try:
+        began = time.monotonic()
+        assert module.render(url, wait_after_loaded="500ms") == {"Ok": {"text": "before\nafter"}}
+        timed(f"{held} that sends {sends}, limit 8 s", time.monotonic() - began, 8.5)
+        if "link" in held:
+            assert "image" in module.render(url, mode="screenshot")["Ok"]
+        nothing_left(module, folder)
+    finally:
+        over.set()
+        module.close()
+
+
+SVG = b"<svg xmlns='http://www.w3.org/2000/svg'><text y='20'>drawn</text></svg>"
+PDF = (
+    b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n2 0 obj<</Type/Pages/Kids[3 0 R]"
+    b"/Count 1>>endobj\n3 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 9 9]>>endobj\n"
+    b"trailer<</Root 1 0 R>>\n%%EOF\n"
+)
+
+
+@pytest.mark.parametrize("mode", ["text", "html", "screenshot"])
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [("application/pdf", PDF), ("image/svg+xml", SVG), ("application/zip", b"PK\x03\x04")],
+)
+def test_what_is_not_a_page(
+    module: WebModule, web: WebServer, kind: str, data: bytes, mode: str
+) -> None:
+    web.answers["/d"] = lambda e: e.reply(data, b"Content-Type: " + kind.encode())
+    answer = module.render(f"{web.url}/d", mode=mode)
+    if mode == "screenshot" and kind == "image/svg+xml":
+        assert answer["Ok"]["image"].startswith(b"\x89PNG")
+        return
+    assert causes(answer) == ["WEBPAGE_LOAD_FAILED"]
+    assert answer["UserError"]["ctx"]["status"] == 200
+    assert answer["UserError"]["ctx"]["body"] == f"{kind} is not a page: ask for it with Request"
 
 
 def test_a_page_that_takes_too_much_memory(folder: Path, web: WebServer) -> None:

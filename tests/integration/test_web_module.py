@@ -250,6 +250,19 @@ def test_headers_of_many_kinds(module: WebModule, web: WebServer) -> None:
     assert len(got["body"]) == 1 << 20
 
 
+@pytest.mark.parametrize(("size", "is_read"), [(64 << 10, True), (66 << 10, False)])
+def test_long_header_lines(module: WebModule, web: WebServer, size: int, is_read: bool) -> None:
+    line = b"X-Long: ".ljust(size - 2, b"y")
+    web.answers["/"] = lambda e: e.reply(b"body", line, b"X-Next: z")
+    got = module.get(web.url)
+    if not is_read:
+        assert causes(got) == ["SENDING_REQUEST"]
+        return
+    assert response(got)["headers"]["x-long"] == line[8:]
+    assert response(got)["headers"]["x-next"] == b"z"
+    assert response(got)["body"] == b"body"
+
+
 @pytest.mark.parametrize("kind", ["slow body", "no answer", "slow head"])
 def test_time(start: Start, web: WebServer, kind: str) -> None:
     gone = threading.Event()
