@@ -75,6 +75,12 @@ from __future__ import annotations
 import os
 import sys
 
+#: Tells the same process after the exec below who had started it.
+_STARTED_BY = "GENVM_STARTED_BY"
+_own, _, _starter = os.environ.pop(_STARTED_BY, "").partition(":")
+#: The process that started us, noted at once: it may be gone before anyone looks again.
+PARENT = int(_starter) if _own == str(os.getpid()) else os.getppid()
+
 
 def own_command(*words: str) -> list[str]:
     """Return a command line that runs this file, imported where that can be.
@@ -109,6 +115,7 @@ if __name__ == "__main__":
 if __name__ == "__main__" and sys.executable and sys.orig_argv[1:] == sys.argv:
     command = own_command(*sys.argv[1:])
     if "-c" in command:
+        os.environ[_STARTED_BY] = f"{os.getpid()}:{PARENT}"
         os.execv(sys.executable, command)
 
 import argparse
@@ -3337,12 +3344,12 @@ def guard_descendants(prefix: str) -> None:
 
 @implementer(IReadDescriptor)
 class ParentWatch:
-    """Calls back once when the process that started us ends."""
+    """Calls back once when the process that started us has ended, or has already."""
 
-    def __init__(self, reactor: Any, parent_ended: Callable[[], object]) -> None:
+    def __init__(self, reactor: Any, parent_ended: Callable[[], object], parent: int) -> None:
         self._reactor = reactor
         self._parent_ended = parent_ended
-        self._parent = os.getppid()
+        self._parent = parent
         self._fd: int | None = None
         self._poll: LoopingCall | None = None
 
@@ -6759,12 +6766,45 @@ class ModuleSetup:
         return {"bind_address": f"{self.host}:{self.port}", **self.config}
 
 
+def expand_module_config(
+    kind: str, config: dict[str, Any], variables: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return a configuration with its templates expanded; raises ``ModuleFailed``."""
+    try:
+        expanded = expand_templates(config, variables, os.environ)
+        json.dumps(expanded)  # so it is passed on
+        return cast(dict[str, Any], expanded)
+    except ConfigError as error:
+        problem = error.message
+    except TypeError:
+        problem = "it has a value that JSON does not have; put a date in quotes"
+    except RecursionError:
+        problem = "nested too deeply"
+    raise ModuleFailed(f"the {kind} module's configuration: {problem}")
+
+
 def split_address(text: object) -> tuple[str, int]:
     """Return host and port of ``host:port``; raises ``ValueError``."""
     host, separator, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
     if not host or not separator or not port.isascii() or not port.isdigit():
         raise ValueError(f"expected host:port, got {shown(text)}")
     return host.strip("[]"), setting(int(port), Port)
+
+
+def read_module_file(path: Path) -> dict[str, Any]:
+    """Return the configuration in a file; raises ``ModuleFailed``."""
+    try:
+        data = read_yaml(path)
+    except OSError as error:
+        raise ModuleFailed(
+            f"no configuration: give one in the request, or write {path.name} into the folder "
+            f"config of the root ({error.strerror})"
+        ) from None
+    except ConfigError as error:
+        raise ModuleFailed(f"{path.name}: {error.message}") from None
+    if not isinstance(data, dict):
+        raise ModuleFailed(f"{path.name}: expected a mapping, got {kind_of(data)}")
+    return data
 
 
 def bind_listener(host: str, port: int) -> socket.socket:
@@ -7158,23 +7198,12 @@ class Module:
     async def _read_setup(self, config: dict[str, Any] | None, allow_empty: bool) -> ModuleSetup:
         if config is None:
             path = self._config.root / "config" / f"genvm-module-{self.kind}.yaml"
-            config = await self._soon(FILE_SECONDS, f"reading {path.name}", _read_module_file, path)
-        problem = None
-        try:
-            expanded = expand_templates(config, self._config.variables, os.environ)
-            json.dumps(expanded)  # so it is passed on
-        except ConfigError as error:
-            problem = error.message
-        except TypeError:
-            problem = "it has a value that JSON does not have; put a date in quotes"
-        except RecursionError:
-            problem = "nested too deeply"
-        if problem is not None:
-            raise ModuleFailed(f"the {self.kind} module's configuration: {problem}")
+            config = await self._soon(FILE_SECONDS, f"reading {path.name}", read_module_file, path)
+        expanded = expand_module_config(self.kind, config, self._config.variables)
         for secret in secrets_in(expanded):
             # Whoever makes up keys for checks does not push these out.
             self._observer.redactor.add(secret, source=self.kind)
-        return ModuleSetup.of(self.kind, cast(dict[str, Any], expanded), allow_empty)
+        return ModuleSetup.of(self.kind, expanded, allow_empty)
 
     async def _soon(
         self, seconds: float, what: str, work: Callable[..., Value], *arguments: Any
@@ -7414,21 +7443,6 @@ class Module:
             self._quick_deaths = 0
         if state is not self.state:
             self.state, self.since = state, self._now()
-
-
-def _read_module_file(path: Path) -> dict[str, Any]:
-    try:
-        data = read_yaml(path)
-    except OSError as error:
-        raise ModuleFailed(
-            f"no configuration: give one in the request, or write {path.name} into the folder "
-            f"config of the root ({error.strerror})"
-        ) from None
-    except ConfigError as error:
-        raise ModuleFailed(f"{path.name}: {error.message}") from None
-    if not isinstance(data, dict):
-        raise ModuleFailed(f"{path.name}: expected a mapping, got {kind_of(data)}")
-    return data
 
 
 # =============================================================================
@@ -8903,8 +8917,9 @@ class ControlChannel(Protocol):
         self._lines = LineSplitter(ORDER_MAX_BYTES, self._line)
 
     def tell(self, message: dict[str, Any]) -> None:
-        """Send a line to the manager."""
-        self.transport.write(json.dumps(message).encode() + b"\n")
+        """Send a line to the manager, if there is one."""
+        if self.transport is not None:
+            self.transport.write(json.dumps(message).encode() + b"\n")
 
     def dataReceived(self, data: bytes) -> None:
         """Take bytes of the manager."""
@@ -8999,7 +9014,9 @@ class ServiceRuntime:
             self._finish()
 
     def _finish(self) -> None:
-        if self.control.transport.disconnecting:
+        if self.control.transport is None:
+            self._end(0)
+        if self.control.transport is None or self.control.transport.disconnecting:
             return
         self._send_stats()
         self.control.transport.loseConnection()
@@ -9034,8 +9051,17 @@ def _read_first_line(descriptor: int) -> tuple[bytes, bytes]:
     return bytes(data[: end + 1]), bytes(data[end + 1 :])
 
 
-def run_module_service(kind: str) -> int:
-    """Run a module in this process, as the manager starts it; returns the exit status.
+@frozen
+class Alone:
+    """How a module runs without a manager: its setup, its listening socket, its parent if any."""
+
+    setup: ServiceSetup
+    listener: int
+    parent: int | None
+
+
+def run_module_service(kind: str, alone: Alone | None = None) -> int:
+    """Run a module in this process; returns the exit status.
 
     The manager holds the other ends of stdin (setup and orders), stdout (events) and stderr
     (log), and passes on the listening socket as descriptor 3.
@@ -9045,8 +9071,8 @@ def run_module_service(kind: str) -> int:
     reactor = own_reactor()
     observer = LogObserver(Config(), fd=2)
     globalLogBeginner.beginLoggingTo([cast(ILogObserver, observer)], redirectStandardIO=False)
-    line, orders = _read_first_line(0)
-    if not line:
+    line, orders = (b"", b"") if alone else _read_first_line(0)
+    if not (alone or line):
         return 0
 
     def end(status: int) -> None:
@@ -9055,23 +9081,28 @@ def run_module_service(kind: str) -> int:
         os._exit(status)  # at once: a thread may hang in a resolver
 
     try:
-        setup = ServiceSetup.parse(line)
+        setup = alone.setup if alone else ServiceSetup.parse(line)
         if kind not in MODULE_SERVICES:
             raise ConfigError(f"no service is built in for the {kind} module; set its command")
         refuse_scripts(kind, setup.config)
         observer.set_level(LevelName.parse(setup.log_level))
         service = MODULE_SERVICES[kind].create(setup, reactor, observer.redactor)
         runtime = ServiceRuntime(service, reactor, observer, end)
-        runtime.listen(LISTENER_FD)
+        runtime.listen(alone.listener if alone else LISTENER_FD)
     except (ManagerError, ValueError) as error:
         ServiceRuntime.log.error("{text}", text=str(error))
         return 1
     observer.start()
     reactor.suggestThreadPoolSize(SERVICE_THREADS)
     signal.signal(signal.SIGTERM, lambda *_: reactor.callFromThread(runtime.drain))
-    StandardIO(runtime.control, reactor=reactor)
-    runtime.control.dataReceived(orders)
-    reactor.callWhenRunning(runtime.control.tell, {"event": "ready"})
+    if alone is None:
+        StandardIO(runtime.control, reactor=reactor)
+        runtime.control.dataReceived(orders)
+        reactor.callWhenRunning(runtime.control.tell, {"event": "ready"})
+    else:
+        signal.signal(signal.SIGINT, lambda *_: reactor.callFromThread(end, 0))
+        if alone.parent is not None:
+            ParentWatch(reactor, lambda: end(0), alone.parent).start()
     reactor.run(installSignalHandlers=False)
     return 0
 
@@ -13182,7 +13213,9 @@ class ManagerService(Service):
             self._own_process()
         self.spawner.start()
         if self.config.die_with_parent:
-            self._parent = ParentWatch(self._reactor, self._parent_ended)
+            # Of a daemon of twistd's the first parent has ended before.
+            parent = PARENT if self.parent is None else os.getppid()
+            self._parent = ParentWatch(self._reactor, self._parent_ended, parent)
             self._parent.start()
         for note in self.config.notes:
             self.log.info("{text}", text=note)
@@ -13262,7 +13295,7 @@ class ManagerService(Service):
 
     def _parent_ended(self) -> None:
         self.log.info("the parent process ended: shutting down")
-        self._asked_to_end()
+        self._reactor.callWhenRunning(self._asked_to_end)
 
     def stopService(self) -> Deferred[None]:
         """Shut down in order; fires when no child is left."""
@@ -13436,11 +13469,31 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("serve", parents=[settings], help="run the manager")
     commands.add_parser("manager", parents=[settings], help="the same, as genvm-modules names it")
     commands.add_parser("check-config", parents=[settings], help="check the settings and end")
+    for name in MODULE_KINDS:
+        module = commands.add_parser(name, help=f"run the {name} module alone, without a manager")
+        module.add_argument("--config", type=Path, help="its configuration, a YAML file")
+        for flag in ("--allow-empty-backends", "--die-with-parent"):
+            module.add_argument(flag, action="store_true")
     commands.add_parser("demo", help="deploy and call a contract, with everything that it takes")
     root = commands.add_parser("practice-root", help="make a GenVM root to try the manager with")
     root.add_argument("folder", type=Path)
     commands.add_parser("executor", add_help=False, help="the practice executor (not GenVM)")
     return parser
+
+
+def run_module_alone(
+    kind: str, config: Path | None, allow_empty_backends: bool, die_with_parent: bool
+) -> int:
+    """Run a module without a manager; returns its exit status. Raises ``ManagerError``."""
+    root = default_root(os.environ, Path(__file__))
+    path = config or root / "config" / f"genvm-module-{kind}.yaml"
+    expanded = expand_module_config(kind, read_module_file(path), template_variables(root))
+    setup = ModuleSetup.of(kind, expanded, allow_empty_backends)
+    listener = bind_listener(setup.host, setup.port)
+    ServiceRuntime.log.info("listening", module=kind, address=listener_address(listener))
+    parent = PARENT if die_with_parent else None
+    service = ServiceSetup(setup.config, allow_empty_backends)
+    return run_module_service(kind, Alone(service, listener.detach(), parent))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -13460,6 +13513,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == "practice-root":
             make_practice_root(options["folder"].resolve())
             return 0
+        if command in MODULE_KINDS:
+            return run_module_alone(command, **options)
         config = load_config(flags, os.environ)
         return check_config(config) if command == "check-config" else serve(config)
     except ManagerError as error:

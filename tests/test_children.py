@@ -634,7 +634,7 @@ async def test_the_end_of_the_parent_is_noticed(monkeypatch: pytest.MonkeyPatch)
     parent = subprocess.Popen(["/bin/sleep", "60"])
     monkeypatch.setattr(os, "getppid", lambda: parent.pid)
     ended: Deferred[None] = Deferred()
-    watch = ParentWatch(real_reactor(), lambda: ended.callback(None))
+    watch = ParentWatch(real_reactor(), lambda: ended.callback(None), parent.pid)
     watch.start()
     try:
         turn: Deferred[None] = Deferred()
@@ -655,10 +655,9 @@ def test_a_parent_that_is_gone_at_the_start_is_noticed_at_once(
 ) -> None:
     parent = subprocess.Popen(["/bin/sleep", "60"])
     try:
-        numbers = iter([parent.pid, 1, 1, 1])
-        monkeypatch.setattr(os, "getppid", lambda: next(numbers))
+        monkeypatch.setattr(os, "getppid", lambda: 1)
         ended: list[bool] = []
-        watch = ParentWatch(real_reactor(), lambda: ended.append(True))
+        watch = ParentWatch(real_reactor(), lambda: ended.append(True), parent.pid)
         watch.start()
         assert ended == [True]
         watch.stop()
@@ -681,7 +680,7 @@ def test_without_pidfd_the_parent_is_polled(
     monkeypatch.setattr(os, "getppid", lambda: parents[-1])
     clock = Clock()
     ended: list[bool] = []
-    watch = ParentWatch(clock, lambda: ended.append(True))
+    watch = ParentWatch(clock, lambda: ended.append(True), 5)
     watch.start()
     clock.pump([PARENT_POLL_SECONDS] * 5)
     assert ended == []
@@ -695,7 +694,7 @@ def test_a_watch_that_was_stopped_says_nothing(monkeypatch: pytest.MonkeyPatch) 
     parent = subprocess.Popen(["/bin/sleep", "60"])
     monkeypatch.setattr(os, "getppid", lambda: parent.pid)
     before = len(os.listdir("/proc/self/fd"))
-    watch = ParentWatch(real_reactor(), lambda: pytest.fail("it was stopped"))
+    watch = ParentWatch(real_reactor(), lambda: pytest.fail("it was stopped"), parent.pid)
     watch.start()
     assert len(os.listdir("/proc/self/fd")) == before + 1
     watch.stop()

@@ -89,6 +89,14 @@ def within(goal: float, predicate: Callable[[], Value], what: str) -> Value:
 
 # --- processes ---
 
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen(sys.argv[1:])
+print(child.pid, file=sys.stderr, flush=True)
+child.wait()
+"""
+"""A program that starts another one and waits for its end."""
+
 
 def processes_with(marker: str) -> list[int]:
     """Return the pids of live processes whose environment has the marker."""

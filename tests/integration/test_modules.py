@@ -26,6 +26,8 @@ from genvm_manager import MODULE_QUICK_DEATHS, MODULE_READY_SECONDS
 
 from .conftest import Start
 from .support import (
+    PARENT,
+    SOURCE,
     WAIT,
     Daemon,
     Host,
@@ -948,6 +950,64 @@ def test_a_command_is_told_whether_backends_may_be_missing(
     daemon = start("--modules", json.dumps({"llm": {"command": words}}))
     body = {"module_type": "llm", "config": command(), "allow_empty_backends": allow}
     refused(daemon.request("POST", "/module/start", body), f"its stderr ends: {said}")
+
+
+def run_alone(kind: str, *flags: str) -> tuple[Daemon, tuple[str, int]]:
+    """Start a module without a manager below another process; returns that and the address."""
+    argv = [sys.executable, str(SOURCE), kind, *flags]
+    parent = Daemon([sys.executable, "-c", PARENT, *argv])
+
+    def listening() -> Any:
+        lines = [line for line in parent.errors.split("\n")[:-1] if line.startswith("{")]
+        return next((r for r in map(json.loads, lines) if r["message"] == "listening"), None)
+
+    host, _, port = eventually(listening, what="it listens")["address"].rpartition(":")
+    return parent, (host, int(port))
+
+
+def test_a_module_alone(provider: NamedProvider, tmp_path: Path) -> None:
+    path = tmp_path / "module.yaml"
+    path.write_text(json.dumps(provider.config("echo")))
+    parent, address = run_alone("llm", "--config", str(path), "--die-with-parent")
+    try:
+        assert answer_at(address, "by itself") == "by itself"
+        parent.process.kill()
+        eventually(lambda: not parent.descendants(), what="it ends with its parent")
+        assert is_free(address)
+    finally:
+        parent.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_module_alone_ends_when_it_is_told(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "module.yaml"
+    path.write_text(json.dumps({"bind_address": ANY_PORT, "backends": {}}))
+    parent, _ = run_alone("llm", "--config", str(path), "--allow-empty-backends")
+    try:
+        (pid,) = parent.descendants()
+        kill(pid, number)
+        assert parent.wait() == 0
+    finally:
+        parent.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "reason"),
+    [
+        ("llm", '{"backends": {}}', "backends: none can be used"),
+        ("web", '{"bind_address": "x"}', "expected host:port"),
+        ("web", '{"lua_script_path": "x.lua", "bind_address": "127.0.0.1:0"}', "lua_script_path"),
+        ("llm", "[]", "expected a mapping"),
+    ],
+)
+def test_a_module_alone_refuses_what_is_wrong(
+    kind: str, text: str, reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "module.yaml"
+    path.write_text(text)
+    argv = [sys.executable, str(SOURCE), kind, "--config", str(path)]
+    done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=WAIT)
+    assert (done.returncode, reason in done.stderr, done.stdout) == (1, True, "")
 
 
 def test_kill_9_of_the_manager_leaves_no_configuration(external_root: Root, tmp_path: Path) -> None:

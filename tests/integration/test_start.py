@@ -21,6 +21,7 @@ from genvm_manager import main
 from .conftest import Start
 from .support import (
     MARKER,
+    PARENT,
     PROJECT,
     SOURCE,
     Daemon,
@@ -221,14 +222,6 @@ def test_twistd_with_a_port_in_use(root: Root) -> None:
             daemon.close()
 
 
-PARENT = """
-import subprocess, sys
-child = subprocess.Popen(sys.argv[1:])
-print(child.pid, file=sys.stderr, flush=True)
-child.wait()
-"""
-
-
 @pytest.mark.parametrize("step", ["log info up", "ignore-sigterm"])
 def test_die_with_parent(root: Root, step: str) -> None:
     """As nodes start it: ``manager --port N --die-with-parent``; then the node is killed.
@@ -254,6 +247,24 @@ def test_die_with_parent(root: Root, step: str) -> None:
         for pid in (manager, guardian):
             if pid:
                 kill(pid)
+        parent.close()
+
+
+def test_a_parent_that_ends_before_the_start_is_noticed(root: Root) -> None:
+    """It is known since the first lines of the program, which reads its settings later."""
+    settings = root.path / "settings"
+    os.mkfifo(settings)
+    arguments = ["manager", "--port", "0", "--die-with-parent", "--root", str(root.path)]
+    argv = [sys.executable, str(SOURCE), *arguments, "--config", str(settings)]
+    parent = Daemon([sys.executable, "-c", PARENT, *argv])
+    try:
+        with settings.open("w") as file:  # once it is opened for reading
+            parent.process.kill()
+            parent.process.wait()
+            assert parent.descendants()
+            file.write("{}")
+        eventually(lambda: not parent.descendants(), what="it ends at once")
+    finally:
         parent.close()
 
 
