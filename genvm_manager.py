@@ -8363,6 +8363,8 @@ def wait_seconds(request: Request) -> float:
 # WebSocket and calldata. Never knows what a request means.
 
 MESSAGE_MAX_BYTES = 64 * MIB
+#: Executors take no larger answers: they would drop the connection, and the run with it.
+ANSWER_MAX_BYTES = 16 * MIB
 #: The upgrade request of a client, and the seconds in which it must arrive.
 HANDSHAKE_MAX_BYTES = 16 * KIB
 HANDSHAKE_SECONDS = 10
@@ -8876,8 +8878,9 @@ class CallerSession:
             else:
                 value = await self._service.answer(name, payload, caller)
             encoded = encode_calldata({"Ok": value})
-            if len(encoded) > MESSAGE_MAX_BYTES:
-                raise RequestFailure("ANSWER_TOO_LARGE", context={"bytes": len(encoded)})
+            if len(encoded) > ANSWER_MAX_BYTES:
+                sizes: dict[str, CalldataValue] = {"bytes": len(encoded), "limit": ANSWER_MAX_BYTES}
+                raise RequestFailure("ANSWER_TOO_LARGE", fatal=False, context=sizes)
         except CalldataError as error:
             failure = RequestFailure("INVALID_REQUEST", context={"error": error.message})
         except RequestFailure as error:
@@ -12118,6 +12121,8 @@ def checked_message(message: Any) -> dict[str, Any]:
 
 _WEBSOCKET_GUID: Final = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _HEAD_LIMIT: Final = 16 * 1024
+_ANSWER_LIMIT: Final = 16 * 1024 * 1024
+"""What real executors take."""
 _MESSAGE_BEGINS: Final = (1, 2)
 _CONTINUES, _CLOSES, _PINGS, _PONGS = 0, 8, 9, 10
 
@@ -12210,7 +12215,7 @@ class ModuleConnection:
             elif opcode in ((_CONTINUES,) if begun else _MESSAGE_BEGINS):
                 begun = True
                 message += payload
-                if len(message) > MODULE_VALUE_LIMIT:
+                if len(message) > _ANSWER_LIMIT:
                     raise ValueError("the module's answer is too large")
                 if final:
                     return bytes(message)
@@ -12224,7 +12229,7 @@ class ModuleConnection:
             size = int.from_bytes(self._receive(2 if second == 126 else 8))
         elif second > 127:
             raise ValueError("the module sent a masked frame")
-        if size > MODULE_VALUE_LIMIT:
+        if size > _ANSWER_LIMIT:
             raise ValueError("the module's answer is too large")
         return first >= 0x80, first & 0x0F, self._receive(size)
 
