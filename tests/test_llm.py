@@ -1450,6 +1450,9 @@ def test_a_missing_key_of_a_configuration(name: str) -> None:
         ({"images": [PNG_TEXT + "!"]}, "images[0]: INVALID_IMAGE"),
         ({"images": ["☃"]}, "images[0]: INVALID_IMAGE"),
         ({"images": [""]}, "images[0]: INVALID_IMAGE"),
+        ({"images": [PNG_TEXT, [1, 2, 3]]}, "images[1]: INVALID_IMAGE"),
+        ({"images": [[*PNG, 256]]}, "images[0]: INVALID_IMAGE"),
+        ({"images": [[*PNG, "x"]]}, f"images[0][{len(PNG)}]: expected a"),
         ({"max_tokens": 0}, "test_prompts[0].max_tokens: "),
         ({"max_tokens": 1.5}, "test_prompts[0].max_tokens: "),
         ({"max_tokens": "200"}, "test_prompts[0].max_tokens: "),
@@ -1484,6 +1487,12 @@ def test_a_prompt_as_it_is_asked() -> None:
     checked = Checked([{**config(), "something_newer": 1}], [whole])
     images = (Image(PNG, "image/png"), Image(JPEG, "image/jpeg"))
     assert checked.client.asked[0][1] == Prompt("u", "s", 0.2, images, 200, True, 7)
+
+
+def test_images_as_arrays_of_bytes() -> None:
+    checked = Checked([config()], [prompt(images=[[*PNG], JPEG_TEXT])])
+    images = (Image(PNG, "image/png"), Image(JPEG, "image/jpeg"))
+    assert checked.client.asked[0][1].images == images
 
 
 def test_a_prompt_needs_only_a_message() -> None:

@@ -25,7 +25,6 @@ from genvm_manager import (
     Caller,
     ConfigError,
     ErrorKind,
-    InvalidRequest,
     LlmAnswer,
     LlmClient,
     LlmService,
@@ -284,10 +283,7 @@ def test_timeouts_and_defaults() -> None:
         ({"backends": {"a": backend(key="")}}, "(backends.a: left out: it has no key)"),
         ({"timeout": True}, "timeout: expected seconds"),
         ({"prompt_templates": {"eq_comparative": "x"}}, "prompt_templates.eq_comparative"),
-        (
-            {"prompt_templates": {"eq_comparative": {"user": "#{task}"}}},
-            "prompt_templates.eq_comparative: unknown placeholder #{task}; known are #{leader",
-        ),
+        ({"filter_prompts": "no"}, "filter_prompts: expected true or false"),
         ({"prompt_templates": {"eq_comparative": {"system": "x"}}}, "eq_comparative.user: requir"),
     ],
 )
@@ -305,7 +301,7 @@ def test_what_is_disabled_or_has_no_key_is_not_looked_at() -> None:
             "backends": {
                 "a": backend(models={"broken": broken, "m": {}}),
                 "b": {"enabled": False, "host": 5},
-                "c": {"host": "", "provider": "ollama", "key": ""},
+                "c": {"host": "http://x", "provider": "anthropic", "key": ""},
             }
         }
     )
@@ -315,8 +311,62 @@ def test_what_is_disabled_or_has_no_key_is_not_looked_at() -> None:
 
 def test_no_backend_may_be_what_is_wanted() -> None:
     assert names(read({}, allow_empty=True)) == []
-    with pytest.raises((ConfigError, InvalidRequest)):
-        read({"backends": {"a": backend(provider="x")}}, allow_empty=True)
+    found = read({"backends": {"a": backend(provider="x")}}, allow_empty=True)
+    assert names(found) == []
+    assert 'backends.a.provider: unknown "x"' in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        5,
+        None,
+        {},
+        backend(provider="x"),
+        backend(host="x"),
+        backend(key="a b"),
+        backend(models=["m"]),
+        backend(models={"m": {"timeout": "soon"}}),
+        backend(meta={"priority": "high"}),
+        {"enabled": False, "models": ["m"]},
+    ],
+)
+def test_a_wrong_backend_does_not_stop_the_others(wrong: Any) -> None:
+    found = read({"backends": {"a": wrong, "b": backend()}})
+    assert names(found) == [["b/m"]]
+    (note,) = found.notes
+    assert note.startswith("backends.a")
+    assert "left out" in note
+
+
+@pytest.mark.parametrize(
+    "meta", [None, 5, "x", [{"priority": 9}], {}, {"priority": None}, {"greybox": {"a": [1]}}]
+)
+def test_meta_may_be_anything(meta: Any) -> None:
+    first = backend(meta={"priority": 1})
+    last = backend(meta={"priority": -1})
+    middle = backend(meta=meta, models={"m": {"meta": meta}, "l": {"meta": {"priority": -1}}})
+    found = read({"backends": {"a": last, "b": middle, "c": first}})
+    assert names(found) == [["c/m"], ["b/m", "b/l"], ["a/m"]]
+
+
+@pytest.mark.parametrize(
+    ("host", "provider", "is_used"),
+    [
+        ("http://ollama.example.com", "ollama", True),
+        ("http://127.0.0.1:8000", "openai-compatible", True),
+        ("http://localhost:8000/", "openai-compatible", True),
+        ("http://[::1]:8000", "anthropic", True),
+        ("http://127.0.0.1.example.com", "openai-compatible", False),
+        ("https://api.example.com", "google", False),
+    ],
+)
+@pytest.mark.parametrize("key", [None, ""])
+def test_who_needs_no_key(host: str, provider: str, is_used: bool, key: str | None) -> None:
+    config = {"backends": {"a": backend(host=host, provider=provider, key=key)}}
+    found = read(config, allow_empty=True)
+    assert names(found) == ([["a/m"]] if is_used else [])
+    assert not is_used or found.backends[0][0].backend.key == ""
 
 
 def test_keys_are_secrets_before_anything_can_go_wrong() -> None:
@@ -353,6 +403,7 @@ def test_default_templates_hold_every_variable(name: str) -> None:
     user, system = kind.default.fill({variable: f"<{variable}>" for variable in kind.variables})
     for variable in kind.variables:
         assert f"<{variable}>" in user
+    assert ('Its only key is "result"' in (system or "")) == (kind.mode is AnswerMode.BOOL)
     assert "#{" not in user + (system or "")
 
 
@@ -696,10 +747,45 @@ def test_a_provider_that_repeats_the_key(mode: str) -> None:
         assert answers == [ok(masked if mode == "json" else "[redacted]" * 2)]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("as it is: [1, 2]\n- a\n- b", "as it is: [1, 2]\n- a\n- b"),
+        ("\uff29gnor\uff45 \ufb01 \u2460", "Ignore fi 1"),
+        ("ig\u200bno\u2060re\ufeff\u00ad \U000e0041a\U000e0100", "ignore a"),
+        ("a\u00a0 \tb\u3000c\rd", "a b c d"),
+        (" a \n b\r\n\n \n\nc\n", "a\nb\n\nc"),
+        ("e\u0301 ☃", "é ☃"),
+    ],
+)
+def test_prompts_are_filtered(text: str, expected: str) -> None:
+    asking = Asking(backend())
+    asking.prompt(prompt=text)
+    assert asking.client.asked[0][1].user_message == expected
+    asking = Asking(backend(), filter_prompts=False)
+    asking.prompt(prompt=text)
+    assert asking.client.asked[0][1].user_message == text
+
+
+def test_templates_are_not_filtered() -> None:
+    asking = Asking(backend(), prompt_templates={"eq_non_comparative_leader": {"user": "#{task}"}})
+    variables = {"task": " ﬁ\u200b", "criteria": "", "input": ""}
+    asking.ask("PromptTemplate", template="EqNonComparativeLeader", **variables)
+    assert asking.client.asked[0][1].user_message == " ﬁ\u200b"
+
+
+def test_filtering_takes_linear_time() -> None:
+    for piece in (" ", "\n", "\t", " \n", "a ", "\u200b", "ﬁ", "e\u0301"):
+        start = time.process_time()
+        asking = Asking(backend())
+        asking.prompt(prompt="x" + piece * 200_000)
+        assert time.process_time() - start < 20
+
+
 def test_half_a_key_is_secret_too() -> None:
     key = KEY * 5
     asking = Asking(backend(key=key))
-    for said in (json.dumps([key]), json.dumps({"why": key})):
+    for said in (json.dumps([key]), json.dumps({"result": key})):
         variables = {"leader_answer": "", "validator_answer": "", "principle": ""}
         _, answers = asking.ask("PromptTemplate", template="EqComparative", **variables)
         asking.say(said)
@@ -722,15 +808,13 @@ def test_images_and_their_limits() -> None:
 
 
 def test_templates_that_are_configured() -> None:
-    template = {"system": "S #{principle}", "user": "#{leader_answer}=#{validator_answer}"}
+    template = {"system": "S #{principle} #{x}", "user": "#{leader_answer}=#{validator_answer}"}
     asking = Asking(backend(), prompt_templates={"eq_comparative": template})
     variables = {"leader_answer": "#{principle}", "validator_answer": "V", "principle": "P"}
     _, answers = asking.ask("PromptTemplate", template="EqComparative", **variables)
     (_, prompt, mode) = asking.client.asked[0]
     assert prompt.user_message == "#{principle}=V"
-    assert prompt.system_message is not None
-    assert prompt.system_message.startswith("S P\n\n")
-    assert '"result"' in prompt.system_message
+    assert prompt.system_message == "S P #{x}"  # as it is configured, without our own words
     assert mode is AnswerMode.BOOL
     asking.say('{"result": fal')
     assert answers == [ok(False)]
@@ -842,6 +926,15 @@ def test_an_answer_of_the_wrong_form_hands_over() -> None:
     asking.say({"result": True})
     assert answers == [ok(True)]
     assert asking.counts("b1", "m1")["errors"] == {"bad_response": 1}
+
+
+@pytest.mark.parametrize("said", ["{}", '{"reason": "it differs"}', '{"result": false}'])
+def test_no_result_is_false(said: str) -> None:
+    asking = Asking(backend())
+    variables = {"leader_answer": "", "validator_answer": "", "principle": ""}
+    _, answers = asking.ask("PromptTemplate", template="EqComparative", **variables)
+    asking.say(said)
+    assert answers == [ok(False)]
 
 
 def test_all_overloaded() -> None:

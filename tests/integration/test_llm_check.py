@@ -260,6 +260,14 @@ def test_what_is_null_is_not_sent(checker: Checker, kind: str) -> None:
     assert ("oken" in text, "num_predict" in text) == (kind == "anthropic", False)
 
 
+def test_an_image_as_an_array_of_bytes(checker: Checker) -> None:
+    config = checker.config()
+    assert checker.result(config, images=[[*PNG]])["available"]
+    (request,) = checker.fakes.requests(config["model"])
+    assert request["problems"] == []
+    assert PNG_TEXT in json.dumps(request["body"])
+
+
 REFERENCE = """
       {
         "configs": [

@@ -88,6 +88,9 @@ class ProviderHandler(BaseHTTPRequestHandler):
         usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
         self._reply(200, {"choices": [{"message": message}], "usage": usage})
 
+    def as_long(self, size: str, body: Any) -> None:
+        self.as_says("x" * int(size), body)
+
     def as_echo(self, _: str, body: Any) -> None:
         self.as_says(body["messages"][-1]["content"][0]["text"], body)
 
@@ -687,6 +690,28 @@ def test_the_next_model_of_a_backend_is_asked_first(start: Start, provider: Prov
     assert start(config).connect().prompt("the same backend") == ok("the same backend")
     told = [(body.get("temperature"), body.get("max_tokens")) for body in provider.requests]
     assert told == [(0.25, 1000), (0.7, 1000), (None, None)]
+
+
+def test_an_answer_that_executors_do_not_take_can_be_caught(
+    start: Start, provider: Provider
+) -> None:
+    limit = 16 << 20
+    client = start(provider.config(f"long:{limit - 100}")).connect()
+    assert len(client.prompt("x")["Ok"]["data"]) == limit - 100
+    client = start(provider.config(f"long:{limit + 1}")).connect()
+    for _ in range(2):  # the connection stays
+        error = client.prompt("x")["UserError"]
+        assert error["causes"] == ["ANSWER_TOO_LARGE"]
+        assert error["ctx"]["limit"] == limit < error["ctx"]["bytes"]
+
+
+def test_wrong_backends_and_prompts_that_hide_something(start: Start, provider: Provider) -> None:
+    config = provider.config("echo")
+    config["backends"]["a"] = {"provider": "oracle", "host": "nowhere", "meta": ["any"]}
+    del config["backends"]["b0"]["key"]  # it is on this machine
+    module = start(config)
+    assert module.connect().prompt("ig\u200bnore  ﬁve") == ok("ignore five")
+    assert any("backends.a" in record["message"] for record in module.records)
 
 
 def test_all_overloaded(start: Start, provider: Provider) -> None:
