@@ -5536,6 +5536,8 @@ HTTP_CONNECT_SECONDS = 60.0
 HEADER_LINE_BYTES = 64 * KIB
 HTTPClientParser.MAX_LENGTH = HEADER_LINE_BYTES - 1
 _GZIP = (b"gzip", b"x-gzip")
+#: Statuses without a body; to Twisted the length of these is 0, whatever was sent.
+_BODILESS = (204, 304)
 
 
 class HttpFailure(Exception):
@@ -5554,12 +5556,16 @@ class HttpFailure(Exception):
 
 @frozen
 class HttpReply:
-    """A response; ``unpacked`` tells that its body came compressed."""
+    """A response; ``unpacked`` tells that its body came compressed.
+
+    Of ``Content-Length`` Twisted's headers know nothing: it is ``length``, where it was sent.
+    """
 
     status: int
     headers: Headers
     body: bytes
     unpacked: bool
+    length: int | None
 
 
 class _BadBody(Exception):
@@ -5666,7 +5672,8 @@ async def reply_of(
         if not has_body(response):
             reader.done.addErrback(lambda _: b"")
             reader.done.cancel()
-        return HttpReply(status, raw.headers, await reader.done, unpacked)
+        length = raw.length if isinstance(raw.length, int) and status not in _BODILESS else None
+        return HttpReply(status, raw.headers, await reader.done, unpacked, length)
     except CancelledError:
         raise
     except Exception as error:
@@ -9970,12 +9977,17 @@ xn--yfro4i67o xn--ygbi2ammx xn--zfr164b xxx xyz yachts yahoo yamaxun yandex ye y
 yokohama you youtube yt yun za zappos zara zero zip zm zone zuerich zw
 """
 TOP_LEVEL_DOMAINS = frozenset(_LABELS.split())
+#: What is not part of a URL: around it, and anywhere in it.
+_AROUND_URLS = "".join(map(chr, range(0x21)))
+_NO_TABS = str.maketrans("", "", "\t\r\n")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
 _NUMBER = re.compile(r"0x[0-9a-f]*|[0-9]+", re.ASCII)
 #: What stands as it is in a path or a query; a percent sign is taken for an escape.
 _PATH_CHARACTERS = "/:@!$&'()*+,;=-._~%[]|"
 _QUERY_CHARACTERS = _PATH_CHARACTERS + "?`{}^"
+_FRAGMENT_CHARACTERS = _PATH_CHARACTERS + "?{}^#"
+_DOTS = re.compile(r"(\.|%2e){1,2}", re.IGNORECASE)
 
 _FORBIDDEN_V4 = tuple(
     map(
@@ -10103,6 +10115,7 @@ class Target:
     path: str = "/"
     query: str | None = None
     trusted: bool = False
+    fragment: str = ""
 
     @property
     def authority(self) -> str:
@@ -10116,17 +10129,26 @@ class Target:
         query = "" if self.query is None else f"?{self.query}"
         return f"{self.scheme}://{self.authority}{self.path}{query}"
 
+    @property
+    def place(self) -> str:
+        """The URL with its fragment, by which scripts tell what to show."""
+        return f"{self.url}#{self.fragment}" if self.fragment else self.url
 
-def refused(cause: str, url: str, reason: str = "") -> RequestFailure:
+
+def refused(cause: str, url: str, reason: str = "", **context: CalldataValue) -> RequestFailure:
     """Return a failure that a contract can catch."""
-    context: dict[str, CalldataValue] = {"url": json_text(url[:REPORTED_REASON_CHARACTERS])}
+    context["url"] = json_text(url[:REPORTED_REASON_CHARACTERS])
     if reason:
         context["reason"] = json_text(reason[:REPORTED_REASON_CHARACTERS])
     return RequestFailure(cause, fatal=False, context=context)
 
 
 class UrlRules:
-    """Which URLs contracts may use. Raises ``ValueError`` for hosts and labels that are none."""
+    """Which URLs contracts may use. Raises ``ValueError`` for hosts and labels that are none.
+
+    URLs are read as browsers read them (the WHATWG's URL Standard), but those with credentials or
+    backslashes are refused.
+    """
 
     def __init__(
         self, always_allow_hosts: Iterable[str] = (), extra_tld: Iterable[str] = ()
@@ -10138,12 +10160,14 @@ class UrlRules:
 
     def check(self, url: str) -> Target:
         """Return the target of a URL; raises ``RequestFailure``, which contracts can catch."""
+        url = url.strip(_AROUND_URLS).translate(_NO_TABS)
         match = _SCHEME.match(url)
         if match is None or len(url) > URL_MAX_CHARACTERS or not _is_plain(url):
             raise refused("MALFORMED_URL", url, "expected https://host/path")
         scheme = match[1].lower()
         if scheme not in DEFAULT_PORTS:
-            raise refused("SCHEMA_FORBIDDEN", url, "only http and https are allowed")
+            reason = "only http and https are allowed"
+            raise refused("SCHEMA_FORBIDDEN", url, reason, schema=scheme)
         try:
             target = self._parse(scheme, url)
         except (ValueError, UnicodeError) as error:
@@ -10155,10 +10179,13 @@ class UrlRules:
         if target.host in self._always:
             return attrs.evolve(target, trusted=True)
         if target.port not in DEFAULT_PORTS.values():
-            raise refused("PORT_FORBIDDEN", url, f"port {target.port}: only 80 and 443 are allowed")
+            reason = f"port {target.port}: only 80 and 443 are allowed"
+            raise refused("PORT_FORBIDDEN", url, reason, port=target.port)
         name, _, last = target.host.rpartition(".")
         if is_ip_literal(target.host) or not name or last not in self._domains:
-            raise refused("TLD_FORBIDDEN", url, "the host has no public top-level domain")
+            tld = target.host if is_ip_literal(target.host) else last
+            reason = "the host has no public top-level domain"
+            raise refused("TLD_FORBIDDEN", url, reason, tld=tld)
         return target
 
     def _parse(self, scheme: str, url: str) -> Target:
@@ -10177,18 +10204,34 @@ class UrlRules:
         if not 0 < number < 1 << 16:
             raise ValueError("the port is none")
         has_query = "?" in url.partition("#")[0]
+        path = _without_dots(quote(parts.path, safe=_PATH_CHARACTERS))
         return Target(
             scheme,
             canonical_host(place),
             number,
-            quote(parts.path, safe=_PATH_CHARACTERS) or "/",
+            path,
             quote(parts.query, safe=_QUERY_CHARACTERS) if has_query else None,
+            fragment=quote(parts.fragment, safe=_FRAGMENT_CHARACTERS),
         )
 
 
 def _is_plain(url: str) -> bool:
-    """Tell whether nothing is in a URL that programs silently drop."""
-    return not any(c <= " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in url)
+    """Tell whether a URL has no control characters, and no halves of characters."""
+    return not any(c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in url)
+
+
+def _without_dots(path: str) -> str:
+    """Return a path from the root: without ``.``, and without ``..`` and what it goes back from."""
+    kept: list[str] = []
+    segments = path.split("/")[1:] or [""]
+    for segment in segments:
+        if _DOTS.fullmatch(segment) is None:
+            kept.append(segment)
+        elif segment.lower().replace("%2e", ".") == "..":
+            del kept[-1:]
+    if _DOTS.fullmatch(segments[-1]):
+        kept.append("")
+    return "/" + "/".join(kept)
 
 
 def read_host(text: str) -> str:
@@ -10486,14 +10529,10 @@ def read_headers(members: CalldataValue) -> dict[str, bytes]:
     return headers
 
 
-def joined_headers(headers: Headers) -> dict[str, bytes]:
-    """Return one value for each name: a list as RFC 9110 has it, cookies in lines."""
-    return {
-        name.decode("latin-1").lower(): (b"\n" if name.lower() == b"set-cookie" else b", ").join(
-            values
-        )
-        for name, values in headers.getAllRawHeaders()
-    }
+def last_headers(headers: Headers) -> dict[str, bytes]:
+    """Return one value for each name: the last one."""
+    given = headers.getAllRawHeaders()
+    return {name.decode("latin-1").lower(): values[-1] for name, values in given}
 
 
 @implementer(IBodyProducer)
@@ -10567,7 +10606,9 @@ class WebClient:
         for _ in range(MAX_REDIRECTS + 1):
             reply = await self._exchange(request, traffic)
             if not _leads_on(reply.status, reply.headers):
-                headers = joined_headers(reply.headers)
+                headers = last_headers(reply.headers)
+                if reply.length is not None and request.method != "HEAD":
+                    headers["content-length"] = b"%d" % reply.length
                 if reply.unpacked:
                     headers.pop("content-encoding", None)
                     headers.pop("content-length", None)
@@ -10579,13 +10620,12 @@ class WebClient:
     def _follow(self, request: WebRequest, status: int, location: bytes) -> WebRequest:
         old = request.target
         try:
-            # Servers that forget to escape a blank are many.
-            url = urljoin(old.url, location.decode("utf-8").replace(" ", "%20"))
+            url = urljoin(old.url, location.decode("utf-8"))
         except ValueError:
             raise refused("MALFORMED_URL", old.url, "a redirect to what is no URL") from None
         target = self._rules.check(url)
         if old.scheme == "https" and target.scheme == "http":
-            raise refused("SCHEMA_FORBIDDEN", url, "a redirect from https to http")
+            raise refused("SCHEMA_FORBIDDEN", url, "a redirect from https to http", schema="http")
         return request.redirected(status, target)
 
     async def _exchange(self, request: WebRequest, traffic: Traffic) -> HttpReply:
@@ -10738,16 +10778,18 @@ class RequestSigner:
         except HttpFailure as failure:
             self.log.warn("the signer cannot be asked: {text}", text=failure.detail)
             if failure.status is not None:
-                raise _signing_failed("READING_BODY", failure.detail) from None
-            raise _signing_failed("SENDING_REQUEST", f"no connection: {failure.kind}") from None
+                raise _signing_failed("SIGN_URL_READ_FAILED", failure.detail) from None
+            reason = f"no connection: {failure.kind}"
+            raise _signing_failed("SIGN_URL_SEND_FAILED", reason) from None
         if reply.status != 200:
-            raise _signing_failed("STATUS_NOT_OK", f"status {reply.status}")
+            raise _signing_failed("SIGN_URL_BAD_STATUS", f"status {reply.status}")
         return reply.body
 
     def _fill(self, text: str, variables: Mapping[str, str]) -> str:
         def value_of(match: re.Match[str]) -> str:
             if match[1] not in variables:
-                raise _signing_failed("TEMPLATE", f"host_data has no text {shown(match[1])}")
+                reason = f"host_data has no string {shown(match[1])}"
+                raise _signing_failed("SIGN_URL_PATCH_FAILED", reason)
             return variables[match[1]]
 
         return PLACEHOLDER.sub(value_of, text)
@@ -10755,13 +10797,14 @@ class RequestSigner:
     def _header_value(self, text: str) -> bytes:
         data = text.encode()
         if not data.isascii() or _HEADER_VALUE.fullmatch(data) is None:
-            raise _signing_failed("TEMPLATE", "a value cannot be sent in a header")
+            reason = "a value cannot be sent in a header"
+            raise _signing_failed("SIGN_URL_PATCH_FAILED", reason)
         return data
 
 
 def _signing_failed(cause: str, reason: str) -> RequestFailure:
     # The signer's address and answers are the operator's; contracts learn neither.
-    return RequestFailure("SIGNING_FAILED", cause, context={"reason": reason[:200]})
+    return RequestFailure(cause, fatal=False, context={"reason": reason[:200]})
 
 
 # =============================================================================
@@ -11192,6 +11235,8 @@ class BrowserProcess(ProcessProtocol):
 # leaves a process or a folder behind.
 
 RENDER_SECONDS = 30.0
+#: A webdriver service has limits of its own, and better reasons: ours comes after them.
+WEBDRIVER_SECONDS = 75.0
 MAX_RENDERS = 2
 RENDER_MEMORY_MIB = 1024
 #: What a page and all that it loads may bring over the network.
@@ -11258,7 +11303,7 @@ class PageVisit:
         """
         late = self._reactor.seconds() + patience
         await self._prepare()
-        answer = await self._call("Page.navigate", url=self._target.url)
+        answer = await self._call("Page.navigate", url=self._target.place)
         if answer.get("errorText"):
             self._navigation_failed(str(answer["errorText"]))
         self._arrived = True
@@ -11412,7 +11457,9 @@ class PageVisit:
         if self._redirects > MAX_REDIRECTS:
             raise refused("TOO_MANY_REDIRECTS", self._target.url, f"more than {MAX_REDIRECTS}")
         if is_redirect and old.scheme == "https" and target.scheme == "http":
-            raise refused("SCHEMA_FORBIDDEN", target.url, "a redirect from https to http")
+            raise refused(
+                "SCHEMA_FORBIDDEN", target.url, "a redirect from https to http", schema="http"
+            )
 
     def explain(self, code: int) -> RequestFailure:
         """Return why Chromium is gone, from the keeper's exit code."""
@@ -11593,12 +11640,15 @@ def read_web_settings(config: AnyObject) -> WebSettings:
                 read(word)
             except (ValueError, UnicodeError) as error:
                 raise ConfigError(f"{path}[{index}]: {shown(word)}: {error}") from None
+    webdriver = _read_webdriver(entry.webdriver_host)
+    is_external = webdriver is not None and webdriver != LOCAL_CHROMIUM
+    render_seconds = WEBDRIVER_SECONDS if is_external else RENDER_SECONDS
     return WebSettings(
         UrlRules(hosts, domains),
         _read_signer(entry),
-        _read_webdriver(entry.webdriver_host),
+        webdriver,
         timeout_setting(entry.timeout, WEB_SECONDS, "timeout"),
-        timeout_setting(entry.render_timeout, RENDER_SECONDS, "render_timeout"),
+        timeout_setting(entry.render_timeout, render_seconds, "render_timeout"),
         entry.max_renders or MAX_RENDERS,
         entry.render_memory_mib or RENDER_MEMORY_MIB,
     )
@@ -11673,7 +11723,7 @@ class WebdriverClient:
             await open_addresses(traffic.look_up, target)
         except DNSLookupError as error:
             raise page_failed(target.url, 0, str(error)) from None
-        query = urlencode({"url": target.url, "mode": mode, "waitAfterLoaded": f"{wait:g}"})
+        query = urlencode({"url": target.place, "mode": mode, "waitAfterLoaded": f"{wait:g}"})
         url = f"{self._host}/render?{query}"
         try:
             reply = await self._http.exchange("GET", url, RENDER_MAX_BYTES)
@@ -11841,7 +11891,8 @@ class WebService(ModuleService):
         if sign:
             if self._signer is None:
                 reason = "the Web module has no signer_url"
-                raise RequestFailure("SIGNING_FAILED", context={"reason": reason})
+                context: dict[str, CalldataValue] = {"reason": reason}
+                raise RequestFailure("SIGNING_FAILED", fatal=False, context=context)
             request = await self._signer.sign(request, caller)
         return await self._client.fetch(request, traffic)
 

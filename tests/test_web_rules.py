@@ -52,7 +52,7 @@ from genvm_manager import (
     address_is_public,
     canonical_host,
     collapse_text,
-    joined_headers,
+    last_headers,
     open_addresses,
     read_headers,
     read_web_settings,
@@ -85,10 +85,8 @@ def cause_of(url: str, rules: UrlRules = RULES) -> str:
         "https:///path",
         "https://",
         "https://exa mple.com/",
-        "https://example.com/a b",
-        "https://example.com/\n",
-        "\thttps://example.com/",
-        "https://exa\nmple.com/",
+        "https://example.com/\x01a",
+        "https://example.com/\x7fa",
         "https://example.com\\@evil.org/",
         "https://evil.org\\.example.com/",
         "https://user:pass@example.com/",
@@ -179,10 +177,51 @@ def test_top_level_domains(host: str) -> None:
         ("https://example.com/%41?x=%20&y=a+b", "https://example.com/%41?x=%20&y=a+b"),
         ("https://example.com?q", "https://example.com/?q"),
         ("https://example.com/a@b:c//d", "https://example.com/a@b:c//d"),
+        (" \x00\thttps://example.com/a b?c d \n", "https://example.com/a%20b?c%20d"),
+        ("https://exa\nmp\tle.com/\r\n", "https://example.com/"),
+        ("https://example.com/a/../b", "https://example.com/b"),
+        ("https://example.com/a/./b/.", "https://example.com/a/b/"),
+        ("https://example.com/a/b/..", "https://example.com/a/"),
+        ("https://example.com/../../a", "https://example.com/a"),
+        ("https://example.com/a/%2E%2e/b%2f../.%2e/c?d/../e", "https://example.com/c?d/../e"),
+        ("https://example.com/a//../b/...", "https://example.com/a/b/..."),
+        ("https://example.com?/../a", "https://example.com/?/../a"),
     ],
 )
 def test_what_passes(url: str, normal: str) -> None:
     assert RULES.check(url).url == normal
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("https://example.com#/route", "https://example.com/#/route"),
+        ("https://example.com/?a#/b c?d=é#f", "https://example.com/?a#/b%20c?d=%C3%A9#f"),
+        ("https://example.com/#", "https://example.com/"),
+    ],
+)
+def test_fragments(url: str, place: str) -> None:
+    target = RULES.check(url)
+    assert target.place == place
+    assert target.url == place.partition("#")[0]
+
+
+@pytest.mark.parametrize(
+    ("url", "member"),
+    [
+        ("ftp://example.com/", {"schema": "ftp"}),
+        ("https://example.com:8080/", {"port": 8080}),
+        ("https://a.example.internal/", {"tld": "internal"}),
+        ("https://localhost/", {"tld": "localhost"}),
+        ("https://127.1/", {"tld": "127.0.0.1"}),
+    ],
+)
+def test_what_was_wrong_stands_in_the_context(url: str, member: dict[str, Any]) -> None:
+    with pytest.raises(RequestFailure) as caught:
+        RULES.check(url)
+    context = caught.value.context
+    assert {k: v for k, v in context.items() if k not in ("url", "reason")} == member
+    assert context["url"] == url
 
 
 def test_always_allowed_hosts_come_before_ports_and_domains() -> None:
@@ -603,9 +642,9 @@ def test_headers_of_contracts() -> None:
         assert caught.value.context["reason"] == "the headers are longer than 131072 bytes"
 
 
-def test_joined_headers() -> None:
+def test_the_last_header_of_a_name_counts() -> None:
     headers = Headers({b"X-A": [b"1", b"2"], b"Set-Cookie": [b"a=1, b", b"c=2"]})
-    assert joined_headers(headers) == {"x-a": b"1, 2", "set-cookie": b"a=1, b\nc=2"}
+    assert last_headers(headers) == {"x-a": b"2", "set-cookie": b"c=2"}
 
 
 REQUEST = WebRequest(
@@ -757,7 +796,10 @@ def test_wrong_settings_are_named(config: dict[str, Any], problem: str) -> None:
 def test_settings() -> None:
     settings = read_web_settings(AnyObject({"webdriver_host": "http://wd:4444/"}))
     assert settings.webdriver == "http://wd:4444"
-    assert (settings.timeout, settings.render_timeout, settings.max_renders) == (30, 30, 2)
+    assert (settings.timeout, settings.render_timeout, settings.max_renders) == (30, 75, 2)
     assert settings.signer is None
     assert read_web_settings(AnyObject({"webdriver_host": ""})).webdriver is None
-    assert read_web_settings(AnyObject({"webdriver_host": "chromium"})).webdriver == "chromium"
+    chromium = read_web_settings(AnyObject({"webdriver_host": "chromium"}))
+    assert (chromium.webdriver, chromium.render_timeout) == ("chromium", 30)
+    given = {"webdriver_host": "http://wd:4444/", "render_timeout": "40s"}
+    assert read_web_settings(AnyObject(given)).render_timeout == 40

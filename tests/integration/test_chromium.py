@@ -173,6 +173,13 @@ def test_statuses_dialogs_and_no_server(module: WebModule, web: WebServer) -> No
     assert answer["UserError"]["ctx"]["status"] == 0
 
 
+def test_a_route_in_the_fragment(module: WebModule, web: WebServer) -> None:
+    page = web.page("/app", "<script>document.write(location.pathname + location.hash)</script>")
+    url = page.replace("/app", "/old/../app#/route/ü b")
+    assert module.render(url) == {"Ok": {"text": "/app#/route/%C3%BC%20b"}}
+    assert [seen.path for seen in web.requests if seen.path != "/favicon.ico"] == ["/app"]
+
+
 # --- limits ---
 
 

@@ -134,10 +134,38 @@ def test_duplicate_headers(module: WebModule, web: WebServer) -> None:
         b"", b"Vary: A", b"vary: B", b"Set-Cookie: a=1", b"Set-Cookie: b=2"
     )
     headers = response(module.get(web.url))["headers"]
-    assert headers["vary"] == b"A, B"
-    assert headers["set-cookie"] == b"a=1\nb=2"
+    assert headers["vary"] == b"B"
+    assert headers["set-cookie"] == b"b=2"
     response(module.get(web.url))
     assert "cookie" not in web.requests[1].headers
+
+
+@pytest.mark.parametrize(
+    ("method", "sent", "length"),
+    [
+        ("GET", b"200 OK\r\nContent-Length: 4\r\n\r\nbody", b"4"),
+        ("GET", b"200 OK\r\nContent-Length: 0\r\n\r\n", b"0"),
+        ("HEAD", b"200 OK\r\nContent-Length: 99\r\n\r\n", b"99"),
+        ("HEAD", b"200 OK\r\n\r\n", None),
+        ("GET", b"204 None\r\n\r\n", None),
+        ("GET", b"200 OK\r\n\r\nbody", None),
+        ("GET", b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", None),
+    ],
+)
+def test_content_length(
+    module: WebModule, web: WebServer, method: str, sent: bytes, length: bytes | None
+) -> None:
+    web.answers["/"] = lambda e: e.send(b"HTTP/1.1 " + sent)
+    headers = response(module.get(web.url, method=method))["headers"]
+    assert headers.get("content-length") == length
+
+
+def test_urls_as_browsers_read_them(module: WebModule, web: WebServer) -> None:
+    web.answers["*"] = lambda e: e.reply(b"ok")
+    web.answers["/r"] = lambda e: e.reply(b"", b"Location: ../x/../y z", status=b"302 X")
+    for url in (f" {web.url}/a/../b c?d e#f", f"{web.url}/r"):
+        assert response(module.get(url))["body"] == b"ok"
+    assert [seen.path for seen in web.requests] == ["/b%20c?d%20e", "/r", "/y%20z"]
 
 
 def test_headers_that_are_ours(module: WebModule, web: WebServer) -> None:
@@ -246,7 +274,7 @@ def test_headers_of_many_kinds(module: WebModule, web: WebServer) -> None:
     names = [b"x-%d: %s" % (number, b"y" * 90) for number in range(600)]
     web.answers["/"] = lambda e: e.reply(bytes(1 << 20), *names)
     got = response(module.get(web.url))
-    assert len(got["headers"]) == 600
+    assert len(got["headers"]) == 600 + 1  # Content-Length
     assert len(got["body"]) == 1 << 20
 
 
@@ -677,7 +705,9 @@ def test_requests_that_make_no_sense(module: WebModule, asked: Any) -> None:
 
 def test_what_is_not_configured(module: WebModule, web: WebServer) -> None:
     assert "UNKNOWN_REQUEST" in module.client().ask("Other")["FatalError"]
-    assert "signer_url" in module.get(web.url, sign=True)["FatalError"]
+    answer = module.get(web.url, sign=True)
+    assert causes(answer) == ["SIGNING_FAILED"]
+    assert "signer_url" in reason(answer)
     assert "webdriver_host" in module.render(web.url)["FatalError"]
     assert causes(module.render("ftp://example.com/")) == ["SCHEMA_FORBIDDEN"]
 
@@ -812,14 +842,14 @@ def test_signing(start: Start, web: WebServer) -> None:
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
-        ({"signer_url": "none"}, "SENDING_REQUEST"),
-        ({"signer_url": "http://127.0.0.1:1/"}, "SENDING_REQUEST"),
-        ({"signer_url": "http://signer.inside.test/"}, "SENDING_REQUEST"),
-        ({"signer_url": "URL/none"}, "STATUS_NOT_OK"),
-        ({"signer_url": "URL/long"}, "READING_BODY"),
-        ({"signer_url": "URL/broken"}, "READING_BODY"),
-        ({"signer_url": "URL/#{unknown}"}, "TEMPLATE"),
-        ({"signer_url": "URL/", "signer_headers": {"x": "#{unknown}"}}, "TEMPLATE"),
+        ({"signer_url": "none"}, "SIGN_URL_SEND_FAILED"),
+        ({"signer_url": "http://127.0.0.1:1/"}, "SIGN_URL_SEND_FAILED"),
+        ({"signer_url": "http://signer.inside.test/"}, "SIGN_URL_SEND_FAILED"),
+        ({"signer_url": "URL/none"}, "SIGN_URL_BAD_STATUS"),
+        ({"signer_url": "URL/long"}, "SIGN_URL_READ_FAILED"),
+        ({"signer_url": "URL/broken"}, "SIGN_URL_READ_FAILED"),
+        ({"signer_url": "URL/#{unknown}"}, "SIGN_URL_PATCH_FAILED"),
+        ({"signer_url": "URL/", "signer_headers": {"x": "#{unknown}"}}, "SIGN_URL_PATCH_FAILED"),
     ],
 )
 def test_signers_that_fail(
@@ -829,8 +859,9 @@ def test_signers_that_fail(
     web.answers["/long"] = lambda e: e.reply(bytes(SIGNATURE_MAX_BYTES + 1))
     web.answers["/broken"] = lambda e: e.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx")
     module = start(**{**changes, "signer_url": url})
-    text = module.get(f"{web.url}/page", sign=True)["FatalError"]
-    assert f'causes: ["SIGNING_FAILED", "{cause}"], fatal: true' in text
+    answer = module.get(f"{web.url}/page", sign=True)
+    assert causes(answer) == [cause]
+    text = str(answer)
     assert str(web.port) not in text
     assert "inside" not in text
     assert not [seen for seen in web.requests if seen.path == "/page"]
@@ -846,12 +877,12 @@ def webdriver(web: WebServer, body: bytes, *headers: bytes, status: bytes = b"20
 def test_webdriver(start: Start, web: WebServer) -> None:
     module = start(webdriver_host=f"{web.url}/wd/")
     webdriver(web, "gerendert ü".encode(), b"Resulting-Status: 200")
-    url = "http://trusted.test:99/ü?a=b&c=d"
+    url = "http://trusted.test:99/ü?a=b&c=d#/e f"
     answer = module.render(url, wait_after_loaded="500ms")
     assert answer == {"Ok": {"text": "gerendert ü"}}
     query = parse_qs(urlsplit(web.requests[0].path).query)
     assert query == {
-        "url": ["http://trusted.test:99/%C3%BC?a=b&c=d"],
+        "url": ["http://trusted.test:99/%C3%BC?a=b&c=d#/e%20f"],
         "mode": ["text"],
         "waitAfterLoaded": ["0.5"],
     }
