@@ -6692,11 +6692,13 @@ def _failed_check(problem: ProviderError, scrub: Callable[[str], str]) -> CheckR
 # Uses children, text and configuration. Never knows what a module does inside.
 
 MODULE_ADDRESSES = {"llm": "127.0.0.1:3031", "web": "127.0.0.1:3032"}
-#: Seconds for a module to accept connections, and for one that is told to stop. The first is long:
-#: a busy machine may take many times the half second that it takes an idle one.
+#: Seconds for a module to accept connections; and for one that is told to stop to free its address,
+#: or as a command of others to end. The first is long: a busy machine may take many times the half
+#: second that it takes an idle one.
 MODULE_READY_SECONDS = 60.0
 MODULE_STOP_SECONDS = 5.0
-#: Seconds for the connections of a replaced generation to end: longer than any run may last.
+#: Seconds for the connections of a generation that is replaced or stopped to end: longer than any
+#: run may last.
 MODULE_DRAIN_SECONDS = 25 * 3600.0
 #: A module that lives shorter has died quickly; after so many quick deaths it has failed.
 MODULE_QUICK_SECONDS = 10.0
@@ -6916,6 +6918,7 @@ class Generation:
         self.status: ExitStatus | None = None
         self.stats: dict[str, Any] = {}
         self.ready: Event[None] = Event()
+        self.released: Event[None] = Event()  # it accepts no more connections
         self.ended: Event[None] = Event()
         self.ready_at: float | None = None
         self.started_at = 0.0
@@ -6957,6 +6960,7 @@ class Generation:
     def child_closed(self) -> None:
         for lines in self._lines.values():
             lines.end()
+        self.released.fire(None)
         self.ended.fire(None)
         self._gone(self)
 
@@ -6965,6 +6969,8 @@ class Generation:
         message = parse_log_line(line) or {}
         if message.get("event") == "ready":
             self.ready.fire(None)
+        elif message.get("event") == "draining":
+            self.released.fire(None)
         elif message.get("event") == "stats" and isinstance(message.get("stats"), dict):
             self.stats = message["stats"]
 
@@ -7066,11 +7072,12 @@ class Module:
         )
 
     def stop(self) -> Deferred[bool]:
-        """Stop the module; fires once its processes are gone and its port is free.
+        """Stop the module; fires once its port is free. The result tells whether it was running.
 
-        The result tells whether it was running.
+        Connections that are open end by themselves, but those of a command end with its process.
         """
-        if self.state in (ModuleState.STOPPED, ModuleState.FAILED) and not self._alive:
+        all_released = all(generation.released.happened for generation in self._alive)
+        if self.state in (ModuleState.STOPPED, ModuleState.FAILED) and all_released:
             self._move(ModuleState.STOPPED)
             return succeed(False)
         if self._starting is not None and self._starting.child is not None:
@@ -7157,10 +7164,28 @@ class Module:
         self._cancel_restart()
         was_running = self.state in (ModuleState.STARTING, ModuleState.RUNNING)
         self._move(ModuleState.STOPPING)
-        await self._end_all(MODULE_STOP_SECONDS)
+        if self._command is None:
+            await self._let_finish()
+        else:
+            await self._end_all(MODULE_STOP_SECONDS)
         self._release_listener()
         self._move(ModuleState.STOPPED)
         return was_running
+
+    async def _let_finish(self) -> None:
+        """Let every process end with its last connection, and wait until none accepts another."""
+        self._current = None
+        alive = [g for g in self._alive if g.child is not None and not g.released.happened]
+        for generation in alive:
+            cast(Child, generation.child).terminate(MODULE_DRAIN_SECONDS)
+        until = self._reactor.seconds() + MODULE_STOP_SECONDS
+        for generation in alive:
+            left = max(0.0, until - self._reactor.seconds())
+            try:
+                await generation.released.wait().addTimeout(left, self._reactor)
+            except DeferredTimeout:
+                cast(Child, generation.child).kill()
+                await generation.ended.wait()
 
     async def _restart(self, config: dict[str, Any] | None, allow_empty: bool) -> bool:
         setup = await self._read_setup(config, allow_empty)
@@ -9021,7 +9046,12 @@ class ServiceRuntime:
             self._draining = True
             self.log.info("draining", connections=len(self.factory.protocols))
             stopped = maybeDeferred(self._port.stopListening)
-            stopped.addBoth(lambda _: self._connections_changed())
+            stopped.addBoth(lambda _: self._port_closed())
+
+    def _port_closed(self) -> None:
+        if self.factory.protocols:
+            self.control.tell({"event": "draining"})
+        self._connections_changed()
 
     def _connections_changed(self) -> None:
         self._stats_changed()

@@ -232,10 +232,8 @@ def test_two_starts_at_once(manager: Daemon, provider: NamedProvider) -> None:
 def test_two_starts_while_it_stops(manager: Daemon, provider: NamedProvider) -> None:
     """One of them starts it; the other one does no harm."""
     start_module(manager, provider.config("named:old"))
-    held = connect(place(manager))
-    held.send(prompt("long"))
-    assert provider.waiting.acquire(timeout=WAIT)
     old = status(manager)["pid"]
+    kill(old, signal.SIGSTOP)
     stopping = manager.send("POST", "/module/stop", {"module_type": "llm"})
     eventually(lambda: status(manager)["state"] == "stopping")
     config = provider.config("named:new", bind_address=f"127.0.0.1:{free_port()}")
@@ -243,7 +241,7 @@ def test_two_starts_while_it_stops(manager: Daemon, provider: NamedProvider) -> 
     pending = [manager.send("POST", "/module/start", body) for _ in range(2)]
     for _ in range(3):
         assert status(manager)["state"] == "stopping"
-    held.close()
+    kill(old, signal.SIGCONT)
     assert stopping.reply().json == {"result": "module_stopped"}
     replies = [one.reply() for one in pending]
     assert not alive(old)
@@ -629,6 +627,30 @@ def test_restart_at_another_address(manager: Daemon, provider: NamedProvider) ->
     eventually(lambda: status(manager)["draining"] == 0)
 
 
+def test_stop_lets_conversations_finish(manager: Daemon, provider: NamedProvider) -> None:
+    """The port is free at once: what is started there is another generation."""
+    start_module(manager, provider.config("named:old"))
+    address, old = place(manager), status(manager)["pid"]
+    held = connect(address)
+    held.send(prompt("long"))
+    assert provider.waiting.acquire(timeout=WAIT)
+    begin = time.monotonic()
+    assert stop_module(manager) == "module_stopped"
+    timed("a stop with an open conversation", time.monotonic() - begin, 0.2)
+    assert is_free(address)
+    now = status(manager)
+    assert (now["state"], now["draining"], now["pid"]) == ("stopped", 1, None)
+    assert stop_module(manager) == "module_not_running"
+    at_the_same = provider.config("named:new", bind_address=f"{address[0]}:{address[1]}")
+    start_module(manager, at_the_same)
+    assert answer_at(address) == "new"
+    provider.gate.set()
+    assert held.receive() == ok("old")
+    held.close()
+    eventually(lambda: not alive(old), what="the old generation ends with its last conversation")
+    assert (status(manager)["state"], status(manager)["draining"]) == ("running", 0)
+
+
 def test_restart_under_load(manager: Daemon, provider: NamedProvider) -> None:
     """50 connections a second for 10 s, restarts and long requests: nothing is refused or lost."""
     seconds, rate = 10, 50
@@ -973,7 +995,6 @@ def test_a_module_alone(provider: NamedProvider, tmp_path: Path) -> None:
         assert answer_at(address, "by itself") == "by itself"
         parent.process.kill()
         eventually(lambda: not parent.descendants(), what="it ends with its parent")
-        assert is_free(address)
     finally:
         parent.close()
 
