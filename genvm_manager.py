@@ -541,12 +541,14 @@ class SpareThreads:
             if not done.called:
                 done.callback(outcome)
 
-        def run() -> None:
+        def attempt() -> Any:
             try:
-                outcome: Any = work(*arguments)
+                return work(*arguments)
             except BaseException:
-                outcome = Failure()
-            reactor.callFromThread(over, outcome)
+                return Failure()  # not in a variable: it has this frame, which would keep it
+
+        def run() -> None:
+            reactor.callFromThread(over, attempt())
 
         try:
             if self._busy >= self._most:
@@ -569,8 +571,19 @@ def in_thread(
     It fails with ``ResourcesExhausted`` where there is no thread. ``pool`` is the reactor's own
     unless another one is given.
     """
+
+    def attempt() -> Any:
+        try:
+            return work(*arguments)
+        except ManagerError as error:
+            return error.with_traceback(None)  # Twisted's way to raise it here makes it keep itself
+
+    def outcome(found: Any) -> Any:
+        return Failure(found) if isinstance(found, ManagerError) else found
+
     try:
-        return deferToThreadPool(reactor, pool or reactor.getThreadPool(), work, *arguments)
+        working = deferToThreadPool(reactor, pool or reactor.getThreadPool(), attempt)
+        return working.addCallback(outcome)
     except RuntimeError as error:
         return fail(ResourcesExhausted(f"no thread is to be had ({error}); try again later"))
 
@@ -5109,6 +5122,8 @@ class HostProtocol(Protocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """End the run: an executor that leaves before its result has broken the protocol."""
         self._end(self._session.lost())
+        self.transport = self._transport = None
+        del self.factory  # it keeps us, and so did the transport
 
     def pauseProducing(self) -> None:
         """Stop serving and reading: the executor does not take its answers."""
@@ -5126,7 +5141,8 @@ class HostProtocol(Protocol):
     def abandon(self, error: HostProtocolError) -> None:
         """End the run with ``error``, if it has not ended, and drop the connection."""
         self._end(error)
-        self._transport.abortConnection()
+        if self._transport is not None:
+            self._transport.abortConnection()
 
     def _serve(self) -> None:
         if self._next_turn is not None:

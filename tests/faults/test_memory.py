@@ -27,7 +27,7 @@ from ..integration.support import (
     shell,
 )
 from ..integration.test_module_service import HELLO, Client
-from ..soak.acts import CONTRACT
+from ..soak.acts import CONTRACT, HEADER
 from .support import times
 
 COUNTER = """
@@ -49,6 +49,9 @@ def count(*_):
 gc.disable()
 signal.signal(signal.SIGRTMIN, count)
 """
+
+#: A provider that is not there.
+CLOSED = {"host": "http://127.0.0.1:1", "provider": "ollama", "model": "m", "key": "none-needed"}
 
 
 class Counted:
@@ -97,6 +100,15 @@ def test_what_has_ended_is_freed_at_once(counted: Counted) -> None:
     for body in (run_body(is_sync=3), run_body(major=7), {}):
         assert daemon.request("POST", "/genvm/run", body).status == 500
     counted.nothing_left("requests that are refused")
+    for path in ("genvm/run/readonly", "contract/detect-version", "contract/pre-deploy-writes"):
+        for code in (CONTRACT, b"no contract"):
+            for _ in range(3):
+                daemon.request("POST", f"/{path}", code, HEADER)
+            counted.nothing_left(f"{path} of {code!r}")
+    check = {"configs": [CLOSED], "test_prompts": [{"user_message": "x"}] * 2}
+    for _ in range(3):
+        assert len(daemon.post("/llm/check", check)) == 2
+    counted.nothing_left("checks of a provider")
 
 
 def test_a_run_that_cannot_be_spawned_is_freed_at_once(counted: Counted, root: Root) -> None:

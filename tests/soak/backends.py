@@ -30,9 +30,10 @@ class Backends:
             full.connect_ex(deaf.getsockname())
             self._sockets.append(full)
         self.silent = "http://{}:{}".format(*deaf.getsockname())
-        gone = socket.create_server(("127.0.0.1", 0))
-        self.closed = "http://{}:{}".format(*gone.getsockname())
-        gone.close()
+        bound = socket.socket()  # it never listens, and nobody else gets its port
+        bound.bind(("127.0.0.1", 0))
+        self._sockets.append(bound)
+        self.closed = "http://{}:{}".format(*bound.getsockname())
 
     async def stop(self) -> None:
         """Close all of them."""
