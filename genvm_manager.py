@@ -3083,7 +3083,8 @@ class ChildListener(typing.Protocol):
 class Child(ProcessProtocol):
     """One child process: forwards its events, and owns its timers.
 
-    ``force_killed`` tells that it did not end within the grace of ``terminate``.
+    ``force_killed`` tells that it did not end within the grace of ``terminate``. That is sure once
+    it has ended: what it died of may have been on its way before SIGKILL.
     """
 
     transport: Any = None
@@ -3179,12 +3180,14 @@ class Child(ProcessProtocol):
     def processExited(self, reason: Failure) -> None:
         """The process is reaped; its pipes may still be held by others."""
         self.exited = True
+        status = ExitStatus.of(reason)
+        self.force_killed = self.force_killed and status.signal == signal.SIGKILL
         if self._kill_timer is not None:
             self._kill_timer.cancel()
             self._kill_timer = None
         self._drain_timer = self._reactor.callLater(DRAIN_SECONDS, self._close_pipes)
         self._gone(self)
-        self._listener.child_exited(ExitStatus.of(reason))
+        self._listener.child_exited(status)
 
     def processEnded(self, reason: Failure) -> None:
         """The process is reaped and its pipes are closed; the last event."""

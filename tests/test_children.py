@@ -199,6 +199,17 @@ def test_terminating_asks_first_and_kills_after_the_grace() -> None:
     assert faked.child.force_killed
 
 
+@pytest.mark.parametrize(("number", "killed"), [(signal.SIGTERM, False), (signal.SIGKILL, True)])
+def test_what_it_died_of_tells_whether_it_had_to_be_killed(number: int, killed: bool) -> None:
+    """On a busy machine a process may still have SIGTERM before it when SIGKILL is sent."""
+    faked = Faked()
+    faked.child.terminate(0.1)
+    faked.clock.advance(0.1)
+    assert faked.process.signals == ["TERM", "KILL"]
+    faked.child.processExited(exit_reason(None, number))
+    assert faked.child.force_killed is killed
+
+
 def test_without_grace_it_is_killed_at_once() -> None:
     faked = Faked()
     faked.child.terminate(0)
