@@ -2061,6 +2061,14 @@ def decode_calldata(
     return _Decoder(data, max_depth, max_values).decode()
 
 
+def is_calldata_map(data: bytes) -> bool:
+    """Tell whether bytes are a map in calldata."""
+    try:
+        return data[:1] != b"" and data[0] & 7 == _TAG_MAP and bool(decode_calldata(data))
+    except CalldataError:
+        return False
+
+
 def _join_groups(groups: bytes) -> int:
     """Return the number whose 7-bit groups, least significant first, are ``groups``.
 
@@ -2297,6 +2305,8 @@ class _Decoder:
 # errors. Never starts an executor, never looks whether one is installed.
 
 VERSION_KEY = re.compile(r"v?(\d{1,9})\.(\d{1,9})\.(\d{1,9})(?:-[0-9A-Za-z.-]+)?", re.ASCII)
+#: Newer executors take other arguments, and their managers other requests.
+NEWEST_KNOWN = (0, 2, 7)
 MANIFEST_MAX_BYTES = 16 * MIB
 _LISTED_VERSIONS = 20
 
@@ -2438,6 +2448,7 @@ class ManifestStore:
         """
         try:
             self.manifest = self._read()
+            self._warn_of_newer()
         except FileNotFoundError:
             self.problem = f"{self.path.name} does not exist: there are no executors to run"
             if self.reroute_to is None:
@@ -2466,6 +2477,18 @@ class ManifestStore:
             self._loading.release()
         self.problem = None
         self.log.info("manifest reloaded", versions=len(self.manifest.versions))
+        self._warn_of_newer()
+
+    def _warn_of_newer(self) -> None:
+        newer = [v.key for v in self.manifest.versions if v.numbers > NEWEST_KNOWN]
+        if newer:
+            newest = "v" + ".".join(map(str, NEWEST_KNOWN))
+            text = (
+                f"{self.path.name} has {len(newer)} executors newer than {newest}, up to "
+                f"{newer[-1]}: this manager knows the arguments of older ones only, and runs of "
+                "those will fail"
+            )
+            self.log.warn("{text}", text=text)
 
     def resolve(self, major: int, moment: datetime) -> str:
         """Return the key of the executor directory for a major at a moment.
@@ -8227,7 +8250,19 @@ class Api:
 
     async def read_json(self, request: Request, schema: type[Schema]) -> Schema:
         """Return the JSON in a request's body as an instance of a class; see ``structure``."""
-        return await self._read(request, lambda data: parse_json(data, schema))
+
+        def parse(data: bytes) -> Schema:
+            try:
+                return parse_json(data, schema)
+            except InvalidRequest:
+                if is_calldata_map(data):
+                    raise InvalidRequest(
+                        "body: this is calldata, which managers of executors newer than v0.2.7 "
+                        "take; send JSON: README.md has its fields"
+                    ) from None
+                raise
+
+        return await self._read(request, parse)
 
     async def read_body(self, request: Request) -> bytes:
         """Return a request's body."""

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.logger import LogLevel
 
 from genvm_manager import (
     MANIFEST_MAX_BYTES,
@@ -25,7 +26,7 @@ from genvm_manager import (
     parse_timestamp,
 )
 
-from .support import PATIENCE, async_test, real_reactor, soon
+from .support import PATIENCE, async_test, observing, real_reactor, soon
 
 DAY = "2025-01-{:02}T00:00:00Z"
 
@@ -435,6 +436,24 @@ def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
     store = make_store(path)
     store.load()
     assert store.resolve(0, at(6)) == "v0.2.3"
+
+
+@async_test
+async def test_executors_that_are_too_new_are_warned_of_at_each_load(tmp_path: Path) -> None:
+    path = tmp_path / "m.yaml"
+    store = make_store(path)
+    lines = [f"  v0.2.{n}: {{available_after: {DAY.format(n)}}}\n" for n in (7, 8, 10)]
+    path.write_text("executor_versions:\n" + "".join(lines))
+    said: list[dict[str, Any]] = []
+    with observing(said.append):
+        store.load()
+        await store.reload(real_reactor())
+        path.write_text("executor_versions:\n" + lines[0])
+        await store.reload(real_reactor())
+    warned = [event["text"] for event in said if event["log_level"] is LogLevel.warn]
+    assert len(warned) == 2
+    for text in warned:
+        assert text.startswith("m.yaml has 2 executors newer than v0.2.7, up to v0.2.10: ")
 
 
 @async_test

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from genvm_manager import encode_calldata
+
 from .conftest import IDLE, Start
 from .support import (
     VERSION,
@@ -215,6 +217,8 @@ def test_more_arguments_than_the_kernel_takes(daemon: Daemon, count: int) -> Non
         (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, ["body: ", "deep"]),
         (nested(message='{"a":' * 50_000 + "1" + "}" * 50_000), ["body: ", "deep"]),
         (b'{"k": "' + b"x" * 3_000_000, ["body: ", "JSON"]),
+        (encode_calldata({"major": 0, "message": b""}), ["body: this is calldata", "send JSON"]),
+        (b"null and void", ["body: not JSON"]),
     ],
     ids=lambda value: repr(value)[:40],
 )
