@@ -191,7 +191,8 @@ from typing import (
     get_args,
     get_origin,
 )
-from urllib.parse import quote, urlencode, urljoin, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urlencode, urljoin, urlsplit
+from urllib.request import getproxies_environment
 from weakref import WeakValueDictionary
 
 import attrs
@@ -266,18 +267,20 @@ from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 from twisted.web._newclient import HTTPClientParser
 from twisted.web.client import (
+    URI,
     Agent,
     BrowserLikePolicyForHTTPS,
     GzipDecoder,
     HostnameCachingHTTPSPolicy,
     HTTPConnectionPool,
+    ProxyAgent,
     ResponseDone,
     ResponseNeverReceived,
 )
 from twisted.web.error import SchemeNotSupported
 from twisted.web.http import RESPONSES, HTTPChannel, PotentialDataLoss
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgentEndpointFactory, IBodyProducer
+from twisted.web.iweb import IAgent, IAgentEndpointFactory, IBodyProducer
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request, Site
 from twisted.web.websocket import WebSocketResource
@@ -286,7 +289,7 @@ from wsproto import ConnectionType, WSConnection
 from wsproto.events import AcceptConnection, CloseConnection
 from wsproto.events import Request as WebSocketRequest
 from wsproto.utilities import LocalProtocolError, ProtocolError
-from zope.interface import implementer
+from zope.interface import directlyProvides, implementer, providedBy
 
 __version__ = "0.1.0"
 __all__ = ["Config", "ManagerService", "load_config", "main", "makeApplication", "makeService"]
@@ -5570,8 +5573,9 @@ def _writes_json(writes: Sequence[tuple[bytes, bytes]]) -> Iterator[bytes]:
 #
 # Owns the one way in which a response is received: its body with a limit of size,
 # and what went wrong by kind. Providers, signer, webdriver and the pages of
-# contracts are asked with it. Uses treq and errors. Never knows what is asked;
-# whoever asks limits the time, which is over more than the exchange.
+# contracts are asked with it. Owns the way through proxies, too. Uses treq and
+# errors. Never knows what is asked; whoever asks limits the time, which is over
+# more than the exchange.
 
 HTTP_CONNECT_SECONDS = 60.0
 #: A line of a response's head, its end included. Twisted has no way to ask for more than 16 KiB.
@@ -5719,16 +5723,17 @@ async def reply_of(
     except CancelledError:
         raise
     except Exception as error:
-        if _was_cancelled(error):
+        if was_cancelled(error):
             raise CancelledError from None
         kind, detail = connection_problem(error)
         raise HttpFailure(kind, detail, status) from error
 
 
-def _was_cancelled(error: BaseException) -> bool:
+def was_cancelled(error: BaseException) -> bool:
+    """Tell whether an exception of the HTTP client says that the request was cancelled."""
     causes = (failure.value for failure in getattr(error, "reasons", ()))
     return isinstance(error, (CancelledError, ConnectingCancelledError)) or any(
-        map(_was_cancelled, causes)
+        map(was_cancelled, causes)
     )
 
 
@@ -5752,6 +5757,269 @@ def connection_problem(error: BaseException) -> tuple[str, str]:
     return "connect", str(error) or type(error).__name__
 
 
+# --- proxies ---
+
+
+@frozen
+class Proxy:
+    """A proxy for HTTP; ``secrets`` are what must not be told of it."""
+
+    host: str
+    port: int
+    is_tls: bool = False
+    authorization: bytes = b""
+    secrets: tuple[bytes, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def of(cls, url: str) -> Proxy:
+        """Return the proxy at a URL, as the variables hold it; raises ``ProxyError``."""
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            host, port = parts.hostname or "", parts.port
+        except ValueError:
+            parts, host, port = urlsplit(""), "", None
+        if parts.scheme not in ("http", "https") or not host:
+            raise ProxyError("a proxy in the environment is not usable: expected http://host:port")
+        authorization, secrets = b"", tuple[bytes, ...]()
+        if parts.username is not None:
+            given = parts.password or ""
+            token = base64.b64encode(unquote_to_bytes(f"{parts.username}:{given}"))
+            authorization = b"Basic " + token
+            secrets = (token, given.encode(), unquote_to_bytes(given))
+        is_tls = parts.scheme == "https"
+        usual = 443 if is_tls else 80
+        return cls(host, port or usual, is_tls, authorization, secrets)
+
+
+class ProxyError(Exception):
+    """A proxy cannot be used, cannot be reached, or refuses."""
+
+
+def proxy_for(scheme: str, host: str, port: int) -> Proxy | None:
+    """Return the proxy that the environment names for a URL; raises ``ProxyError``.
+
+    The variables are ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``; those in lower
+    case go first. They may change while we run.
+    """
+    found = getproxies_environment()
+    url = found.get(scheme) or found.get("all")
+    return Proxy.of(url) if url and not _is_excepted(host, port, found.get("no", "")) else None
+
+
+def _is_excepted(host: str, port: int, excepted: str) -> bool:
+    """Tell whether a host is in ``NO_PROXY``: ``*``, names with what is below, IPs, networks."""
+    for entry in re.split(r"[\s,]+", excepted.lower()):
+        place, _, number = entry.rpartition(":")
+        has_port = number == str(port) and (":" not in place or place.endswith("]"))
+        name = (place if has_port else entry).strip("[]").removeprefix("*").removeprefix(".")
+        if entry == "*" or (name and f".{host.lower()}".endswith(f".{name}")):
+            return True
+        with contextlib.suppress(ValueError):
+            if ipaddress.ip_address(host) in ipaddress.ip_network(name, strict=False):
+                return True
+    return False
+
+
+def proxy_secrets() -> set[bytes]:
+    """Return what must not be told of the proxies in the environment."""
+    found: set[bytes] = set()
+    for name, url in getproxies_environment().items():
+        with contextlib.suppress(ProxyError):
+            found.update(Proxy.of(url).secrets if name != "no" else ())
+    return {secret for secret in found if len(secret) >= Redactor.SHORTEST}
+
+
+def without_proxy_secrets(reply: HttpReply) -> HttpReply:
+    """Return a reply whose error page does not repeat what a proxy was told."""
+    if reply.status == 200:
+        return reply
+    secrets = proxy_secrets()
+
+    def hidden(text: bytes) -> bytes:
+        for secret in secrets:
+            text = text.replace(secret, Redactor.MASK.encode())
+        return text
+
+    given = reply.headers.getAllRawHeaders()
+    headers = Headers({name: [*map(hidden, values)] for name, values in given})
+    return attrs.evolve(reply, headers=headers, body=hidden(reply.body))
+
+
+def hide_proxies(redactor: Redactor) -> None:
+    """Never let the secrets of the proxies in the environment into a log."""
+    for secret in proxy_secrets():
+        redactor.add(secret.decode("utf-8", "replace"), lasting=True)
+
+
+class _Tunnel(ProtocolWrapper):
+    """A connection through a proxy, made by ``CONNECT``; what is in it begins once it is made."""
+
+    transport: Any
+    wrappedProtocol: Any
+
+    def __init__(self, factory: Any, wrapped: Any, head: bytes) -> None:
+        super().__init__(factory, wrapped)
+        self._head = head
+        self._answer = bytearray()
+        self.made: Event[None] = Event()
+
+    def makeConnection(self, transport: Any) -> None:
+        """The proxy is reached."""
+        directlyProvides(self, providedBy(transport))
+        Protocol.makeConnection(self, transport)
+        transport.write(self._head)
+
+    def dataReceived(self, data: bytes) -> None:
+        """Read the proxy's answer; pass on what is behind it."""
+        if self.made.happened:
+            ProtocolWrapper.dataReceived(self, data)
+            return
+        self._answer += data
+        head, end, rest = self._answer.partition(b"\r\n\r\n")
+        if not end and len(self._answer) <= HEADER_LINE_BYTES:
+            return
+        match = re.match(rb"HTTP/1\.[01] (\d{3})\b", head) if end else None
+        if match is None or not match[1].startswith(b"2"):
+            status = f"status {match[1].decode()}" if match else "not HTTP"
+            self.made.fail(ProxyError(f"it refuses: {status}"))
+            self.transport.abortConnection()
+            return
+        self.factory.registerProtocol(self)
+        self.wrappedProtocol.makeConnection(self)
+        self.made.fire(None)
+        if rest:
+            ProtocolWrapper.dataReceived(self, bytes(rest))
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The connection is gone."""
+        if self.made.happened and self.wrappedProtocol.transport is not None:
+            ProtocolWrapper.connectionLost(self, reason)
+        self.made.fail(ProxyError("it closes the connection"))
+
+
+@implementer(IStreamClientEndpoint)
+@frozen
+class ProxyEndpoint:
+    """Connects to a proxy, and through it to ``place`` if there is one: ``host:port``.
+
+    ``wrap`` may put a ``WrappingFactory`` around the protocol's factory, to see what passes.
+    """
+
+    _reactor: Any
+    _proxy: Proxy
+    _place: str = ""
+    _wrap: Callable[[Any], Any] | None = None
+
+    def connect(self, protocolFactory: Any) -> Deferred[Any]:
+        """See ``IStreamClientEndpoint``; fails with ``ProxyError``."""
+        return Deferred.fromCoroutine(self._connect(protocolFactory))
+
+    async def _connect(self, protocol_factory: Any) -> Any:
+        proxy, tunnel = self._proxy, None
+        endpoint: Any = HostnameEndpoint(
+            self._reactor, proxy.host, proxy.port, HTTP_CONNECT_SECONDS
+        )
+        if proxy.is_tls:
+            policy = BrowserLikePolicyForHTTPS()
+            creator = policy.creatorForNetloc(proxy.host.encode(), proxy.port)
+            endpoint = wrapClientTLS(creator, endpoint)
+        factory = protocol_factory
+        if self._place:
+            lines = [f"CONNECT {self._place} HTTP/1.1", f"Host: {self._place}"]
+            head = "\r\n".join(lines).encode()
+            if proxy.authorization:
+                head += b"\r\nProxy-Authorization: " + proxy.authorization
+            factory = WrappingFactory(protocol_factory)
+            factory.noisy = False
+            factory.protocol = functools.partial(_Tunnel, head=head + b"\r\n\r\n")
+        try:
+            connection = await endpoint.connect(self._wrap(factory) if self._wrap else factory)
+            inner = connection.wrappedProtocol if self._wrap else connection
+            if not self._place:
+                return inner
+            tunnel = inner
+            await tunnel.made.wait()
+            return tunnel.wrappedProtocol
+        except Exception as error:
+            if tunnel is not None:
+                tunnel.transport.abortConnection()
+            if was_cancelled(error):
+                raise CancelledError from None
+            where = f"{proxy.host}:{proxy.port}"
+            raise ProxyError(f"the proxy {where}: {connection_problem(error)[1]}") from None
+
+
+@implementer(IAgentEndpointFactory)
+@frozen
+class _TunnelEndpoints:
+    _reactor: Any
+    _proxy: Proxy
+    _tls: Any
+
+    def endpointForURI(self, uri: Any) -> Any:
+        """See ``IAgentEndpointFactory``; for https."""
+        host = uri.host.decode()
+        place = f"[{host}]:{uri.port}" if ":" in host else f"{host}:{uri.port}"
+        endpoint: Any = ProxyEndpoint(self._reactor, self._proxy, place)
+        return wrapClientTLS(self._tls.creatorForNetloc(uri.host, uri.port), endpoint)
+
+
+def through_proxy(
+    agent: Any, proxy: Proxy, method: bytes, url: bytes, headers: Headers, body: Any
+) -> Deferred[Any]:
+    """Send a request for http to a proxy; fails with ``ProxyError`` where that wants a password."""
+    headers = headers.copy()
+    if proxy.authorization:
+        headers.setRawHeaders(b"proxy-authorization", [proxy.authorization])
+
+    def check(response: Any) -> Any:
+        if response.code != 407:
+            return response
+        reader = BodyReader(0)
+        response.deliverBody(reader)
+        reader.done.addErrback(lambda _: None)
+        reader.done.cancel()
+        raise ProxyError(f"the proxy {proxy.host}:{proxy.port}: it refuses: status 407")
+
+    sent: Deferred[Any] = agent.request(method, url, headers, body)
+    return sent.addCallback(check)
+
+
+@implementer(IAgent)
+@define
+class _RoutedAgent:
+    """Sends requests directly, or through the proxy that the environment names for them."""
+
+    _reactor: Any
+    _pool: HTTPConnectionPool
+    _tls: Any
+    _direct: Any
+    #: For http and for https. The pool keeps connections to a proxy by its agent's endpoint.
+    _agents: dict[Proxy, tuple[ProxyAgent, Agent]] = field(factory=dict)
+
+    def request(self, method: bytes, uri: bytes, headers: Any = None, body: Any = None) -> Any:
+        """See ``IAgent``."""
+        asked = URI.fromBytes(uri)
+        try:
+            proxy = proxy_for(asked.scheme.decode(), asked.host.decode().strip("[]"), asked.port)
+        except ProxyError:
+            return fail()
+        if proxy is None:
+            return self._direct.request(method, uri, headers, body)
+        if proxy not in self._agents:
+            plain = ProxyAgent(ProxyEndpoint(self._reactor, proxy), self._reactor, self._pool)
+            endpoints = _TunnelEndpoints(self._reactor, proxy, self._tls)
+            tunnel = Agent.usingEndpointFactory(self._reactor, endpoints, self._pool)
+            self._agents[proxy] = plain, tunnel
+        plain, tunnel = self._agents[proxy]
+        if asked.scheme == b"https":
+            return tunnel.request(method, uri, headers, body)
+        return through_proxy(plain, proxy, method, uri, headers or Headers(), body)
+
+
+# --- the client ---
+
+
 @frozen
 class HttpClient:
     """Asks services that the operator names, through one pool of connections."""
@@ -5759,12 +6027,16 @@ class HttpClient:
     _http: treq.client.HTTPClient
 
     @classmethod
-    def create(cls, reactor: Any, pool: HTTPConnectionPool) -> HttpClient:
+    def create(
+        cls, reactor: Any, pool: HTTPConnectionPool, *, use_proxy: bool = True
+    ) -> HttpClient:
         """Return a client that verifies certificates and keeps no cookies."""
         tls = HostnameCachingHTTPSPolicy(cast(Any, BrowserLikePolicyForHTTPS()))
-        agent = Agent(reactor, tls, connectTimeout=HTTP_CONNECT_SECONDS, pool=pool)
+        agent: Any = Agent(reactor, tls, connectTimeout=HTTP_CONNECT_SECONDS, pool=pool)
+        if use_proxy:
+            agent = _RoutedAgent(reactor, pool, tls, agent)
         refuse_all = DefaultCookiePolicy(allowed_domains=[])
-        return cls(treq.client.HTTPClient(cast(Any, agent), IndexableCookieJar(refuse_all)))
+        return cls(treq.client.HTTPClient(agent, IndexableCookieJar(refuse_all)))
 
     async def exchange(
         self,
@@ -5786,7 +6058,7 @@ class HttpClient:
             options |= {"headers": headers, "data": data}
             sent = maybeDeferred(self._http.request, method, url, **options)
             try:
-                return await reply_of(sent, limit)
+                return without_proxy_secrets(await reply_of(sent, limit))
             except HttpFailure as failure:
                 error = failure.__cause__
                 if last or not isinstance(error, ResponseNeverReceived):
@@ -9734,6 +10006,7 @@ class LlmService(ModuleService):
     @classmethod
     def create(cls, setup: ServiceSetup, reactor: Any, redactor: Redactor) -> LlmService:
         """See ``ModuleService``."""
+        hide_proxies(redactor)
         for secret in secrets_in(setup.config):
             redactor.add(secret)
             redactor.add(secret.replace("/", "\\/"))  # as some write it in JSON
@@ -10426,12 +10699,19 @@ async def open_addresses(look_up: LookUp, target: Target) -> list[str]:
 class Traffic:
     """The connections of one request or one page: how many bytes came, and which are open."""
 
-    def __init__(self, limit: int, look_up: LookUp) -> None:
+    def __init__(self, limit: int, look_up: LookUp, *, use_proxy: bool = False) -> None:
+        self.use_proxy = use_proxy
         self.limit = limit
         self.look_up = look_up
         self.received = 0
         self.exceeded: Event[None] = Event()
         self.connections: set[MeteredConnection] = set()
+
+    def proxy_for(self, target: Target) -> Proxy | None:
+        """Return the proxy on the way to a target; raises ``ProxyError``."""
+        if not self.use_proxy:
+            return None
+        return proxy_for(target.scheme, target.host, target.port)
 
     def take(self, count: int) -> bool:
         """Count received bytes; False if the limit is exceeded."""
@@ -10487,24 +10767,38 @@ class MeteredConnection(ProtocolWrapper):
 
 @implementer(IStreamClientEndpoint)
 class CheckedEndpoint:
-    """Connects to a target: to the very address that was checked, so no second answer counts."""
+    """Connects to a target: to the very address that was checked, so no second answer counts.
 
-    def __init__(self, reactor: Any, target: Target, traffic: Traffic) -> None:
+    A proxy resolves the name again, and may know names that are unknown here. Without ``tunnel``
+    it is connected to the proxy itself.
+    """
+
+    def __init__(
+        self, reactor: Any, target: Target, traffic: Traffic, *, tunnel: bool = True
+    ) -> None:
         self._reactor = reactor
         self._target = target
         self._traffic = traffic
+        self._tunnel = tunnel
 
     def connect(self, protocolFactory: Any) -> Deferred[Any]:
         """See ``IStreamClientEndpoint``; fails as ``open_addresses`` does, too."""
         return Deferred.fromCoroutine(self._connect(protocolFactory))
 
     async def _connect(self, protocol_factory: Any) -> Any:
-        addresses = await open_addresses(self._traffic.look_up, self._target)
-        metered: Any = WrappingFactory(protocol_factory)
-        metered.noisy = False
-        metered.protocol = functools.partial(
-            MeteredConnection, reactor=self._reactor, traffic=self._traffic
-        )
+        target = self._target
+        proxy = self._traffic.proxy_for(target)
+        try:
+            addresses = await open_addresses(self._traffic.look_up, target)
+        except DNSLookupError:
+            if proxy is None:
+                raise
+        if proxy is not None:
+            host = f"[{target.host}]" if ":" in target.host else target.host
+            place = f"{host}:{target.port}" if self._tunnel else ""
+            way = ProxyEndpoint(self._reactor, proxy, place, self._metered)
+            return await way.connect(protocol_factory)
+        metered = self._metered(protocol_factory)
         while True:
             address = addresses.pop(0)
             kind = TCP6ClientEndpoint if ":" in address else TCP4ClientEndpoint
@@ -10515,6 +10809,14 @@ class CheckedEndpoint:
             except (ConnectError, OSError):
                 if not addresses:
                     raise
+
+    def _metered(self, factory: Any) -> Any:
+        metered: Any = WrappingFactory(factory)
+        metered.noisy = False
+        metered.protocol = functools.partial(
+            MeteredConnection, reactor=self._reactor, traffic=self._traffic
+        )
+        return metered
 
 
 # =============================================================================
@@ -10721,7 +11023,8 @@ class WebClient:
             return not _leads_on(response.code, response.headers)
 
         try:
-            return await reply_of(sent, WEB_BODY_MAX_BYTES, unpack=unpack, has_body=has_body)
+            reply = await reply_of(sent, WEB_BODY_MAX_BYTES, unpack=unpack, has_body=has_body)
+            return without_proxy_secrets(reply) if traffic.use_proxy else reply
         except HttpFailure as failure:
             if isinstance(failure.__cause__, RequestFailure):
                 raise failure.__cause__ from None
@@ -10740,14 +11043,18 @@ class WebClient:
         endpoints = _TargetEndpoints(self._reactor, target, self._tls, traffic)
         pool = HTTPConnectionPool(self._reactor, persistent=False)
         agent = Agent.usingEndpointFactory(self._reactor, endpoints, pool)
+        send: Callable[..., Deferred[Any]] = agent.request
         body = None if request.body is None else _Body(request.body)
         whole = traffic.limit
         # Twisted keeps all headers, however many; each costs far more than its bytes.
         traffic.limit = min(whole, traffic.received + WEB_HEAD_MAX_BYTES)
         try:
-            return await agent.request(
-                request.method.encode(), target.url.encode(), headers, cast(Any, body)
-            )
+            proxy = traffic.proxy_for(target)
+            if proxy is not None and target.scheme == "http":
+                way: Any = CheckedEndpoint(self._reactor, target, traffic, tunnel=False)
+                through = ProxyAgent(way, self._reactor, pool)
+                send = functools.partial(through_proxy, through, proxy)
+            return await send(request.method.encode(), target.url.encode(), headers, body)
         except Exception:
             if reason := _too_much(traffic):
                 raise refused("SENDING_REQUEST", target.url, reason) from None
@@ -11696,6 +12003,7 @@ class _WebEntry:
     render_timeout: Any = None
     max_renders: PositiveInt | None = None
     render_memory_mib: PositiveInt | None = None
+    use_proxy: bool | None = None
 
 
 @frozen
@@ -11709,6 +12017,7 @@ class WebSettings:
     render_timeout: float
     max_renders: int
     render_memory_mib: int
+    use_proxy: bool
 
 
 def read_web_settings(config: AnyObject) -> WebSettings:
@@ -11735,6 +12044,7 @@ def read_web_settings(config: AnyObject) -> WebSettings:
         timeout_setting(entry.render_timeout, render_seconds, "render_timeout"),
         entry.max_renders or MAX_RENDERS,
         entry.render_memory_mib or RENDER_MEMORY_MIB,
+        bool(entry.use_proxy),
     )
 
 
@@ -11857,6 +12167,7 @@ class WebService(ModuleService):
     @classmethod
     def create(cls, setup: ServiceSetup, reactor: Any, redactor: Redactor) -> WebService:
         """See ``ModuleService``."""
+        hide_proxies(redactor)
         for secret in secrets_in(setup.config):
             redactor.add(secret)
         settings = read_web_settings(setup.config)
@@ -11912,7 +12223,8 @@ class WebService(ModuleService):
             raise bad_request("expected a map")
         kind = "requests" if name == "Request" else "renders"
         limit = WEB_TRAFFIC_MAX_BYTES if name == "Request" else RENDER_TRAFFIC_MAX_BYTES
-        traffic = Traffic(limit, self._names.look_up_for((caller.cookie, caller.genvm_id)))
+        look_up = self._names.look_up_for((caller.cookie, caller.genvm_id))
+        traffic = Traffic(limit, look_up, use_proxy=self._settings.use_proxy)
         counts, start = self._statistics[kind], self._reactor.seconds()
         counts.requests += 1
         self.changed()
@@ -13130,7 +13442,7 @@ class Demo:
         self._folder = folder
         self._say = say
         pool = HTTPConnectionPool(reactor, persistent=False)
-        self._http = HttpClient.create(reactor, pool)
+        self._http = HttpClient.create(reactor, pool, use_proxy=False)
         self._base = ""
 
     async def run(self) -> CalldataValue:
@@ -13301,6 +13613,7 @@ class ManagerService(Service):
         )
         self._pool = HTTPConnectionPool(reactor)
         http = HttpClient.create(reactor, self._pool)
+        hide_proxies(observer.redactor)
         self.api = Api(
             config,
             reactor,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
+import select
 import socket
 import socketserver
 import ssl
@@ -13,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
+from urllib.parse import urlsplit
 
 from .support import SOURCE
 from .test_module_service import Client, ModuleProcess
@@ -221,3 +224,44 @@ class WebServer:
         kind = b"Content-Type: text/html; charset=utf-8"
         self.answers[path] = lambda exchange: exchange.reply(data, kind, status=status)
         return self.url + path
+
+
+# --- a proxy ---
+
+
+class ProxyServer(WebServer):
+    """An HTTP proxy on loopback, by ``CONNECT`` and by whole URLs; every name leads to loopback.
+
+    ``credentials`` are what it demands, and repeats to whoever lacks them or is not let through.
+    """
+
+    def __init__(self, credentials: str = "", *, refuses: bytes = b"") -> None:
+        super().__init__()
+        self.answers["*"] = self._answer
+        self._refuses = refuses
+        self._demanded = b"Basic " + base64.b64encode(credentials.encode()) if credentials else b""
+
+    def _answer(self, exchange: Exchange) -> None:
+        given = exchange.headers.get("proxy-authorization", b"")
+        if given != self._demanded or self._refuses:
+            status = self._refuses or b"407 Proxy Authentication Required"
+            exchange.reply(b"you said: " + given + base64.b64decode(given[6:]), status=status)
+            return
+        is_tunnel = exchange.method == "CONNECT"
+        parts = urlsplit(f"//{exchange.path}" if is_tunnel else exchange.path)
+        with socket.create_connection(("127.0.0.1", parts.port or 80)) as far:
+            if is_tunnel:
+                exchange.send(b"HTTP/1.1 200 Connected\r\n\r\n")
+            else:
+                path = parts._replace(scheme="", netloc="").geturl() or "/"
+                lines = [f"{exchange.method} {path} HTTP/1.1".encode(), b"Connection: close"]
+                own = (b"connection", b"proxy-authorization")
+                lines += [k + b":" + v for k, _, v in exchange.lines if k.lower() not in own]
+                far.sendall(b"\r\n".join([*lines, b"", exchange.body]))
+            both = [exchange.peer, far]
+            while True:
+                for source in select.select(both, [], [])[0]:
+                    data = source.recv(1 << 16)
+                    if not data:
+                        return
+                    both[1 - both.index(source)].sendall(data)
