@@ -68,6 +68,7 @@ from genvm_manager import (
     ManagerError,
     Prompt,
     ProviderError,
+    ReactorShare,
     Redactor,
     Usage,
     __version__,
@@ -531,6 +532,21 @@ def test_an_error_inside_an_answer_is_an_error(data: Any, kind: ErrorKind, statu
     problem = asked(data, "openai-compatible").problem
     assert (problem.kind, problem.status) == (kind, status)
     assert "error" not in data or "slow down" in problem.message
+
+
+@pytest.mark.parametrize("mode", [AnswerMode.JSON, AnswerMode.BOOL])
+def test_json_in_several_parts_of_gemini(mode: AnswerMode) -> None:
+    parts = [{"text": "hm", "thought": True}, {"text": '{"result": '}, {"text": "true}"}]
+    data = {"candidates": [{"content": {"parts": parts}}]}
+    assert asked(data, "google", mode).answer.value == '{"result": true}'
+
+
+def test_a_wrong_key_of_gemini() -> None:
+    details = [{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}]
+    error = {"code": 400, "message": "API key not valid", "details": details}
+    problem = asked({"error": error}, "google", status=400).problem
+    assert (problem.kind, problem.status) == (ErrorKind.AUTH, 400)
+    assert "API key not valid" in problem.message
 
 
 def test_a_model_that_refuses() -> None:
@@ -1251,6 +1267,23 @@ def test_one_that_fails_in_a_way_that_nobody_foresaw_affects_no_other() -> None:
     checked.client.answers[0].errback(RuntimeError("a bug"))
     checked.client.answer(1)
     assert [result["available"] for result in checked.results] == [False, True]
+
+
+def test_what_does_not_fit_into_a_turn_of_the_reactor_waits() -> None:
+    clock = Clock()
+    share = ReactorShare(clock)
+    begun: list[str] = []
+
+    def begin(_: None, name: str) -> None:
+        begun.append(name)
+        clock.rightNow += share.TURN_SECONDS  # all of it
+
+    waiting = [share.turn().addCallback(begin, name) for name in "abcd"]
+    assert begun == ["a"]
+    waiting[1].addErrback(lambda _: None).cancel()
+    clock.advance(0)
+    assert begun == ["a", "c", "d"]
+    assert clock.getDelayedCalls() == []
 
 
 def test_cancelling_cancels_everything() -> None:

@@ -1074,7 +1074,7 @@ def test_an_integer_that_executors_cannot_hold_is_text(number: int, value: objec
     assert json_object_to_calldata({"a": [number]}) == {"a": [value]}
 
 
-@pytest.mark.parametrize("text", ["", " \n\t"])
+@pytest.mark.parametrize("text", ["", " \n\t", "\u200b \ufeff"])
 def test_an_empty_prompt_is_an_error_that_the_contract_can_catch(text: str) -> None:
     with pytest.raises(RequestFailure) as caught:
         read_prompt({"prompt": text})

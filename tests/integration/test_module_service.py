@@ -5,7 +5,9 @@ The clients are built on wsproto alone, the provider on the standard library.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import json
 import os
 import select
@@ -96,6 +98,10 @@ class ProviderHandler(BaseHTTPRequestHandler):
 
     def as_status(self, status: str, _body: Any) -> None:
         self._reply(int(status), {"error": {"message": f"refused {KEY}"}})
+
+    def as_error(self, code: str, _body: Any) -> None:
+        """Put the error of another provider into an answer, as gateways do."""
+        self._reply(200, {"error": {"code": int(code), "message": "Provider returned error"}})
 
     def as_slow(self, seconds: str, body: Any) -> None:
         time.sleep(float(seconds))
@@ -671,12 +677,13 @@ def test_idle_is_allowed_and_dawdling_is_not(echo: ModuleProcess) -> None:
 
 
 def test_handing_over(start: Start, provider: Provider) -> None:
-    module = start(provider.config("status:429", "status:500", "echo"))
+    module = start(provider.config("status:429", "status:500", "error:429", "echo"))
     client = module.connect()
-    assert client.prompt("third") == ok("third")
+    assert client.prompt("fourth") == ok("fourth")
     stats = client.ask("GetStats")["Ok"]["backends"]
     assert stats["b0"]["status:429"]["errors"] == {"rate_limited": 1}
     assert stats["b1"]["status:500"]["errors"] == {"http": 1}
+    assert stats["b2"]["error:429"]["errors"] == {"rate_limited": 1}
 
 
 def test_the_next_model_of_a_backend_is_asked_first(start: Start, provider: Provider) -> None:
@@ -1028,6 +1035,39 @@ def test_the_practice_executor_when_things_go_wrong(
     (kind, text), _ = call(place, "ask-llm x\n", f"ws://127.0.0.1:{port}")
     assert kind == "vm_error"
     assert "refused" in text
+
+
+def test_an_answer_that_is_too_large_for_an_executor(
+    start: Start, provider: Provider, place: Root
+) -> None:
+    module = start(provider.config(f"long:{17 << 20}"))
+    (kind, told), _ = call(place, "ask-llm x\n", "ws://{}:{}".format(*module.address))
+    assert (kind, told["message"]) == ("user_error", "ANSWER_TOO_LARGE")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection, connection.makefile("rb") as lines:
+                head = list(iter(lines.readline, b"\r\n"))
+                key = next(
+                    line.split()[1] for line in head if line.startswith(b"Sec-WebSocket-Key")
+                )
+                digest = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+                connection.sendall(
+                    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
+                    b"Connection: Upgrade\r\nSec-WebSocket-Accept: "
+                    + base64.b64encode(digest)
+                    + b"\r\n\r\n\x82\x7f"
+                    + ((16 << 20) + 1).to_bytes(8)
+                )
+                lines.read()
+
+        other = threading.Thread(target=answer)
+        other.start()
+        (kind, text), _ = call(place, "ask-llm x\n", f"ws://127.0.0.1:{listener.getsockname()[1]}")
+        other.join()
+    assert kind == "vm_error"
+    assert "too large" in text
 
 
 def test_a_practice_run_can_be_cancelled_while_it_asks(
