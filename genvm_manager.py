@@ -12536,6 +12536,10 @@ class ModuleConnection:
                 raise Outcome.vm_error(value)
         raise ValueError("the module's answer is none")
 
+    def drop(self) -> None:
+        """Close this process's end without a word."""
+        self._socket.close()
+
     def close(self) -> None:
         """Say that this was all, and close this process's end."""
         try:
@@ -13057,7 +13061,11 @@ class PracticeRun:
                 "host_data": self._host_data,
             }
             self._modules[variable] = ModuleConnection(address, hello, self._cancellation)
-        answer = self._modules[variable].ask(request)
+        try:
+            answer = self._modules[variable].ask(request)
+        except (CalldataError, OSError, ValueError):  # it is out of step from now on
+            self._modules.pop(variable).drop()
+            raise
         if not isinstance(answer, dict) or member not in answer:
             raise ValueError(f"the module's answer has no {member}")
         return answer[member]
