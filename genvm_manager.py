@@ -7064,6 +7064,17 @@ class ModuleState(enum.Enum):
     FAILED = "failed"
 
 
+#: What may follow a state of a module. One that dies is starting again; a start that fails at once
+#: leaves it stopped; the end of the manager may come at any time.
+MODULE_TRANSITIONS: dict[ModuleState, frozenset[ModuleState]] = {
+    ModuleState.STOPPED: frozenset((ModuleState.STARTING, ModuleState.STOPPING)),
+    ModuleState.STARTING: frozenset(ModuleState) - {ModuleState.STARTING},
+    ModuleState.RUNNING: frozenset((ModuleState.STARTING, ModuleState.STOPPING)),
+    ModuleState.STOPPING: frozenset((ModuleState.STOPPED,)),
+    ModuleState.FAILED: frozenset(ModuleState) - {ModuleState.RUNNING, ModuleState.FAILED},
+}
+
+
 @frozen
 class ModuleSetup:
     """How a module is to run: its configuration with templates expanded, and its address."""
@@ -7458,6 +7469,7 @@ class Module:
     async def _start(self, config: dict[str, Any] | None, allow_empty: bool) -> None:
         if self.address is not None:
             raise self._already_running()  # another start was first
+        self._check_open()
         self._move(ModuleState.STARTING)
         self._quick_deaths = 0
         try:
@@ -7578,8 +7590,7 @@ class Module:
 
     async def _launch(self, setup: ModuleSetup, listener: socket.socket | None) -> None:
         """Start a process and make it the current generation once it accepts connections."""
-        if self._closed:
-            raise ModuleFailed("the manager is shutting down")
+        self._check_open()
         if self._stops_waiting:
             raise ModuleFailed(f"the {self.kind} module was stopped before it was started")
         self._number += 1
@@ -7594,6 +7605,7 @@ class Module:
         try:
             self._spawn(generation, setup, listener)
             await self._until_ready(generation, setup)
+            self._check_open()
         except Exception:
             if generation.child is not None:
                 generation.child.kill()
@@ -7790,10 +7802,16 @@ class Module:
         self.address = None
 
     def _move(self, state: ModuleState) -> None:
+        """Go to another state; only what ``MODULE_TRANSITIONS`` allows happens."""
         if state is ModuleState.STOPPED:
             self._quick_deaths = 0
         if state is not self.state:
+            assert state in MODULE_TRANSITIONS[self.state], f"{self.state} -> {state}"
             self.state, self.since = state, self._now()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ModuleFailed("the manager is shutting down")
 
 
 # =============================================================================

@@ -14,12 +14,14 @@ from genvm_manager import (
     MODULE_QUICK_DEATHS,
     MODULE_READY_SECONDS,
     MODULE_STOP_SECONDS,
+    MODULE_TRANSITIONS,
     STDERR,
     STDOUT,
     Config,
     LogObserver,
     Module,
     ModuleFailed,
+    ModuleState,
     Redactor,
 )
 
@@ -245,6 +247,27 @@ def test_ready_while_the_manager_ends(supervised: Supervised) -> None:
     assert len(started) == 1
     assert supervised.state == "stopped"
     assert supervised.reactor.getDelayedCalls() == []
+
+
+def test_nothing_is_started_while_the_manager_ends(supervised: Supervised) -> None:
+    """Not even where what it waits for is only an old generation that drains."""
+    supervised.run()
+    old = supervised.newest
+    stopped = supervised.ask(supervised.module.stop())
+    old.write(STDOUT, b'{"event": "draining"}\n')
+    assert (stopped, supervised.state, old.alive) == ([True], "stopped", True)
+    closed = outcome(Deferred.fromCoroutine(supervised.module.close(0.7)))
+    assert "shutting down" in failure_of(supervised.start())
+    assert "shutting down" in failure_of(supervised.restart())
+    old.end()
+    assert (closed, supervised.state) == ([None], "stopped")
+    assert supervised.spawner.processes == [old]
+
+
+def test_every_state_can_be_left_and_reached() -> None:
+    reached = {state for following in MODULE_TRANSITIONS.values() for state in following}
+    assert reached == set(MODULE_TRANSITIONS) == set(ModuleState)
+    assert all(state not in following for state, following in MODULE_TRANSITIONS.items())
 
 
 def test_stop_after_it_has_failed_ends_what_drains(supervised: Supervised) -> None:
