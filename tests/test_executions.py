@@ -28,6 +28,7 @@ from genvm_manager import (
     LOG_MAX_BYTES,
     LOG_MAX_RECORDS,
     MIB,
+    TRIM_LITTLE_SECONDS,
     Capture,
     Cause,
     Config,
@@ -845,6 +846,7 @@ def test_results_can_be_read_again_until_their_retention_ends() -> None:
     world.clock.advance(200)
     with pytest.raises(ExecutionNotFound):
         world.executions.get(2)
+    world.clock.advance(TRIM_LITTLE_SECONDS)
     assert world.clock.getDelayedCalls() == []
 
 
