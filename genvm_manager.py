@@ -1025,7 +1025,7 @@ def parse_json(data: bytes, schema: type[Schema]) -> Schema:
     if not data.strip():
         raise InvalidRequest("body: expected a JSON object, got nothing")
     if data.startswith(GZIP_MARK):
-        raise UnsupportedEncoding("body: it is compressed by gzip; send it without compression")
+        raise UnsupportedEncoding("body: it is compressed with gzip; send it without compression")
     if data.count(b",") > MAX_JSON_MEMBERS:
         raise InvalidRequest(f"body: more than {MAX_JSON_MEMBERS} members")
     try:
@@ -2417,7 +2417,9 @@ def parse_manifest(text: str, source: str) -> Manifest:
     for name, key, value in members(node, "executor_versions"):
         match = VERSION_KEY.fullmatch(name)
         if match is None:
-            refuse(key, f"{shown(name)} is no version; expected a key such as v0.2.3 or v0.2.3-rc1")
+            refuse(
+                key, f"{shown(name)} is not a version; expected a key such as v0.2.3 or v0.2.3-rc1"
+            )
         fields = {field_name: item for field_name, _, item in members(value, name)}
         moment = fields.get("available_after")
         if not isinstance(moment, yaml.ScalarNode):
@@ -2550,7 +2552,7 @@ CODE_OFFSET: Final = 4
 """Where the code starts in its slot, after its length (u32le)."""
 
 CODE_SLOT: Final = hashlib.sha3_256(bytes(32) + (1).to_bytes(4, "little")).digest()
-"""The storage slot that holds a contract's code (PROTOCOLS.md section 4)."""
+"""The storage slot that holds a contract's code."""
 
 
 def require_code(code: bytes) -> None:
@@ -2653,7 +2655,7 @@ def _zip_version(code: bytes) -> tuple[bool, str | None]:
         archive = zipfile.ZipFile(_ArchiveFile(code))
     except _HugeDirectory:
         return True, None
-    except Exception:  # zipfile raises many things for what is no archive
+    except Exception:  # zipfile raises many things for what is not an archive
         return False, None
     members = archive.infolist()
     if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1 for m in members):
@@ -3340,7 +3342,7 @@ class Guardian(ProcessProtocol):
 
 
 def guard_descendants(prefix: str) -> None:
-    """Wait for end-of-file on stdin, then kill every process that bears a mark of the manager.
+    """Wait for end-of-file on stdin, then kill every process that has a mark of the manager.
 
     The arguments: the value of the marker in the environment, whose name and ``=`` are ``prefix``,
     and the manager's part of a birth mark. This function runs alone, under a bare Python: it uses
@@ -3672,7 +3674,9 @@ class Spawner:
         prctl = ctypes.CDLL(None, use_errno=True).prctl
         if prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0 or not os.path.exists(self._siblings):
             self._owns_process = False
-            self.log.warn("what executors leave behind is not killed: the kernel does not tell us")
+            self.log.warn(
+                "what executors leave behind will not be killed: this kernel does not list it"
+            )
         self._guardian = Guardian(self._reactor, self._boot_id)
         self._guardian.start()
 
@@ -4414,7 +4418,7 @@ class Executions:
         execution = self._records.get(genvm_id)
         if execution is None:
             raise ExecutionNotFound(
-                f"no execution {genvm_id}: it never existed, or its result was kept long enough",
+                f"no execution {genvm_id}: it never existed, or its result has expired",
                 genvm_id=genvm_id,
             )
         return execution
@@ -4486,7 +4490,7 @@ class Executions:
         execution = self._by_key.get(key) if key is not None else None
         if execution is not None and execution.request != request:
             raise InvalidRequest(
-                "Idempotency-Key: was used with a different request; use a new key",
+                "Idempotency-Key: already used with a different request; use a new key",
                 genvm_id=execution.id,
             )
         return execution
@@ -4565,7 +4569,7 @@ class Executions:
         request = execution.request
         program = executor_program(self._config.root, execution.version)
         if not request.is_sync and (down := self._modules_down()):
-            text = f"an execution that may need modules starts without: {', '.join(down)}"
+            text = f"started without modules that it may need: {', '.join(down)}"
             self.log.warn("{text}", text=text, genvm_id=execution.id)
         sink: Capture | LogForwarder
         if request.capture_output:
@@ -4953,7 +4957,7 @@ FIXED_ANSWERS: Final = {
 # 2.10 Embedded host
 # =============================================================================
 #
-# Owns the server side of the host protocol (PROTOCOLS.md section 2): requests
+# Owns the server side of the host protocol: requests
 # from bytes, answers, one outcome per run. Uses host state and events. Never
 # starts an executor, never listens by itself, and never holds more of a hostile
 # peer's data than its limits say.
@@ -4979,8 +4983,8 @@ class HostRequestParser:
     def next_request(self) -> HostRequest | None:
         """Return the next request, or None until more bytes are fed.
 
-        Raises HostProtocolError for bytes that are no request, and for a length over the limit as
-        soon as it is seen. An incomplete request costs a few steps, however long it is.
+        Raises HostProtocolError for bytes that are not a request, and for a length over the limit
+        as soon as it is seen. An incomplete request costs a few steps, however long it is.
         """
         if not self.buffer:
             return None
@@ -5400,7 +5404,7 @@ class ContractOperations:
             return None
         if answer.status != ExitStatus(0, None):
             raise DetectionFailed(
-                f"executor {version} has no command parse-version-pattern ({answer.status}); "
+                f"executor {version} has no parse-version-pattern command ({answer.status}); "
                 "set version_detection to native"
             )
         try:
@@ -5545,7 +5549,7 @@ def _schema_of(outcome: HostOutcome | ManagerError, errors: str) -> str:
     except CalldataError as error:
         raise ContractFailed(f"the schema is not calldata: {error.message}{tail}") from None
     if not isinstance(value, str):
-        raise ContractFailed(f"the schema is no text but {kind_of(value)}{tail}")
+        raise ContractFailed(f"the schema is not a string but {kind_of(value)}{tail}")
     return value
 
 
@@ -5654,7 +5658,7 @@ class BodyReader(Protocol):
 class GzipReader(BodyReader):
     """Collects a compressed body; the limit is that of the text.
 
-    What follows its end, and does not begin as another member of a gzip file does, is no error.
+    What follows its end, and does not begin as another member of a gzip file does, is not an error.
     """
 
     def __init__(self, limit: int) -> None:
@@ -6049,7 +6053,7 @@ class HttpClient:
     ) -> HttpReply:
         """Return the reply, with a body of at most ``limit`` bytes; raises ``HttpFailure``.
 
-        A kept connection that the service closes while it is used again is no answer: the
+        A kept connection that the service closes while it is used again is not an answer: the
         request is sent once more. So it is on a new one, which cannot be told apart.
         """
         for last in (False, True):
@@ -6073,7 +6077,7 @@ class HttpClient:
 # =============================================================================
 #
 # Owns how a language model is asked: the requests and answers of each kind of
-# provider (PROTOCOLS.md section 5), and the kinds of errors. Uses text and
+# provider, and the kinds of errors. Uses text and
 # errors; pure. Never sends anything.
 
 LLM_SECONDS = 60.0
@@ -6268,12 +6272,12 @@ def _without_none(**members: Any) -> dict[str, Any]:
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"expected text, got {shown(value)}")
+        raise TypeError(f"expected a string, got {shown(value)}")
     return value
 
 
 def _joined(parts: object, *, kind: str | None = None) -> str | None:
-    """Return the text in the parts of an answer that are no thoughts; None if there is none."""
+    """Return the text in the parts of an answer that are not thoughts; None without any."""
     if not isinstance(parts, list):
         raise TypeError(f"expected an array, got {kind_of(parts)}")
     texts = [
@@ -6577,7 +6581,7 @@ def masked(body: bytes, key: str) -> str:
 def provider_url(host: str, path: str) -> str:
     """Return the URL of an endpoint; a trailing slash on ``host`` is tolerated.
 
-    Raises ``ProviderError`` for a host that is no HTTP URL.
+    Raises ``ProviderError`` for a host that is not an HTTP URL.
     """
     base = host.rstrip("/")
     try:
@@ -6697,7 +6701,7 @@ class TestPrompt:
     timeout_ms: PositiveInt | None = None
 
     def prompt(self) -> Prompt:
-        """Return the prompt; raises ``ProviderError`` for an image that is none."""
+        """Return the prompt; raises ``ProviderError`` for one that is not an image."""
         images = []
         for index, given in enumerate(self.images):
             try:
@@ -6868,7 +6872,7 @@ class AvailabilityCheck:
     def _read(
         self, body: CheckBody
     ) -> tuple[list[str], list[CheckedBackend | CheckResult], list[CheckedPrompt | CheckResult]]:
-        """Return the secrets, and each item as it is meant or the result if it cannot be used.
+        """Return the secrets, and each item as intended or the result if it cannot be used.
 
         This may run in a thread.
         """
@@ -6959,7 +6963,7 @@ def _is_large(body: CheckBody) -> bool:
 
 
 def _readable(read: Callable[[], Value], scrub: Callable[[str], str]) -> Value | CheckResult:
-    """Return an item as it is meant, or the result of all its pairs if it cannot be used."""
+    """Return an item as intended, or the result of all its pairs if it cannot be used."""
     try:
         return read()
     except (ProviderError, ConfigError, InvalidRequest) as error:
@@ -7153,7 +7157,7 @@ def bind_listener(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
-    except (OSError, ValueError) as error:  # the latter for what can be no name
+    except (OSError, ValueError) as error:  # the latter for what cannot be a name
         raise ModuleFailed(f"the address {host}:{port} cannot be used: {error}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -7844,7 +7848,7 @@ LINGER_SECONDS = 2.0
 #: Seconds for the answer to a client that has shut down its sending side. One that has left looks
 #: the same, and what it waits for is to be cancelled.
 HALF_CLOSED_SECONDS = 1.0
-#: A length of more digits is no length of anything.
+#: A length of more digits is not a length of anything.
 LENGTH_DIGITS = 18
 #: A URI with a host, which stands for the header ``Host``; and the rest of it.
 ABSOLUTE_URI = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
@@ -8171,13 +8175,13 @@ class AccessPolicy:
         elif host is not None and not self._is_ours(host, request):
             raise CrossSiteRequest(
                 f"Host {shown(host)} is not this manager; "
-                f"if it is meant, add {shown(host_name(host))} to allowed_hosts"
+                f"if this is intended, add {shown(host_name(host))} to allowed_hosts"
             )
         if origin is not None and not self._same_site(origin, host):
             name = host_name(origin.partition("://")[2])
             raise CrossSiteRequest(
                 f"requests from the site {shown(origin)} are refused"
-                + (f"; if it is meant, add {shown(name)} to allowed_hosts" if name else "")
+                + (f"; if this is intended, add {shown(name)} to allowed_hosts" if name else "")
             )
 
     def _is_ours(self, host: str, request: Request) -> bool:
@@ -8206,7 +8210,7 @@ class AccessPolicy:
 
 
 def header_text(request: Request, name: bytes) -> str | None:
-    """Return a header, byte by byte: what is no ASCII is still comparable."""
+    """Return a header, byte by byte: what is not ASCII is still comparable."""
     value = request.getHeader(name)
     return None if value is None else value.decode("latin-1")
 
@@ -8526,7 +8530,7 @@ class Api:
         ):
             raise EnvironmentRefused(
                 f"key: {shown(key)} changes what code a child loads; "
-                "list it in env_allow in the configuration if it is meant"
+                "list it in env_allow in the configuration if this is intended"
             )
         try:
             check_environment(os.fsencode(key), os.fsencode(value))
@@ -8740,7 +8744,7 @@ def wait_seconds(request: Request) -> float:
 # =============================================================================
 #
 # Owns how executors reach a module's process: WebSocket connections with limits
-# of size and time, and the text of errors (PROTOCOLS.md section 6). Uses twisted's
+# of size and time, and the text of errors. Uses twisted's
 # WebSocket and calldata. Never knows what a request means.
 
 MESSAGE_MAX_BYTES = 64 * MIB
@@ -9062,7 +9066,7 @@ class Caller:
 
     @classmethod
     def of(cls, hello: CalldataValue) -> Caller:
-        """Return the caller; raises ``ValueError`` for a message that is no hello."""
+        """Return the caller; raises ``ValueError`` for a message that is not a hello."""
         hello = hello if isinstance(hello, dict) else {}
         cookie, genvm_id, host_data = map(hello.get, ("cookie", "genvm_id", "host_data"))
         text = cookie if isinstance(cookie, str) else None
@@ -9237,7 +9241,7 @@ class CallerSession:
         try:
             self._caller = Caller.of(await self._decode(data))
         except (CalldataError, ValueError) as error:
-            self.log.warn("a connection began without a hello", error=str(error)[:200])
+            self.log.warn("a connection did not begin with a hello", error=str(error)[:200])
             self.close(CLOSE_POLICY, "expected a hello")
             return
         # Executors send their first request only when TCP says that the hello has arrived, which
@@ -9317,7 +9321,7 @@ class ControlChannel(Protocol):
         if isinstance(order, dict):
             self._on_order(order)
         else:
-            self.log.warn("the manager sent a line that is no JSON object")
+            self.log.warn("the manager sent a line that is not a JSON object")
 
     def readConnectionLost(self) -> None:
         """The manager is gone."""
@@ -9426,7 +9430,7 @@ class ServiceRuntime:
         try:
             self._observer.set_level(LevelName.parse(order["log_level"]))
         except (KeyError, ValueError):
-            self.log.warn("the manager sent an order that is not known")
+            self.log.warn("the manager sent an unknown order")
 
 
 def _read_first_line(descriptor: int) -> tuple[bytes, bytes]:
@@ -9500,7 +9504,7 @@ def run_module_service(kind: str, alone: Alone | None = None) -> int:
 # 3.3 LLM service: settings
 # =============================================================================
 #
-# Owns what the LLM module is configured with (PROTOCOLS.md section 6): usable
+# Owns what the LLM module is configured with: usable
 # models in the order of preference, and the templates of prompts. Uses LLM
 # providers and schemas; pure.
 
@@ -9805,7 +9809,7 @@ def parse_json_answer(text: str) -> dict[str, CalldataValue]:
 
 
 def json_object_to_calldata(value: object) -> dict[str, CalldataValue]:
-    """Return a JSON object as calldata; raises ``ValueError``, also for what is no object."""
+    """Return a JSON object as calldata; raises ``ValueError``, also for what is not an object."""
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {kind_of(value)}")
     return cast(dict[str, CalldataValue], _json_to_calldata(value, JSON_MAX_DEPTH))
@@ -9821,7 +9825,7 @@ def json_in(text: str) -> str:
         return text
     _, closed, answer = text.partition("</think>")  # some do not say where thoughts begin
     if not closed and text.startswith("<think>"):
-        raise ValueError("thoughts that were cut off, and no JSON")
+        raise ValueError("only thoughts, which were cut off, and no JSON")
     text = answer if closed else text
     begin = _FENCED_JSON.search(text) or _JSON_IN_PROSE.search(text)
     return text[begin.end("before") :] if begin else text
@@ -9889,7 +9893,7 @@ def json_text(text: str) -> str:
 
 
 def _json_number(text: str) -> int | str:
-    """Return a number that is written with a point or an exponent, as text if it is no integer."""
+    """Return a number with a point or an exponent, as text if it is not an integer."""
     try:
         number = Decimal(text)
         if abs(number) <= WHOLE_NUMBER_MAX and number == number.to_integral_value():
@@ -10100,7 +10104,7 @@ class LlmService(ModuleService):
         self.changed()
         asked = self._client.ask(model.backend, question.prompt_for(model), question.mode)
         try:
-            # What the exchange fails with when it is cancelled is no reason to ask another model.
+            # A failure of an exchange that was cancelled is not a reason to ask another model.
             answer = await detached(asked)
             counts.add_usage(answer.usage)
             return without_key(read_answer(answer.value, question.mode), model.backend.key)
@@ -10242,7 +10246,7 @@ def without_key(value: CalldataValue, key: str) -> CalldataValue:
 # 3.6 Web service: addresses
 # =============================================================================
 #
-# Owns which doors are open to contracts (PROTOCOLS.md section 6): the rules for
+# Owns which doors are open to contracts: the rules for
 # URLs and the rules for network addresses. Uses module services. Never asks a name
 # server or opens a connection.
 
@@ -10324,7 +10328,7 @@ def canonical_host(host: str) -> str:
     """
     if host.startswith("["):
         if not host.endswith("]") or "%" in host:
-            raise ValueError("the address in brackets is none")
+            raise ValueError("invalid IPv6 address in brackets")
         return str(ipaddress.IPv6Address(host[1:-1]))
     if not host.isascii():
         host = idna.uts46_remap(host, std3_rules=False)
@@ -10340,7 +10344,7 @@ def canonical_host(host: str) -> str:
 def _canonical_label(label: str) -> str:
     if label.isascii() and not label.startswith("xn--"):
         if _LABEL.fullmatch(label) is None:
-            raise ValueError(f"{shown(label)} is no part of a host name")
+            raise ValueError(f"{shown(label)} is not a valid part of a host name")
         return label
     encoded = idna.encode(idna.decode(label) if label.isascii() else label).decode()
     if label.isascii() and encoded != label:
@@ -10350,7 +10354,7 @@ def _canonical_label(label: str) -> str:
 
 def _numeric_host(labels: list[str]) -> str:
     if len(labels) > 4 or not all(_NUMBER.fullmatch(label) for label in labels):
-        raise ValueError("the address is none")
+        raise ValueError("invalid IP address")
     # Eight is the base of what begins with a zero; "0x" alone is zero.
     numbers = [
         int(label[2:] or "0", 16)
@@ -10361,9 +10365,9 @@ def _numeric_host(labels: list[str]) -> str:
     ]
     *heads, last = numbers
     if len(numbers) != len(labels) or any(head > 255 for head in heads):
-        raise ValueError("the address is none")
+        raise ValueError("invalid IP address")
     if last >= 256 ** (4 - len(heads)):
-        raise ValueError("the address is none")
+        raise ValueError("invalid IP address")
     value = sum(head << (24 - 8 * place) for place, head in enumerate(heads)) + last
     return str(ipaddress.IPv4Address(value))
 
@@ -10421,7 +10425,7 @@ def _public_suffixes() -> PublicSuffixList:
 
 
 class UrlRules:
-    """Which URLs contracts may use. Raises ``ValueError`` for hosts and labels that are none.
+    """Which URLs contracts may use. Raises ``ValueError`` for invalid hosts and labels.
 
     URLs are read as browsers read them (the WHATWG's URL Standard), but those with credentials or
     backslashes are refused.
@@ -10477,10 +10481,10 @@ class UrlRules:
         if not colon or "]" in port:
             place, port = parts.netloc, ""
         if port and not (port.isascii() and port.isdigit() and len(port) <= 5):
-            raise ValueError("the port is none")
+            raise ValueError("invalid port")
         number = int(port) if port else DEFAULT_PORTS[scheme]
         if not 0 < number < 1 << 16:
-            raise ValueError("the port is none")
+            raise ValueError("invalid port")
         has_query = "?" in url.partition("#")[0]
         path = _without_dots(quote(parts.path, safe=_PATH_CHARACTERS))
         return Target(
@@ -10929,7 +10933,7 @@ class WebClient:
         try:
             url = urljoin(old.url, location.decode("utf-8"))
         except ValueError:
-            raise refused("MALFORMED_URL", old.url, "a redirect to what is no URL") from None
+            raise refused("MALFORMED_URL", old.url, "a redirect to an invalid URL") from None
         target = self._rules.check(url)
         if old.scheme == "https" and target.scheme == "http":
             raise refused("SCHEMA_FORBIDDEN", url, "a redirect from https to http", schema="http")
@@ -11865,7 +11869,7 @@ class ChromiumRenderer:
         try:
             code = await browser.ended.wait().addTimeout(KEEPER_SECONDS, self._reactor)
         except DeferredTimeout:
-            self.log.error("a keeper of Chromium does not end", pid=browser.transport.pid)
+            self.log.error("Chromium's keeper process does not end", pid=browser.transport.pid)
             with contextlib.suppress(ProcessExitedAlready):
                 browser.transport.signalProcess("KILL")
             code = await browser.ended.wait()
@@ -11973,7 +11977,7 @@ def _read_signer(entry: _WebEntry) -> Signer | None:
     headers = entry.signer_headers or {}
     for name, value in headers.items():
         if not isinstance(value, str) or HTTP_TOKEN.fullmatch(name) is None:
-            raise ConfigError(f"signer_headers.{name}: expected a header's name and its text")
+            raise ConfigError(f"signer_headers.{name}: expected a header's name and its value")
     return Signer(entry.signer_url, dict(headers)) if entry.signer_url else None
 
 
@@ -12245,7 +12249,7 @@ MODULE_SERVICES["web"] = WebService
 # =============================================================================
 #
 # Owns an executor that is not GenVM, for demos and tests: here its outcomes, its
-# cancellation and its end of the host protocol (PROTOCOLS.md section 2). Uses the
+# cancellation and its end of the host protocol. Uses the
 # errors and the standard library. Never uses Twisted, attrs or another package:
 # sections 15 to 15d also run alone, under a bare Python, to start fast.
 
@@ -12395,7 +12399,7 @@ class HostConnection:
         self._send(bytes(count))
 
     def send_garbage(self, data: bytes) -> None:
-        """Send bytes that are no request; the conversation makes no sense afterwards."""
+        """Send bytes that are not a request; the conversation makes no sense afterwards."""
         self._owed = -1
         self._send(data)
 
@@ -12507,7 +12511,7 @@ def checked_message(message: Any) -> dict[str, Any]:
 # 4.2 Practice executor: modules
 # =============================================================================
 #
-# Owns the executor's end of a module connection (PROTOCOLS.md section 6): a small
+# Owns the executor's end of a module connection: a small
 # WebSocket client and its conversation. Uses the section above and calldata.
 # Never outlives the run: one connection at most, made on first use.
 
@@ -12552,7 +12556,7 @@ class ModuleConnection:
                 raise Outcome(_USER_ERROR, encode_calldata(error))
             if kind == "FatalError" and isinstance(value, str):
                 raise Outcome.vm_error(value)
-        raise ValueError("the module's answer is none")
+        raise ValueError("the module's answer is malformed")
 
     def drop(self) -> None:
         """Close this process's end without a word."""
@@ -12943,7 +12947,7 @@ class PracticeRun:
     def step_log(self, rest: str) -> None:
         level, _, text = rest.partition(" ")
         if level not in _LOG_LEVELS:
-            raise ValueError(f"expected one of {', '.join(_LOG_LEVELS)}, then a text")
+            raise ValueError(f"expected one of {', '.join(_LOG_LEVELS)}, then a message")
         self._log(level, text)
 
     def step_log_raw(self, rest: str) -> None:
@@ -13085,7 +13089,7 @@ class PracticeRun:
             self._modules.pop(variable).drop()
             raise
         if not isinstance(answer, dict) or member not in answer:
-            raise ValueError(f"the module's answer has no {member}")
+            raise ValueError(f"the module's answer lacks {member}")
         return answer[member]
 
     def _leave_modules(self) -> None:
@@ -13146,7 +13150,7 @@ def _seconds(text: str) -> float:
 # 4.4 Practice executor: command line and installation
 # =============================================================================
 #
-# Owns the executor's command line (PROTOCOLS.md section 1), and how the executor
+# Owns the executor's command line, and how the executor
 # becomes a program of its own. Uses the sections above. Never starts one.
 
 
@@ -13687,7 +13691,7 @@ class ManagerService(Service):
 
     def _asked_to_reopen(self) -> None:
         self.observer.reopen()
-        self.log.info("the log file is opened anew")
+        self.log.info("log file reopened")
 
     def _asked_for_state(self) -> None:
         self.log.info(
@@ -13875,7 +13879,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     commands.add_parser("serve", parents=[settings], help="run the manager")
     commands.add_parser("manager", parents=[settings], help="the same, as genvm-modules names it")
-    commands.add_parser("check-config", parents=[settings], help="check the settings and end")
+    commands.add_parser("check-config", parents=[settings], help="check the settings and exit")
     for name in MODULE_KINDS:
         module = commands.add_parser(name, help=f"run the {name} module alone, without a manager")
         module.add_argument("--config", type=Path, help="its configuration, a YAML file")

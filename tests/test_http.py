@@ -752,7 +752,9 @@ def test_the_refusal_names_the_host_as_it_is_to_be_entered(tmp_path: Path) -> No
     for headers in ({"Host": "My.Node:3999"}, {"Origin": "https://My.Node:3999"}):
         response = manager.connect(LISTENING).request("GET", "/permits", **headers)
         assert response.status == 403
-        assert response.json["error"].endswith('; if it is meant, add "my.node" to allowed_hosts')
+        assert response.json["error"].endswith(
+            '; if this is intended, add "my.node" to allowed_hosts'
+        )
 
 
 @pytest.mark.parametrize(

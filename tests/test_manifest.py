@@ -295,7 +295,7 @@ def test_what_is_no_version_is_refused_with_its_line(key: str) -> None:
     text = f"executor_versions:\n  {quoted}: {{available_after: {DAY.format(1)}}}\n"
     message = refused(text)
     assert message.startswith("m.yaml:2: ")
-    assert "is no version; expected a key such as v0.2.3" in message
+    assert "is not a version; expected a key such as v0.2.3" in message
 
 
 def test_a_key_that_is_no_text_is_refused_with_its_line() -> None:
@@ -347,7 +347,7 @@ executor_versions:
   <<: *old
   v0.2.4: {{available_after: {DAY.format(6)}}}
 """
-    assert 'm.yaml:5: "<<" is no version' in refused(text)
+    assert 'm.yaml:5: "<<" is not a version' in refused(text)
 
 
 # --- the store ---

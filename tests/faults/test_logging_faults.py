@@ -132,7 +132,7 @@ def test_a_log_file_that_was_moved_is_left_at_the_next_line(root: Root) -> None:
 def test_sigusr1_opens_the_log_file_and_sigusr2_says_the_state(root: Root) -> None:
     with logging_daemon(root) as (daemon, path):
         daemon.signal(signal.SIGUSR1)
-        eventually(lambda: "the log file is opened anew" in messages(path))
+        eventually(lambda: "log file reopened" in messages(path))
         daemon.signal(signal.SIGUSR2)
         eventually(lambda: "state" in messages(path))
         state = next(record for record in records(path) if record["message"] == "state")

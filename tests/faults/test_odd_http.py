@@ -1,4 +1,4 @@
-"""HTTP that is unusual, and HTTP that is none."""
+"""HTTP that is unusual, and what is not HTTP."""
 
 from __future__ import annotations
 

@@ -487,7 +487,7 @@ def test_a_wrong_hello_ends_the_conversation(echo: ModuleProcess, hello: bytes) 
     client = echo.connect(hello=None)
     client.send_bytes(hello)
     assert client.closed() == 1008
-    assert echo.logged("a connection began without a hello")["level"] == "warn"
+    assert echo.logged("a connection did not begin with a hello")["level"] == "warn"
 
 
 def test_wrong_messages_are_answered_and_the_connection_stays(echo: ModuleProcess) -> None:
@@ -881,13 +881,13 @@ def test_log_level(echo: ModuleProcess) -> None:
     echo.connect().prompt("x")
     echo.tell({"log_level": "debug"})
     echo.tell({"log_level": "no such level"})
-    echo.logged("the manager sent an order that is not known")
+    echo.logged("the manager sent an unknown order")
     assert echo.connect({"cookie": "c2", "host_data": {}}).prompt("x") == ok("x")
     record = echo.logged("an executor connected")
     assert record["level"] == "debug"
     assert record["cookie"] == "c2"
     echo.tell([])
-    echo.logged("the manager sent a line that is no JSON object")
+    echo.logged("the manager sent a line that is not a JSON object")
 
 
 def test_ipv6(start: Start, provider: Provider) -> None:
