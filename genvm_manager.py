@@ -248,7 +248,6 @@ from twisted.internet.interfaces import (
     IHostnameResolver,
     IHostResolution,
     IPushProducer,
-    IReadDescriptor,
     IStreamClientEndpoint,
 )
 from twisted.internet.main import CONNECTION_DONE
@@ -327,149 +326,106 @@ class ManagerError(Exception):
     prefix: ClassVar[str] = ""
     advice: str | None = None
 
+    def __init_subclass__(cls, **constants: str | bool) -> None:
+        for name, constant in constants.items():
+            setattr(cls, name, constant)
+
     def __init__(self, message: str, *, genvm_id: int | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.genvm_id = genvm_id
 
 
-class InvalidRequest(ManagerError):
+class InvalidRequest(ManagerError, code="invalid_request"):
     """A request does not have the form that its endpoint documents."""
 
-    code = "invalid_request"
 
-
-class EndpointNotFound(ManagerError):
+class EndpointNotFound(ManagerError, code="endpoint_not_found"):
     """No endpoint has this path."""
 
-    code = "endpoint_not_found"
 
-
-class MethodNotAllowed(ManagerError):
+class MethodNotAllowed(ManagerError, code="method_not_allowed"):
     """The endpoint exists, but not for this HTTP method."""
-
-    code = "method_not_allowed"
 
     def __init__(self, message: str, *, allowed: Iterable[str]) -> None:
         super().__init__(message)
         self.allowed = tuple(allowed)
 
 
-class BodyTooLarge(ManagerError):
+class BodyTooLarge(ManagerError, code="body_too_large"):
     """A request body is larger than ``max_body_bytes``."""
 
-    code = "body_too_large"
 
-
-class UnsupportedEncoding(ManagerError):
+class UnsupportedEncoding(ManagerError, code="unsupported_encoding"):
     """A request body is compressed."""
 
-    code = "unsupported_encoding"
 
-
-class Unauthorized(ManagerError):
+class Unauthorized(ManagerError, code="unauthorized"):
     """The Bearer token is missing or wrong."""
 
-    code = "unauthorized"
 
-
-class CrossSiteRequest(ManagerError):
+class CrossSiteRequest(ManagerError, code="cross_site_request"):
     """``Host`` or ``Origin`` shows that a web page of another site made the request."""
 
-    code = "cross_site_request"
 
-
-class ConfigError(ManagerError):
+class ConfigError(ManagerError, code="config_invalid"):
     """Configuration, command line or environment is wrong."""
 
-    code = "config_invalid"
 
-
-class ManifestError(ManagerError):
+class ManifestError(ManagerError, code="manifest_invalid"):
     """The manifest cannot be read or breaks its format."""
 
-    code = "manifest_invalid"
 
-
-class VersionNotAvailable(ManagerError):
+class VersionNotAvailable(ManagerError, code="version_not_available"):
     """No executor version fits the major version and the timestamp."""
 
-    code = "version_not_available"
 
-
-class SpawnFailed(ManagerError):
+class SpawnFailed(ManagerError, code="spawn_failed"):
     """The operating system refused to start an executor."""
 
-    code = "spawn_failed"
 
-
-class ResourcesExhausted(SpawnFailed):
+class ResourcesExhausted(SpawnFailed, code="resources_exhausted", retryable=True):
     """There is no process, thread, descriptor or memory to be had; that passes."""
 
-    code = "resources_exhausted"
-    retryable = True
 
-
-class ExecutionNotFound(ManagerError):
+class ExecutionNotFound(ManagerError, code="execution_not_found"):
     """No execution with this id exists, or its retention has ended."""
 
-    code = "execution_not_found"
 
-
-class ExecutionCancelled(ManagerError):
+class ExecutionCancelled(ManagerError, code="execution_cancelled"):
     """The execution was cancelled before its process was started."""
 
-    code = "execution_cancelled"
 
-
-class ShutdownTimeout(ManagerError):
+class ShutdownTimeout(ManagerError, code="shutdown_timeout"):
     """An execution did not end in time on request and was killed."""
 
-    code = "shutdown_timeout"
 
-
-class QueueFull(ManagerError):
+class QueueFull(ManagerError, code="queue_full", retryable=True):
     """As many executions wait for permits as the queue may hold."""
 
-    code = "queue_full"
-    retryable = True
 
-
-class Draining(ManagerError):
+class Draining(ManagerError, code="draining", retryable=True):
     """The manager refuses new executions because it drains or shuts down."""
 
-    code = "draining"
-    retryable = True
 
-
-class EnvironmentRefused(ManagerError):
+class EnvironmentRefused(ManagerError, code="environment_refused"):
     """The environment variable cannot be set, or may not be."""
 
-    code = "environment_refused"
 
-
-class UnsupportedMajor(ManagerError):
+class UnsupportedMajor(ManagerError, code="unsupported_major"):
     """The contract is of a major version for which this is not known."""
 
-    code = "unsupported_major"
 
-
-class DetectionFailed(ManagerError):
+class DetectionFailed(ManagerError, code="detection_failed"):
     """The executor that was asked for a contract's version gave no answer."""
 
-    code = "detection_failed"
 
-
-class ContractFailed(ManagerError):
+class ContractFailed(ManagerError, code="contract_failed"):
     """A read-only run ended without a value: an error of the contract or of the executor."""
 
-    code = "contract_failed"
 
-
-class TemporaryFolderFailed(ManagerError):
+class TemporaryFolderFailed(ManagerError, code="temporary_folder_failed"):
     """The temporary folder cannot hold what a request needs."""
-
-    code = "temporary_folder_failed"
 
     def __init__(self, reason: object) -> None:
         super().__init__(
@@ -478,33 +434,24 @@ class TemporaryFolderFailed(ManagerError):
         )
 
 
-class ModuleAlreadyRunning(ManagerError):
+class ModuleAlreadyRunning(ManagerError, code="module_already_running"):
     """The module runs, or is about to; ``advice`` says more."""
-
-    code = "module_already_running"
 
     def __init__(self, advice: str) -> None:
         super().__init__(self.code)
         self.advice = advice
 
 
-class ModuleFailed(ManagerError):
+class ModuleFailed(ManagerError, code="module_failed", prefix="module_failed_to_start: "):
     """A module did not start: its configuration, its address or its process is at fault."""
 
-    code = "module_failed"
-    prefix = "module_failed_to_start: "
 
-
-class CalldataError(ManagerError):
+class CalldataError(ManagerError, code="calldata_invalid"):
     """Bytes are not calldata, or a value has no calldata form."""
 
-    code = "calldata_invalid"
 
-
-class HostProtocolError(ManagerError):
+class HostProtocolError(ManagerError, code="host_protocol_error"):
     """The peer of a host connection broke the host protocol."""
-
-    code = "host_protocol_error"
 
 
 # =============================================================================
@@ -3388,59 +3335,31 @@ def guard_descendants(prefix: str) -> None:
         time.sleep(0.02)
 
 
-@implementer(IReadDescriptor)
 class ParentWatch:
-    """Calls back once when the process that started us has ended, or has already."""
+    """Calls back once when the process that started us has ended, or has already.
+
+    Our parent's number is another one then.
+    """
 
     def __init__(self, reactor: Any, parent_ended: Callable[[], object], parent: int) -> None:
-        self._reactor = reactor
         self._parent_ended = parent_ended
         self._parent = parent
-        self._fd: int | None = None
-        self._poll: LoopingCall | None = None
+        self._poll = LoopingCall(self._check)
+        self._poll.clock = reactor
 
     def start(self) -> None:
         """Begin to watch."""
-        try:
-            self._fd = os.pidfd_open(self._parent)
-        except (OSError, AttributeError):
-            # No pidfd here, or the parent is gone: its number changes then, which polling sees.
-            self._poll = LoopingCall(self._check)
-            self._poll.clock = self._reactor
-            self._poll.start(PARENT_POLL_SECONDS)
-        else:
-            self._reactor.addReader(self)
-            self._check()
+        self._poll.start(PARENT_POLL_SECONDS)
 
     def stop(self) -> None:
         """End watching."""
-        if self._poll is not None and self._poll.running:
+        if self._poll.running:
             self._poll.stop()
-        if self._fd is not None:
-            self._reactor.removeReader(self)
-            os.close(self._fd)
-            self._fd = None
 
     def _check(self) -> None:
         if os.getppid() != self._parent:
-            self.doRead()
-
-    def doRead(self) -> None:
-        """The parent has ended; see ``IReadDescriptor``."""
-        self.stop()
-        self._parent_ended()
-
-    def fileno(self) -> int:
-        """Return the descriptor that becomes readable; see ``IFileDescriptor``."""
-        return -1 if self._fd is None else self._fd
-
-    def connectionLost(self, reason: Failure) -> None:
-        """See ``IFileDescriptor``."""
-        self.stop()
-
-    def logPrefix(self) -> str:
-        """See ``ILoggingContext``."""
-        return "parent"
+            self.stop()
+            self._parent_ended()
 
 
 # =============================================================================
@@ -6133,13 +6052,11 @@ ADVICE = {
 }
 
 
-class ProviderError(ManagerError):
+class ProviderError(ManagerError, code="provider_error"):
     """A provider gave no answer; ``status`` and ``body`` are those of its reply, if any.
 
     Where there is a status of 200, what came after it is at fault.
     """
-
-    code = "provider_error"
 
     def __init__(
         self,
