@@ -249,6 +249,21 @@ def test_ready_while_the_manager_ends(supervised: Supervised) -> None:
     assert supervised.reactor.getDelayedCalls() == []
 
 
+def test_a_command_is_asked_to_end_and_killed_after_a_while(tmp_path: Path) -> None:
+    """It is stopped when it is gone: its address and its conversations go with it."""
+    supervised = Supervised(tmp_path, ("module",))
+    started = supervised.start()
+    supervised.module._starting.ready.fire(None)  # type: ignore[union-attr]  # as the probe does
+    assert started == [None]
+    stopped = supervised.ask(supervised.module.stop())
+    supervised.reactor.advance(MODULE_STOP_SECONDS - 0.1)
+    assert (supervised.newest.signals, stopped) == (["TERM"], [])
+    supervised.reactor.advance(0.1)
+    assert supervised.newest.signals == ["TERM", "KILL"]
+    supervised.newest.end(-9)
+    assert (stopped, supervised.state) == ([True], "stopped")
+
+
 def test_nothing_is_started_while_the_manager_ends(supervised: Supervised) -> None:
     """Not even where what it waits for is only an old generation that drains."""
     supervised.run()
