@@ -5240,28 +5240,21 @@ class _Answer:
         self.closed.fire(None)
 
 
+@define(eq=False)
 class ContractOperations:
     """Answers questions about the code of a contract."""
 
     _log = Logger()
 
-    def __init__(
-        self,
-        config: Config,
-        reactor: Any,
-        manifest: ManifestStore,
-        spawner: Spawner,
-        executions: Executions,
-    ) -> None:
-        self._config = config
-        self._reactor = reactor
-        self._manifest = manifest
-        self._spawner = spawner
-        self._executions = executions
-        self._asking = DeferredSemaphore(ASK_CONCURRENCY)
-        self._inspecting = DeferredLock()
-        self._read_only = 0
-        self._closed: Event[None] | None = None
+    _config: Config
+    _reactor: Any
+    _manifest: ManifestStore
+    _spawner: Spawner
+    _executions: Executions
+    _asking: Any = field(init=False, factory=lambda: DeferredSemaphore(ASK_CONCURRENCY))
+    _inspecting: Any = field(init=False, factory=DeferredLock)
+    _read_only: int = field(init=False, default=0)
+    _closed: Event[None] | None = field(init=False, default=None)
 
     async def major(self, code: bytes, moment: datetime) -> int:
         """Return the major version that runs a contract deployed at a moment.
@@ -6406,12 +6399,12 @@ def provider_named(name: str) -> Provider:
 # wrong. Uses outgoing HTTP and LLM providers. Never knows who asks, or why.
 
 
+@define(eq=False)
 class LlmClient:
     """Asks models over HTTP."""
 
-    def __init__(self, reactor: Any, http: HttpClient) -> None:
-        self._reactor = reactor
-        self._http = http
+    _reactor: Any
+    _http: HttpClient
 
     def ask(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> Deferred[LlmAnswer]:
         """Return the model's answer; raises ``ProviderError``.
@@ -8238,39 +8231,29 @@ def _endpoint(
     return decorate
 
 
+@define(eq=False, slots=False)  # Klein keeps something in it
 class Api:
     """The HTTP interface; each route is its path, its body, one call, its answer."""
 
     app = Klein()
     log = Logger()
 
-    def __init__(
-        self,
-        config: Config,
-        reactor: Any,
-        observer: LogObserver,
-        gate: PermitGate,
-        manifest: ManifestStore,
-        spawner: Spawner,
-        executions: Executions,
-        contracts: ContractOperations,
-        check: AvailabilityCheck,
-        modules: Mapping[str, Module],
-        boot_id: str,
-    ) -> None:
-        self._config = config
-        self._reactor = reactor
-        self._observer = observer
-        self._spawner = spawner
-        self._gate = gate
-        self._manifest = manifest
-        self._executions = executions
-        self._contracts = contracts
-        self._check = check
-        self._modules = modules
-        self._boot_id = boot_id
-        self._started = reactor.seconds()
-        self._last_request = 0
+    _config: Config
+    _reactor: Any
+    _observer: LogObserver
+    _gate: PermitGate
+    _manifest: ManifestStore
+    _spawner: Spawner
+    _executions: Executions
+    _contracts: ContractOperations
+    _check: AvailabilityCheck
+    _modules: Mapping[str, Module]
+    _boot_id: str
+    _started: float = field(init=False)
+    _last_request: int = field(init=False, default=0)
+
+    def __attrs_post_init__(self) -> None:
+        self._started = self._reactor.seconds()
 
     # --- status ---
 
@@ -9067,6 +9050,7 @@ def request_parts(request: CalldataValue) -> tuple[str, CalldataValue]:
     raise RequestFailure("INVALID_REQUEST", context={"error": problem})
 
 
+@define(eq=False)
 class CallerSession:
     """A conversation with one executor: a hello, then requests and answers in turn.
 
@@ -9075,16 +9059,15 @@ class CallerSession:
 
     log = Logger()
 
-    def __init__(self, service: ModuleService, reactor: Any, stats: Callable[[], Any]) -> None:
-        self._service = service
-        self._reactor = reactor
-        self._stats = stats
-        self._transport: Any = None
-        self._caller: Caller | None = None
-        self._waiting: deque[bytes] = deque()
-        self._work: Deferred[None] | None = None
-        self._busy = False
-        self._closed = False
+    _service: ModuleService
+    _reactor: Any
+    _stats: Callable[[], Any]
+    _transport: Any = field(init=False, default=None)
+    _caller: Caller | None = field(init=False, default=None)
+    _waiting: deque[bytes] = field(init=False, factory=deque)
+    _work: Deferred[None] | None = field(init=False, default=None)
+    _busy: bool = field(init=False, default=False)
+    _closed: bool = field(init=False, default=False)
 
     def negotiationStarted(self, transport: Any) -> None:
         """The connection is about to be upgraded."""
@@ -10538,16 +10521,16 @@ async def open_addresses(look_up: LookUp, target: Target) -> list[str]:
     return usable
 
 
+@define(eq=False)
 class Traffic:
     """The connections of one request or one page: how many bytes came, and which are open."""
 
-    def __init__(self, limit: int, look_up: LookUp, *, use_proxy: bool = False) -> None:
-        self.use_proxy = use_proxy
-        self.limit = limit
-        self.look_up = look_up
-        self.received = 0
-        self.exceeded: Event[None] = Event()
-        self.connections: set[MeteredConnection] = set()
+    limit: int
+    look_up: LookUp
+    use_proxy: bool = field(default=False, kw_only=True)
+    received: int = field(init=False, default=0)
+    exceeded: Event[None] = field(init=False, factory=Event)
+    connections: set[MeteredConnection] = field(init=False, factory=set)
 
     def proxy_for(self, target: Target) -> Proxy | None:
         """Return the proxy on the way to a target; raises ``ProxyError``."""
@@ -10608,6 +10591,7 @@ class MeteredConnection(ProtocolWrapper):
 
 
 @implementer(IStreamClientEndpoint)
+@define(eq=False)
 class CheckedEndpoint:
     """Connects to a target: to the very address that was checked, so no second answer counts.
 
@@ -10615,13 +10599,10 @@ class CheckedEndpoint:
     it is connected to the proxy itself.
     """
 
-    def __init__(
-        self, reactor: Any, target: Target, traffic: Traffic, *, tunnel: bool = True
-    ) -> None:
-        self._reactor = reactor
-        self._target = target
-        self._traffic = traffic
-        self._tunnel = tunnel
+    _reactor: Any
+    _target: Target
+    _traffic: Traffic
+    _tunnel: bool = field(default=True, kw_only=True)
 
     def connect(self, protocolFactory: Any) -> Deferred[Any]:
         """See ``IStreamClientEndpoint``; fails as ``open_addresses`` does, too."""
@@ -10955,25 +10936,17 @@ def signature_base(request: WebRequest, created: int) -> tuple[str, str]:
     return "\n".join([*lines, f'"@signature-params": {parameters}']), parameters
 
 
+@define(eq=False)
 class RequestSigner:
     """Signs requests by way of the signer service."""
 
     log = Logger()
 
-    def __init__(
-        self,
-        signer: Signer,
-        http: HttpClient,
-        reactor: Any,
-        *,
-        now: Callable[[], float] = time.time,
-        salt: Callable[[int], bytes] = secrets.token_bytes,
-    ) -> None:
-        self._signer = signer
-        self._http = http
-        self._reactor = reactor
-        self._now = now
-        self._salt = salt
+    _signer: Signer
+    _http: HttpClient
+    _reactor: Any
+    _now: Callable[[], float] = field(default=time.time, kw_only=True)
+    _salt: Callable[[int], bytes] = field(default=secrets.token_bytes, kw_only=True)
 
     async def sign(self, request: WebRequest, caller: Caller) -> WebRequest:
         """Return the request with its signature; raises ``RequestFailure``."""
@@ -11931,17 +11904,15 @@ class WebStatistics:
         self.latency_max_ms = max(self.latency_max_ms, milliseconds)
 
 
+@define(eq=False)
 class WebdriverClient:
     """Renders pages by way of a webdriver service."""
 
-    def __init__(
-        self, reactor: Any, rules: UrlRules, http: HttpClient, host: str, timeout: float
-    ) -> None:
-        self._reactor = reactor
-        self._http = http
-        self._host = host
-        self._timeout = timeout
-        self._rules = rules
+    _reactor: Any
+    _rules: UrlRules
+    _http: HttpClient
+    _host: str
+    _timeout: float
 
     async def render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
         """Return a rendered page; raises ``RequestFailure``."""
