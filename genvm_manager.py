@@ -23,11 +23,12 @@ The file has five parts, and each section uses only what stands above it:
 
 1. Foundations:
    1.1  Errors and constants: what can go wrong, with stable codes.
-   1.2  The reactor: its clock, and whose an event is.
-   1.3  Text and schemas: from text and plain data to typed values.
-   1.4  Configuration: settings from flags, environment and file.
-   1.5  Logging: JSON lines, levels, redaction.
-   1.6  Calldata: the binary values that contracts exchange.
+   1.2  Waiting: events, operations that nobody cancels, work in threads.
+   1.3  The reactor: its clock, and whose an event is.
+   1.4  Text and schemas: from text and plain data to typed values.
+   1.5  Configuration: settings from flags, environment and file.
+   1.6  Logging: JSON lines, levels, redaction.
+   1.7  Calldata: the binary values that contracts exchange.
 2. Manager:
    2.1  Versions and manifest: which executor a deployment time selects.
    2.2  Contracts: how a contract's code lies in storage, and which version it states.
@@ -455,16 +456,75 @@ class HostProtocolError(ManagerError, code="host_protocol_error"):
 
 
 # =============================================================================
-# 1.2 The reactor
+# 1.2 Waiting
 # =============================================================================
 #
-# Owns what Twisted's reactor has to do otherwise in a process of ours, and the
-# threads for what may hang. Uses errors. Never knows what runs in it.
+# Owns what everything else waits with: the one-shot event with any number of
+# waiters, operations that outlive who asked for them, and work in threads, be it
+# long or likely to hang. Uses errors. Never knows what is waited for.
 
-Result = TypeVar("Result")
+Value = TypeVar("Value")
 #: Seconds for a name server to answer, and for a file to be read.
 LOOKUP_SECONDS = 10.0
 FILE_SECONDS = 10.0
+
+
+class Event(Generic[Value]):
+    """Something that happens once; everybody who waits gets a Deferred of their own.
+
+    Cancelling a waiter only unsubscribes it, so a client that disconnects never disturbs another.
+    """
+
+    def __init__(self) -> None:
+        self._waiters: list[Deferred[Value]] = []
+        self._outcome: tuple[Value] | Exception | None = None
+
+    @property
+    def happened(self) -> bool:
+        """Whether the event lies in the past."""
+        return self._outcome is not None
+
+    @property
+    def waiters(self) -> int:
+        """How many wait now."""
+        return len(self._waiters)
+
+    def wait(self) -> Deferred[Value]:
+        """Return a Deferred that fires with the event's value, or fails with its error."""
+        waiter: Deferred[Value] = Deferred(self._waiters.remove)
+        if self._outcome is None:
+            self._waiters.append(waiter)
+        elif isinstance(self._outcome, Exception):
+            waiter.errback(copy.copy(self._outcome))  # see fail
+        else:
+            waiter.callback(self._outcome[0])
+        return waiter
+
+    def fire(self, value: Value) -> None:
+        """Let the event happen; only the first call counts."""
+        if self._outcome is None:
+            self._outcome = (value,)
+            waiters, self._waiters = self._waiters, []
+            for waiter in waiters:
+                waiter.callback(value)
+
+    def fail(self, error: Exception) -> None:
+        """Let the event fail; only the first call counts."""
+        if self._outcome is None:
+            self._outcome = error
+            waiters, self._waiters = self._waiters, []
+            for waiter in waiters:
+                waiter.errback(error)
+                # Who waits raises the error: the frames in it would keep them and this event.
+                error.__traceback__ = None
+
+
+def detached(operation: Deferred[Value]) -> Deferred[Value]:
+    """Return a Deferred for the result of an operation that goes on if the caller is cancelled."""
+    done: Event[Value] = Event()
+    waiter = done.wait()
+    operation.addCallbacks(done.fire, lambda failure: done.fail(failure.value))
+    return waiter
 
 
 class SpareThreads:
@@ -479,14 +539,14 @@ class SpareThreads:
         self._busy = 0
 
     def run(
-        self, reactor: Any, seconds: float, work: Callable[..., Result], *arguments: Any
-    ) -> Deferred[Result]:
+        self, reactor: Any, seconds: float, work: Callable[..., Value], *arguments: Any
+    ) -> Deferred[Value]:
         """Return a Deferred for what ``work`` returns.
 
         It fails with Twisted's ``TimeoutError`` after some seconds, and with
         ``ResourcesExhausted`` where there is no thread.
         """
-        done: Deferred[Result] = Deferred(lambda _: None)
+        done: Deferred[Value] = Deferred(lambda _: None)
 
         def over(outcome: Any) -> None:
             self._busy -= 1
@@ -516,8 +576,8 @@ FILE_THREADS = SpareThreads(8)
 
 
 def in_thread(
-    reactor: Any, work: Callable[..., Result], *arguments: Any, pool: ThreadPool | None = None
-) -> Deferred[Result]:
+    reactor: Any, work: Callable[..., Value], *arguments: Any, pool: ThreadPool | None = None
+) -> Deferred[Value]:
     """Return a Deferred for what ``work`` returns, which takes long but cannot hang.
 
     It fails with ``ResourcesExhausted`` where there is no thread. ``pool`` is the reactor's own
@@ -539,6 +599,13 @@ def in_thread(
     except RuntimeError as error:
         return fail(ResourcesExhausted(f"no thread is to be had ({error}); try again later"))
 
+
+# =============================================================================
+# 1.3 The reactor
+# =============================================================================
+#
+# Owns what Twisted's reactor has to do otherwise in a process of ours: its clock,
+# names, descriptors. Uses waiting. Never knows what runs in it.
 
 #: Seconds between looks for a free descriptor, and as many are accepted at once at most.
 ACCEPT_RETRY_SECONDS = 0.1
@@ -718,7 +785,7 @@ def own_reactor() -> Any:
 
 
 # =============================================================================
-# 1.3 Text and schemas
+# 1.4 Text and schemas
 # =============================================================================
 #
 # Owns how text and plain data become typed values: timestamps, durations,
@@ -1150,7 +1217,7 @@ def _syntax_problem(error: msgspec.DecodeError, data: bytes) -> str:
 
 
 # =============================================================================
-# 1.4 Configuration
+# 1.5 Configuration
 # =============================================================================
 #
 # Owns the settings, their defaults and their precedence (flag, environment,
@@ -1576,7 +1643,7 @@ def _cgroup_stat(folder: Path, name: str) -> int:
 
 
 # =============================================================================
-# 1.5 Logging
+# 1.6 Logging
 # =============================================================================
 #
 # Owns where log events go: one JSON object (or line of text) each, the level
@@ -1933,7 +2000,7 @@ def event_level(event: LogEvent) -> str:
 
 
 # =============================================================================
-# 1.6 Calldata
+# 1.7 Calldata
 # =============================================================================
 #
 # Owns the binary value format that executors, hosts and modules exchange:
@@ -2680,69 +2747,8 @@ _TEXT_STEP: Final = 64 * KIB
 # 2.3 Permits
 # =============================================================================
 #
-# Owns how many executions run at once: a weighted, resizable FIFO gate, and
-# the one-shot event on which any number of callers wait. Uses Twisted's
-# DeferredSemaphore. Never knows what a permit is used for.
-
-Value = TypeVar("Value")
-
-
-class Event(Generic[Value]):
-    """Something that happens once; everybody who waits gets a Deferred of their own.
-
-    Cancelling a waiter only unsubscribes it, so a client that disconnects never disturbs another.
-    """
-
-    def __init__(self) -> None:
-        self._waiters: list[Deferred[Value]] = []
-        self._outcome: tuple[Value] | Exception | None = None
-
-    @property
-    def happened(self) -> bool:
-        """Whether the event lies in the past."""
-        return self._outcome is not None
-
-    @property
-    def waiters(self) -> int:
-        """How many wait now."""
-        return len(self._waiters)
-
-    def wait(self) -> Deferred[Value]:
-        """Return a Deferred that fires with the event's value, or fails with its error."""
-        waiter: Deferred[Value] = Deferred(self._waiters.remove)
-        if self._outcome is None:
-            self._waiters.append(waiter)
-        elif isinstance(self._outcome, Exception):
-            waiter.errback(copy.copy(self._outcome))  # see fail
-        else:
-            waiter.callback(self._outcome[0])
-        return waiter
-
-    def fire(self, value: Value) -> None:
-        """Let the event happen; only the first call counts."""
-        if self._outcome is None:
-            self._outcome = (value,)
-            waiters, self._waiters = self._waiters, []
-            for waiter in waiters:
-                waiter.callback(value)
-
-    def fail(self, error: Exception) -> None:
-        """Let the event fail; only the first call counts."""
-        if self._outcome is None:
-            self._outcome = error
-            waiters, self._waiters = self._waiters, []
-            for waiter in waiters:
-                waiter.errback(error)
-                # Who waits raises the error: the frames in it would keep them and this event.
-                error.__traceback__ = None
-
-
-def detached(operation: Deferred[Value]) -> Deferred[Value]:
-    """Return a Deferred for the result of an operation that goes on if the caller is cancelled."""
-    done: Event[Value] = Event()
-    waiter = done.wait()
-    operation.addCallbacks(done.fire, lambda failure: done.fail(failure.value))
-    return waiter
+# Owns how many executions run at once: a weighted, resizable FIFO gate. Uses
+# Twisted's DeferredSemaphore. Never knows what a permit is used for.
 
 
 class Lease:
