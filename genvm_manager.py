@@ -310,7 +310,7 @@ __all__ = ["Config", "ManagerService", "load_config", "main", "makeApplication",
 #
 # Owns every error that a client or an operator can meet, each with a stable
 # code. Uses nothing but the standard library. Never knows an HTTP status: the
-# table that maps codes to statuses is in section 2.18.
+# table that maps codes to statuses is in section 2.19.
 
 
 class ManagerError(Exception):
@@ -5770,7 +5770,7 @@ def without_proxy_secrets(reply: HttpReply) -> HttpReply:
 def hide_proxies(redactor: Redactor) -> None:
     """Never let the secrets of the proxies in the environment into a log."""
     for secret in proxy_secrets():
-        redactor.add(secret.decode("utf-8", "replace"), lasting=True)
+        redactor.add(secret.decode("utf-8", "replace"), source="proxies")
 
 
 class _Tunnel(ProtocolWrapper):
@@ -8443,6 +8443,7 @@ class Api:
         except UnicodeEncodeError:
             raise EnvironmentRefused("key, value: half a surrogate pair is not text") from None
         self._spawner.set_variable(key, value)
+        hide_proxies(self._observer.redactor)
         self.log.info("environment variable set", key=key)
         return {"result": "env_var_set", "key": key}
 

@@ -682,6 +682,18 @@ def test_a_variable_is_set_and_its_value_is_never_shown(
         assert b"s3cret-value" not in text
 
 
+def test_a_proxy_that_is_set_later_is_no_less_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "")
+    manager = Manager(tmp_path)
+    proxy = {"key": "HTTPS_PROXY", "value": "http://me:s3cret-pass@proxy:8080"}
+    assert manager.request("POST", "/env", proxy).status == 200
+    refused = manager.request("POST", "/log/level", {"level": "s3cret-pass"})
+    assert refused.status == 500
+    assert "[redacted]" in refused.json["error"]
+
+
 PROTECTED = [
     *("LD_PRELOAD", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "PYTHONSTARTUP", "BASH_ENV", "IFS"),
     *("GCONV_PATH", "PYTHONHOME", "LD_AUDIT"),

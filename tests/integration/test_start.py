@@ -325,8 +325,7 @@ BAD_SETTINGS = {
     "execution_retention": ["soon", '"soon"'],
     "shutdown_grace": ["-1", "-1"],
     "env_allow": ["PATH", "expected an array"],
-    "no_such_key": ["1", "unknown"],
-    "1": ["2", "unknown"],
+    "log_levle": ["info", "unknown key"],
     "die_with_parent": ["maybe", '"maybe"'],
     "root": ["${NOPE}", "NOPE"],
 }
