@@ -5569,8 +5569,11 @@ class BodyReader(Protocol):
 
     def _drop(self) -> None:
         self._data.clear()
-        if self.transport is not None:
-            self.transport.loseConnection()
+        # What treq gives us stands before the transport, and only asks it to close: over TLS that
+        # waits for the peer, who may send on for ever.
+        connection: Any = getattr(self.transport, "_producer", self.transport)
+        if connection is not None:
+            getattr(connection, "abortConnection", connection.loseConnection)()
 
 
 class GzipReader(BodyReader):
@@ -5696,6 +5699,7 @@ class Proxy:
     def of(cls, url: str) -> Proxy:
         """Return the proxy at a URL, as the variables hold it; raises ``ProxyError``."""
         try:
+            url.encode()  # a variable may hold any bytes
             parts = urlsplit(url if "://" in url else f"http://{url}")
             host, port = parts.hostname or "", parts.port
         except ValueError:
@@ -5916,7 +5920,8 @@ class _RoutedAgent:
     _pool: HTTPConnectionPool
     _tls: Any
     _direct: Any
-    #: For http and for https. The pool keeps connections to a proxy by its agent's endpoint.
+    #: For http and for https. The pool keeps connections to a proxy by its agent's endpoint, but
+    #: what leads through one by its target: they would serve when there is another proxy, or none.
     _agents: dict[Proxy, tuple[ProxyAgent, Agent]] = field(factory=dict)
 
     def request(self, method: bytes, uri: bytes, headers: Any = None, body: Any = None) -> Any:
@@ -5931,7 +5936,8 @@ class _RoutedAgent:
         if proxy not in self._agents:
             plain = ProxyAgent(ProxyEndpoint(self._reactor, proxy), self._reactor, self._pool)
             endpoints = _TunnelEndpoints(self._reactor, proxy, self._tls)
-            tunnel = Agent.usingEndpointFactory(self._reactor, endpoints, self._pool)
+            one_each = HTTPConnectionPool(self._reactor, persistent=False)
+            tunnel = Agent.usingEndpointFactory(self._reactor, endpoints, one_each)
             self._agents[proxy] = plain, tunnel
         plain, tunnel = self._agents[proxy]
         if asked.scheme == b"https":
@@ -7322,7 +7328,8 @@ class Module:
         Connections that are open end by themselves, but those of a command end with its process.
         """
         all_released = all(generation.released.happened for generation in self._alive)
-        if self.state in (ModuleState.STOPPED, ModuleState.FAILED) and all_released:
+        is_off = self.state in (ModuleState.STOPPED, ModuleState.FAILED) and all_released
+        if is_off and not self._lock.locked:  # else a restart may be about to start it
             self._move(ModuleState.STOPPED)
             return succeed(False)
         if self._starting is not None and self._starting.child is not None:
@@ -7447,6 +7454,8 @@ class Module:
             return True
         same_place = (setup.host, setup.port) == (self._setup.host, self._setup.port)
         listener = old_listener if same_place else await self._bind(setup)
+        if cast(ModuleState, self.state) is ModuleState.FAILED:  # the old one died meanwhile
+            self._move(ModuleState.STARTING)
         try:
             await self._launch(setup, listener)
         except Exception as error:
@@ -7664,6 +7673,9 @@ class Module:
 
     def _restart_later(self) -> None:
         """Restart the module after a while, unless it has died too often."""
+        self._cancel_restart()
+        if self._closed:
+            return
         if self._quick_deaths >= MODULE_QUICK_DEATHS:
             self._release_listener()
             self._move(ModuleState.FAILED)
@@ -7687,7 +7699,7 @@ class Module:
             if self._listener is None:
                 await self._bind(self._setup)  # else another's listener would pass for the module's
             await self._launch(self._setup, self._listener)
-        except ModuleFailed as error:
+        except ManagerError as error:
             self._launch_failed(error)
 
     def _launch_failed(self, error: BaseException) -> None:
@@ -9839,6 +9851,8 @@ _WITHOUT_WIDTH = re.compile(
     "[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
     "\ufff9-\ufffb\U000e0000-\U000e0fff]"
 )
+#: What Unicode's normal forms may change, in pieces: a run of marks takes the square of its length.
+_SHORT_PIECES = re.compile(r"[\x00-\x7f]?[^\x00-\x7f]{1,1000}")
 #: Whitespace that is not a blank or a line break alone.
 _BLANKS = re.compile(r"\s{2,}+|[^\S \n]")
 REPORTED_REASON_CHARACTERS = 500
@@ -9966,7 +9980,11 @@ class LlmService(ModuleService):
         members = payload.get("payload") if isinstance(payload, dict) else None
         if not isinstance(members, dict):
             raise bad_request("payload: expected a map")
-        value = await self._ask(readers[name](members), caller)
+        if sum(len(text) for text in members.values() if isinstance(text, str)) > INLINE_LLM_BYTES:
+            question = await in_thread(self._reactor, readers[name], members)
+        else:
+            question = readers[name](members)
+        value = await self._ask(question, caller)
         return {"data": value, "consumed_gen": 0}
 
     def _read_template(self, members: dict[str, CalldataValue]) -> Question:
@@ -10069,7 +10087,8 @@ def filtered(text: str) -> str:
     Compatibility characters are the usual ones (NFKC), those without a width are gone, blanks are
     one blank, and there is an empty line at most.
     """
-    text = _WITHOUT_WIDTH.sub("", unicodedata.normalize("NFKC", text))
+    text = _SHORT_PIECES.sub(lambda piece: unicodedata.normalize("NFKC", piece[0]), text)
+    text = _WITHOUT_WIDTH.sub("", text)
     return _BLANKS.sub(lambda blanks: "\n\n"[: blanks[0].count("\n")] or " ", text).strip()
 
 
@@ -10854,7 +10873,9 @@ class WebClient:
 
         try:
             reply = await reply_of(sent, WEB_BODY_MAX_BYTES, unpack=unpack, has_body=has_body)
-            return without_proxy_secrets(reply) if traffic.use_proxy else reply
+            # Through TLS nothing comes from a proxy, and to change it would tell what is masked.
+            is_plain = request.target.scheme == "http"
+            return without_proxy_secrets(reply) if traffic.use_proxy and is_plain else reply
         except HttpFailure as failure:
             if isinstance(failure.__cause__, RequestFailure):
                 raise failure.__cause__ from None

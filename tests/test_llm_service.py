@@ -42,6 +42,7 @@ from genvm_manager import (
     close_json,
     encode_calldata,
     failure_cause,
+    filtered,
     json_object_to_calldata,
     parse_json_answer,
     read_llm_settings,
@@ -765,6 +766,13 @@ def test_prompts_are_filtered(text: str, expected: str) -> None:
     asking = Asking(backend(), filter_prompts=False)
     asking.prompt(prompt=text)
     assert asking.client.asked[0][1].user_message == text
+
+
+def test_filtering_takes_linear_time_for_runs_of_marks() -> None:
+    """Unicode's normal forms sort them, for which Python takes the square of their number."""
+    begin = time.process_time()
+    assert filtered("a" + "\u0301\u0327" * 100_000 + " b").endswith(" b")
+    assert time.process_time() - begin < 5, "it took 10 s for a third of that"
 
 
 def test_templates_are_not_filtered() -> None:

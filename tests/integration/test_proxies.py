@@ -87,6 +87,12 @@ def test_which_proxy(
         monkeypatch.delenv(name)
 
 
+def test_a_variable_of_any_bytes_is_an_unusable_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environb, b"HTTPS_PROXY", b"http://u:p\xff@h:1")
+    with pytest.raises(ProxyError):
+        proxy_for("https", "h", 443)
+
+
 @pytest.mark.parametrize(
     ("excepted", "host", "port", "direct"),
     [
