@@ -179,6 +179,32 @@ def test_a_death_while_its_successor_starts_in_vain(supervised: Supervised) -> N
     supervised.finish()
 
 
+def test_the_fifth_quick_death_before_there_is_a_successor(supervised: Supervised) -> None:
+    """While an address is looked up for that."""
+    supervised.run()
+    supervised.die_quickly(MODULE_QUICK_DEATHS - 1)
+    old = supervised.newest
+    restarted = outcome(supervised.module.restart({"bind_address": "127.0.0.2:0"}, False))
+    old.end(1)
+    assert supervised.state == "failed"
+    supervised.reactor.work()
+    supervised.newest.get_ready()
+    assert (restarted, supervised.state) == ([True], "running")
+    supervised.finish()
+
+
+def test_stop_also_stops_a_restart_that_is_about_to_start_it(
+    tmp_path: Path, supervised: Supervised
+) -> None:
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "genvm-module-llm.yaml").write_text(f"bind_address: {ANY_PORT}")
+    restarted = outcome(supervised.module.restart(None, True))
+    stopped = outcome(supervised.module.stop())
+    supervised.reactor.work()
+    assert "stopped" in failure_of(restarted)
+    assert (len(stopped), supervised.state, supervised.spawner.processes) == (1, "stopped", [])
+
+
 def test_a_new_configuration_begins_to_count_anew(supervised: Supervised) -> None:
     supervised.run()
     supervised.die_quickly(MODULE_QUICK_DEATHS - 1)
