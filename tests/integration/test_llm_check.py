@@ -6,6 +6,8 @@ import base64
 import contextlib
 import json
 import os
+import socket
+import ssl
 import threading
 import time
 import uuid
@@ -784,6 +786,24 @@ def provider_sockets(checker: Checker, host: str) -> list[str]:
     lines = Path(f"/proc/{checker.daemon.pid}/net/tcp").read_text().splitlines()[1:]
     rows = [line.split() for line in lines]
     return [row[2] for row in rows if row[9] in own and int(row[2].rpartition(":")[2], 16) == port]
+
+
+def test_a_provider_that_never_answers_the_end_of_tls(
+    start: Start, fakes: FakeProviders, authority: tuple[Path, ssl.SSLContext]
+) -> None:
+    """Its connection is cut: nobody waits for its farewell, or reads what it still sends."""
+    daemon = start(environ={"SSL_CERT_FILE": str(authority[0])})
+    checker = Checker(daemon, fakes)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(HANG)
+        host = f"https://127.0.0.1:{server.getsockname()[1]}"
+        body = {"configs": [checker.config(host=host, timeout_ms=1500)], "test_prompts": [prompt()]}
+        pending = daemon.send("POST", "/llm/check", body)
+        with authority[1].wrap_socket(server.accept()[0], server_side=True) as peer:
+            assert peer.recv(65536)
+            peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+            assert pending.reply().json[0]["error_kind"] == "timeout"
+            eventually(lambda: not provider_sockets(checker, host), what="it is closed")
 
 
 @pytest.mark.parametrize("gone", ["timeout", "client"])
