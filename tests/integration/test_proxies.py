@@ -162,6 +162,24 @@ def test_providers(
     assert asked.headers["proxy-authorization"] == b"Basic bWU6cEBzcy93MHJk"
 
 
+def test_a_proxy_that_is_set_later(
+    start: Start, web: WebServer, proxy: ProxyServer, authority: tuple[Path, ssl.SSLContext]
+) -> None:
+    """Connections that are kept lead where the environment led when they were made."""
+    answer = json.dumps(answer_of("openai-compatible", "OK")).encode()
+    web.answers["/v1/chat/completions"] = lambda e: e.reply(answer)
+    daemon = start(environ={"SSL_CERT_FILE": str(authority[0])})
+    host = web.url.replace("secure.test", "127.0.0.1")
+    config = {"host": host, "provider": "openai-compatible", "model": "m", "key": KEY}
+    body = {"configs": [config], "test_prompts": [prompt()]}
+    places = variables(proxy)
+    for count, changes in ((0, {}), (1, places), (1, dict.fromkeys(places, ""))):
+        for key, value in changes.items():
+            daemon.post("/env", {"key": key, "value": value})
+        assert daemon.post("/llm/check", body)[0]["available"]
+        assert len(proxy.requests) == count
+
+
 def test_exceptions_are_asked_directly(start: Start, web: WebServer, proxy: ProxyServer) -> None:
     result = check(start, web, variables(proxy, NO_PROXY="secure.test"))
     assert result["error_kind"] == "dns"  # nobody but the proxy knows the name
@@ -250,6 +268,17 @@ def test_pages_where_it_is_set(
     assert module.client().ask("GetStats")["Ok"]["requests"]["bytes_received"] > 4000
     module.close()
     no_secret_in(json.dumps(module.records))
+
+
+def test_only_what_a_proxy_can_have_written_is_masked(
+    proxy: ProxyServer, web: WebServer, authority: tuple[Path, ssl.SSLContext]
+) -> None:
+    """Else a page with many words would be told which one is the password."""
+    web.answers["/missing"] = lambda e: e.reply(PASSWORD.encode(), status=b"404 Not Found")
+    module = begin(proxy, authority, use_proxy=True)
+    body = module.get(f"{web.url}/missing")["Ok"]["response"]["body"]
+    assert body == (PASSWORD.encode() if web.url.startswith("https") else b"[redacted]")
+    module.close()
 
 
 @pytest.mark.parametrize("refuses", [b"", b"502 Bad Gateway"])
