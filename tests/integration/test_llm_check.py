@@ -20,6 +20,7 @@ import pytest
 from .conftest import Start
 from .fake_providers import CROWD, KEY, KINDS, LARGE_BYTES, USAGE, WRONG_KEY, FakeProviders
 from .support import Daemon, Reply, Root, eventually, report, timed
+from .web_support import ProxyServer
 
 OPENAI = "openai-compatible"
 TEMPLATE = "${ENV[LLM_TEST_KEY]}"
@@ -352,6 +353,19 @@ def test_connections_are_used_again(checker: Checker) -> None:
     for _ in range(5):
         assert checker.result(checker.config())["available"]
     assert len(sockets_of(checker.daemon)) <= len(before) + 1
+
+
+def test_a_connection_leads_where_the_environment_leads(start: Start, fakes: FakeProviders) -> None:
+    """One that is kept is not used where a proxy has been set or removed meanwhile."""
+    checker = Checker(start("--log-level", "trace", environ=environment(fakes)), fakes)
+    config = checker.config(host=fakes.host("right"))
+    proxy = ProxyServer()
+    place = f"http://127.0.0.1:{proxy.port}"
+    for value, count in (("", 0), (place, 1), ("", 1)):
+        checker.daemon.post("/env", {"key": "HTTPS_PROXY", "value": value})
+        assert checker.result(config)["available"]
+        assert len(proxy.requests) == count
+    proxy.close()
 
 
 def test_a_connection_that_is_closed_as_it_is_used_again(checker: Checker) -> None:

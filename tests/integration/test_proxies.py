@@ -162,24 +162,6 @@ def test_providers(
     assert asked.headers["proxy-authorization"] == b"Basic bWU6cEBzcy93MHJk"
 
 
-def test_a_proxy_that_is_set_later(
-    start: Start, web: WebServer, proxy: ProxyServer, authority: tuple[Path, ssl.SSLContext]
-) -> None:
-    """Connections that are kept lead where the environment led when they were made."""
-    answer = json.dumps(answer_of("openai-compatible", "OK")).encode()
-    web.answers["/v1/chat/completions"] = lambda e: e.reply(answer)
-    daemon = start(environ={"SSL_CERT_FILE": str(authority[0])})
-    host = web.url.replace("secure.test", "127.0.0.1")
-    config = {"host": host, "provider": "openai-compatible", "model": "m", "key": KEY}
-    body = {"configs": [config], "test_prompts": [prompt()]}
-    places = variables(proxy)
-    for count, changes in ((0, {}), (1, places), (1, dict.fromkeys(places, ""))):
-        for key, value in changes.items():
-            daemon.post("/env", {"key": key, "value": value})
-        assert daemon.post("/llm/check", body)[0]["available"]
-        assert len(proxy.requests) == count
-
-
 def test_exceptions_are_asked_directly(start: Start, web: WebServer, proxy: ProxyServer) -> None:
     result = check(start, web, variables(proxy, NO_PROXY="secure.test"))
     assert result["error_kind"] == "dns"  # nobody but the proxy knows the name
