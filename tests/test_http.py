@@ -432,6 +432,28 @@ def test_results_that_were_read_are_listed_no_more(manager: Manager) -> None:
     assert manager.request("GET", "/genvm/1").json["status"]["exit_code"] == 0, "it stays readable"
 
 
+@pytest.mark.parametrize(
+    ("wait_ms", "grace"), [("1", 0.1), ("20", 0.1), ("99", 0.1), ("250", 0.25)]
+)
+def test_a_short_wait_lets_an_executor_report_its_end(
+    manager: Manager, wait_ms: str, grace: float
+) -> None:
+    """GenVM's own manager looks every 100 ms; the studio asks for 20."""
+    manager.request("POST", "/genvm/run", RUN)
+    (process,) = manager.processes
+    manager.connect().ask("DELETE", f"/genvm/1?wait_timeout_ms={wait_ms}")
+    manager.reactor.advance(grace - 0.001)
+    assert process.signals == ["TERM"]
+    manager.reactor.advance(0.002)
+    assert process.signals == ["TERM", "KILL"]
+
+
+def test_a_wait_of_nothing_kills_at_once(manager: Manager) -> None:
+    manager.request("POST", "/genvm/run", RUN)
+    manager.connect().ask("DELETE", "/genvm/1?wait_timeout_ms=0")
+    assert manager.processes[0].signals == ["KILL"]
+
+
 def test_the_status_shows_who_waits(manager: Manager) -> None:
     manager.service.gate.resize(0)
     manager.connect().ask("POST", "/genvm/run", RUN)
