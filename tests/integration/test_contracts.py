@@ -377,7 +377,7 @@ def test_an_executor_that_cannot_be_asked_is_said_at_the_start(script: str, warn
         if warned:
             told = daemon.wait_log(lambda r: r["message"].startswith("version_detection: "))
             assert told["level"] == "warn"
-            assert "has no command parse-version-pattern" in told["message"]
+            assert "has no parse-version-pattern command" in told["message"]
         else:
             is_answer(ask(daemon, DETECT, "# v0.1.0"), {"specified_major": 0})
         assert daemon.stop() == 0
@@ -683,7 +683,7 @@ FAILURES = {
     **{
         f"of type {type(value).__name__}": (
             schema_contract(hex_result(0, encode_calldata(value)), "sleep 60"),
-            ("schema is no text",),
+            ("schema is not a string",),
         )
         for value in OTHER_VALUES
     },
@@ -746,7 +746,7 @@ def test_a_result_of_many_values_delays_nobody(daemon: Daemon, code: int) -> Non
         return ask(daemon, SCHEMA, schema_contract(step, "sleep 60"))
 
     reply = watched(daemon, "a result of many values", ask_too, at_most=0.3)
-    is_error(reply, "contract_failed", ("the schema is no text", "user error: [0, 0")[code])
+    is_error(reply, "contract_failed", ("the schema is not a string", "user error: [0, 0")[code])
     assert len(reply.raw) < 10_000
 
 

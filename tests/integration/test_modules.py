@@ -386,7 +386,7 @@ def test_a_warning_where_a_run_may_need_a_module(manager: Daemon, provider: Name
             for record in manager.records
             if record.get("genvm_id") == genvm_id and record["level"] == "warn"
         ]
-        return " ".join(text for text in texts if "starts without" in text)
+        return " ".join(text for text in texts if "started without modules" in text)
 
     assert "llm, web" in warning(manager.run(is_sync=False))
     assert warning(manager.run(is_sync=True)) == ""
