@@ -9365,10 +9365,11 @@ def _read_first_line(descriptor: int) -> tuple[bytes, bytes]:
 
 @frozen
 class Alone:
-    """How a module runs without a manager: its setup, its listening socket, its parent if any."""
+    """How a module runs without a manager: setup, listening socket, address, parent if any."""
 
     setup: ServiceSetup
     listener: int
+    address: str
     parent: int | None
 
 
@@ -9379,7 +9380,7 @@ def run_module_service(kind: str, alone: Alone | None = None) -> int:
     (log), and passes on the listening socket as descriptor 3.
     """
     # A terminal sends it to the whole group; whether a module ends is for the manager to say.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL if alone else signal.SIG_IGN)
     reactor = own_reactor()
     observer = LogObserver(Config(), fd=2)
     globalLogBeginner.beginLoggingTo([cast(ILogObserver, observer)], redirectStandardIO=False)
@@ -9415,6 +9416,7 @@ def run_module_service(kind: str, alone: Alone | None = None) -> int:
         signal.signal(signal.SIGINT, lambda *_: reactor.callFromThread(end, 0))
         if alone.parent is not None:
             ParentWatch(reactor, lambda: end(0), alone.parent).start()
+        ServiceRuntime.log.info("listening", module=kind, address=alone.address)
     reactor.run(installSignalHandlers=False)
     return 0
 
@@ -12167,7 +12169,7 @@ MODULE_SERVICES["web"] = WebService
 # Owns an executor that is not GenVM, for demos and tests: here its outcomes, its
 # cancellation and its end of the host protocol. Uses the
 # errors and the standard library. Never uses Twisted, attrs or another package:
-# sections 15 to 15d also run alone, under a bare Python, to start fast.
+# sections 4.1 to 4.4 also run alone, under a bare Python, to start fast.
 
 
 _RETURN, _USER_ERROR, _VM_ERROR = range(3)
@@ -13817,10 +13819,10 @@ def run_module_alone(
     expanded = expand_module_config(kind, read_module_file(path), template_variables(root))
     setup = ModuleSetup.of(kind, expanded, allow_empty_backends)
     listener = bind_listener(setup.host, setup.port)
-    ServiceRuntime.log.info("listening", module=kind, address=listener_address(listener))
+    address = listener_address(listener)
     parent = PARENT if die_with_parent else None
     service = ServiceSetup(setup.config, allow_empty_backends)
-    return run_module_service(kind, Alone(service, listener.detach(), parent))
+    return run_module_service(kind, Alone(service, listener.detach(), address, parent))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -412,7 +412,9 @@ def user_error(text: str) -> tuple[str, Any]:
         (["sleep inf"], vm_error("line 3: sleep: expected seconds")),
         (
             ["log loud x"],
-            vm_error("line 3: log: expected one of trace, debug, info, warn, error, then a message"),
+            vm_error(
+                "line 3: log: expected one of trace, debug, info, warn, error, then a message"
+            ),
         ),
         (["log-big -1"], vm_error("line 3: log-big: expected a number that is not negative")),
         (["return $args.0"], vm_error("line 3: return: Expecting value: line 1 column 1 (char 0)")),

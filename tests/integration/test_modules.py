@@ -391,7 +391,7 @@ def test_a_warning_where_a_run_may_need_a_module(manager: Daemon, provider: Name
     assert "llm, web" in warning(manager.run(is_sync=False))
     assert warning(manager.run(is_sync=True)) == ""
     start_module(manager, provider.config("echo"))
-    assert warning(manager.run(is_sync=False)).endswith("without: web")
+    assert warning(manager.run(is_sync=False)).endswith("it may need: web")
 
 
 def test_no_secret_gets_out(start: Start, provider: NamedProvider) -> None:
