@@ -274,8 +274,9 @@ def test_a_hundred_clients_that_leave(start: Start) -> None:
     daemon.waiting(0)
     assert daemon.get("/status")["executions"] == {}
     daemon.post("/permits", {"permits": 1})
-    daemon.result(daemon.run("exit 0"))
-    assert len(daemon.get("/status")["executions"]) == 1
+    genvm_id = daemon.run("exit 0")
+    assert list(daemon.get("/status")["executions"]) == [str(genvm_id)]
+    daemon.result(genvm_id)
 
 
 def test_a_client_that_leaves_a_running_execution_does_not_end_it(
