@@ -602,13 +602,13 @@ def test_the_guardian_ignores_the_signals_of_the_group() -> None:
 
 
 def wait_for_own_session(pid: int) -> None:
-    """Return once a process ignores SIGHUP, the last that it does before it waits."""
+    """Return once a process has a session of its own and ignores what ends others."""
     deadline = real_reactor().seconds() + PATIENCE
+    wanted = sum(1 << number - 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     while real_reactor().seconds() < deadline:
         status = Path(f"/proc/{pid}/status").read_text()
         (ignored,) = (line.split()[1] for line in status.splitlines() if line[:7] == "SigIgn:")
-        if int(ignored, 16) & (1 << (signal.SIGHUP - 1)):
-            assert os.getsid(pid) == pid
+        if int(ignored, 16) & wanted == wanted and os.getsid(pid) == pid:
             return
         select.select([], [], [], 0.01)
     pytest.fail("the guardian never got ready")
