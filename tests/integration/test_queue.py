@@ -129,7 +129,7 @@ def test_two_hundred_while_permits_change(root: Root, start: Start) -> None:
             running[genvm_id] = int(weight)
             order.append(int(genvm_id))
             highest = max(highest, sum(running.values()))
-            assert phase != "zero", "nothing started without modules permits"
+            assert phase != "zero", "nothing starts without permits"
             assert phase != "one" or len(running) == 1
         elif name == "end":
             del running[genvm_id]

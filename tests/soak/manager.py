@@ -24,7 +24,7 @@ from ..integration.support import (
     processes_with,
 )
 
-OWN_WORDS = ("execution finished", "execution started", "an execution that may need")
+OWN_WORDS = ("execution finished", "execution started", "started without modules")
 """How the manager's own records about an execution begin; others come from its executor."""
 
 
