@@ -42,13 +42,14 @@ The file has five parts, and each section uses only what stands above it:
    2.10 Embedded host: the host's side of the protocol that executors speak.
    2.11 Contract operations: version, deployment writes, schema.
    2.12 Outgoing HTTP: a response, with limits.
-   2.13 LLM providers: how each kind of provider is asked, and what it answers.
-   2.14 LLM client: the exchange with a provider, and what went wrong.
-   2.15 Availability check: every configuration with every prompt.
-   2.16 Module processes: setup, address, and what one process says.
-   2.17 Modules: the LLM and Web modules over time.
-   2.18 HTTP connections: limits, access, errors as JSON.
-   2.19 HTTP API: the routes.
+   2.13 Outgoing HTTP: proxies and client.
+   2.14 LLM providers: how each kind of provider is asked, and what it answers.
+   2.15 LLM client: the exchange with a provider, and what went wrong.
+   2.16 Availability check: every configuration with every prompt.
+   2.17 Module processes: setup, address, and what one process says.
+   2.18 Modules: the LLM and Web modules over time.
+   2.19 HTTP connections: limits, access, errors as JSON.
+   2.20 HTTP API: the routes.
 3. Module processes:
    3.1  Module services: connections: WebSocket with bounds.
    3.2  Module services: runtime: setup, orders, statistics, the end.
@@ -310,7 +311,7 @@ __all__ = ["Config", "ManagerService", "load_config", "main", "makeApplication",
 #
 # Owns every error that a client or an operator can meet, each with a stable
 # code. Uses nothing but the standard library. Never knows an HTTP status: the
-# table that maps codes to statuses is in section 2.19.
+# table that maps codes to statuses is in section 2.20.
 
 
 class ManagerError(Exception):
@@ -5495,9 +5496,9 @@ def _writes_json(writes: Sequence[tuple[bytes, bytes]]) -> Iterator[bytes]:
 # 2.12 Outgoing HTTP
 # =============================================================================
 #
-# Owns the one way in which a response is received (its body with a limit of size,
-# and what went wrong by kind), and the way through proxies. Uses treq and errors.
-# Never knows what is asked; whoever asks limits the time, which covers more.
+# Owns the one way in which a response is received: its body with a limit of size,
+# and what went wrong by kind. Uses Twisted's client and errors. Never knows what
+# is asked; whoever asks limits the time, which covers more.
 
 HTTP_CONNECT_SECONDS = 60.0
 #: A line of a response's head, its end included. Twisted has no way to ask for more than 16 KiB.
@@ -5682,7 +5683,13 @@ def connection_problem(error: BaseException) -> tuple[str, str]:
     return "connect", str(error) or type(error).__name__
 
 
-# --- proxies ---
+# =============================================================================
+# 2.13 Outgoing HTTP: proxies and client
+# =============================================================================
+#
+# Owns the way through the proxies that the environment names, their secrets, and
+# the client for services that the operator names. Uses the section above. Never
+# knows what is asked.
 
 
 @frozen
@@ -5997,7 +6004,7 @@ class HttpClient:
 
 
 # =============================================================================
-# 2.13 LLM providers
+# 2.14 LLM providers
 # =============================================================================
 #
 # Owns how a language model is asked: the requests and answers of each kind of
@@ -6404,7 +6411,7 @@ def provider_named(name: str) -> Provider:
 
 
 # =============================================================================
-# 2.14 LLM client
+# 2.15 LLM client
 # =============================================================================
 #
 # Owns the exchange with a provider, its limits of time and size, and what went
@@ -6575,7 +6582,7 @@ def _provider_message(text: str) -> str:
 
 
 # =============================================================================
-# 2.15 Availability check
+# 2.16 Availability check
 # =============================================================================
 #
 # Owns the check of provider configurations: every configuration with every
@@ -6925,7 +6932,7 @@ def _failed_check(problem: ProviderError, scrub: Callable[[str], str]) -> CheckR
 
 
 # =============================================================================
-# 2.16 Module processes
+# 2.17 Module processes
 # =============================================================================
 #
 # Owns what one process of a module is: its setup, its address, what it says.
@@ -7256,7 +7263,7 @@ class Generation:
 
 
 # =============================================================================
-# 2.17 Modules
+# 2.18 Modules
 # =============================================================================
 #
 # Owns the LLM and Web modules over time: states, generations, readiness,
@@ -7747,7 +7754,7 @@ class Module:
 
 
 # =============================================================================
-# 2.18 HTTP connections
+# 2.19 HTTP connections
 # =============================================================================
 #
 # Owns how requests arrive and answers leave: status codes, limits of size and
@@ -8175,7 +8182,7 @@ class PieceProducer:
 
 
 # =============================================================================
-# 2.19 HTTP API
+# 2.20 HTTP API
 # =============================================================================
 #
 # Owns the routes: the path, the form of the body, the call, the answer. The

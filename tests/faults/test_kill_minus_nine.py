@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import shlex
@@ -40,6 +41,10 @@ def killed(daemon: Daemon, what: str) -> None:
     daemon.process.kill()
     within(1.0, lambda: not processes_with(daemon.marker), f"kill -9 {what}: nothing is left")
     eventually(lambda: not alive(guardian), what="the guardian ends")
+
+
+def is_gone(pid: int) -> bool:
+    return not alive(pid)
 
 
 def wait_for_executors(daemon: Daemon, count: int) -> None:
@@ -95,10 +100,12 @@ def test_killed_with_descendants_that_cleared_their_environment(root: Root) -> N
                 write = f"echo $$ > {file}.new; mv {file}.new {file}; exec sleep 300"
                 hide = f"setsid -f env -i sh -c '{write}'"
                 daemon.run(**shell(f"env -i sh -c {shlex.quote(hide)}; sleep 300"))
-            eventually(lambda: all(file.exists() for file in files), what="all are hidden")  # noqa: B023
+            for file in files:
+                eventually(file.exists, what="all are hidden")
             hidden = [int(file.read_text()) for file in files]
             killed(daemon, "with descendants that cleared their environment")
-            within(1.0, lambda: not any(map(alive, hidden)), "nothing hidden is left")  # noqa: B023
+            for pid in hidden:
+                within(1.0, functools.partial(is_gone, pid), "nothing hidden is left")
             for file in files:
                 file.unlink()
         finally:
