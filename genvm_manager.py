@@ -857,7 +857,12 @@ def format_timestamp(moment: datetime) -> str:
 
 def timestamp_of(seconds: float) -> str:
     """Return seconds since the epoch as RFC 3339 text in UTC with milliseconds."""
-    return format_timestamp(datetime.fromtimestamp(seconds, UTC))
+    return _timestamp_of(round(seconds * 1_000_000) // 1000)
+
+
+@functools.lru_cache(maxsize=4)  # many log lines are of the same moment
+def _timestamp_of(milliseconds: int) -> str:
+    return format_timestamp(datetime.fromtimestamp(milliseconds / 1000, UTC))
 
 
 def parse_duration(value: object) -> float:
@@ -1249,6 +1254,7 @@ class LevelName(str):
 
 Permits = Annotated[int, Meta(ge=0, le=1_000_000)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
+Niceness = Annotated[int, Meta(ge=0, le=19)]
 
 
 class ModuleKind(str):
@@ -1347,6 +1353,7 @@ FLAG = SettingKind(bool, "BOOL", _plain_scalar)
 COUNT = SettingKind(NonNegativeInt, "N", _plain_integer)
 PERMITS = SettingKind(Permits | None, "N", _plain_integer)
 PORT = SettingKind(Port, "PORT", _plain_integer)
+NICENESS = SettingKind(Niceness, "N", _plain_integer)
 PATH = SettingKind(Path, "PATH")
 SECONDS = SettingKind(Duration, "DURATION")
 LEVEL = SettingKind(LevelName, "LEVEL")
@@ -1389,6 +1396,7 @@ class Config:
     retention_max_bytes: int = _setting(COUNT, 256 * MIB, "captured output kept in all")
     capture_max_bytes: int = _setting(COUNT, 4 * MIB, "captured output kept per stream")
     shutdown_grace: float = _setting(SECONDS, 0.7, "time from SIGTERM to SIGKILL at shutdown")
+    executor_nice: int = _setting(NICENESS, 5, "by how much executors are nicer than the manager")
     modules: Mapping[str, tuple[str, ...]] = _setting(
         MODULES, {}, "for llm and web: auto, built-in or {command: [...]}"
     )
@@ -1946,7 +1954,7 @@ class LogObserver:
         record: dict[str, object] = {
             "time": timestamp_of(event.get("log_time", 0.0)),
             "level": level,
-            "message": scrub(formatEvent(event)),
+            "message": scrub(_message(event)),
         }
         for key, value in event.items():
             if key.startswith("log_") or key in _EVENT_FIELDS_LEFT_OUT or key in record:
@@ -1982,6 +1990,12 @@ class LogObserver:
             # Indented, so that no text of others passes for a line of ours.
             line += "".join(f"\n    {_one_line(part)}" for part in str(traceback).splitlines())
         return (line + "\n").encode("utf-8", "backslashreplace")
+
+
+def _message(event: LogEvent) -> str:
+    """Return the text of an event; most of ours is in one field, which saves formatting it."""
+    text = event.get("text")
+    return text if event.get("log_format") == "{text}" and type(text) is str else formatEvent(event)
 
 
 def _one_line(text: str) -> str:
@@ -2995,6 +3009,8 @@ class OutputTurns:
     #: What all of them may take of one turn of the reactor, and one at a time.
     TURN_SECONDS: ClassVar[float] = 0.004
     SLICE_SECONDS: ClassVar[float] = 0.001
+    #: The pause after a turn where others want the processor, too.
+    REST_SECONDS: ClassVar[float] = 0.02
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
@@ -3041,7 +3057,8 @@ class OutputTurns:
         is_crowded = took > 2 * (time.thread_time() - used) + self.SLICE_SECONDS
         self._left = self.TURN_SECONDS / 4 if is_crowded else self.TURN_SECONDS
         if self._waiting:
-            rest = self.TURN_SECONDS if is_crowded and not self.cutting else 0
+            ending = self.cutting or self._waiting[0].is_ending
+            rest = self.REST_SECONDS if is_crowded and not ending else 0
             self._next = self._reactor.callLater(rest, self._serve)
 
 
@@ -3664,11 +3681,13 @@ class Spawner:
         nulls: Iterable[int] = (),
         feeds: Iterable[int] = (),
         inherited: Mapping[int, int] | None = None,
+        nice: int = 0,
     ) -> None:
         """Start a process that inherits our environment and working directory.
 
         ``pipes`` are the descriptors of the child that we read, ``feeds`` those that we write,
         ``nulls`` those that are ``/dev/null``; ``inherited`` maps descriptors of the child to ours.
+        It is to be so much nicer than we are (see nice(2)).
         Everything else comes through the listener, possibly before this returns. Raises
         ``SpawnFailed``.
         """
@@ -3695,6 +3714,12 @@ class Spawner:
                 )
         except OSError as error:
             raise _spawn_error(error, argv[0]) from None
+        if nice:
+            # The kernel limits the sum. All that it starts from now on inherits this; to be told
+            # before its first instruction it would have to be started by another program.
+            with contextlib.suppress(OSError):
+                ours = os.getpriority(os.PRIO_PROCESS, 0)
+                os.setpriority(os.PRIO_PROCESS, child.pid, ours + nice)
         if not child.exited:
             self._children[number] = child
             self._sweep_within(ORPHAN_POLL_SECONDS)
@@ -3759,7 +3784,8 @@ class Spawner:
         number = self._marks.number_of(pid)
         return Orphan(
             owners=set(self._children) if number is None else {number},
-            is_marked=f"{MARKER}={self._boot_id}".encode() in variables,
+            # A process that is being started has no environment for a moment.
+            is_marked=number is not None or f"{MARKER}={self._boot_id}".encode() in variables,
             tidies_up=f"{TIDY_VARIABLE}=1".encode() in variables,
             since=self._reactor.seconds(),
         )
@@ -4191,6 +4217,7 @@ class LogForwarder:
         self._enabled = enabled
         self._lines = LineSplitter(LOG_LINE_MAX_BYTES, self._forward)
         self._errors = BoundedTail(UNREAD_STDERR_BYTES)
+        self._info = self.log.info  # a class's log is made anew whenever it is asked for
 
     @property
     def stderr(self) -> str:
@@ -4231,7 +4258,7 @@ class LogForwarder:
         details: dict[str, Any] = {"record": record} if record else {}
         if cut:
             details["truncated"] = True
-        self.log.info("{text}", text=text, level_name=level, genvm_id=self._genvm_id, **details)
+        self._info("{text}", text=text, level_name=level, genvm_id=self._genvm_id, **details)
 
 
 # =============================================================================
@@ -4512,7 +4539,9 @@ class Executions:
         try:
             argv = [program, *execution.arguments]
             listener = _RunListener(self, execution, sink)
-            self._spawner.spawn(listener, argv, pipes=pipes, nulls=nulls)
+            self._spawner.spawn(
+                listener, argv, pipes=pipes, nulls=nulls, nice=self._config.executor_nice
+            )
             execution.arguments = []
         except ManagerError as error:
             self._stop_deadline(execution)
@@ -5305,6 +5334,7 @@ class ContractOperations:
                 pipes={STDOUT},
                 nulls={STDERR},
                 feeds={STDIN},
+                nice=self._config.executor_nice,
             )
         except SpawnFailed as error:
             raise type(error)(f"executor {version} cannot be started: {error.message}") from None

@@ -207,6 +207,7 @@ class FakeSpawner:
         nulls: Iterable[int] = (),
         feeds: Iterable[int] = (),
         inherited: Mapping[int, int] | None = None,
+        nice: int = 0,
     ) -> None:
         """Start nothing; see ``Spawner.spawn``."""
         self.commands.append(list(argv))

@@ -73,6 +73,7 @@ SOURCES: dict[str, tuple[tuple[str, object], tuple[str, object], tuple[str, obje
         ("/tmp/c", Path("/tmp/c")),
     ),
     "queue_limit": (("7", 7), ("8", 8), ("9", 9)),
+    "executor_nice": (("0", 0), ("19", 19), ("10", 10)),
 }
 
 
@@ -142,6 +143,7 @@ def test_an_unknown_variable_of_ours_is_said_and_ignored(tmp_path: Path) -> None
         ("execution_retention: 5x", "expected seconds or a duration"),
         ("shutdown_grace: -1", "expected seconds or a duration"),
         ("queue_limit: many", "expected an integer, got"),
+        ("executor_nice: 20", "expected an integer of at most 19, got 20"),
         ("host: ''", "expected a string that is not empty"),
         ("host: 127", "expected a string, got 127"),
         ("log_file: [a]", "expected a string"),

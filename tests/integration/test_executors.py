@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -97,6 +98,18 @@ def test_ten_megabytes_of_log(daemon: Daemon, captured: bool) -> None:
         assert status["truncated"] == ["genvm_log"]
     report(f"10 MB of log ({captured=}): {elapsed:.1f} s")
     timed(f"/status beside 10 MB of log ({captured=}), the slowest", worst, 0.05)
+
+
+@pytest.mark.parametrize(("flags", "nicer"), [((), 5), (("--executor-nice=0",), 0)])
+def test_executors_are_nicer_than_the_manager(
+    root: Root, start: Start, flags: tuple[str, ...], nicer: int
+) -> None:
+    daemon = start(*flags)
+    expected = min(19, os.getpriority(os.PRIO_PROCESS, daemon.pid) + nicer)
+    # It is told so once it runs, which may be after its first line on a busy machine.
+    root.script(f'until [ "$(nice)" = {expected} ]; do :; done; (nice); sh -c nice')
+    result = daemon.result(daemon.run())
+    assert result["stdout"].split() == [str(expected)] * 2
 
 
 def test_a_log_line_of_five_megabytes(daemon: Daemon) -> None:
