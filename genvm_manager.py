@@ -194,7 +194,7 @@ from typing import (
     get_args,
     get_origin,
 )
-from urllib.parse import quote, unquote_to_bytes, urlencode, urljoin, urlsplit
+from urllib.parse import quote, quote_plus, unquote, unquote_to_bytes, urlencode, urljoin, urlsplit
 from urllib.request import getproxies_environment
 from weakref import WeakValueDictionary
 
@@ -1673,40 +1673,167 @@ _DEEPEST_FIELD = 20
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
+@frozen
+class _Sieve:
+    """Finds where a text may have a secret, in a time that does not depend on how many there are.
+
+    A text is cut into blocks of ``size`` bytes, beginning at each multiple of ``stride`` below
+    that. Of a secret as many blocks are known as there are bytes in a stride, so that one of them
+    is met wherever it stands; with each, how far from its start, and how long the secret is.
+    """
+
+    shortest: int
+    size: int
+    stride: int
+    _known: dict[int, dict[tuple[int, int], int]] = field(factory=dict)
+
+    #: So many blocks are looked up in one call of C, and one by one if there is a known one.
+    PIECE: ClassVar[int] = 1024
+
+    def add(self, secret: bytes) -> None:
+        """Know a secret."""
+        for block, place in self._blocks(secret):
+            places = self._known.setdefault(block, {})
+            places[place] = places.get(place, 0) + 1
+
+    def remove(self, secret: bytes) -> None:
+        """Forget a secret."""
+        for block, place in self._blocks(secret):
+            places = self._known[block]
+            places[place] -= 1
+            if not places[place]:
+                del places[place]
+            if not places:
+                del self._known[block]
+
+    def spans(self, text: bytes) -> Iterator[tuple[int, int]]:
+        """Yield begin and end of what may be a secret."""
+        for shift in range(0, self.size if self._known else 0, self.stride):
+            whole = (len(text) - shift) // self.size * self.size
+            if whole <= 0:
+                continue
+            blocks = memoryview(text)[shift : shift + whole].cast("Q" if self.size == 8 else "I")
+            for at in range(0, len(blocks), self.PIECE):
+                piece = blocks[at : at + self.PIECE]
+                if self._known.keys().isdisjoint(piece):
+                    continue
+                for number, block in enumerate(piece, at):
+                    for offset, length in self._known.get(block, ()):
+                        begin = number * self.size + shift - offset
+                        yield begin, begin + length
+
+    def _blocks(self, secret: bytes) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Yield blocks where there is most variety: other texts have what repeats itself."""
+        length = self.size + self.stride - 1
+        last = len(secret) - length
+        starts = (last * quarter // 4 for quarter in range(5))
+        start = max(starts, key=lambda at: len({*secret[at : at + length]}))
+        for at in range(start, start + self.stride):
+            block = int.from_bytes(secret[at : at + self.size], sys.byteorder)
+            yield block, (at, len(secret))
+
+
 class Redactor:
-    """Replaces known secrets in texts that leave the process."""
+    """Replaces known secrets in texts that leave the process.
+
+    A secret belongs to an owner, and is forgotten when no owner has it any more. Whatever its
+    owners are, and however many secrets there are, the time for a text grows with its length only.
+    """
 
     MASK: ClassVar[str] = "[redacted]"
     #: Shorter texts are too likely to be ordinary words.
     SHORTEST: ClassVar[int] = 4
-    #: Clients that make up keys must not make every log line slower for ever.
-    MOST: ClassVar[int] = 1000
+    #: A longer one is known by pieces, and in no other spelling.
+    LONGEST: ClassVar[int] = 16 * KIB
+    #: Of so many bytes one may have to be compared with a secret; a text in which it is more
+    #: either consists of secrets or was made to take long, and is masked as a whole.
+    BYTES_PER_TRY: ClassVar[int] = 16
+    TRIES: ClassVar[int] = 10_000
 
     def __init__(self) -> None:
-        self._lasting: list[str] = []
-        self._passing: dict[str, deque[str]] = {}
+        self._owned: dict[object, set[bytes]] = {}
+        self._owners: Counter[bytes] = Counter()
+        self._sieves = (_Sieve(15, 8, 8), _Sieve(7, 4, 4), _Sieve(self.SHORTEST, 4, 1))
 
-    def add(self, secret: str, *, lasting: bool = False, source: str = "") -> None:
-        """Never let this text pass again.
+    def keep(self, owner: object, secrets: Iterable[str]) -> None:
+        """Never let these texts pass as long as their owner has them, in place of its others."""
+        forms = {form for secret in secrets for form in _spellings(secret, self.LONGEST)}
+        new = {form for form in forms if len(form) >= self.SHORTEST}
+        old = self._owned.pop(owner, set())
+        if new:
+            self._owned[owner] = new
+        for form in new - old:
+            self._owners[form] += 1
+            if self._owners[form] == 1:
+                self._sieve(form).add(form)
+        for form in old - new:
+            self._owners[form] -= 1
+            if not self._owners[form]:
+                del self._owners[form]
+                self._sieve(form).remove(form)
 
-        Of more than ``MOST`` passing ones of the same source the oldest goes.
-        """
-        passing = self._passing.setdefault(source, deque(maxlen=self.MOST))
-        known = self._lasting if lasting else passing
-        if len(secret) < self.SHORTEST:
-            return
-        if secret in known:
-            known.remove(secret)  # used again: not the oldest any more
-        known.append(secret)
+    def drop(self, owner: object) -> None:
+        """An owner has ended, and what it alone had may pass."""
+        self.keep(owner, ())
+
+    @contextlib.contextmanager
+    def keeping(self, owner: object, secrets: Iterable[str] = ()) -> Iterator[None]:
+        """Keep an owner's secrets for as long as a request takes; an error of it has none."""
+        self.keep(owner, secrets)
+        try:
+            yield
+        except ManagerError as error:
+            error.message = self.scrub(error.message)
+            raise
+        finally:
+            self.drop(owner)
 
     def scrub(self, text: str) -> str:
         """Return the text with every known secret masked."""
-        known = itertools.chain(self._lasting, *self._passing.values())
-        found = [secret for secret in known if secret in text]
-        # The longest first: one secret may be part of another.
-        for secret in sorted(found, key=len, reverse=True):
-            text = text.replace(secret, self.MASK)
-        return text
+        if not self._owners or len(text) < self.SHORTEST:
+            return text
+        data = text.encode("utf-8", "surrogatepass")
+        scrubbed = self.scrub_bytes(data)
+        return text if scrubbed is data else scrubbed.decode("utf-8", "surrogatepass")
+
+    def scrub_bytes(self, data: bytes) -> bytes:
+        """Do the same with bytes."""
+        spans = []
+        left = self.TRIES + len(data) // self.BYTES_PER_TRY
+        for begin, end in itertools.chain(*(sieve.spans(data) for sieve in self._sieves)):
+            if begin >= 0 and data[begin:end] in self._owners:
+                spans.append((begin, end))
+            left -= 1 + (end - begin) // KIB
+            if left < 0:
+                return self.MASK.encode()
+        if not spans:
+            return data
+        parts, end = list[bytes](), 0
+        for start, stop in sorted(spans):
+            if start >= end:
+                parts += data[end:start], self.MASK.encode()
+            end = max(end, stop)
+        return b"".join((*parts, data[end:]))
+
+    def _sieve(self, form: bytes) -> _Sieve:
+        return next(sieve for sieve in self._sieves if len(form) >= sieve.shortest)
+
+
+_PLAIN = re.compile(r"[\w.~-]*", re.ASCII)
+
+
+def _spellings(secret: str, longest: int) -> Iterator[bytes]:
+    """Yield a secret, each of its lines, and all as JSON, URLs and Python spell them."""
+    pieces = [secret[at : at + longest] for at in range(0, len(secret), longest)]
+    texts = pieces if len(pieces) != 1 else {secret, *map(str.strip, secret.splitlines())}
+    for text in texts:
+        forms = {text}
+        if len(pieces) == 1 and not _PLAIN.fullmatch(text):
+            quoted = text.encode("utf-8", "surrogatepass")
+            for form in (json.dumps(text), json.dumps(text, ensure_ascii=False)):
+                forms |= {form[1:-1], form[1:-1].replace("/", "\\/")}
+            forms |= {quote(quoted, safe=""), quote(quoted), quote_plus(quoted), repr(text)[1:-1]}
+        yield from (form.encode("utf-8", "surrogatepass") for form in forms)
 
 
 def dropped_note(count: int) -> bytes:
@@ -5730,7 +5857,7 @@ class Proxy:
     port: int
     is_tls: bool = False
     authorization: bytes = b""
-    secrets: tuple[bytes, ...] = field(default=(), repr=False)
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(cls, url: str) -> Proxy:
@@ -5743,12 +5870,12 @@ class Proxy:
             parts, host, port = urlsplit(""), "", None
         if parts.scheme not in ("http", "https") or not host:
             raise ProxyError("a proxy in the environment is not usable: expected http://host:port")
-        authorization, secrets = b"", tuple[bytes, ...]()
+        authorization, secrets = b"", tuple[str, ...]()
         if parts.username is not None:
             given = parts.password or ""
             token = base64.b64encode(unquote_to_bytes(f"{parts.username}:{given}"))
             authorization = b"Basic " + token
-            secrets = (token, given.encode(), unquote_to_bytes(given))
+            secrets = (token.decode(), given, unquote(given))
         is_tls = parts.scheme == "https"
         usual = 443 if is_tls else 80
         return cls(host, port or usual, is_tls, authorization, secrets)
@@ -5783,35 +5910,25 @@ def _is_excepted(host: str, port: int, excepted: str) -> bool:
     return False
 
 
-def proxy_secrets() -> set[bytes]:
-    """Return what must not be told of the proxies in the environment."""
-    found: set[bytes] = set()
+def hide_proxies(redactor: Redactor) -> None:
+    """Never let the secrets of the proxies in the environment into a log."""
+    found: set[str] = set()
     for name, url in getproxies_environment().items():
         with contextlib.suppress(ProxyError):
             found.update(Proxy.of(url).secrets if name != "no" else ())
-    return {secret for secret in found if len(secret) >= Redactor.SHORTEST}
+    redactor.keep("proxies", found)
 
 
 def without_proxy_secrets(reply: HttpReply) -> HttpReply:
     """Return a reply whose error page does not repeat what a proxy was told."""
     if reply.status == 200:
         return reply
-    secrets = proxy_secrets()
-
-    def hidden(text: bytes) -> bytes:
-        for secret in secrets:
-            text = text.replace(secret, Redactor.MASK.encode())
-        return text
-
+    redactor = Redactor()
+    hide_proxies(redactor)
+    hidden = redactor.scrub_bytes
     given = reply.headers.getAllRawHeaders()
     headers = Headers({name: [*map(hidden, values)] for name, values in given})
     return attrs.evolve(reply, headers=headers, body=hidden(reply.body))
-
-
-def hide_proxies(redactor: Redactor) -> None:
-    """Never let the secrets of the proxies in the environment into a log."""
-    for secret in proxy_secrets():
-        redactor.add(secret.decode("utf-8", "replace"), source="proxies")
 
 
 class _Tunnel(ProtocolWrapper):
@@ -6528,13 +6645,10 @@ def masked(body: bytes, key: str) -> str:
     """Return the start of a body without the key, however JSON spells it, whole or cut off."""
     limit = 256 * KIB
     text = body[:limit].decode("utf-8", "replace")
-    if len(key) >= Redactor.SHORTEST:
-        escaped = json.dumps(key)[1:-1]
-        for spelled in (key, escaped, escaped.replace("/", "\\/")):
-            text = text.replace(spelled, Redactor.MASK)
-        if len(body) > limit:
-            text = text[: -6 * len(key)]
-    return text
+    redactor = Redactor()
+    redactor.keep("key", (key,))
+    text = redactor.scrub(text)
+    return text[: -6 * len(key) or None] if len(body) > limit else text
 
 
 def provider_url(host: str, path: str) -> str:
@@ -6757,8 +6871,14 @@ class AvailabilityCheck:
             secrets, backends, prompts = await detached(reading)
         else:
             secrets, backends, prompts = self._read(body)
-        for secret in secrets:
-            self._redactor.add(secret)
+        with self._redactor.keeping(object(), secrets):
+            return await self._results(backends, prompts)
+
+    async def _results(
+        self,
+        backends: list[CheckedBackend | CheckResult],
+        prompts: list[CheckedPrompt | CheckResult],
+    ) -> list[CheckResult]:
         results: list[CheckResult] = []
         waiting: deque[tuple[CheckResult, CheckedBackend, CheckedPrompt]] = deque()
         for (config, backend), (number, prompt) in itertools.product(
@@ -6842,8 +6962,7 @@ class AvailabilityCheck:
             with contextlib.suppress(ConfigError):
                 secrets.append(self._expand(key))
         redactor = Redactor()
-        for secret in secrets[-Redactor.MOST :]:
-            redactor.add(secret)
+        redactor.keep("keys", secrets)
         scrub = redactor.scrub
         backends = [
             _readable(functools.partial(self._backend, config, f"configs[{index}]", scrub), scrub)
@@ -6853,7 +6972,7 @@ class AvailabilityCheck:
             _readable(functools.partial(_read_prompt, prompt, f"test_prompts[{index}]"), scrub)
             for index, prompt in enumerate(body.test_prompts)
         ]
-        return secrets[-Redactor.MOST :], backends, prompts
+        return secrets, backends, prompts
 
     def _expand(self, text: str) -> str:
         return expand_template(text, self._variables, os.environ)
@@ -6892,7 +7011,6 @@ class AvailabilityCheck:
             self.log.failure("a check failed unexpectedly")
             answer = ProviderError(ErrorKind.HTTP, "internal error; see the log of the manager")
         latency_ms = round((self._reactor.seconds() - start) * 1000)
-        self._redactor.add(target.key)  # others may have pushed it out meanwhile
         scrub = self._redactor.scrub
         if isinstance(answer, ProviderError):
             return {**_failed_check(answer, scrub), "latency_ms": latency_ms}
@@ -6994,7 +7112,7 @@ CONFIG_FILE = f"/proc/self/fd/{CONFIG_FD}" if sys.platform == "linux" else f"/de
 #: Of a command: becomes the flag of that name, or nothing.
 ALLOW_EMPTY = "{allow_empty_backends}"
 ELF_MARK = b"\x7fELF"
-_SECRET_NAMES = re.compile(r"key|token|secret|password|authorization|headers", re.IGNORECASE)
+SECRET_NAMES = re.compile(r"key|token|secret|password|authorization|headers", re.IGNORECASE)
 
 
 def module_command(config: Config, kind: str) -> tuple[str, ...] | None:
@@ -7142,7 +7260,7 @@ def secrets_in(value: object, *, named: bool = False) -> Iterator[str]:
     """Yield the texts in a configuration that look like secrets by the names they stand under."""
     if isinstance(value, dict):
         for name, member in value.items():
-            yield from secrets_in(member, named=named or bool(_SECRET_NAMES.search(str(name))))
+            yield from secrets_in(member, named=named or bool(SECRET_NAMES.search(str(name))))
     elif isinstance(value, list):
         for member in value:
             yield from secrets_in(member, named=named)
@@ -7352,7 +7470,7 @@ class Module:
             return fail(self._already_running())
         if self.state is not ModuleState.STOPPING:
             self._move(ModuleState.STARTING)
-        return detached(self._lock.run(self._start, config, allow_empty))
+        return detached(self._lock.run(self._asked, self._start, config, allow_empty))
 
     def _already_running(self) -> ModuleAlreadyRunning:
         return ModuleAlreadyRunning(
@@ -7381,7 +7499,7 @@ class Module:
         meanwhile, and a new configuration that does not work leaves the old one running. Raises
         ``ModuleFailed``.
         """
-        return detached(self._lock.run(self._restart, config, allow_empty))
+        return detached(self._lock.run(self._asked, self._restart, config, allow_empty))
 
     def set_log_level(self, level: str) -> None:
         """Let the processes log at another level."""
@@ -7429,6 +7547,11 @@ class Module:
         self._move(ModuleState.STOPPED)
 
     # --- operations, one at a time ---
+
+    async def _asked(self, work: Callable[..., Awaitable[Value]], *arguments: Any) -> Value:
+        """Do what a client asks for; what is secret in it is known until that is done."""
+        with self._observer.redactor.keeping(self):
+            return await work(*arguments)
 
     async def _start(self, config: dict[str, Any] | None, allow_empty: bool) -> None:
         if self.address is not None:
@@ -7529,9 +7652,7 @@ class Module:
             path = self._config.root / "config" / f"genvm-module-{self.kind}.yaml"
             config = await self._soon(FILE_SECONDS, f"reading {path.name}", read_module_file, path)
         expanded = expand_module_config(self.kind, config, self._config.variables)
-        for secret in secrets_in(expanded):
-            # Whoever makes up keys for checks does not push these out.
-            self._observer.redactor.add(secret, source=self.kind)
+        self._observer.redactor.keep(self, secrets_in(expanded))
         return ModuleSetup.of(self.kind, expanded, allow_empty)
 
     async def _soon(
@@ -7568,6 +7689,7 @@ class Module:
             built_in=self._command is None,
         )
         generation.started_at = self._reactor.seconds()
+        self._observer.redactor.keep(generation, secrets_in(setup.config))
         try:
             self._spawn(generation, setup, listener)
             await self._until_ready(generation, setup)
@@ -7576,6 +7698,7 @@ class Module:
             if generation.child is not None:
                 generation.child.kill()
                 await generation.ended.wait()
+            self._observer.redactor.drop(generation)
             raise
         finally:
             self._starting = None
@@ -7689,6 +7812,7 @@ class Module:
 
     def _generation_ended(self, generation: Generation) -> None:
         self._alive.discard(generation)
+        self._observer.redactor.drop(generation)
         if generation is not self._current:
             return
         self._current = None
@@ -8493,6 +8617,7 @@ class Api:
             raise EnvironmentRefused("key, value: half a surrogate pair is not text") from None
         self._spawner.set_variable(key, value)
         hide_proxies(self._observer.redactor)
+        self._observer.redactor.keep(("env", key), (value,) if SECRET_NAMES.search(key) else ())
         self.log.info("environment variable set", key=key)
         return {"result": "env_var_set", "key": key}
 
@@ -9989,9 +10114,7 @@ class LlmService(ModuleService):
     def create(cls, setup: ServiceSetup, reactor: Any, redactor: Redactor) -> LlmService:
         """See ``ModuleService``."""
         hide_proxies(redactor)
-        for secret in secrets_in(setup.config):
-            redactor.add(secret)
-            redactor.add(secret.replace("/", "\\/"))  # as some write it in JSON
+        redactor.keep("configuration", secrets_in(setup.config))
         settings = read_llm_settings(setup.config, allow_empty=setup.allow_empty_backends)
         for note in settings.notes:
             cls.log.warn("{text}", text=note)
@@ -12048,8 +12171,7 @@ class WebService(ModuleService):
     def create(cls, setup: ServiceSetup, reactor: Any, redactor: Redactor) -> WebService:
         """See ``ModuleService``."""
         hide_proxies(redactor)
-        for secret in secrets_in(setup.config):
-            redactor.add(secret)
+        redactor.keep("configuration", secrets_in(setup.config))
         settings = read_web_settings(setup.config)
         for note in unknown_keys(setup.config, _WebEntry, *MODULE_KEYS):
             cls.log.warn("{text}", text=note)
@@ -13517,7 +13639,7 @@ class ManagerService(Service):
         )
         token = None if config.auth_token_file is None else read_token(config.auth_token_file)
         if token is not None:
-            observer.redactor.add(token, lasting=True)
+            observer.redactor.keep("token", (token,))
         hosts = frozenset(name.lower() for name in config.allowed_hosts)
         policy = AccessPolicy(token, hosts)
         root = ApiResource(self.api, policy)

@@ -664,8 +664,7 @@ class Asking:
         self.client = FakeClient()
         self.changes = 0
         redactor = Redactor()
-        for item in backends:
-            redactor.add(item["key"])
+        redactor.keep("keys", [item["key"] for item in backends])
         self.service = LlmService(
             read({"backends": named, **config}, allow_empty=True),
             self.clock,

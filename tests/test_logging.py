@@ -5,12 +5,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
+import secrets
 import select
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote, quote_plus
 
 import pytest
 from hypothesis import example, given
@@ -28,10 +31,12 @@ from genvm_manager import (
     LogForwarder,
     LogObserver,
     LogWriter,
+    ManagerError,
     Redactor,
     event_level,
 )
 
+from .integration.support import timed
 from .support import observing
 
 #: Seconds after which a wait is given up; nothing here takes that long.
@@ -293,7 +298,7 @@ SECRETS = ["hunter2hunter2", 'quo"te\\slash', "umläut-sécret", "line\nbreak-se
 @pytest.mark.parametrize("log_format", ["json", "text"])
 def test_a_secret_is_masked_wherever_it_stands(secret: str, log_format: str) -> None:
     log = Log(log_format=log_format)
-    log.observer.redactor.add(secret)
+    log.observer.redactor.keep("secret", [secret])
     log.logger.info("says {text}", text=f"<{secret}>")
     log.logger.info("x", field=f"<{secret}>")
     log.logger.info("x", nested={"a": [f"<{secret}>", {"b": secret}]})
@@ -312,19 +317,117 @@ def test_a_secret_is_masked_wherever_it_stands(secret: str, log_format: str) -> 
 
 def test_the_longest_of_overlapping_secrets_is_masked_whole() -> None:
     redactor = Redactor()
-    redactor.add("secret-one")
-    redactor.add("secret-one-and-two")
-    redactor.add("secret-one")
+    redactor.keep("secrets", ["secret-one", "secret-one-and-two", "secret-one"])
     assert redactor.scrub("a secret-one-and-two b secret-one c") == "a [redacted] b [redacted] c"
 
 
 def test_short_texts_are_no_secrets() -> None:
     redactor = Redactor()
-    for text in ("", "x" * (Redactor.SHORTEST - 1)):
-        redactor.add(text)
+    redactor.keep("short", ["", "x" * (Redactor.SHORTEST - 1)])
     assert redactor.scrub("xxxxxx") == "xxxxxx"
-    redactor.add("x" * Redactor.SHORTEST)
+    redactor.keep("longer", ["x" * Redactor.SHORTEST])
     assert redactor.scrub("xxxxxx").startswith(Redactor.MASK)
+
+
+@pytest.mark.parametrize("length", [4, 5, 6, 7, 8, 13, 14, 15, 16, 23, 200])
+def test_a_secret_is_found_at_every_place(length: int) -> None:
+    redactor = Redactor()
+    made_up = [f"{number:04}{'abcdefghij' * 20}"[:length] for number in range(200)]
+    redactor.keep("made up", made_up)
+    for before in range(20):
+        head, secret, end = "-" * before, made_up[before], "-" * (before % 3)
+        assert redactor.scrub(head + secret + end) == head + Redactor.MASK + end
+        another = head + secret[:-1] + "!" + end
+        assert redactor.scrub(another) == another
+
+
+def test_texts_of_secrets_as_a_plain_search_finds_them() -> None:
+    """By chance, from few letters, so that they overlap and hold one another."""
+    rng = random.Random(12)
+    for _ in range(300):
+        found = ["".join(rng.choices("ab", k=rng.randint(4, 20))) for _ in range(5)]
+        text = "".join(rng.choices("ab", k=rng.randint(0, 200)))
+        redactor = Redactor()
+        redactor.keep("secrets", found)
+        hidden = [False] * len(text)
+        for secret in found:
+            for at in range(len(text)):
+                if text.startswith(secret, at):
+                    hidden[at : at + len(secret)] = [True] * len(secret)
+        left = redactor.scrub(text).replace(Redactor.MASK, "")
+        assert left == "".join(c for c, gone in zip(text, hidden, strict=True) if not gone)
+
+
+SPELLED = 'sk-"quoted"/é\\+= %'
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        str,
+        repr,
+        json.dumps,
+        lambda text: json.dumps(text, ensure_ascii=False),
+        lambda text: json.dumps(text).replace("/", "\\/"),
+        quote,
+        quote_plus,
+        lambda text: quote(text, safe=""),
+    ],
+)
+def test_a_secret_is_known_however_it_is_spelled(spell: Callable[[str], str]) -> None:
+    redactor = Redactor()
+    redactor.keep("secret", [SPELLED])
+    said = spell(SPELLED)
+    left = redactor.scrub(f"<{said}>").strip("<>\"'")
+    assert left == Redactor.MASK
+
+
+def test_each_line_of_a_secret_is_one() -> None:
+    redactor = Redactor()
+    redactor.keep("key", ["-----BEGIN KEY-----\r\n  bGluZSAx\nbGluZS+y\n"])
+    assert redactor.scrub("bGluZSAx, bGluZS%2By") == f"{Redactor.MASK}, {Redactor.MASK}"
+
+
+def test_a_secret_goes_with_its_last_owner() -> None:
+    redactor = Redactor()
+    redactor.keep("one", ["shared-secret", "secret of one"])
+    redactor.keep("two", ["shared-secret"])
+    redactor.keep("one", ["another of one"])
+    text = "shared-secret, secret of one, another of one"
+    assert redactor.scrub(text) == "[redacted], secret of one, [redacted]"
+    redactor.drop("two")
+    redactor.drop("two")
+    assert redactor.scrub(text) == "shared-secret, secret of one, [redacted]"
+    with (
+        redactor.keeping("a request", ["shared-secret"]),
+        pytest.raises(ManagerError) as caught,
+        redactor.keeping("a part of it", ["secret of one"]),
+    ):
+        raise ManagerError(text)
+    assert caught.value.message == "[redacted], [redacted], [redacted]"
+    assert redactor.scrub(text) == "shared-secret, secret of one, [redacted]"
+
+
+KEYS = {
+    "random": [secrets.token_urlsafe(40) for _ in range(2000)],
+    "alike": [f"sk-{number:04}-{'x' * 40}" for number in range(2000)],
+    "short": [secrets.token_hex(3) for _ in range(2000)],
+    "one within another": ["x" * length for length in range(4, 1000)],
+}
+
+
+@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
+def test_megabytes_take_milliseconds_whatever_is_secret(keys: list[str]) -> None:
+    redactor = Redactor()
+    redactor.keep("made up", keys)
+    for text in ("x" * 4_000_000, "sk-xx 0123456789 " * 250_000, ",".join(keys * 30)[:4_000_000]):
+        begin = time.process_time()
+        redactor.scrub(text)
+        timed(f"{len(text)} characters", time.process_time() - begin, 0.1)
+    begin = time.process_time()
+    redactor.drop("made up")
+    timed("to forget them", time.process_time() - begin, 0.02)
+    assert redactor.scrub(keys[0]) == keys[0]
 
 
 def test_many_secrets_are_known_without_much_work() -> None:
@@ -332,7 +435,7 @@ def test_many_secrets_are_known_without_much_work() -> None:
     redactor = Redactor()
     begin = time.process_time()
     for number in range(300):
-        redactor.add(f"a-secret-with-the-number-{number:06}")
+        redactor.keep(number, [f"a-secret-with-the-number-{number:06}"])
         redactor.scrub("a line without a secret " * 5)
     assert time.process_time() - begin < 1
     assert redactor.scrub("a-secret-with-the-number-000299") == Redactor.MASK
@@ -340,7 +443,7 @@ def test_many_secrets_are_known_without_much_work() -> None:
 
 def test_a_secret_of_digits_does_not_break_lines_that_hold_the_number() -> None:
     log = Log()
-    log.observer.redactor.add("12345678")
+    log.observer.redactor.keep("number", ["12345678"])
     log.logger.info("x", nested={"n": 12345678, "s": "12345678"})
     assert "12345678" not in log.record["nested"].values()
 
