@@ -8,7 +8,8 @@
 #     "publicsuffixlist>=1.0",
 #     "PyYAML>=6.0",
 #     "treq>=24.9",
-#     "twisted[tls,websocket]>=26.4",
+#     "twisted[tls]>=26.4",
+#     "wsproto>=1.2",
 # ]
 # ///
 """GenVM Manager: runs GenVM executors for blockchain nodes, behind an HTTP API.
@@ -63,11 +64,10 @@ The file has five parts, and each section uses only what stands above it:
    3.10 Web service: rendering: a page as text, HTML or picture.
    3.11 Web service: settings, requests, statistics.
 4. Practice:
-   4.1  Practice executor: a stand-in for GenVM: its end of the host protocol.
-   4.2  Practice executor: modules: its end of their protocol.
-   4.3  Practice executor: scripts: the language and its interpreter.
-   4.4  Practice executor: command line and installation.
-   4.5  Demo: a host, a manager and a contract at work.
+   4.1  Practice executor: a stand-in for GenVM: its ends of the protocols.
+   4.2  Practice executor: scripts: the language and its interpreter.
+   4.3  Practice executor: command line and installation.
+   4.4  Demo: a host, a manager and a contract at work.
 5. Assembly:
    5.1  Assembly and command line: the only section that constructs.
 """
@@ -286,12 +286,13 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IAgentEndpointFactory, IBodyProducer
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request, Site
-from twisted.web.websocket import WebSocketResource
 from werkzeug.exceptions import HTTPException
 from wsproto import ConnectionType, WSConnection
-from wsproto.events import AcceptConnection, CloseConnection
+from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Message, Ping
 from wsproto.events import Request as WebSocketRequest
-from wsproto.utilities import LocalProtocolError, ProtocolError
+from wsproto.extensions import Extension
+from wsproto.frame_protocol import CloseReason, Opcode, ParseFailed, RsvBits
+from wsproto.utilities import ProtocolError
 from zope.interface import directlyProvides, implementer, providedBy
 
 __version__ = "0.1.0"
@@ -8825,8 +8826,8 @@ def wait_seconds(request: Request) -> float:
 # =============================================================================
 #
 # Owns how executors reach a module's process: WebSocket connections with limits
-# of size and time, and the text of errors. Uses twisted's
-# WebSocket and calldata. Never knows what a request means.
+# of size and time, and the text of errors. Uses wsproto and calldata. Never knows
+# what a request means.
 
 MESSAGE_MAX_BYTES = 64 * MIB
 #: Executors take no larger answers: they would drop the connection, and the run with it.
@@ -8836,7 +8837,9 @@ HANDSHAKE_MAX_BYTES = 16 * KIB
 HANDSHAKE_SECONDS = 10
 #: Seconds for a peer to take what was sent to it, and why it is disconnected.
 CLOSE_SECONDS = 2.0
-CLOSE_POLICY, CLOSE_TOO_BIG, CLOSE_INTERNAL = 1008, 1009, 1011
+CLOSE_POLICY, CLOSE_INTERNAL = 1008, 1011
+#: What every browser sends, and no executor.
+ORIGIN_HEADER = re.compile(rb"\norigin[ \t]*:", re.IGNORECASE)
 _RUST_ESCAPES = {"\0": r"\0", "\t": r"\t", "\r": r"\r", "\n": r"\n", '"': r"\"", "\\": r"\\"}
 
 
@@ -8900,221 +8903,171 @@ class RequestFailure(Exception):
         return {"UserError": {"causes": list(self.causes), "ctx": self.context}}
 
 
-class MessageMeter:
-    """Follows the frame headers of a WebSocket stream, so that a message's size is known early."""
+class SizeLimit(Extension):
+    """Refuses a message that is too large at the header of its frame.
+
+    It is no extension that peers hear of; wsproto shows headers to nobody else.
+    """
+
+    name = "size-limit"
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._header = bytearray()
-        self._left = 0
-        self._size = 0
+        self._size = self._frame = 0
 
-    def accepts(self, data: bytes) -> bool:
-        """Take the next bytes; False if they announce a message above the limit."""
-        at = 0
-        while at < len(data):
-            if self._left:
-                step = min(self._left, len(data) - at)
-                self._left -= step
-                at += step
-                continue
-            self._header.append(data[at])
-            at += 1
-            if self._header_complete() and not self._begin_frame():
-                return False
+    def enabled(self) -> bool:
+        """Return True: it needs no consent of the peer."""
         return True
 
-    def _header_complete(self) -> bool:
-        if len(self._header) < 2:
-            return False
-        return len(self._header) == 2 + {126: 2, 127: 8}.get(self._header[1] & 0x7F, 0)
+    def offer(self) -> bool:
+        """Return False: the peer is not told."""
+        return False
 
-    def _begin_frame(self) -> bool:
-        first, second = self._header[:2]
-        length = int.from_bytes(self._header[2:]) if len(self._header) > 2 else second & 0x7F
-        self._header.clear()
-        self._left = length + (4 if second & 0x80 else 0)
-        if first & 0x08:  # a control frame, which may stand inside a message
-            return True
-        size = self._size + length
-        self._size = 0 if first & 0x80 else size
-        return size <= self._limit
+    def frame_inbound_header(
+        self, proto: object, opcode: Opcode, rsv: RsvBits, payload_length: int
+    ) -> RsvBits:
+        """Look at a header, once or more: a part of it may be missing still."""
+        # A control frame may stand inside a message.
+        self._frame = 0 if opcode.iscontrol() else payload_length
+        if opcode in (Opcode.TEXT, Opcode.BINARY):
+            self._size = 0
+        if self._size + self._frame > self._limit:
+            raise ParseFailed("the message is too large", CloseReason.MESSAGE_TOO_BIG)
+        return RsvBits(False, False, False)
+
+    def frame_inbound_complete(self, proto: object, fin: bool) -> None:
+        """Count a frame that is here."""
+        self._size += self._frame
 
 
-class MessageBuffer:
-    """Collects the pieces of a message, text as UTF-8, in linear time and in one piece of memory.
+@define(eq=False, slots=False)
+class PeerConnection(Protocol):
+    """A TCP connection of an executor, on which it speaks WebSocket.
 
-    It stands in for twisted's buffers, which copy all that came before for every new piece.
+    It must ask for that in time; then messages follow. A peer that sends too much, or that does
+    not read, is not read from. Closing sends everything first, and forgets what still comes, so
+    that the peer can read why. ``changed`` is called when ``connections`` has one more or less.
     """
 
-    def __init__(self) -> None:
-        self._data = bytearray()
+    _reactor: Any
+    _connections: set[PeerConnection]
+    _changed: Callable[[], object]
+    transport: Any = field(init=False, default=None)
+    closing: bool = field(init=False, default=False)
+    _wire: WSConnection = field(init=False, factory=lambda: WSConnection(ConnectionType.SERVER))
+    _head: bytearray = field(init=False, factory=bytearray)
+    _pieces: bytearray = field(init=False, factory=bytearray)
+    _timer: DelayedCall | None = field(init=False, default=None)
 
-    def add(self, new: bytes | bytearray | str) -> None:
-        """Take a piece."""
-        self._data += new.encode() if isinstance(new, str) else new
+    def message_received(self, data: bytes) -> None:
+        """Take a message; text counts as its UTF-8."""
+        raise NotImplementedError
 
-    def done(self) -> bytes:
-        """Return the message, and begin a new one."""
-        message, self._data = bytes(self._data), bytearray()
-        return message
+    def peer_gone(self) -> None:
+        """Let go of what the peer asked for: nobody is there."""
+        raise NotImplementedError
 
-
-class WireConnection(ProtocolWrapper):
-    """A TCP connection below HTTP and WebSocket.
-
-    One request, which must ask for WebSocket and be complete in time; then frames. A peer that
-    sends too much, or that does not read, is not read from. Closing sends everything first, and
-    forgets what still comes, so that the peer can read why. ``changed`` is called when the factory
-    has one connection more or less.
-    """
-
-    transport: Any
-
-    def __init__(
-        self,
-        factory: WrappingFactory[Any],
-        wrapped: Any,
-        reactor: Any,
-        changed: Callable[[], object],
-    ) -> None:
-        super().__init__(factory, wrapped)
-        self._reactor = reactor
-        self._changed = changed
-        self._head = bytearray()
-        self._meter = MessageMeter(MESSAGE_MAX_BYTES)
-        self._refuse_message: Callable[[], None] | None = None
-        self._linger: DelayedCall | None = None
-
-    def makeConnection(self, transport: Any) -> None:
-        """The connection is made."""
-        ProtocolWrapper.makeConnection(self, transport)
+    def connectionMade(self) -> None:
+        """Wait for the request; see ``IProtocol``."""
+        # A peer that does not read must not make us write more.
+        self.transport.registerProducer(self.transport, True)
+        self._timer = self._reactor.callLater(HANDSHAKE_SECONDS, self._finish)
+        self._connections.add(self)
         self._changed()
 
-    def upgraded(self, refuse_message: Callable[[], None]) -> None:
-        """Frames follow; ``refuse_message`` is called for a message that is too large."""
-        self._refuse_message = refuse_message
-        self.transport.unregisterProducer()
-        self.transport.registerProducer(self, True)
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The connection is gone; see ``IProtocol``."""
+        self.closing = True
+        self._stop_timer()
+        self.peer_gone()
+        self._connections.discard(self)
+        self._changed()
+
+    def dataReceived(self, data: bytes) -> None:
+        """Take the request in one piece, then frames; see ``IProtocol``."""
+        if self._wire.connection is None and not self.closing:
+            data = self._take_request(data)
+        if not data or self.closing:
+            return
+        self._wire.receive_data(data)
+        for event in self._wire.events():
+            if isinstance(event, Message):
+                piece = event.data
+                self._pieces += piece.encode() if isinstance(piece, str) else piece
+                if event.message_finished:
+                    message, self._pieces = bytes(self._pieces), bytearray()
+                    self.message_received(message)
+            elif isinstance(event, Ping):
+                self.transport.write(self._wire.send(event.response()))
+            elif isinstance(event, CloseConnection):  # the peer's, or for a frame that is wrong
+                self.close(event.code, event.reason or "")
+            if self.closing:
+                return
+
+    def send(self, data: bytes) -> None:
+        """Send a message, unless the conversation is over."""
+        if not self.closing:
+            self.transport.write(self._wire.send(BytesMessage(data)))
 
     def acknowledge(self) -> None:
         """Tell the peer at once that its bytes are here, since no answer will."""
         with contextlib.suppress(OSError):
             self.transport.getHandle().setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
-    def dataReceived(self, data: bytes) -> None:
-        """Pass bytes on: the request in one piece, then frames."""
-        if self._refuse_message is None and self._linger is None:
-            data = self._take_request(data)
-        if not data or self._refuse_message is None or self._linger is not None:
-            return
-        if not self._meter.accepts(data):
-            self._refuse_message()
-            return
-        try:
-            ProtocolWrapper.dataReceived(self, data)
-        except LocalProtocolError:  # frames after the end of the conversation
-            self.loseConnection()
+    def close(self, code: int, reason: str) -> None:
+        """End the conversation."""
+        if not self.closing:
+            self.transport.write(self._wire.send(CloseConnection(code, reason)))
+            self._finish()
 
     def _take_request(self, data: bytes) -> bytes:
-        """Pass the request on once it is complete; return what follows it."""
+        """Answer the request once it is complete; return what follows it."""
         start = max(0, len(self._head) - 3)
         self._head += data
         end = self._head.find(b"\r\n\r\n", start) + 4
         if end >= 4:
             request, rest = bytes(self._head[:end]), bytes(self._head[end:])
             self._head.clear()
-            ProtocolWrapper.dataReceived(self, request)
-            if self._refuse_message is None:
-                self.loseConnection()
+            self._upgrade(request)
             return rest
         if len(self._head) > HANDSHAKE_MAX_BYTES:
-            self.loseConnection()
+            self._finish()
         return b""
 
-    def loseConnection(self) -> None:
+    def _upgrade(self, request: bytes) -> None:
+        """Accept WebSocket, on any path, or say why not."""
+        if ORIGIN_HEADER.search(request):
+            self._refuse("403 Forbidden", "requests of web pages are refused")
+            return
+        try:
+            self._wire.receive_data(request)
+            accept = AcceptConnection(extensions=[SizeLimit(MESSAGE_MAX_BYTES)])
+            self.transport.write(self._wire.send(accept))
+            self._stop_timer()
+        except (ProtocolError, UnicodeError) as error:
+            reason = f"this is a WebSocket service of GenVM executors: {error}"
+            self._refuse("400 Bad Request", reason)
+
+    def _refuse(self, status: str, reason: str) -> None:
+        self.transport.write(
+            f"HTTP/1.1 {status}\r\nContent-Type: text/plain; charset=utf-8\r\n"
+            f"Connection: close\r\n\r\n{reason}\n".encode()
+        )
+        self._finish()
+
+    def _finish(self) -> None:
         """Close, once everything is sent or the time for it is over."""
-        if self._linger is None:
-            self.disconnecting = 1
-            self.transport.unregisterProducer()
-            self.transport.resumeProducing()
-            self.transport.loseWriteConnection()
-            abort = self.transport.abortConnection
-            self._linger = self._reactor.callLater(CLOSE_SECONDS, abort)
-
-    def pauseProducing(self) -> None:
-        """The peer does not read: let it not make us write more."""
-        self.transport.pauseProducing()
-
-    def resumeProducing(self) -> None:
-        """The peer reads again."""
+        self.closing = True
+        self._stop_timer()
+        self.transport.unregisterProducer()
         self.transport.resumeProducing()
+        self.transport.loseWriteConnection()
+        self._timer = self._reactor.callLater(CLOSE_SECONDS, self.transport.abortConnection)
 
-    def stopProducing(self) -> None:
-        """The connection is gone; see ``IPushProducer``."""
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The connection is gone."""
-        if self._linger is not None and self._linger.active():
-            self._linger.cancel()
-        self._refuse_message = None
-        ProtocolWrapper.connectionLost(self, reason)
-        self._changed()
-
-
-class UpgradeRequest(Request):
-    """A request without a body, whatever it says: only WebSocket is spoken here."""
-
-    channel: Any
-
-    def gotLength(self, length: int | None) -> None:
-        """Skip the body."""
-        self.requestHeaders.removeHeader(b"expect")
-        self.channel.length = 0
-        Request.gotLength(self, 0)
-
-
-class UpgradeSite(Site):
-    """The HTTP part of the connections."""
-
-    requestFactory = UpgradeRequest
-    displayTracebacks = False
-    noisy = False
-
-    def log(self, request: object) -> None:
-        """Write no access log: a connection is logged when it says who it is."""
-
-
-class UpgradeResource(WebSocketResource):
-    """Any path: WebSocket, but not for web pages of other machines."""
-
-    isLeaf = True
-
-    def render(self, request: Request) -> bytes | int:
-        """Upgrade the connection, or say why not."""
-        origin = request.getHeader("origin")
-        if origin is not None and not is_loopback(_origin_host(origin)):
-            return self._refuse(request, 403, "requests of web sites are refused")
-        upgrade = (request.getHeader("upgrade") or "").strip().lower()
-        if request.method != b"GET" or upgrade != "websocket":
-            return self._refuse(request, 400, "this is a WebSocket service of GenVM executors")
-        answer = self.render_GET(request)
-        if answer == NOT_DONE_YET:
-            request.connectionLost(connectionDone)  # or it and its channel would keep each other
-        return answer
-
-    def _refuse(self, request: Request, status: int, reason: str) -> bytes:
-        request.setResponseCode(status)
-        request.setHeader("content-type", "text/plain; charset=utf-8")
-        request.setHeader("connection", "close")
-        return f"{reason}\n".encode()
-
-
-def _origin_host(origin: str) -> str:
-    try:
-        return urlsplit(origin).hostname or ""
-    except ValueError:
-        return ""
+    def _stop_timer(self) -> None:
+        if self._timer is not None and self._timer.active():
+            self._timer.cancel()
+        self._timer = None
 
 
 # =============================================================================
@@ -9231,49 +9184,22 @@ def request_parts(request: CalldataValue) -> tuple[str, CalldataValue]:
     raise RequestFailure("INVALID_REQUEST", context={"error": problem})
 
 
-@define(eq=False)
-class CallerSession:
-    """A conversation with one executor: a hello, then requests and answers in turn.
-
-    Implements twisted's ``WebSocketProtocol``.
-    """
+@define(eq=False, slots=False)
+class CallerSession(PeerConnection):
+    """A conversation with one executor: a hello, then requests and answers in turn."""
 
     log = Logger()
 
     _service: ModuleService
-    _reactor: Any
     _stats: Callable[[], Any]
-    _transport: Any = field(init=False, default=None)
     _caller: Caller | None = field(init=False, default=None)
     _waiting: deque[bytes] = field(init=False, factory=deque)
     _work: Deferred[None] | None = field(init=False, default=None)
     _busy: bool = field(init=False, default=False)
-    _closed: bool = field(init=False, default=False)
 
-    def negotiationStarted(self, transport: Any) -> None:
-        """The connection is about to be upgraded."""
-        self._transport = transport
-        # These two are private to twisted; see MessageBuffer for why they must go.
-        transport._bytesBuffer = MessageBuffer()
-        transport._textBuffer = MessageBuffer()
-        too_big = functools.partial(self.close, CLOSE_TOO_BIG, "the message is too large")
-        transport.transport.upgraded(too_big)
-
-    def negotiationFinished(self) -> None:
-        """The connection is upgraded."""
-
-    def pongReceived(self, payload: bytes) -> None:
-        """Nobody asked for it."""
-
-    def textMessageReceived(self, message: str | bytes) -> None:
-        """A text message counts as its UTF-8 bytes; our buffer gives it as such."""
-        self.bytesMessageReceived(message.encode() if isinstance(message, str) else message)
-
-    def bytesMessageReceived(self, data: bytes | bytearray) -> None:
-        """A message: work on it, or keep it until the ones before are answered."""
-        if self._closed:
-            return
-        self._waiting.append(bytes(data))
+    def message_received(self, data: bytes) -> None:
+        """Work on a message, or keep it until the ones before are answered."""
+        self._waiting.append(data)
         early = len(self._waiting) - (not self._busy)
         if early > EARLY_REQUESTS or sum(map(len, self._waiting)) > MESSAGE_MAX_BYTES:
             self.log.warn("an executor sent too many requests at once", **self._fields())
@@ -9282,22 +9208,17 @@ class CallerSession:
             self._busy = True
             self._work = Deferred.fromCoroutine(self._serve()).addErrback(self._failed)
 
-    def connectionLost(self, reason: Failure) -> None:
-        """The executor is gone: so is the interest in what it asked."""
-        self._closed = True
+    def close(self, code: int, reason: str) -> None:
+        """End the conversation, and answer nothing more."""
+        self._waiting.clear()
+        super().close(code, reason)
+
+    def peer_gone(self) -> None:
+        """Cancel what the executor asked for."""
         self._waiting.clear()
         self.log.debug("an executor disconnected", **self._fields())
         if self._work is not None:
             self._work.cancel()
-        self._transport = None
-
-    def close(self, code: int, reason: str) -> None:
-        """End the conversation."""
-        if not self._closed:
-            self._closed = True
-            self._waiting.clear()
-            with contextlib.suppress(LocalProtocolError):
-                self._transport.loseConnection(code, reason)
 
     def _fields(self) -> dict[str, Any]:
         return {} if self._caller is None else self._caller.log_fields()
@@ -9309,7 +9230,7 @@ class CallerSession:
                 if self._caller is None:
                     await self._greet(data)
                 else:
-                    self._send(await self._answer(data, self._caller))
+                    self.send(await self._answer(data, self._caller))
         finally:
             self._busy = False
 
@@ -9327,7 +9248,7 @@ class CallerSession:
             return
         # Executors send their first request only when TCP says that the hello has arrived, which
         # may take it 40 ms.
-        self._transport.transport.acknowledge()
+        self.acknowledge()
         self.log.debug("an executor connected", **self._fields())
 
     async def _decode(self, data: bytes) -> CalldataValue:
@@ -9362,12 +9283,6 @@ class CallerSession:
             "a request failed", causes=list(failure.causes), fatal=failure.fatal, **self._fields()
         )
         return encode_calldata(failure.answer())
-
-    def _send(self, data: bytes) -> None:
-        if not self._closed:
-            # The peer may have ended the conversation, and TCP not told us yet.
-            with contextlib.suppress(LocalProtocolError):
-                self._transport.sendBytesMessage(data)
 
 
 @implementer(IHalfCloseableProtocol)
@@ -9439,21 +9354,21 @@ class ServiceRuntime:
         self._stats_timer: DelayedCall | None = None
         self._draining = False
         self.control = ControlChannel(self._take_order, lambda: end(0))
-        site = UpgradeSite(UpgradeResource(self), timeout=HANDSHAKE_SECONDS, reactor=reactor)
-        self.factory: WrappingFactory[WireConnection] = WrappingFactory(site)
-        self.factory.noisy = False
-        self.factory.protocol = functools.partial(
-            WireConnection, reactor=reactor, changed=self._connections_changed
-        )
+        self._connections: set[PeerConnection] = set()
         service.changed = self._stats_changed
 
-    def buildProtocol(self, request: Request) -> CallerSession:
-        """Return the protocol for a new conversation; see ``WebSocketServerFactory``."""
-        return CallerSession(self._service, self._reactor, self.statistics)
+    def _new_session(self) -> CallerSession:
+        return CallerSession(
+            self._reactor,
+            self._connections,
+            self._connections_changed,
+            self._service,
+            self.statistics,
+        )
 
     def statistics(self) -> dict[str, Any]:
         """Return the statistics of service and connections."""
-        return {"connections": len(self.factory.protocols), **self._service.statistics()}
+        return {"connections": len(self._connections), **self._service.statistics()}
 
     def listen(self, descriptor: int) -> None:
         """Accept connections at a listening socket that is passed on; raises ``ConfigError``."""
@@ -9463,7 +9378,9 @@ class ServiceRuntime:
                     raise ConfigError(f"descriptor {descriptor} is not a listening socket")
                 listener.setblocking(False)  # one that another generation takes must not stop us
                 family = listener.family
-            self._port = self._reactor.adoptStreamPort(descriptor, family, self.factory)
+            factory = ServerFactory.forProtocol(self._new_session)
+            factory.noisy = False
+            self._port = self._reactor.adoptStreamPort(descriptor, family, factory)
             accept_with_room(self._reactor, self._port)
             os.close(descriptor)
         except OSError as error:
@@ -9473,18 +9390,18 @@ class ServiceRuntime:
         """Accept no more connections, and end the process when none is left."""
         if not self._draining:
             self._draining = True
-            self.log.info("draining", connections=len(self.factory.protocols))
+            self.log.info("draining", connections=len(self._connections))
             stopped = maybeDeferred(self._port.stopListening)
             stopped.addBoth(lambda _: self._port_closed())
 
     def _port_closed(self) -> None:
-        if self.factory.protocols:
+        if self._connections:
             self.control.tell({"event": "draining"})
         self._connections_changed()
 
     def _connections_changed(self) -> None:
         self._stats_changed()
-        if self._draining and not self.factory.protocols:
+        if self._draining and not self._connections:
             self._finish()
 
     def _finish(self) -> None:
@@ -12326,15 +12243,17 @@ MODULE_SERVICES["web"] = WebService
 # =============================================================================
 #
 # Owns an executor that is not GenVM, for demos and tests: here its outcomes, its
-# cancellation and its end of the host protocol. Uses the
-# errors and the standard library. Never uses Twisted, attrs or another package:
-# sections 4.1 to 4.4 also run alone, under a bare Python, to start fast.
+# cancellation, its ends of the protocols of hosts and modules. Uses errors, calldata,
+# the standard library, and wsproto only to ask a module. Never uses another package:
+# sections 4.1 to 4.3 also run alone, under a bare Python, to start fast.
 
 
 _RETURN, _USER_ERROR, _VM_ERROR = range(3)
 _FAREWELL_S: Final = 0.5
 """How long a cancelled executor tries to tell the host: the manager kills after 0.7 s."""
 _CONNECT_S: Final = 10.0
+_ANSWER_LIMIT: Final = 16 * 1024 * 1024
+"""What real executors take of a module."""
 MODULE_VALUE_LIMIT: Final = 64 * 1024 * 1024
 PRACTICE_POLL_S: Final = 0.01
 
@@ -12567,60 +12486,30 @@ def _connect_to(
     return peer
 
 
-def checked_message(message: Any) -> dict[str, Any]:
-    """Return the message of a run if it has what executors ask for; raises what is wrong."""
-    for name in ("contract_address", "sender_address", "origin_address"):
-        if len(binascii.a2b_base64(message[name], strict_mode=True)) != 20:
-            raise ValueError(f"{name}: expected 20 bytes in base64")
-    if not re.fullmatch("[0-9]+", message["chain_id"], re.ASCII):
-        raise ValueError("chain_id: expected a decimal number in a string")
-    if not isinstance(message["is_init"], bool):
-        raise TypeError("is_init: expected true or false")
-    value = message.get("value")
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-        raise TypeError("value: expected an integer of at least 0, or null")
-    if not isinstance(message.get("datetime", ""), str):
-        raise TypeError("datetime: expected a string")
-    return cast(dict[str, Any], message)
-
-
-# =============================================================================
-# 4.2 Practice executor: modules
-# =============================================================================
-#
-# Owns the executor's end of a module connection: a small
-# WebSocket client and its conversation. Uses the section above and calldata.
-# Never outlives the run: one connection at most, made on first use.
-
-
-_WEBSOCKET_GUID: Final = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-_HEAD_LIMIT: Final = 16 * 1024
-_ANSWER_LIMIT: Final = 16 * 1024 * 1024
-"""What real executors take."""
-_MESSAGE_BEGINS: Final = (1, 2)
-_CONTINUES, _CLOSES, _PINGS, _PONGS = 0, 8, 9, 10
-
-
 class ModuleConnection:
     """A conversation with a module. Raises OSError if the connection fails, ValueError if it lies.
 
-    ``address`` is ``ws://host:port``; ``hello`` is sent first.
+    ``address`` is ``ws://host:port``; ``hello`` is sent first. SetupError if wsproto is missing.
     """
 
     def __init__(self, address: str, hello: CalldataValue, cancellation: Cancellation) -> None:
         if not address.startswith("ws://"):
             raise ValueError(f"expected ws://host:port, got {address!r}")
         place, _, path = address.removeprefix("ws://").partition("/")
+        self._wsproto = _imported_wsproto()
+        self._wire = self._wsproto.WSConnection(self._wsproto.ConnectionType.CLIENT)
         self._cancellation = cancellation
-        self._received = bytearray()
         self._socket = connect_to_host(place, cancellation)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._upgrade(place, path)
-        self._send_frame(2, encode_calldata(hello))
+        self._send(self._wsproto.events.Request(place, f"/{path}"))
+        answer = self._receive()
+        if not isinstance(answer, self._wsproto.events.AcceptConnection):
+            raise ValueError(f"the module refused WebSocket: {answer}")
+        self._send_message(hello)
 
     def ask(self, request: CalldataValue) -> CalldataValue:
         """Make a request and return what ``Ok`` holds; raises Outcome for the module's errors."""
-        self._send_frame(2, encode_calldata(request))
+        self._send_message(request)
         answer = decode_calldata(self._receive_message())
         if isinstance(answer, dict) and len(answer) == 1:
             kind, value = next(iter(answer.items()))
@@ -12642,98 +12531,91 @@ class ModuleConnection:
     def close(self) -> None:
         """Say that this was all, and close this process's end."""
         try:
-            self._send_frame(_CLOSES, (1000).to_bytes(2))
+            self._send(self._wsproto.events.CloseConnection(1000))
         finally:
             self._socket.close()
 
-    def _upgrade(self, place: str, path: str) -> None:
-        key = binascii.b2a_base64(os.urandom(16), newline=False).decode()
-        self._send(
-            f"GET /{path} HTTP/1.1\r\nHost: {place}\r\nUpgrade: websocket\r\n"
-            f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\n"
-            "Sec-WebSocket-Version: 13\r\n\r\n".encode()
-        )
-        while b"\r\n\r\n" not in self._received:
-            if len(self._received) > _HEAD_LIMIT:
-                raise ValueError("the module does not answer as HTTP does")
-            self._receive_some()
-        head, _, rest = bytes(self._received).partition(b"\r\n\r\n")
-        self._received = bytearray(rest)
-        digest = hashlib.sha1((key + _WEBSOCKET_GUID).encode(), usedforsecurity=False).digest()
-        token = binascii.b2a_base64(digest, newline=False)
-        lines = [line.partition(b":") for line in head.split(b"\r\n")]
-        fields = {name.strip().lower(): value.strip() for name, _, value in lines}
-        if head.split(b" ")[1:2] != [b"101"] or fields.get(b"sec-websocket-accept") != token:
-            raise ValueError(f"the module refused WebSocket: {head[:100]!r}")
-
-    def _send_frame(self, opcode: int, payload: bytes) -> None:
-        mask, size = os.urandom(4), len(payload)
-        header = bytes((0x80 | opcode,))
-        if size < 126:
-            header += bytes((0x80 | size,))
-        elif size < 1 << 16:
-            header += bytes((0x80 | 126,)) + size.to_bytes(2)
-        else:
-            header += bytes((0x80 | 127,)) + size.to_bytes(8)
-        pattern = (mask * (size // 4 + 1))[:size]
-        masked = int.from_bytes(payload) ^ int.from_bytes(pattern)
-        self._send(header + mask + masked.to_bytes(size))
-
     def _receive_message(self) -> bytes:
         message = bytearray()
-        begun = False
         while True:
-            final, opcode, payload = self._receive_frame()
-            if opcode == _PINGS:
-                self._send_frame(_PONGS, payload)
-            elif opcode == _CLOSES:
-                code = int.from_bytes(payload[:2])
-                reason = payload[2:].decode("utf-8", "replace")
-                raise ConnectionAbortedError(f"the module closed the connection: {code} {reason}")
-            elif opcode in ((_CONTINUES,) if begun else _MESSAGE_BEGINS):
-                begun = True
-                message += payload
-                if len(message) > _ANSWER_LIMIT:
-                    raise ValueError("the module's answer is too large")
-                if final:
-                    return bytes(message)
-            elif opcode != _PONGS:
-                raise ValueError(f"the module sent a frame of kind {opcode} out of turn")
+            piece = self._receive()
+            message += piece.data.encode() if isinstance(piece.data, str) else piece.data
+            if len(message) > _ANSWER_LIMIT:
+                raise ValueError("the module's answer is too large")
+            if piece.message_finished:
+                return bytes(message)
 
-    def _receive_frame(self) -> tuple[bool, int, bytes]:
-        first, second = self._receive(2)
-        size = second
-        if second in (126, 127):
-            size = int.from_bytes(self._receive(2 if second == 126 else 8))
-        elif second > 127:
-            raise ValueError("the module sent a masked frame")
-        if size > _ANSWER_LIMIT:
-            raise ValueError("the module's answer is too large")
-        return first >= 0x80, first & 0x0F, self._receive(size)
+    def _receive(self) -> Any:
+        """Return what the module sends next: pings are answered, and its end raises OSError."""
+        events = self._wsproto.events
+        while True:
+            event = next(self._wire.events(), None)
+            if event is None:
+                self._cancellation.wait(self._socket.fileno(), select.POLLIN)
+                data = self._socket.recv(1 << 20)
+                if not data:
+                    raise ConnectionAbortedError("the module closed the connection")
+                try:
+                    self._wire.receive_data(data)
+                except self._wsproto.utilities.ProtocolError as error:
+                    raise ValueError(f"the module refused WebSocket: {error}") from None
+            elif isinstance(event, events.CloseConnection):
+                reason = f"{event.code} {event.reason}"
+                raise ConnectionAbortedError(f"the conversation with the module ended: {reason}")
+            elif isinstance(event, events.Ping):
+                self._send(event.response())
+            elif not isinstance(event, events.Pong):
+                return event
 
-    def _receive(self, size: int) -> bytes:
-        while len(self._received) < size:
-            self._receive_some()
-        data = bytes(self._received[:size])
-        del self._received[:size]
-        return data
+    def _send_message(self, value: CalldataValue) -> None:
+        self._send(self._wsproto.events.BytesMessage(encode_calldata(value)))
 
-    def _receive_some(self) -> None:
-        self._cancellation.wait(self._socket.fileno(), select.POLLIN)
-        data = self._socket.recv(1 << 20)
-        if not data:
-            raise ConnectionAbortedError("the module closed the connection")
-        self._received += data
-
-    def _send(self, data: bytes) -> None:
-        view = memoryview(data)
+    def _send(self, event: Any) -> None:
+        view = memoryview(self._wire.send(event))
         while view:
             self._cancellation.wait(self._socket.fileno(), select.POLLOUT)
             view = view[self._socket.send(view) :]
 
 
+def _imported_wsproto() -> Any:
+    """Return the package, imported only by runs that ask a module; raises SetupError.
+
+    The installed executor starts without the folder of installed packages, which is looked up here.
+    """
+    try:
+        if sys.flags.no_site:
+            import site
+
+            site.main()
+        import wsproto
+    except ImportError as error:
+        python = shlex.quote(sys.executable)
+        raise SetupError(
+            f"asking a module takes the Python package wsproto ({error}); "
+            f"install it with: {python} -m pip install wsproto"
+        ) from None
+    return wsproto
+
+
+def checked_message(message: Any) -> dict[str, Any]:
+    """Return the message of a run if it has what executors ask for; raises what is wrong."""
+    for name in ("contract_address", "sender_address", "origin_address"):
+        if len(binascii.a2b_base64(message[name], strict_mode=True)) != 20:
+            raise ValueError(f"{name}: expected 20 bytes in base64")
+    if not re.fullmatch("[0-9]+", message["chain_id"], re.ASCII):
+        raise ValueError("chain_id: expected a decimal number in a string")
+    if not isinstance(message["is_init"], bool):
+        raise TypeError("is_init: expected true or false")
+    value = message.get("value")
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise TypeError("value: expected an integer of at least 0, or null")
+    if not isinstance(message.get("datetime", ""), str):
+        raise TypeError("datetime: expected a string")
+    return cast(dict[str, Any], message)
+
+
 # =============================================================================
-# 4.3 Practice executor: scripts
+# 4.2 Practice executor: scripts
 # =============================================================================
 #
 # Owns the script language of practice contracts and its interpreter. Uses the
@@ -13224,7 +13106,7 @@ def _seconds(text: str) -> float:
 
 
 # =============================================================================
-# 4.4 Practice executor: command line and installation
+# 4.3 Practice executor: command line and installation
 # =============================================================================
 #
 # Owns the executor's command line, and how the executor
@@ -13377,7 +13259,7 @@ def install_practice_executor(root: Path, version: str) -> Path:
 
 
 # =============================================================================
-# 4.5 Demo
+# 4.4 Demo
 # =============================================================================
 #
 # Owns the demonstration: a temporary GenVM root with the practice executor, a

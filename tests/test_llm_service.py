@@ -14,9 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from wsproto import ConnectionType, WSConnection
+from wsproto.events import BytesMessage, CloseConnection, Ping, Pong, TextMessage
+from wsproto.events import Request as WebSocketRequest
 
+import genvm_manager
 from genvm_manager import (
-    MESSAGE_MAX_BYTES,
     TEMPLATE_KINDS,
     WHOLE_NUMBER_MAX,
     AnswerMode,
@@ -30,8 +34,7 @@ from genvm_manager import (
     LlmService,
     LlmSettings,
     ManagerError,
-    MessageBuffer,
-    MessageMeter,
+    PeerConnection,
     Prompt,
     ProviderError,
     Redactor,
@@ -104,16 +107,37 @@ def test_error_text() -> None:
 # --- messages ---
 
 
-def frame(payload: int, *, opcode: int = 2, final: bool = True, masked: bool = True) -> bytes:
-    mask = 0x80 if masked else 0
-    if payload < 126:
-        size = bytes((mask | payload,))
-    elif payload < 1 << 16:
-        size = bytes((mask | 126,)) + payload.to_bytes(2)
-    else:
-        size = bytes((mask | 127,)) + payload.to_bytes(8)
-    first = (0x80 if final else 0) | opcode
-    return bytes((first,)) + size + (b"mask" if masked else b"") + bytes(payload)
+class Wire(StringTransport):
+    """The transport of a connection without a socket."""
+
+    ended = False
+
+    def loseWriteConnection(self) -> None:
+        self.ended = True
+
+
+class Peer(PeerConnection):
+    """A connection that keeps its messages."""
+
+    def __init__(self) -> None:
+        super().__init__(Clock(), set(), lambda: None)
+        self.messages: list[bytes] = []
+        self.makeConnection(Wire())
+        self.frames = WSConnection(ConnectionType.CLIENT)
+        self.dataReceived(self.frames.send(WebSocketRequest("x", "/")))
+        self.said()
+
+    def message_received(self, data: bytes) -> None:
+        self.messages.append(data)
+
+    def peer_gone(self) -> None:
+        pass
+
+    def said(self) -> list[Any]:
+        """Return what the connection has sent since the last time."""
+        self.frames.receive_data(self.transport.value())
+        self.transport.clear()
+        return list(self.frames.events())
 
 
 @given(
@@ -123,40 +147,50 @@ def frame(payload: int, *, opcode: int = 2, final: bool = True, masked: bool = T
     ),
     st.integers(1, 80_000),
     st.integers(0, 100_000),
+    st.sampled_from(
+        [
+            lambda size, final: BytesMessage(data=b"x" * size, message_finished=final),
+            lambda size, final: TextMessage(data="x" * size, message_finished=final),
+        ]
+    ),
 )
-def test_the_meter_sees_sizes_at_the_header(
-    messages: list[list[int]], step: int, limit: int
+def test_messages_are_bounded_at_the_header(
+    messages: list[list[int]], step: int, limit: int, made: Callable[[int, bool], Any]
 ) -> None:
-    stream, refusal = bytearray(), None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(genvm_manager, "MESSAGE_MAX_BYTES", limit)
+        peer = Peer()
+    stream, refusal, whole = bytearray(), None, []
     for sizes in messages:
         for number, size in enumerate(sizes):
             final = number == len(sizes) - 1
+            frame = peer.frames.send(made(size, final))
             if sum(sizes[: number + 1]) > limit and refusal is None:
-                refusal = len(stream) + len(frame(size)) - size - 4
-            stream += frame(size, opcode=0 if number else 2, final=final)
-            stream += frame(5, opcode=9)
-    meter = MessageMeter(limit)
-    accepted = 0
-    while accepted < len(stream) and meter.accepts(bytes(stream[accepted : accepted + step])):
-        accepted += step
+                refusal = len(stream) + len(frame) - size - 4
+            stream += frame + peer.frames.send(Ping(b"12345"))
+        if refusal is None:
+            whole.append(b"x" * sum(sizes))
+    taken = 0
+    while taken < len(stream) and not peer.closing:
+        peer.dataReceived(bytes(stream[taken : taken + step]))
+        taken += step
+    *pongs, last = peer.said() or [None]
+    assert peer.messages == whole
+    assert all(isinstance(event, Pong) for event in pongs)
     if refusal is None:
-        assert accepted >= len(stream)
+        assert taken >= len(stream)
+        assert not peer.closing
     else:
-        assert accepted < refusal <= accepted + step
+        assert refusal <= taken < refusal + step
+        assert isinstance(last, CloseConnection)
+        assert (last.code, last.reason) == (1009, "the message is too large")
+        assert peer.transport.ended
 
 
-def test_the_meter_refuses_a_size_that_nobody_has() -> None:
-    meter = MessageMeter(MESSAGE_MAX_BYTES)
-    assert not meter.accepts(b"\x82\xff" + (2**63 - 1).to_bytes(8))
-
-
-@given(st.lists(st.text(max_size=20)))
-def test_buffered_text_is_its_bytes(pieces: list[str]) -> None:
-    buffer = MessageBuffer()
-    for piece in pieces:
-        buffer.add(piece)
-    assert buffer.done() == "".join(pieces).encode()
-    assert buffer.done() == b""
+def test_a_size_that_nobody_has_is_refused() -> None:
+    peer = Peer()
+    peer.dataReceived(b"\x82\xff" + (2**63 - 1).to_bytes(8))
+    assert peer.said()[-1].code == 1009
 
 
 def test_requests_are_strings_or_maps_of_one() -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import venv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,6 +244,25 @@ def test_the_script_needs_only_the_standard_library(executor: Path) -> None:
     assert set(imports) <= sys.stdlib_module_names
     assert executor.stat().st_mode & 0o777 == 0o755
     assert executor.parts[-4:] == ("executor", "v0.1.0", "bin", "genvm")
+
+
+def test_asking_a_module_without_wsproto_says_what_to_install(
+    executor: Path, tmp_path: Path
+) -> None:
+    venv.create(tmp_path / "bare", symlinks=True)
+    python = str(tmp_path / "bare" / "bin" / "python")
+    host_data = json.dumps(NODE | {"practice": "ask-llm hello"})
+    words = ["run", "--host=unix:///x", "--cookie=1", "--message", json.dumps(MESSAGE)]
+    done = subprocess.run(
+        [python, "-IS", executor, *words, "--host-data", host_data],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "asking a module takes the Python package wsproto" in done.stderr
+    assert f"install it with: {python} -m pip install wsproto\n" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["with a space", "x" * 150, "quo'te"])

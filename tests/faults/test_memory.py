@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from ..integration.conftest import Start
+from ..integration.executor_client import HELLO, Client
 from ..integration.support import (
     Daemon,
     Root,
@@ -26,7 +27,6 @@ from ..integration.support import (
     run_body,
     shell,
 )
-from ..integration.test_module_service import HELLO, Client
 from ..soak.acts import CONTRACT, HEADER
 from .support import times
 

@@ -28,8 +28,8 @@ from genvm_manager import (
 )
 
 from .conftest import Start
+from .executor_client import Client
 from .support import Daemon, alive, children_of, command_of, eventually, kill, report, timed
-from .test_module_service import Client
 from .web_support import HELLO, Exchange, WebModule, WebServer, causes, render
 
 pytestmark = [

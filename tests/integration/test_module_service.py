@@ -1,13 +1,11 @@
 """Section 13: a module's process, spoken to as executors and the manager do.
 
-The clients are built on wsproto alone, the provider on the standard library.
+The provider is built on the standard library.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
 import json
 import os
 import select
@@ -28,20 +26,18 @@ from wsproto.events import (
     AcceptConnection,
     BytesMessage,
     CloseConnection,
-    Event,
     Ping,
     Pong,
-    Request,
     TextMessage,
 )
 
 from genvm_manager import (
     HANDSHAKE_SECONDS,
     MESSAGE_MAX_BYTES,
-    decode_calldata,
     encode_calldata,
 )
 
+from .executor_client import HELLO, Client, ok, prompt
 from .support import (
     SOURCE,
     WAIT,
@@ -55,7 +51,6 @@ from .support import (
 
 KEY = "sk-a/very+secret-key-of-forty-characters"
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
-HELLO: Any = {"cookie": "c1", "host_data": {"node_address": "0xaa", "tx_id": "0xbb"}}
 
 
 # --- a provider ---
@@ -309,94 +304,6 @@ def start() -> Iterator[Callable[..., ModuleProcess]]:
 Start = Callable[..., ModuleProcess]
 
 
-# --- a client ---
-
-
-class Client:
-    """A WebSocket client as an executor has one; everything blocks."""
-
-    def __init__(self, address: tuple[str, int], *, path: str = "/", early: bytes = b"") -> None:
-        self.socket = socket.create_connection(address, WAIT)
-        self._ws = WSConnection(ConnectionType.CLIENT)
-        self._events: Iterator[Event] = iter(())
-        request = Request(host=f"{address[0]}:{address[1]}", target=path)
-        self.socket.sendall(self._ws.send(request) + early)
-        accepted = self.event()
-        assert isinstance(accepted, AcceptConnection), accepted
-        assert accepted.subprotocol is None
-        assert not accepted.extensions
-
-    def event(self) -> Event:
-        """Return the next event; pings are answered."""
-        while True:
-            event = next(self._events, None)
-            if event is None:
-                data = self.socket.recv(1 << 20)
-                self._ws.receive_data(data or None)
-                self._events = self._ws.events()
-            elif isinstance(event, Ping):
-                self.socket.sendall(self._ws.send(event.response()))
-            else:
-                return event
-
-    def send_raw(self, data: bytes) -> None:
-        self.socket.sendall(data)
-
-    def encode(self, event: Event) -> bytes:
-        return self._ws.send(event)
-
-    def send_event(self, event: Event) -> None:
-        self.socket.sendall(self.encode(event))
-
-    def send_bytes(self, data: bytes) -> None:
-        self.send_event(BytesMessage(data=data))
-
-    def send(self, value: Any) -> None:
-        self.send_bytes(encode_calldata(value))
-
-    def receive(self) -> Any:
-        data = bytearray()
-        while True:
-            event = self.event()
-            assert isinstance(event, BytesMessage), event
-            data += event.data
-            if event.message_finished:
-                return decode_calldata(bytes(data))
-
-    def ask(self, request: Any) -> Any:
-        self.send(request)
-        return self.receive()
-
-    def prompt(self, text: str, **changes: Any) -> Any:
-        return self.ask(prompt(text, **changes))
-
-    def closed(self) -> int:
-        """Wait for the server's end of the conversation; returns the close code."""
-        event = self.event()
-        assert isinstance(event, CloseConnection), event
-        assert self.socket.recv(1) == b""
-        return int(event.code)
-
-    def leave(self) -> int:
-        """End the conversation as the protocol has it; returns the server's close code."""
-        self.send_event(CloseConnection(code=1000))
-        code = self.closed()
-        self.close()
-        return code
-
-    def close(self) -> None:
-        self.socket.close()
-
-
-def prompt(text: str, **changes: Any) -> dict[str, Any]:
-    payload = {"prompt": text, "response_format": "text", "images": [], **changes}
-    return {"Prompt": {"payload": payload, "remaining_fuel_as_gen": 1 << 60}}
-
-
-def ok(value: Any) -> dict[str, Any]:
-    return {"Ok": {"data": value, "consumed_gen": 0}}
-
-
 # --- conversations ---
 
 
@@ -625,6 +532,12 @@ def test_a_client_that_does_not_read_does_not_grow_the_module(echo: ModuleProces
     client.close()
 
 
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n"
+)
+
+
 @pytest.mark.parametrize(
     ("request_bytes", "status"),
     [
@@ -635,6 +548,16 @@ def test_a_client_that_does_not_read_does_not_grow_the_module(echo: ModuleProces
         (b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n\r\n", b"400"),
         (b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nOrigin: http://a.b\r\n\r\n", b"403"),
         (b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nOrigin: null\r\n\r\n", b"403"),
+        (UPGRADE + b"Origin: http://a.b\r\n\r\n", b"403"),
+        (UPGRADE + b"oRIGIN:http://127.0.0.1:80\r\n\r\n", b"403"),
+        (UPGRADE + b"Origin: http://[::1]:3031\r\n\r\n", b"403"),
+        (UPGRADE + b"Origin:\r\n\r\n", b"403"),
+        (UPGRADE.replace(b"Host: x\r\n", b"") + b"\r\n", b"400"),
+        (UPGRADE.replace(b"Host: x", b"Host: \xff") + b"\r\n", b"400"),
+        (UPGRADE.replace(b"Version: 13", b"Version: 8") + b"\r\n", b"400"),
+        (UPGRADE.replace(b"Key", b"Lock") + b"\r\n", b"400"),
+        (UPGRADE.replace(b"Connection", b"Correction") + b"\r\n", b"400"),
+        (UPGRADE.replace(b"GET", b"PUT") + b"\r\n", b"400"),
         (b"nonsense\r\n\r\n", b"400"),
     ],
 )
@@ -1047,20 +970,13 @@ def test_an_answer_that_is_too_large_for_an_executor(
 
         def answer() -> None:
             connection, _ = listener.accept()
-            with connection, connection.makefile("rb") as lines:
-                head = list(iter(lines.readline, b"\r\n"))
-                key = next(
-                    line.split()[1] for line in head if line.startswith(b"Sec-WebSocket-Key")
-                )
-                digest = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
-                connection.sendall(
-                    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
-                    b"Connection: Upgrade\r\nSec-WebSocket-Accept: "
-                    + base64.b64encode(digest)
-                    + b"\r\n\r\n\x82\x7f"
-                    + ((16 << 20) + 1).to_bytes(8)
-                )
-                lines.read()
+            wire = WSConnection(ConnectionType.SERVER)
+            with connection, contextlib.suppress(OSError):  # it may leave before everything is sent
+                wire.receive_data(connection.recv(4096))
+                connection.sendall(wire.send(AcceptConnection()))
+                connection.sendall(wire.send(BytesMessage(data=bytes((16 << 20) + 1))))
+                while connection.recv(4096):
+                    pass
 
         other = threading.Thread(target=answer)
         other.start()

@@ -25,6 +25,7 @@ import pytest
 from genvm_manager import MODULE_QUICK_DEATHS, MODULE_READY_SECONDS
 
 from .conftest import Start
+from .executor_client import HELLO, Client, ok, prompt
 from .support import (
     PARENT,
     SOURCE,
@@ -42,7 +43,7 @@ from .support import (
     timed,
     within,
 )
-from .test_module_service import HELLO, KEY, Client, Provider, ProviderHandler, ok, prompt
+from .test_module_service import KEY, Provider, ProviderHandler
 
 ANY_PORT = "127.0.0.1:0"
 

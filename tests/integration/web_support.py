@@ -17,8 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 from urllib.parse import urlsplit
 
+from .executor_client import Client
 from .support import SOURCE
-from .test_module_service import Client, ModuleProcess
+from .test_module_service import ModuleProcess
 
 HELLO = {"cookie": "w1", "host_data": {"node_address": "0xaa", "tx_id": "0xbb", "zone": "eu"}}
 
