@@ -27,9 +27,10 @@ The file has five parts, and each section uses only what stands above it:
    1.2  Waiting: events, operations that nobody cancels, work in threads.
    1.3  The reactor: its clock, and whose an event is.
    1.4  Text and schemas: from text and plain data to typed values.
-   1.5  Configuration: settings from flags, environment and file.
-   1.6  Logging: JSON lines, levels, redaction.
-   1.7  Calldata: the binary values that contracts exchange.
+   1.5  Variables: what POST /env sets, and who gets it.
+   1.6  Configuration: settings from flags, environment and file.
+   1.7  Logging: JSON lines, levels, redaction.
+   1.8  Calldata: the binary values that contracts exchange.
 2. Manager:
    2.1  Versions and manifest: which executor a deployment time selects.
    2.2  Contracts: how a contract's code lies in storage, and which version it states.
@@ -76,6 +77,7 @@ The file has five parts, and each section uses only what stands above it:
 from __future__ import annotations
 
 import os
+import site
 import sys
 
 #: Tells the same process after the exec below who had started it.
@@ -93,11 +95,13 @@ def own_command(*words: str) -> list[str]:
     """
     folder, name = os.path.split(os.path.abspath(__file__))
     module = name.removesuffix(".py")
+    # The packages of the account come with code of theirs: they are left out unless we use them.
+    flags = ["-P"] if site.USER_SITE in sys.path else ["-s", "-P"]
     if not (name.endswith(".py") and module.isidentifier()):
-        return [sys.executable, os.path.join(folder, name), *words]
+        return [sys.executable, *flags, os.path.join(folder, name), *words]
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); "
     code += f"from {module} import main; sys.exit(main())"
-    return [sys.executable, "-P", "-c", code, folder, *words]
+    return [sys.executable, *flags, "-c", code, folder, *words]
 
 
 def open_standard_streams() -> None:
@@ -167,15 +171,18 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Hashable,
     Iterable,
     Iterator,
     Mapping,
     Sequence,
 )
+from collections.abc import Set as AbstractSet
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import IntEnum
+from fnmatch import fnmatchcase
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import (
@@ -883,8 +890,16 @@ def parse_duration(value: object) -> float:
     raise ValueError(f"expected seconds or a duration such as 500ms, 10s or 5m, got {shown(value)}")
 
 
+class Expanded(str):
+    """A text into which variables of the environment were inserted; messages show its template."""
+
+    template = ""
+
+
 def shown(value: object, limit: int = 60) -> str:
     """Return a short JSON rendering of a value for an error message."""
+    if isinstance(value, Expanded):
+        value = value.template
     if isinstance(value, str):
         value = value[: limit + 1]
     text = ""
@@ -919,34 +934,39 @@ def kind_of(value: object) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
 
 
-def expand_template(text: str, variables: Mapping[str, str], environ: Mapping[str, str]) -> str:
+def expand_template(text: str, variables: Mapping[str, str], variable: Callable[[str], str]) -> str:
     """Replace ``${NAME}`` and ``${ENV[NAME]}`` in one pass; inserted text is not expanded again.
 
-    An unset environment variable is empty. Raises ``ConfigError`` for any other unknown name.
+    ``variable`` returns what a variable of the environment stands for. Raises ``ConfigError`` for
+    any other name that is unknown, and what ``variable`` raises.
     """
 
     def value_of(match: re.Match[str]) -> str:
-        variable, name = match.group(1), match.group(2)
-        if variable is not None:
-            return environ.get(variable, "")
+        in_environment, name = match.group(1), match.group(2)
+        if in_environment is not None:
+            return variable(in_environment)
         if name not in variables:
             known = ", ".join(sorted(variables))
             raise ConfigError(f"unknown variable ${{{name}}}; known are {known} and ${{ENV[NAME]}}")
         return variables[name]
 
-    return TEMPLATE.sub(value_of, text)
+    found = TEMPLATE.sub(value_of, text)
+    if "${ENV[" in text and found != text:
+        found = Expanded(found)
+        found.template = text
+    return found
 
 
 def expand_templates(
-    value: object, variables: Mapping[str, str], environ: Mapping[str, str]
+    value: object, variables: Mapping[str, str], variable: Callable[[str], str]
 ) -> object:
     """Return plain data with every text expanded; see ``expand_template``."""
     if isinstance(value, str):
-        return expand_template(value, variables, environ)
+        return expand_template(value, variables, variable)
     if isinstance(value, dict):
-        return {k: expand_templates(v, variables, environ) for k, v in value.items()}
+        return {k: expand_templates(v, variables, variable) for k, v in value.items()}
     if isinstance(value, list):
-        return [expand_templates(item, variables, environ) for item in value]
+        return [expand_templates(item, variables, variable) for item in value]
     return value
 
 
@@ -1224,7 +1244,180 @@ def _syntax_problem(error: msgspec.DecodeError, data: bytes) -> str:
 
 
 # =============================================================================
-# 1.5 Configuration
+# 1.5 Variables
+# =============================================================================
+#
+# Owns the variables that POST /env sets: which may be set, who gets them, and
+# what ${ENV[NAME]} stands for in files and in requests. Uses text and waiting.
+# Never changes our own environment: libraries in this process read that.
+
+#: Of one argument or variable: the kernel's MAX_ARG_STRLEN (32 pages), less the NUL at the end.
+ARGUMENT_MAX_BYTES = 131_071
+#: What the environment may have in all: at the usual stack limit, Linux has 2 MiB for it and the
+#: arguments together.
+ENVIRONMENT_MAX_BYTES = 1 << 20
+#: Variables that executors and modules get when POST /env sets them, unless it is configured.
+ENV_ALLOW = ("*KEY", "*TOKEN", "*SECRET", "*URL", "GENVM_*", "DEBUG*")
+#: Variables that decide what code a child loads, and those by which we know our children: POST /env
+#: refuses them.
+_REFUSED = re.compile(
+    r"LD_.*|DYLD_.*|PATH|PYTHON.*|BASH_ENV|ENV|SHELLOPTS|BASHOPTS|BASH_FUNC_.*|IFS|GCONV_PATH"
+    r"|LOCPATH|NLSPATH|PERL5?(LIB|OPT)|PERL5DB|RUBY(LIB|OPT)|NODE_(OPTIONS|PATH)|GLIBC_TUNABLES"
+    r"|LUA_.*|MALLOC_.*|HOSTALIASES|RESOLV_HOST_CONF|TMPDIR"
+    r"|GENVM_(MANAGED_BY|STARTED_BY|TIDIES_UP|MANAGER_.*)"
+)
+#: Variables that lead to code by a detour, or that say which certificates are trusted, where names
+#: are looked up, or where files lie: they may be set for templates, and are never passed on.
+_WITHHELD = re.compile(
+    r"OPENSSL_.*|SSL_?.*|.*_CA_BUNDLE|NODE_EXTRA_CA_CERTS|NODE_TLS_.*|GIO_.*|GTK_.*|GST_.*|QT_.*"
+    r"|_?JAVA_.*|JDK_.*|CLASSPATH|HOME|XDG_.*|TE?MP(DIR)?|LOCALDOMAIN|RES_OPTIONS|TZDIR|GENVMROOT"
+    r"|DEBUGINFOD_.*"
+)
+#: A variable whose name is like this holds a secret.
+SECRET_NAMES = re.compile(r"key|token|secret|password|authorization|headers", re.IGNORECASE)
+#: A larger file in the folder of configurations is not looked at for templates.
+_FILE_MAX_BYTES = 1 << 20
+
+
+class AllowedVariable(str):
+    """The name of a variable, or a pattern with ``*``, that POST /env may hand to children."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Return the name; raises ``ValueError``."""
+        name = Name.parse(value)
+        if _REFUSED.fullmatch(name) or _WITHHELD.fullmatch(name):
+            raise ValueError(
+                f"{name} changes what code children load or whom they trust, so POST /env never "
+                "passes it on; set it in the environment in which the manager is started"
+            )
+        return cls(name)
+
+
+def names_in(text: str) -> Iterator[str]:
+    """Yield the names that ``${ENV[NAME]}`` has in a text."""
+    return (match[1] for match in TEMPLATE.finditer(text) if match[1] is not None)
+
+
+def _names_in_files(folder: Path) -> set[str]:
+    """Return the names that ``${ENV[NAME]}`` has in the files below a folder."""
+    names: set[str] = set()
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            if path.is_file() and path.stat().st_size <= _FILE_MAX_BYTES:
+                names.update(names_in(path.read_text("utf-8", "replace")))
+    return names
+
+
+@define
+class RequestVariables:
+    """What ``${ENV[NAME]}`` stands for in one request; ``inserted`` are the values it was given."""
+
+    _variables: Variables
+    _allowed: AbstractSet[str]
+    inserted: set[str] = field(factory=set)
+
+    def __call__(self, name: str) -> str:
+        """Return a variable's value; raises ``ConfigError`` for one that requests may not use."""
+        if name not in self._allowed:
+            raise ConfigError(
+                f"the environment variable {name} may not be used in a request; set it by "
+                "POST /env, use it in a file under config/, or list it in env_allow"
+            )
+        value = self._variables(name)
+        self.inserted.add(value)
+        return value
+
+
+class Variables:
+    """The environment in which we were started, and the variables that POST /env set.
+
+    A call returns what ``${ENV[NAME]}`` stands for in a file of the operator's. ``folder`` is the
+    root's ``config``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        allow: Sequence[str] = ENV_ALLOW,
+        environ: Mapping[bytes, bytes] | None = None,
+    ) -> None:
+        self._folder = folder
+        self._allow = allow
+        self._environ = dict(os.environb if environ is None else environ)
+        self._set: dict[str, str] = {}
+        self.environment = self._environ
+
+    def __call__(self, name: str) -> str:
+        """Return a variable's value, which is empty if it is not set."""
+        if name in self._set:
+            return self._set[name]
+        return os.fsdecode(self._environ.get(os.fsencode(name), b""))
+
+    def set(self, key: str, value: str) -> str | None:
+        """Set a variable; returns a note if children do not get it.
+
+        Raises ``EnvironmentRefused``.
+        """
+        if not key or "=" in key or "\0" in key + value:
+            raise EnvironmentRefused("key, value: must have no NUL; key: not empty and without =")
+        if _REFUSED.fullmatch(key):
+            raise EnvironmentRefused(
+                f"key: {shown(key)} changes what code a child loads; set it in the environment in "
+                "which the manager is started, if this is intended"
+            )
+        try:
+            self._check_size(key, value)
+        except UnicodeEncodeError:
+            raise EnvironmentRefused("key, value: half a surrogate pair is not text") from None
+        self._set[key] = value
+        passed = {k: v for k, v in self._set.items() if self._is_passed_on(k)}
+        encoded = {os.fsencode(k): os.fsencode(v) for k, v in passed.items()}
+        self.environment = {**self._environ, **encoded}
+        if key in passed:
+            return None
+        reason = (
+            "it is never passed on" if _WITHHELD.fullmatch(key) else "env_allow has no such name"
+        )
+        return f"set for ${{ENV[{key}]}} only; executors and modules do not get it: {reason}"
+
+    def _is_passed_on(self, key: str) -> bool:
+        if _WITHHELD.fullmatch(key):
+            return False
+        return any(fnmatchcase(key, pattern) for pattern in self._allow)
+
+    def _check_size(self, key: str, value: str) -> None:
+        """Raise ``EnvironmentRefused`` if no child could be started with this variable."""
+        given = {os.fsencode(k): os.fsencode(v) for k, v in {**self._set, key: value}.items()}
+        size = len(os.fsencode(key)) + len(os.fsencode(value)) + 1
+        total = sum(len(k) + len(v) + 2 for k, v in {**self._environ, **given}.items())
+        if size > ARGUMENT_MAX_BYTES or total > ENVIRONMENT_MAX_BYTES:
+            raise EnvironmentRefused(
+                f"value: {size} bytes with its key, {total} in the whole environment; shorten it: "
+                f"children can have {ARGUMENT_MAX_BYTES} and {ENVIRONMENT_MAX_BYTES}"
+            )
+
+    async def for_request(
+        self, reactor: Any, names: Collection[str] | None = None
+    ) -> RequestVariables:
+        """Return what a request may use: what it could set itself, what files use, ``env_allow``.
+
+        ``names`` are those that it has, if that is known. Raises ``ConfigError``.
+        """
+        # A pattern opens nothing: it is about what children get.
+        allowed = {*self._set, *self._allow}
+        if names is None or not allowed.issuperset(names):
+            try:
+                in_files = FILE_THREADS.run(reactor, FILE_SECONDS, _names_in_files, self._folder)
+                allowed |= await in_files
+            except DeferredTimeout:
+                reason = f"reading {self._folder} takes longer than {FILE_SECONDS:g} s"
+                raise ConfigError(reason) from None
+        return RequestVariables(self, allowed)
+
+
+# =============================================================================
+# 1.6 Configuration
 # =============================================================================
 #
 # Owns the settings, their defaults and their precedence (flag, environment,
@@ -1363,6 +1556,7 @@ MODULES = SettingKind(ModuleCommands, "YAML", _plain_scalar)
 DETECTION = SettingKind(Literal["native", "executor"], "HOW")
 NAMES = SettingKind(tuple[Name, ...], "NAME,…", _plain_list)
 HOSTS = SettingKind(tuple[AllowedHost, ...], "NAME,…", _plain_list)
+VARIABLES = SettingKind(tuple[AllowedVariable, ...], "NAME,…", _plain_list)
 
 
 def _setting(kind: SettingKind, default: Any, help_text: str) -> Any:
@@ -1408,7 +1602,9 @@ class Config:
         NAMES, (), "arguments that executors need in read-only runs, such as --allow-latest"
     )
     llm_check_concurrency: int = _setting(COUNT, 20, "models that POST /llm/check asks at once")
-    env_allow: tuple[str, ...] = _setting(NAMES, (), "protected variables that POST /env may set")
+    env_allow: tuple[str, ...] = _setting(
+        VARIABLES, ENV_ALLOW, "variables set by POST /env that children get; may have *"
+    )
     allowed_hosts: tuple[str, ...] = _setting(
         HOSTS, (), "further names accepted in Host and Origin; *.example, * (Host only)"
     )
@@ -1416,11 +1612,6 @@ class Config:
     allow_unauthenticated: bool = _setting(FLAG, False, "listen beyond loopback without a token")
     notes: tuple[str, ...] = field(default=())
     explicit_manifest: bool = field(default=False)
-
-    @property
-    def variables(self) -> dict[str, str]:
-        """What ``${NAME}`` stands for in configuration texts."""
-        return template_variables(self.root)
 
 
 DEFAULT_PORT = 3999
@@ -1531,7 +1722,7 @@ def _read_settings(
             said.append(f"{path}: {key}: " + unknown_key(meant))
         elif value is not None:
             try:
-                plain = expand_templates(value, variables, environ)
+                plain = expand_templates(value, variables, lambda name: environ.get(name, ""))
                 settings[key] = SETTINGS[key].parse(plain)
             except (ValueError, ConfigError) as error:
                 problems.append(f"{path}: {key}: {error}")
@@ -1653,7 +1844,7 @@ def _cgroup_stat(folder: Path, name: str) -> int:
 
 
 # =============================================================================
-# 1.6 Logging
+# 1.7 Logging
 # =============================================================================
 #
 # Owns where log events go: one JSON object (or line of text) each, the level
@@ -2143,7 +2334,7 @@ def event_level(event: LogEvent) -> str:
 
 
 # =============================================================================
-# 1.7 Calldata
+# 1.8 Calldata
 # =============================================================================
 #
 # Owns the binary value format that executors, hosts and modules exchange:
@@ -3729,7 +3920,7 @@ class Spawner:
         self._siblings = ""
         self._boot_id = boot_id
         self._marks = BirthMarks(boot_id)
-        self._environment: dict[bytes, bytes] | None = None
+        self._marker = {MARKER.encode(): boot_id.encode()} if owns_process else {}
 
     def start(self) -> None:
         """Get ready; after a fork by the daemon, before the first ``spawn``."""
@@ -3737,7 +3928,6 @@ class Spawner:
         self._siblings = f"/proc/self/task/{os.getpid()}/children"
         if not self._owns_process:
             return
-        self.set_variable(MARKER, self._boot_id)
         _keep_descriptors()
         if sys.platform != "linux":
             self.log.warn("executors may outlive a killed manager: no guardian on this platform")
@@ -3783,14 +3973,6 @@ class Spawner:
             self._reserved.append(os.open(os.devnull, os.O_RDWR))
         return self._reserved[-1]
 
-    def set_variable(self, key: str, value: str) -> None:
-        """Set a variable in our environment, which later children inherit.
-
-        Raises ``ValueError`` for what the operating system cannot hold.
-        """
-        os.environ[key] = value
-        self._environment = None
-
     def cut_output(self) -> None:
         """Close the pipes of children instead of reading them: nobody has time for it any more."""
         self._turns.cut()
@@ -3804,6 +3986,7 @@ class Spawner:
         self,
         listener: ChildListener,
         argv: Sequence[str],
+        environment: Mapping[bytes, bytes],
         *,
         pipes: Iterable[int],
         nulls: Iterable[int] = (),
@@ -3811,7 +3994,7 @@ class Spawner:
         inherited: Mapping[int, int] | None = None,
         nice: int = 0,
     ) -> None:
-        """Start a process that inherits our environment and working directory.
+        """Start a process in our working directory.
 
         ``pipes`` are the descriptors of the child that we read, ``feeds`` those that we write,
         ``nulls`` those that are ``/dev/null``; ``inherited`` maps descriptors of the child to ours.
@@ -3829,15 +4012,12 @@ class Spawner:
             **dict.fromkeys(feeds, "w"),
             **(inherited or {}),
         }
-        if self._environment is None:
-            # os.environ decodes each variable whenever it is read; a run should not pay for that.
-            self._environment = dict(os.environb)
         try:
             _check_descriptors(2 * len(descriptors))
             with self._marks.marking(number):
                 # No path, uid or gid: they would make Twisted fork instead of posix_spawn.
                 self._process(
-                    *(self._reactor, argv[0], argv, self._environment, None, child),
+                    *(self._reactor, argv[0], argv, {**environment, **self._marker}, None, child),
                     childFDs=descriptors,
                 )
         except OSError as error:
@@ -3960,8 +4140,6 @@ def _spawn_error(error: OSError, program: str) -> SpawnFailed:
 # Owns what one execution is: the request, the states, the captured output,
 # the result as JSON. Uses permits and children. Never starts or ends one.
 
-#: The kernel's MAX_ARG_STRLEN (32 pages), less the NUL at the end.
-ARGUMENT_MAX_BYTES = 131_071
 EXTRA_ARGUMENTS_MAX = 4096
 LOG_MAX_RECORDS = 10_000
 LOG_MAX_BYTES = 16 * MIB
@@ -4445,6 +4623,7 @@ class Executions:
         gate: PermitGate,
         manifest: ManifestStore,
         spawner: Spawner,
+        variables: Variables,
         ids: Iterator[int],
         now: Callable[[], float] = time.time,
         modules_down: Callable[[], list[str]] = list,
@@ -4457,6 +4636,7 @@ class Executions:
         self._gate = gate
         self._manifest = manifest
         self._spawner = spawner
+        self._variables = variables
         self._now = now
         self._records: dict[int, Execution] = {}
         self._by_key: dict[str, Execution] = {}
@@ -4668,7 +4848,12 @@ class Executions:
             argv = [program, *execution.arguments]
             listener = _RunListener(self, execution, sink)
             self._spawner.spawn(
-                listener, argv, pipes=pipes, nulls=nulls, nice=self._config.executor_nice
+                listener,
+                argv,
+                self._variables.environment,
+                pipes=pipes,
+                nulls=nulls,
+                nice=self._config.executor_nice,
             )
             execution.arguments = []
         except ManagerError as error:
@@ -5414,6 +5599,7 @@ class ContractOperations:
     _reactor: Any
     _manifest: ManifestStore
     _spawner: Spawner
+    _variables: Variables
     _executions: Executions
     _asking: Any = field(init=False, factory=lambda: DeferredSemaphore(ASK_CONCURRENCY))
     _inspecting: Any = field(init=False, factory=DeferredLock)
@@ -5459,6 +5645,7 @@ class ContractOperations:
             self._spawner.spawn(
                 answer,
                 [program, "parse-version-pattern"],
+                self._variables.environment,
                 pipes={STDOUT},
                 nulls={STDERR},
                 feeds={STDIN},
@@ -5890,7 +6077,7 @@ def proxy_for(scheme: str, host: str, port: int) -> Proxy | None:
     """Return the proxy that the environment names for a URL; raises ``ProxyError``.
 
     The variables are ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``; those in lower
-    case go first. They may change while we run.
+    case go first.
     """
     found = getproxies_environment()
     url = found.get(scheme) or found.get("all")
@@ -6849,8 +7036,16 @@ class AvailabilityCheck:
 
     log = Logger()
 
-    def __init__(self, config: Config, reactor: Any, client: LlmClient, redactor: Redactor) -> None:
-        self._variables = config.variables
+    def __init__(
+        self,
+        config: Config,
+        reactor: Any,
+        client: LlmClient,
+        variables: Variables,
+        redactor: Redactor,
+    ) -> None:
+        self._texts = template_variables(config.root)
+        self._variables = variables
         self._reactor = reactor
         self._client = client
         self._redactor = redactor
@@ -6865,13 +7060,18 @@ class AvailabilityCheck:
         if max(count, len(body.configs), len(body.test_prompts)) > MAX_CHECKS:
             raise InvalidRequest(f"configs, test_prompts: {count} pairs; at most {MAX_CHECKS}")
         await self._share.turn()
-        if _is_large(body):
+        values = (v for config in body.configs for v in config.values() if isinstance(v, str))
+        texts = [text for text in values if "${ENV[" in text]
+        is_large = _is_large(body)
+        names = None if is_large and texts else {name for text in texts for name in names_in(text)}
+        variables = await self._variables.for_request(self._reactor, names)
+        if is_large:
             await self._one_reader.acquire()  # however many clients ask and leave
-            reading = in_thread(self._reactor, self._read, body)
+            reading = in_thread(self._reactor, self._read, body, variables)
             reading.addBoth(self._read_one)
             secrets, backends, prompts = await detached(reading)
         else:
-            secrets, backends, prompts = self._read(body)
+            secrets, backends, prompts = self._read(body, variables)
         with self._redactor.keeping(object(), secrets):
             return await self._results(backends, prompts)
 
@@ -6950,24 +7150,25 @@ class AvailabilityCheck:
                 step.cancel()
 
     def _read(
-        self, body: CheckBody
+        self, body: CheckBody, variables: RequestVariables
     ) -> tuple[list[str], list[CheckedBackend | CheckResult], list[CheckedPrompt | CheckResult]]:
         """Return the secrets, and each item as intended or the result if it cannot be used.
 
         This may run in a thread.
         """
-        secrets: list[str] = []
-        keys = [config.get("key") for config in body.configs]
-        for key in dict.fromkeys(key for key in keys if isinstance(key, str)):
-            secrets.append(key)
-            with contextlib.suppress(ConfigError):
-                secrets.append(self._expand(key))
+        configs = [
+            self._expanded(config, f"configs[{index}]", variables)
+            for index, config in enumerate(body.configs)
+        ]
+        read = (config for config in configs if isinstance(config, dict))
+        keys = [config.get("key") for config in (*body.configs, *read)]
+        secrets = [*dict.fromkeys(key for key in keys if isinstance(key, str)), *variables.inserted]
         redactor = Redactor()
         redactor.keep("keys", secrets)
         scrub = redactor.scrub
         backends = [
-            _readable(functools.partial(self._backend, config, f"configs[{index}]", scrub), scrub)
-            for index, config in enumerate(body.configs)
+            _readable(functools.partial(_backend, config, f"configs[{index}]", scrub), scrub)
+            for index, config in enumerate(configs)
         ]
         prompts = [
             _readable(functools.partial(_read_prompt, prompt, f"test_prompts[{index}]"), scrub)
@@ -6975,26 +7176,20 @@ class AvailabilityCheck:
         ]
         return secrets, backends, prompts
 
-    def _expand(self, text: str) -> str:
-        return expand_template(text, self._variables, os.environ)
-
-    def _backend(
-        self, data: dict[str, Any], path: str, scrub: Callable[[str], str]
-    ) -> CheckedBackend:
-        expanded = {
-            name: self._expand(value) if isinstance(value, str) else value
-            for name, value in data.items()
-        }
-        try:
-            return _read_backend_of(expanded, path)
-        except (InvalidRequest, ProviderError):
-            # The message shows the start of a value; let that be no key in a wrong place.
-            shareable = {
-                name: scrub(value) if isinstance(value, str) else value
-                for name, value in expanded.items()
-            }
-            _read_backend_of(shareable, path)
-            raise
+    def _expanded(
+        self, config: AnyObject, path: str, variables: RequestVariables
+    ) -> AnyObject | ConfigError:
+        """Return a configuration with its templates expanded, or why that cannot be."""
+        expanded = {}
+        for name, value in config.items():
+            try:
+                is_text = isinstance(value, str)
+                expanded[name] = (
+                    expand_template(value, self._texts, variables) if is_text else value
+                )
+            except ConfigError as error:
+                return ConfigError(f"{path}.{name}: {error.message}")
+        return expanded
 
     async def _ask(self, backend: CheckedBackend, prompt: CheckedPrompt) -> CheckResult:
         """Return the result for one pair; only being cancelled makes it fail."""
@@ -7046,6 +7241,23 @@ def _readable(read: Callable[[], Value], scrub: Callable[[str], str]) -> Value |
         return read()
     except (ProviderError, ConfigError, InvalidRequest) as error:
         return _failed_check(ProviderError(ErrorKind.CONFIG, error.message), scrub)
+
+
+def _backend(
+    expanded: AnyObject | ConfigError, path: str, scrub: Callable[[str], str]
+) -> CheckedBackend:
+    if isinstance(expanded, ConfigError):
+        raise expanded
+    try:
+        return _read_backend_of(expanded, path)
+    except (InvalidRequest, ProviderError):
+        # The message shows the start of a value; let that be no key in a wrong place.
+        shareable = {
+            name: scrub(value) if isinstance(value, str) else value
+            for name, value in expanded.items()
+        }
+        _read_backend_of(shareable, path)
+        raise
 
 
 def _read_backend_of(data: dict[str, Any], path: str) -> CheckedBackend:
@@ -7113,7 +7325,6 @@ CONFIG_FILE = f"/proc/self/fd/{CONFIG_FD}" if sys.platform == "linux" else f"/de
 #: Of a command: becomes the flag of that name, or nothing.
 ALLOW_EMPTY = "{allow_empty_backends}"
 ELF_MARK = b"\x7fELF"
-SECRET_NAMES = re.compile(r"key|token|secret|password|authorization|headers", re.IGNORECASE)
 
 
 def module_command(config: Config, kind: str) -> tuple[str, ...] | None:
@@ -7188,11 +7399,14 @@ class ModuleSetup:
 
 
 def expand_module_config(
-    kind: str, config: dict[str, Any], variables: Mapping[str, str]
+    kind: str,
+    config: dict[str, Any],
+    texts: Mapping[str, str],
+    variable: Callable[[str], str],
 ) -> dict[str, Any]:
     """Return a configuration with its templates expanded; raises ``ModuleFailed``."""
     try:
-        expanded = expand_templates(config, variables, os.environ)
+        expanded = expand_templates(config, texts, variable)
         json.dumps(expanded)  # so it is passed on
         return cast(dict[str, Any], expanded)
     except ConfigError as error:
@@ -7433,6 +7647,7 @@ class Module:
         config: Config,
         reactor: Any,
         spawner: Spawner,
+        variables: Variables,
         observer: LogObserver,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -7440,6 +7655,7 @@ class Module:
         self._config = config
         self._reactor = reactor
         self._spawner = spawner
+        self._variables = variables
         self._observer = observer
         self._now = now
         self._command = module_command(config, kind)
@@ -7649,11 +7865,16 @@ class Module:
             raise
 
     async def _read_setup(self, config: dict[str, Any] | None, allow_empty: bool) -> ModuleSetup:
+        texts, inserted = template_variables(self._config.root), set[str]()
         if config is None:
             path = self._config.root / "config" / f"genvm-module-{self.kind}.yaml"
             config = await self._soon(FILE_SECONDS, f"reading {path.name}", read_module_file, path)
-        expanded = expand_module_config(self.kind, config, self._config.variables)
-        self._observer.redactor.keep(self, secrets_in(expanded))
+            expanded = expand_module_config(self.kind, config, texts, self._variables)
+        else:
+            variables = await self._variables.for_request(self._reactor)
+            expanded = expand_module_config(self.kind, config, texts, variables)
+            inserted = variables.inserted
+        self._observer.redactor.keep(self, (*secrets_in(expanded), *inserted))
         return ModuleSetup.of(self.kind, expanded, allow_empty)
 
     async def _soon(
@@ -7730,6 +7951,7 @@ class Module:
                 self._spawner.spawn(
                     generation,
                     argv,
+                    self._variables.environment,
                     pipes={STDOUT, STDERR},
                     feeds={STDIN},
                     inherited={LOG_FD: listener.fileno()},
@@ -7771,7 +7993,12 @@ class Module:
                 if flag or word != ALLOW_EMPTY
             ]
             self._spawner.spawn(
-                generation, argv, pipes={STDOUT, STDERR}, nulls={STDIN}, inherited=inherited
+                generation,
+                argv,
+                self._variables.environment,
+                pipes={STDOUT, STDERR},
+                nulls={STDIN},
+                inherited=inherited,
             )
 
     async def _until_ready(self, generation: Generation, setup: ModuleSetup) -> None:
@@ -7952,16 +8179,6 @@ MAX_WAIT_SECONDS = 120.0
 MAX_GRACE_MS = 24 * 3600 * 1000
 DEFAULT_GRACE_MS = 30_000
 LEAST_GRACE_MS = 100
-#: Variables that decide what code a child loads.
-PROTECTED_VARIABLES = re.compile(
-    r"LD_.*|DYLD_.*|PATH|PYTHON.*|BASH_ENV|ENV|SHELLOPTS|BASHOPTS|BASH_FUNC_.*|IFS|GCONV_PATH"
-    r"|LOCPATH|NLSPATH|PERL5?(LIB|OPT)|PERL5DB|RUBY(LIB|OPT)|NODE_(OPTIONS|PATH)|GLIBC_TUNABLES"
-    r"|LUA_.*|MALLOC_.*|HOSTALIASES|RESOLV_HOST_CONF|TMPDIR"
-)
-#: What the environment may have in all: at the usual stack limit, Linux has 2 MiB for it and the
-#: arguments together.
-ENVIRONMENT_MAX_BYTES = MIB
-
 Answer = dict[str, Any] | list[Any] | bytes | None
 
 
@@ -8423,7 +8640,7 @@ class Api:
     _observer: LogObserver
     _gate: PermitGate
     _manifest: ManifestStore
-    _spawner: Spawner
+    _variables: Variables
     _executions: Executions
     _contracts: ContractOperations
     _check: AvailabilityCheck
@@ -8601,26 +8818,13 @@ class Api:
 
     @_endpoint(app, "POST", "/env", VariableBody)
     async def set_variable(self, request: Request, body: VariableBody) -> Answer:
-        """Set a variable in our environment, which children inherit."""
-        key, value = body.key, body.value
-        if not key or "=" in key or "\0" in key + value:
-            raise EnvironmentRefused("key, value: must have no NUL; key: not empty and without =")
-        if key == MARKER or (
-            PROTECTED_VARIABLES.fullmatch(key) and key not in self._config.env_allow
-        ):
-            raise EnvironmentRefused(
-                f"key: {shown(key)} changes what code a child loads; "
-                "list it in env_allow in the configuration if this is intended"
-            )
-        try:
-            check_environment(os.fsencode(key), os.fsencode(value))
-        except UnicodeEncodeError:
-            raise EnvironmentRefused("key, value: half a surrogate pair is not text") from None
-        self._spawner.set_variable(key, value)
-        hide_proxies(self._observer.redactor)
-        self._observer.redactor.keep(("env", key), (value,) if SECRET_NAMES.search(key) else ())
+        """Set a variable for templates, and for children if they may have it."""
+        key = body.key
+        note = self._variables.set(key, body.value)
+        named = (body.value,) if SECRET_NAMES.search(key) else ()
+        self._observer.redactor.keep(("env", key), named)
         self.log.info("environment variable set", key=key)
-        return {"result": "env_var_set", "key": key}
+        return {"result": "env_var_set", "key": key} | ({} if note is None else {"note": note})
 
     # --- reading and writing ---
 
@@ -8764,17 +8968,6 @@ def _naming(path: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise InvalidRequest(f"{path}: {error}") from None
-
-
-def check_environment(key: bytes, value: bytes) -> None:
-    """Raise ``EnvironmentRefused`` if no child could be started with this variable."""
-    size = len(key) + len(value) + 1
-    total = sum(len(k) + len(v) + 2 for k, v in (os.environb | {key: value}).items())
-    if size > ARGUMENT_MAX_BYTES or total > ENVIRONMENT_MAX_BYTES:
-        raise EnvironmentRefused(
-            f"value: {size} bytes with its key, {total} in the whole environment; shorten it: "
-            f"children can have {ARGUMENT_MAX_BYTES} and {ENVIRONMENT_MAX_BYTES}"
-        )
 
 
 def deployment_timestamp(request: Request) -> datetime:
@@ -13487,8 +13680,10 @@ class ManagerService(Service):
         permits = automatic_permits() if config.permits is None else config.permits
         self.gate = PermitGate(permits, reactor)
         self.spawner = Spawner(reactor, self.boot_id, owns_process=owns_process)
+        variables = Variables(config.root / "config", config.env_allow)
         self.modules = {
-            kind: Module(kind, config, reactor, self.spawner, observer) for kind in MODULE_KINDS
+            kind: Module(kind, config, reactor, self.spawner, variables, observer)
+            for kind in MODULE_KINDS
         }
         self.executions = Executions(
             config,
@@ -13496,12 +13691,13 @@ class ManagerService(Service):
             self.gate,
             self.manifest,
             self.spawner,
+            variables,
             execution_ids(time.time()),
             modules_down=self._modules_down,
             log_enabled=observer.enabled,
         )
         self.contracts = ContractOperations(
-            config, reactor, self.manifest, self.spawner, self.executions
+            config, reactor, self.manifest, self.spawner, variables, self.executions
         )
         self._pool = HTTPConnectionPool(reactor)
         http = HttpClient.create(reactor, self._pool)
@@ -13512,10 +13708,12 @@ class ManagerService(Service):
             observer,
             self.gate,
             self.manifest,
-            self.spawner,
+            variables,
             self.executions,
             self.contracts,
-            AvailabilityCheck(config, reactor, LlmClient(reactor, http), observer.redactor),
+            AvailabilityCheck(
+                config, reactor, LlmClient(reactor, http), variables, observer.redactor
+            ),
             self.modules,
             self.boot_id,
         )
@@ -13524,8 +13722,7 @@ class ManagerService(Service):
             observer.redactor.keep("token", (token,))
         hosts = frozenset(name.lower() for name in config.allowed_hosts)
         policy = AccessPolicy(token, hosts)
-        root = ApiResource(self.api, policy)
-        self.site = ApiSite(root, reactor, config.max_body_bytes, policy)
+        self.site = ApiSite(ApiResource(self.api, policy), reactor, config.max_body_bytes, policy)
         self._ports: list[Any] = []
         self._parent: ParentWatch | None = None
         self._checking: Deferred[None] = succeed(None)
@@ -13857,7 +14054,9 @@ def run_module_alone(
     """Run a module without a manager; returns its exit status. Raises ``ManagerError``."""
     root = default_root(os.environ, Path(__file__))
     path = config or root / "config" / f"genvm-module-{kind}.yaml"
-    expanded = expand_module_config(kind, read_module_file(path), template_variables(root))
+    variables = Variables(root / "config")
+    texts = template_variables(root)
+    expanded = expand_module_config(kind, read_module_file(path), texts, variables)
     setup = ModuleSetup.of(kind, expanded, allow_empty_backends)
     listener = bind_listener(setup.host, setup.port)
     address = listener_address(listener)

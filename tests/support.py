@@ -202,6 +202,7 @@ class FakeSpawner:
         self,
         listener: ChildListener,
         argv: Sequence[str],
+        environment: Mapping[bytes, bytes],
         *,
         pipes: Iterable[int],
         nulls: Iterable[int] = (),

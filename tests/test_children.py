@@ -297,7 +297,7 @@ async def test_a_child_says_what_it_says_and_exits(spawner: Spawner) -> None:
         "import os; os.write(1, b'out'); os.write(2, b'err'); os.write(3, b'log');"
         "os.write(1, os.read(0, 10) or b' eof'); os._exit(5)"
     )
-    spawner.spawn(owner, [PYTHON, "-c", code], pipes={1, 2, 3}, nulls={0})
+    spawner.spawn(owner, [PYTHON, "-c", code], os.environb, pipes={1, 2, 3}, nulls={0})
     assert owner.events == ["started"]
     await soon(owner.closed)
     assert owner.data == {1: b"out eof", 2: b"err", 3: b"log"}
@@ -306,7 +306,7 @@ async def test_a_child_says_what_it_says_and_exits(spawner: Spawner) -> None:
 
 
 @async_test
-async def test_a_child_has_no_other_descriptors_and_our_environment(
+async def test_a_child_has_no_other_descriptors_and_the_environment_it_is_given(
     spawner: Spawner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("OF_OURS", "é\udcff")
@@ -320,7 +320,7 @@ async def test_a_child_has_no_other_descriptors_and_our_environment(
         " os.environb[b'OF_OURS'])"
     )
     try:
-        spawner.spawn(owner, [PYTHON, "-c", code], pipes={1, 3}, nulls={0, 2})
+        spawner.spawn(owner, [PYTHON, "-c", code], os.environb, pipes={1, 3}, nulls={0, 2})
         await soon(owner.closed)
     finally:
         os.close(reader)
@@ -330,28 +330,13 @@ async def test_a_child_has_no_other_descriptors_and_our_environment(
 
 
 @async_test
-async def test_a_variable_that_is_set_reaches_later_children(
-    spawner: Spawner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GENVM_TEST_VARIABLE", "one")
-    for value in ("one", "two", "three"):
-        if value != "one":
-            spawner.set_variable("GENVM_TEST_VARIABLE", value)
-        owner = Owner()
-        code = "import os; os.write(1, os.environb[b'GENVM_TEST_VARIABLE'])"
-        spawner.spawn(owner, [PYTHON, "-c", code], pipes={1}, nulls={0, 2})
-        await soon(owner.closed)
-        assert owner.data == {1: value.encode()}
-
-
-@async_test
 async def test_output_that_cannot_be_taken_is_cut_and_ends_no_other(
     spawner: Spawner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, other = Owner(), Owner()
     monkeypatch.setattr(owner, "child_data", lambda fd, data: 1 / 0)
     for one in (owner, other):
-        spawner.spawn(one, ["/bin/echo", "x"], pipes={1}, nulls={0, 2})
+        spawner.spawn(one, ["/bin/echo", "x"], os.environb, pipes={1}, nulls={0, 2})
     await soon(owner.closed)
     await soon(other.closed)
     assert owner.events.count("cut 1") == 1
@@ -375,7 +360,7 @@ async def test_no_fork_is_ever_called(spawner: Spawner, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "posix_spawnp", spy)
     for pipes, nulls in (({1, 2, 3}, {0}), ({3}, {0, 1, 2})):
         owner = Owner()
-        spawner.spawn(owner, [PYTHON, "-c", ""], pipes=pipes, nulls=nulls)
+        spawner.spawn(owner, [PYTHON, "-c", ""], os.environb, pipes=pipes, nulls=nulls)
         await soon(owner.closed)
         assert owner.status == ExitStatus(0, None)
     assert len(spawned) == 2
@@ -430,7 +415,7 @@ def test_what_cannot_be_spawned_is_an_error_with_a_reason_and_leaves_nothing(
     owner = Owner()
     for _ in range(20):
         with pytest.raises(SpawnFailed) as caught:
-            spawner.spawn(owner, argv, pipes={1, 2, 3}, nulls={0})
+            spawner.spawn(owner, argv, os.environb, pipes={1, 2, 3}, nulls={0})
         assert caught.value.message.startswith(reason)
     assert owner.events == []
     gc.collect()
@@ -443,7 +428,7 @@ def test_no_descriptors_left_is_an_error_with_a_reason(spawner: Spawner) -> None
     resource.setrlimit(resource.RLIMIT_NOFILE, (used, hard))
     try:
         with pytest.raises(SpawnFailed, match="too many open files"):
-            spawner.spawn(Owner(), ["/bin/true"], pipes=range(50, 450), nulls={0})
+            spawner.spawn(Owner(), ["/bin/true"], os.environb, pipes=range(50, 450), nulls={0})
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -455,7 +440,7 @@ def test_before_the_start_and_after_the_stop_nothing_is_spawned() -> None:
             spawner.start()
             spawner.stop()
         with pytest.raises(SpawnFailed, match="not running"):
-            spawner.spawn(Owner(), ["/bin/true"], pipes=(), nulls={0})
+            spawner.spawn(Owner(), ["/bin/true"], os.environb, pipes=(), nulls={0})
 
 
 @async_test
@@ -465,7 +450,7 @@ async def test_a_child_that_ignores_the_request_is_killed(spawner: Spawner) -> N
         "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
         "os.write(1, b'ready'); time.sleep(60)"
     )
-    spawner.spawn(owner, [PYTHON, "-c", code], pipes={1}, nulls={0, 2})
+    spawner.spawn(owner, [PYTHON, "-c", code], os.environb, pipes={1}, nulls={0, 2})
     await soon(owner.spoken)
     assert owner.child is not None
     owner.child.terminate(0.05)
@@ -486,7 +471,7 @@ async def test_a_grandchild_that_holds_the_pipes_delays_neither_exit_nor_end(
         "    time.sleep(60)\n"
         "os._exit(0)"
     )
-    spawner.spawn(owner, [PYTHON, "-c", code], pipes={1}, nulls={0, 2})
+    spawner.spawn(owner, [PYTHON, "-c", code], os.environb, pipes={1}, nulls={0, 2})
     await soon(owner.spoken)
     grandchild = int(owner.data[1])
     try:
@@ -501,7 +486,7 @@ async def test_a_grandchild_that_holds_the_pipes_delays_neither_exit_nor_end(
 async def test_stopping_kills_every_child(spawner: Spawner) -> None:
     owners = [Owner() for _ in range(3)]
     for owner in owners:
-        spawner.spawn(owner, ["/bin/sleep", "60"], pipes={1}, nulls={0, 2})
+        spawner.spawn(owner, ["/bin/sleep", "60"], os.environb, pipes={1}, nulls={0, 2})
     spawner.kill_all()
     for owner in owners:
         await soon(owner.closed)

@@ -695,7 +695,7 @@ async def test_a_client_that_leaves_frees_no_thread(monkeypatch: pytest.MonkeyPa
     moment = datetime(2025, 6, 1, tzinfo=UTC)
     store.manifest = Manifest((Version((7, 0, 0), "v7.0.0", moment),))
     nobody: Any = None
-    contracts = ContractOperations(Config(), pool, store, nobody, nobody)
+    contracts = ContractOperations(Config(), pool, store, nobody, nobody, nobody)
 
     def major(code: bytes) -> Deferred[int]:
         return Deferred.fromCoroutine(contracts.major(code * (INLINE_CODE_BYTES + 1), moment))

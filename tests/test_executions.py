@@ -48,6 +48,7 @@ from genvm_manager import (
     SpawnFailed,
     State,
     Timestamp,
+    Variables,
     VersionNotAvailable,
     execution_ids,
     parse_manifest,
@@ -93,6 +94,7 @@ class World:
             self.gate,
             self.manifest,
             cast(Spawner, self.spawner),
+            Variables(self.config.root / "config"),
             itertools.count(1),
             now=lambda: EPOCH + self.clock.seconds(),
         )

@@ -5,11 +5,10 @@ from __future__ import annotations
 import base64
 import gc
 import json
-import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -71,6 +70,7 @@ from genvm_manager import (
     ReactorShare,
     Redactor,
     Usage,
+    Variables,
     __version__,
     connection_problem,
     parse_json,
@@ -80,7 +80,7 @@ from genvm_manager import (
     structure,
 )
 
-from .support import ThreadlessReactor, observing
+from .support import ThreadlessReactor, observing, without_spare_threads
 
 KINDS = ("openai-compatible", "anthropic", "google", "ollama")
 KEY = "sk-proj-" + "".join(f"{n:02x}" for n in range(80))
@@ -1128,6 +1128,7 @@ class Checked:
         client: Any = None,
         redactor: Redactor | None = None,
         check: AvailabilityCheck | None = None,
+        variables: Variables | None = None,
         threads: bool = True,
         **settings: Any,
     ) -> None:
@@ -1139,6 +1140,7 @@ class Checked:
             config,
             self.clock,
             self.client,
+            variables or Variables(config.root / "config"),
             self.redactor,
         )
         self.threads = cast(Any, self.check)._reactor
@@ -1569,7 +1571,12 @@ def replied(body: bytes, status: int = 400, key: str = KEY, **changes: Any) -> d
     """Return the result of a check whose provider answers with a body."""
     http = FakeHttp()
     client = LlmClient(Clock(), HttpClient(cast(HTTPClient, http)))
-    checked = Checked([config(**{"key": key, **changes})], [prompt()], client=client)
+    checked = Checked(
+        [config(**{"key": key, **changes})],
+        [prompt()],
+        client=client,
+        variables=given_variables(T_SECRET=KEY),
+    )
     if http.responses:
         response = FakeResponse(status)
         http.responses[0].callback(response)
@@ -1580,17 +1587,25 @@ def replied(body: bytes, status: int = 400, key: str = KEY, **changes: Any) -> d
 # --- templates ---
 
 
-def test_every_text_of_a_configuration_is_a_template(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, text in (("T_HOST", "http://x"), ("T_KIND", "google"), ("T_KEY", "${ENV[T_HOST]}")):
-        monkeypatch.setenv(name, text)
-    monkeypatch.delenv("T_NONE", raising=False)
+def given_variables(**values: str) -> Variables:
+    """Return variables that POST /env set."""
+    variables = Variables(Path("/nowhere"))
+    for name, value in values.items():
+        variables.set(name, value)
+    return variables
+
+
+def test_every_text_of_a_configuration_is_a_template() -> None:
+    variables = given_variables(
+        T_HOST="http://x", T_KIND="google", T_KEY="${ENV[T_HOST]}", T_NONE=""
+    )
     target = config(
         "${genvmRoot}|${exeDir}|${ENV[T_NONE]}|${nope",
         host="${ENV[T_HOST]}:80",
         provider="${ENV[T_KIND]}",
         key="${ENV[T_KEY]}-1",
     )
-    found = Checked([target], [prompt("${genvmRoot}")]).client.asked[0]
+    found = Checked([target], [prompt("${genvmRoot}")], variables=variables).client.asked[0]
     assert (found[0].host, found[0].provider) == ("http://x:80", "google")
     assert found[0].model == "/genvm|/genvm/bin||${nope"
     assert found[0].key == "${ENV[T_HOST]}-1", "inserted text is not expanded again"
@@ -1602,8 +1617,7 @@ def test_every_text_of_a_configuration_is_a_template(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("key", [KEY, "${ENV[T_SECRET]}", "a-${ENV[T_SECRET]}-b"])
 @pytest.mark.parametrize("status", [200, 401])
-def test_no_result_has_the_key(key: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("T_SECRET", KEY)
+def test_no_result_has_the_key(key: str, status: int) -> None:
     sent = key.replace("${ENV[T_SECRET]}", KEY)
     echo_ = f"you said {sent}, and meant {key}."
     body = answer("openai-compatible", echo_) if status == 200 else {"error": {"message": echo_}}
@@ -1745,9 +1759,29 @@ def test_a_key_that_looks_like_json_does_not_lose_log_lines(key: str) -> None:
     assert (record["message"], record["fields"]["c"][1]["d"]) == ("hello", "<[redacted]>")
 
 
-def test_the_environment_is_only_read() -> None:
-    before: Mapping[str, str] = dict(os.environ)
-    checked = Checked([config(key="${ENV[T_NOT_SET]}")], [prompt()])
-    assert checked.client.asked[0][0].key == ""
-    assert os.environ == before
-    assert re.fullmatch(r"\[redacted\]", checked.redactor.scrub("${ENV[T_NOT_SET]}"))
+@pytest.mark.parametrize("field", ["key", "host", "model", "provider"])
+@pytest.mark.parametrize("name", ["T_SECRET", "T_NOT_SET"])
+def test_a_variable_that_requests_may_not_use(
+    field: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_spare_threads(monkeypatch)
+    monkeypatch.setenv("T_SECRET", KEY)
+    template = f"${{ENV[{name}]}}"
+    checked = Checked([config(**{field: template})], [prompt()])
+    (refused,) = checked.results
+    assert refused["error_kind"] == "config"
+    assert refused["error"].startswith(f"configs[0].{field}: ")
+    assert f"{name} may not be used in a request" in refused["error"]
+    assert secret_in(json.dumps(refused)) is None
+    assert checked.client.asked == []
+
+
+@pytest.mark.parametrize("field", ["host", "model", "provider"])
+@pytest.mark.parametrize("after", ["", "\n", "x" * 100])
+def test_what_a_template_inserted_is_in_no_result(field: str, after: str) -> None:
+    """It is no less secret for standing in a wrong place."""
+    variables = given_variables(T_SECRET=KEY)
+    changes = {field: "${ENV[T_SECRET]}" + after}
+    said = FakeClient(at_once=lambda target: LlmAnswer(f"you are {target.model}", Usage(1, 2, 3)))
+    checked = Checked([config(**changes)], [prompt()], variables=variables, client=said)
+    assert secret_in(json.dumps(checked.results)) is None

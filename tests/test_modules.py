@@ -22,6 +22,7 @@ from genvm_manager import (
     Module,
     ModuleFailed,
     ModuleState,
+    Variables,
 )
 
 from .support import (
@@ -74,7 +75,8 @@ class Supervised:
         self.observer = LogObserver(Config(), write=self.log.append)
         self.redactor = self.observer.redactor
         spawner = cast(Any, self.spawner)
-        self.module = Module("llm", config, self.reactor, spawner, self.observer)
+        variables = Variables(root / "config")
+        self.module = Module("llm", config, self.reactor, spawner, variables, self.observer)
 
     def ask(self, operation: Deferred[Any]) -> list[Any]:
         """Return where the outcome of an operation will be, once its threads have worked."""

@@ -207,19 +207,21 @@ def test_a_duration_as_text_has_the_same_limit_as_a_number(text: str) -> None:
 
 def test_templates_know_names_and_variables() -> None:
     text = "${exeDir}/x:${ENV[HOME]}:${ENV[UNSET]}:$exeDir:${ENV[a]}"
-    result = expand_template(text, {"exeDir": "/r/bin"}, {"HOME": "/h", "a": "low"})
+    environ = {"HOME": "/h", "a": "low", "UNSET": ""}
+    result = expand_template(text, {"exeDir": "/r/bin"}, environ.__getitem__)
     assert result == "/r/bin/x:/h::$exeDir:low"
+    assert shown(result, 100) == f'"{text}"', "no message shows what was inserted"
 
 
 def test_templates_are_expanded_once() -> None:
-    result = expand_template("${ENV[A]}${B}", {"B": "${ENV[A]}"}, {"A": "${B}"})
+    result = expand_template("${ENV[A]}${B}", {"B": "${ENV[A]}"}, {"A": "${B}"}.__getitem__)
     assert result == "${B}${ENV[A]}"
 
 
 @pytest.mark.parametrize("text", ["${nope}", "${}", "${ENV}", "a ${exedir}"])
 def test_an_unknown_name_in_a_template_is_an_error_that_lists_the_known(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        expand_template(text, {"exeDir": "/r/bin", "other": ""}, {})
+        expand_template(text, {"exeDir": "/r/bin", "other": ""}, str)
     assert "exeDir, other" in caught.value.message
     assert text.removeprefix("a ") in caught.value.message
 
@@ -227,7 +229,7 @@ def test_an_unknown_name_in_a_template_is_an_error_that_lists_the_known(text: st
 @given(st.text())
 def test_text_without_templates_stays(text: str) -> None:
     plain = text.replace("$", "")
-    assert expand_template(plain, {}, {}) == plain
+    assert expand_template(plain, {}, str) == plain
 
 
 # --- what is shown of a value ---

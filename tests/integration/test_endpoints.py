@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +31,11 @@ from .support import (
     timed,
 )
 
+EMPTY_MODULE = {
+    "module_type": "llm",
+    "config": {"bind_address": "127.0.0.1:0"},
+    "allow_empty_backends": True,
+}
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 UNKNOWN_ID = 10**9
 
@@ -567,14 +575,14 @@ def test_log_level_holds_for_executors(start: Start) -> None:
 
 
 def test_environment(start: Start, root: Root) -> None:
-    root.script('echo "$A_VARIABLE"')
+    root.script('echo "$A_TOKEN"')
     daemon = start("--log-level", "trace")
     value = "va lue-\u00e9-{braces}-9f8e7d"
-    reply = daemon.post("/env", {"key": "A_VARIABLE", "value": value})
-    assert reply == {"result": "env_var_set", "key": "A_VARIABLE"}
+    reply = daemon.post("/env", {"key": "A_TOKEN", "value": value})
+    assert reply == {"result": "env_var_set", "key": "A_TOKEN"}
     assert daemon.result(daemon.run())["stdout"] == f"{value}\n"
     assert value not in json.dumps(daemon.get("/status"), ensure_ascii=False)
-    daemon.post("/env", {"key": "A_VARIABLE", "value": ""})
+    daemon.post("/env", {"key": "A_TOKEN", "value": ""})
     assert daemon.result(daemon.run())["stdout"] == "\n"
     daemon.stop()
     assert "9f8e7d" not in daemon.text + daemon.errors
@@ -621,13 +629,79 @@ def test_bad_environment_bodies(daemon: Daemon, body: object, path: str) -> None
     assert "s3cr3t" not in daemon.text
 
 
+#: What led to code, certificates, names or files that a client chose.
+DETOURS = [
+    *("OPENSSL_CONF", "HOME", "SSL_CERT_FILE", "TEMP", "LOCALDOMAIN", "GENVMROOT", "HTTP_PROXY"),
+    *("http_proxy", "GIO_EXTRA_MODULES", "JAVA_TOOL_OPTIONS", "XDG_CONFIG_HOME", "A_VARIABLE"),
+]
+
+
+def test_what_children_get_of_what_is_set(root: Root, start: Start) -> None:
+    """Neither an executor nor a module, and nothing in the manager itself."""
+    root.script("env -0")
+    daemon = start(environ={"FROM_THE_START": "kept", "OPENAIKEY": "old"})
+    for key in DETOURS:
+        reply = daemon.post("/env", {"key": key, "value": "/evil"})
+        assert reply["result"] == "env_var_set"
+        assert "executors and modules do not get it" in reply["note"]
+    for key in ("OPENAIKEY", "DEBUG_MODE", "GENVM_X"):
+        reply = daemon.post("/env", {"key": key, "value": "meant"})
+        assert reply == {"result": "env_var_set", "key": key}
+    daemon.post("/module/start", EMPTY_MODULE)
+    pid = daemon.get("/status")["modules"]["llm"]["pid"]
+    module = Path(f"/proc/{pid}/environ").read_text()
+    for environ in (daemon.result(daemon.run())["stdout"], module):
+        variables = dict(pair.split("=", 1) for pair in environ.split("\0") if pair)
+        assert "/evil" not in variables.values()
+        assert variables["FROM_THE_START"] == "kept"
+        meant = {name for name, value in variables.items() if value == "meant"}
+        assert meant == {"OPENAIKEY", "DEBUG_MODE", "GENVM_X"}
+        assert variables["HOME"] == os.environ["HOME"]
+    flags = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1:3]
+    assert flags == ["-s", "-P"], "code of the account or of the current folder"
+
+
+def test_a_library_that_a_client_chose(start: Start, tmp_path: Path) -> None:
+    """What OPENSSL_CONF names is loaded by everything that uses OpenSSL, as a module does."""
+    proof = tmp_path / "loaded"
+    library = tmp_path / "evil.so"
+    code = (
+        "#include <stdio.h>\n"
+        '__attribute__((constructor)) void f(void) { fclose(fopen("%s", "w")); }\n'
+    )
+    compiler = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+    subprocess.run(compiler, input=code % proof, text=True, check=True)
+    settings = tmp_path / "openssl.cnf"
+    settings.write_text(
+        "openssl_conf = a\n[a]\nproviders = b\n[b]\nevil = c\n"
+        f"[c]\nmodule = {library}\nactivate = 1\n"
+    )
+    home = tmp_path / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    (home / "site-packages").mkdir(parents=True)
+    (home / "site-packages" / "usercustomize.py").write_text(f"open({str(proof)!r}, 'w')\n")
+    daemon = start()
+    pairs = {"OPENSSL_CONF": str(settings), "PYTHONUSERBASE": str(tmp_path), "HOME": str(tmp_path)}
+    for key, value in pairs.items():
+        daemon.request("POST", "/env", {"key": key, "value": value})
+    daemon.post("/module/start", EMPTY_MODULE)
+    assert not proof.exists()
+    environ = {**os.environ, "OPENSSL_CONF": str(settings)}
+    code = "import ssl; ssl.create_default_context()"
+    # Its return value is of no interest: such a library is no provider of ciphers.
+    subprocess.run([sys.executable, "-c", code], env=environ, check=False, capture_output=True)
+    assert proof.exists(), "it is one that works"
+
+
 def test_env_allow(root: Root, start: Start) -> None:
-    root.script('echo "$LD_SOMETHING"')
-    daemon = start("--env-allow", "LD_SOMETHING,IFS")
-    daemon.post("/env", {"key": "LD_SOMETHING", "value": "allowed"})
-    assert daemon.result(daemon.run())["stdout"] == "allowed\n"
+    root.script('echo "$A_VARIABLE:$MY_OTHER:$OPENAIKEY"')
+    daemon = start("--env-allow", "A_VARIABLE,MY_*")
+    for key in ("A_VARIABLE", "MY_OTHER"):
+        reply = daemon.post("/env", {"key": key, "value": "allowed"})
+        assert reply == {"result": "env_var_set", "key": key}
+    assert "env_allow" in daemon.post("/env", {"key": "OPENAIKEY", "value": "x"})["note"]
+    assert daemon.result(daemon.run())["stdout"] == "allowed:allowed:\n"
     reply = daemon.request("POST", "/env", {"key": "LD_PRELOAD", "value": "x"})
-    is_error(reply, 500, "environment_refused", "LD_PRELOAD", "env_allow")
+    is_error(reply, 500, "environment_refused", "LD_PRELOAD", "is started")
 
 
 def test_a_value_with_half_a_surrogate_pair_in_the_environment(daemon: Daemon) -> None:

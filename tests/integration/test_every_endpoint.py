@@ -69,7 +69,7 @@ def test_successes(daemon: Daemon) -> None:
         ("/permits", {"permits": 2}, {"result": "permits_set", "permits": 2}),
         ("/log/level", {"level": "INFO"}, {"result": "log_level_set", "level": "info"}),
         ("/manifest/reload", None, {"result": "manifest_reloaded"}),
-        ("/env", {"key": "K", "value": "v"}, {"result": "env_var_set", "key": "K"}),
+        ("/env", {"key": "A_KEY", "value": "v"}, {"result": "env_var_set", "key": "A_KEY"}),
         ("/drain", None, {"result": "draining"}),
         ("/undrain", None, {"result": "accepting"}),
         ("/llm/check", {"configs": [], "test_prompts": []}, []),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -313,6 +314,27 @@ def test_the_example_of_the_reference(checker: Checker) -> None:
     assert "OPENAIKEY" not in reply.raw.decode() + json.dumps(checker.daemon.get("/status"))
 
 
+def test_a_secret_of_the_environment(root: Root, start: Start, fakes: FakeProviders) -> None:
+    """A client learns neither what it is nor whether it is there; what files use it may use."""
+    environ = {**environment(fakes), "NODE_KEY": KEY, "USED_IN_FILE": KEY, "LISTED": KEY}
+    daemon = start("--env-allow", "LISTED,NODE_*", "--log-level", "trace", environ=environ)
+    (root.path / "config" / "genvm-module-llm.yaml").write_text("key: ${ENV[USED_IN_FILE]}\n")
+    checker = Checker(daemon, fakes)
+    fields = ("key", "host", "model")
+    for name, field in itertools.product(("NODE_KEY", "NOT_THERE", "PATH"), fields):
+        found = checker.result(checker.config(**{field: f"${{ENV[{name}]}}"}))
+        assert found["error_kind"] == "config"
+        assert found["error"] == (
+            f"configs[0].{field}: the environment variable {name} may not be used in a request; "
+            "set it by POST /env, use it in a file under config/, or list it in env_allow"
+        )
+    for name in ("USED_IN_FILE", "LISTED"):
+        assert checker.result(checker.config(key=f"${{ENV[{name}]}}"))["available"]
+        for field in ("host", "provider"):
+            found = checker.result(checker.config(**{field: f"${{ENV[{name}]}}"}))
+            assert found["error_kind"] == "config", "and the value is not shown"
+
+
 def test_a_key_that_is_changed_is_used_at_once(checker: Checker) -> None:
     for value, kind in ((WRONG_KEY, "auth"), (KEY, None)):
         checker.daemon.post("/env", {"key": "LLM_CHANGING", "value": value})
@@ -355,16 +377,16 @@ def test_connections_are_used_again(checker: Checker) -> None:
     assert len(sockets_of(checker.daemon)) <= len(before) + 1
 
 
-def test_a_connection_leads_where_the_environment_leads(start: Start, fakes: FakeProviders) -> None:
-    """One that is kept is not used where a proxy has been set or removed meanwhile."""
+def test_a_client_cannot_set_a_proxy_for_others(start: Start, fakes: FakeProviders) -> None:
+    """The manager's own way is that of the environment in which it was started."""
     checker = Checker(start("--log-level", "trace", environ=environment(fakes)), fakes)
     config = checker.config(host=fakes.host("right"))
     proxy = ProxyServer()
     place = f"http://127.0.0.1:{proxy.port}"
-    for value, count in (("", 0), (place, 1), ("", 1)):
-        checker.daemon.post("/env", {"key": "HTTPS_PROXY", "value": value})
+    for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        assert "note" in checker.daemon.post("/env", {"key": key, "value": place})
         assert checker.result(config)["available"]
-        assert len(proxy.requests) == count
+    assert proxy.requests == []
     proxy.close()
 
 

@@ -260,7 +260,12 @@ def bad_configs() -> Iterator[tuple[Any, str, str]]:
     yield {"bind_address": ANY_PORT}, failed, "backends: none can be used"
     unknown = {"backends": {"a": {**good, "provider": "oracle"}}, "bind_address": ANY_PORT}
     yield unknown, failed, 'unknown "oracle"'
-    for key, reason in (("${ENV[NOT_SET]}", "it has no key"), ("${NO_SUCH}", "NO_SUCH")):
+    for key, reason in (
+        ("", "it has no key"),
+        ("${ENV[NOT_SET]}", "NOT_SET may not be used in a request"),
+        ("${ENV[PATH]}", "PATH may not be used in a request"),
+        ("${NO_SUCH}", "NO_SUCH"),
+    ):
         backends = {"a": {**good, "key": key}}
         yield {"backends": backends, "bind_address": ANY_PORT}, failed, reason
     for address in ("nonsense", "127.0.0.1:99999", "127.0.0.1:x", ":3031", 5, None):
