@@ -978,20 +978,44 @@ class _StrictLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
-                    problem = f"the key {shown(key.value)} is there twice"
+                    problem = "this key is there twice"
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+#: The start of a problem in which nothing is quoted but tokens such as ``<block end>``, and single
+#: characters.
+_UNQUOTED = re.compile(r"""(?:[^'"]|(['"])(?:<[a-z ]+>|\\?.)\1)*""", re.DOTALL)
+
+
+def yaml_problem(error: Exception) -> tuple[str, int | None]:
+    """Return what is wrong with a text that is not YAML, and the line if that is known.
+
+    Never a piece of the text: it may be a key.
+    """
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        stated = cast(re.Match[str], _UNQUOTED.match(error.problem))
+        return stated[0].rstrip(" ("), error.problem_mark.line + 1
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 at byte {error.start}", None
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"a control character at position {error.position}", None
+    if isinstance(error, RecursionError):
+        return "nested too deeply", None
+    return "a value that its form or tag does not allow, such as a date that does not exist", None
 
 
 def read_yaml(path: Path) -> object:
     """Return the data in a YAML file; raises ``ConfigError`` with what is wrong, ``OSError``."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ConfigError("not YAML: nested too deeply") from None
+    except OSError:
+        raise
+    except Exception as error:  # PyYAML raises many kinds for a tag that does not fit its value
+        problem, line = yaml_problem(error)
+        place = f"line {line}: " if line else ""
+        raise ConfigError(f"not YAML: {place}{problem}") from None
 
 
 # --- schemas ---
@@ -1709,7 +1733,7 @@ def _read_settings(
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, got {shown(data)}")
+        raise ConfigError(f"{path}: expected a mapping of settings, got {kind_of(data)}")
     settings: dict[str, object] = {}
     notes: list[str] = []
     problems: list[str] = []
@@ -2733,11 +2757,10 @@ def parse_manifest(text: str, source: str) -> Manifest:
     try:
         # Nodes instead of values: they know their lines, and aliases cost nothing.
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ManifestError(f"{source}{line}: not YAML: {error.problem or error}") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise ManifestError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+        problem, line = yaml_problem(error)
+        place = f"{source}:{line}" if line else source
+        raise ManifestError(f"{place}: not YAML: {problem}") from None
 
     def refuse(node: yaml.Node, reason: str) -> NoReturn:
         raise ManifestError(f"{source}:{node.start_mark.line + 1}: {reason}")

@@ -172,8 +172,8 @@ def test_a_wrong_line_stops_the_start_naming_file_key_and_reason(
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("- a\n", 'expected a mapping of settings, got ["a"]'),
-        ("just text\n", 'expected a mapping of settings, got "just text"'),
+        ("- a\n", "expected a mapping of settings, got an array"),
+        ("just text\n", "expected a mapping of settings, got a string"),
         ("a: [\n", "not YAML"),
         ("a: !!python/object:os.system {}\n", "not YAML"),
         ("host: a\n\thost: b\n", "not YAML"),
@@ -198,8 +198,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     # One of the two has no effect, and nobody would say which.
     path = write_settings(tmp_path, "permits: 4\npermits: 400\n")
     message = refused({"root": str(tmp_path)}, {})
-    assert str(path) in message
-    assert "permits" in message
+    assert message == f"{path}: not YAML: line 2: this key is there twice"
 
 
 def test_bytes_that_are_no_text_are_refused_by_the_name_of_the_file(tmp_path: Path) -> None:

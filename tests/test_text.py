@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from datetime import UTC, date, datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -29,6 +30,7 @@ from genvm_manager import (
     parse_duration,
     parse_json,
     parse_timestamp,
+    read_yaml,
     shown,
     structure,
     timestamp_of,
@@ -619,3 +621,44 @@ def test_the_structured_timestamp_type_is_an_instant() -> None:
 @frozen
 class _Moment:
     moment: Timestamp
+
+
+# --- YAML ---
+
+#: Slips in a file with a key in it, and what is said of them.
+SLIPS = {
+    "key: *{}\n": "line 1: found undefined alias",
+    "key: !{} x\n": "line 1: could not determine a constructor for the tag",
+    "key: !{}!b x\n": "line 1: found undefined tag handle",
+    "a: 1\nkey: b: {}\n": "line 2: mapping values are not allowed here",
+    "key:{}\nhost: x\n": "line 2: mapping values are not allowed here",
+    'key: "{}\\q"\n': "line 1: found unknown escape character 'q'",
+    'key: "{}\n': "line 2: found unexpected end of stream",
+    "key: @{}\n": "line 1: found character '@' that cannot start any token",
+    "key: &{} x\nb: &{} y\n": "line 2: second occurrence",
+    "{}: 1\nb: 2\n{}: 3\n": "line 3: this key is there twice",
+    "? [{}]\n: b\n": "line 1: found unhashable key",
+    "key: {{{}\n": "line 2: expected ',' or '}}', but got '<stream end>'",
+    "- a\nkey: {}\n": "line 2: expected <block end>, but found '?'",
+    "%YAML {}\n": "line 1: expected a digit, but found 's'",
+    "key: {}\x07\n": "a control character at position ",
+    "key: {}\udcff\n": "not UTF-8 at byte ",
+    "key: !!int {}\n": "a value that its form or tag does not allow",
+    "key: !!float {}\n": "a value that its form or tag does not allow",
+    "key: !!bool {}\n": "a value that its form or tag does not allow",
+    "key: !!timestamp {}\n": "a value that its form or tag does not allow",
+    "key: !!set [{}]\n": "a value that its form or tag does not allow",
+    "key: 2025-13-45 # {}\n": "a value that its form or tag does not allow",
+    "key: [{}," + "[" * 5000: "nested too deeply",
+}
+
+
+@pytest.mark.parametrize(("text", "problem"), SLIPS.items(), ids=range(len(SLIPS)))
+def test_what_is_not_yaml_is_not_shown(text: str, problem: str, tmp_path: Path) -> None:
+    secret = "sk-proj-4f9a"
+    path = tmp_path / "a.yaml"
+    path.write_text(text.replace("{}", secret).replace("{{", "{"), errors="surrogateescape")
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(path)
+    assert caught.value.message.startswith("not YAML: " + problem.replace("}}", "}"))
+    assert "sk" not in caught.value.message

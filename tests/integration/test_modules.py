@@ -302,8 +302,9 @@ def test_the_configuration_in_a_file(
     path = shared_root.path / "config" / "genvm-module-llm.yaml"
     try:
         refused(try_start(manager, None), "genvm-module-llm.yaml")
-        path.write_text("a: [1")
-        refused(try_start(manager, None), "genvm-module-llm.yaml: not YAML")
+        path.write_text(f"backends:\n  a: {{key: {KEY}, [}}\n")
+        text = refused(try_start(manager, None), "genvm-module-llm.yaml: not YAML: line 2: ")
+        assert KEY not in text + manager.text + json.dumps(manager.get("/status"))
         path.write_text("- 1\n")
         refused(try_start(manager, None), "genvm-module-llm.yaml: expected a mapping")
         manager.post("/env", {"key": "KEY_FROM_ENV", "value": KEY})

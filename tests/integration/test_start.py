@@ -354,7 +354,9 @@ def test_bad_settings(root: Root, subcommand: str) -> None:
         ("host: 0.0.0.0", ["host", "auth_token_file"]),
         ("- a\n- b", ["mapping"]),
         ("a: [", ["YAML"]),
-        ("just text", ["mapping"]),
+        ("just sk-secret", ["mapping"]),
+        ("port: 1\nkey: *sk-secret", ["line 2: found undefined alias"]),
+        ("port: 1\nkey: [sk-secret", ["line 2: expected ',' or ']'"]),
     ],
 )
 def test_bad_configuration_file(
@@ -367,6 +369,7 @@ def test_bad_configuration_file(
     assert printed.out == ""
     for part in (str(path), *expected):
         assert part in printed.err
+    assert "sk-secret" not in printed.err
 
 
 @pytest.mark.parametrize("subcommand", ["serve", "check-config"])
