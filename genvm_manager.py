@@ -1353,24 +1353,30 @@ class RequestVariables:
         return value
 
 
+def _is_listed(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 class Variables:
     """The environment in which we were started, and the variables that POST /env set.
 
     A call returns what ``${ENV[NAME]}`` stands for in a file of the operator's. ``folder`` is the
-    root's ``config``.
+    root's ``config``; ``for_executors`` and ``for_modules`` are the environments of such children.
     """
 
     def __init__(
         self,
         folder: Path,
         allow: Sequence[str] = ENV_ALLOW,
+        executor_env: Sequence[str] = ("*",),
         environ: Mapping[bytes, bytes] | None = None,
     ) -> None:
         self._folder = folder
         self._allow = allow
+        self._executor_env = executor_env
         self._environ = dict(os.environb if environ is None else environ)
         self._set: dict[str, str] = {}
-        self.environment = self._environ
+        self._hand_out()
 
     def __call__(self, name: str) -> str:
         """Return a variable's value, which is empty if it is not set."""
@@ -1395,20 +1401,26 @@ class Variables:
         except UnicodeEncodeError:
             raise EnvironmentRefused("key, value: half a surrogate pair is not text") from None
         self._set[key] = value
-        passed = {k: v for k, v in self._set.items() if self._is_passed_on(k)}
-        encoded = {os.fsencode(k): os.fsencode(v) for k, v in passed.items()}
-        self.environment = {**self._environ, **encoded}
-        if key in passed:
+        self._hand_out()
+        if self._is_passed_on(key):
             return None
-        reason = (
-            "it is never passed on" if _WITHHELD.fullmatch(key) else "env_allow has no such name"
-        )
+        never = _WITHHELD.fullmatch(key)
+        reason = "it is never passed on" if never else "env_allow has no such name"
         return f"set for ${{ENV[{key}]}} only; executors and modules do not get it: {reason}"
 
     def _is_passed_on(self, key: str) -> bool:
-        if _WITHHELD.fullmatch(key):
-            return False
-        return any(fnmatchcase(key, pattern) for pattern in self._allow)
+        return not _WITHHELD.fullmatch(key) and _is_listed(key, self._allow)
+
+    def _hand_out(self) -> None:
+        """Make the environments of children, once for all that start until the next change."""
+        passed = {k: v for k, v in self._set.items() if self._is_passed_on(k)}
+        encoded = {os.fsencode(k): os.fsencode(v) for k, v in passed.items()}
+        self.for_modules = {**self._environ, **encoded}
+        self.for_executors = {
+            name: value
+            for name, value in self.for_modules.items()
+            if _is_listed(os.fsdecode(name), self._executor_env)
+        }
 
     def _check_size(self, key: str, value: str) -> None:
         """Raise ``EnvironmentRefused`` if no child could be started with this variable."""
@@ -1628,6 +1640,9 @@ class Config:
     llm_check_concurrency: int = _setting(COUNT, 20, "models that POST /llm/check asks at once")
     env_allow: tuple[str, ...] = _setting(
         VARIABLES, ENV_ALLOW, "variables set by POST /env that children get; may have *"
+    )
+    executor_env: tuple[str, ...] = _setting(
+        NAMES, ("*",), "what executors get of the environment of modules; may have *"
     )
     allowed_hosts: tuple[str, ...] = _setting(
         HOSTS, (), "further names accepted in Host and Origin; *.example, * (Host only)"
@@ -4873,7 +4888,7 @@ class Executions:
             self._spawner.spawn(
                 listener,
                 argv,
-                self._variables.environment,
+                self._variables.for_executors,
                 pipes=pipes,
                 nulls=nulls,
                 nice=self._config.executor_nice,
@@ -5668,7 +5683,7 @@ class ContractOperations:
             self._spawner.spawn(
                 answer,
                 [program, "parse-version-pattern"],
-                self._variables.environment,
+                self._variables.for_executors,
                 pipes={STDOUT},
                 nulls={STDERR},
                 feeds={STDIN},
@@ -7974,7 +7989,7 @@ class Module:
                 self._spawner.spawn(
                     generation,
                     argv,
-                    self._variables.environment,
+                    self._variables.for_modules,
                     pipes={STDOUT, STDERR},
                     feeds={STDIN},
                     inherited={LOG_FD: listener.fileno()},
@@ -8018,7 +8033,7 @@ class Module:
             self._spawner.spawn(
                 generation,
                 argv,
-                self._variables.environment,
+                self._variables.for_modules,
                 pipes={STDOUT, STDERR},
                 nulls={STDIN},
                 inherited=inherited,
@@ -13703,7 +13718,7 @@ class ManagerService(Service):
         permits = automatic_permits() if config.permits is None else config.permits
         self.gate = PermitGate(permits, reactor)
         self.spawner = Spawner(reactor, self.boot_id, owns_process=owns_process)
-        variables = Variables(config.root / "config", config.env_allow)
+        variables = Variables(config.root / "config", config.env_allow, config.executor_env)
         self.modules = {
             kind: Module(kind, config, reactor, self.spawner, variables, observer)
             for kind in MODULE_KINDS

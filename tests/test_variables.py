@@ -53,7 +53,7 @@ def test_what_children_get(key: str) -> None:
     before = dict(os.environ)
     assert ours.set(key, "new\udcff") is None
     assert ours(key) == "new\udcff"
-    assert ours.environment == {**STARTED_WITH, key.encode(): b"new\xff"}
+    assert ours.for_modules == {**STARTED_WITH, key.encode(): b"new\xff"}
     assert os.environ == before
 
 
@@ -66,7 +66,7 @@ def test_what_is_for_templates_only(key: str) -> None:
     assert "env_allow" in note
     assert "value" not in note
     assert ours(key) == "value"
-    assert ours.environment == STARTED_WITH
+    assert ours.for_modules == STARTED_WITH
     assert variables(allow=(key,)).set(key, "value") is None
     assert variables(allow=("x", key[:2] + "*")).set(key, "value") is None
 
@@ -78,7 +78,7 @@ def test_what_nobody_can_allow(key: str) -> None:
     assert note is not None
     assert "never" in note
     assert ours(key) == "/evil"
-    assert ours.environment == STARTED_WITH
+    assert ours.for_modules == STARTED_WITH
 
 
 @pytest.mark.parametrize("key", ["", "A=B", "A\0", *REFUSED])
@@ -86,12 +86,25 @@ def test_what_cannot_be_set(key: str) -> None:
     ours = variables(allow=("*", key))
     with pytest.raises(EnvironmentRefused):
         ours.set(key, "/evil")
-    assert ours.environment == STARTED_WITH
+    assert ours.for_modules == STARTED_WITH
     assert ours("PATH") == "/bin"
 
 
 def test_the_default_is_that_of_the_settings() -> None:
     assert genvm_manager.Config().env_allow == ENV_ALLOW
+    assert genvm_manager.Config().executor_env == ("*",)
+
+
+def test_executors_get_what_modules_get_or_less() -> None:
+    ours = variables()
+    ours.set("X_KEY", "new")
+    assert ours.for_executors == ours.for_modules == {**STARTED_WITH, b"X_KEY": b"new"}
+    ours = variables(executor_env=("PATH", "GENVM_*"))
+    assert ours.for_executors == {b"PATH": b"/bin"}
+    for key in ("X_KEY", "GENVM_X", "GENVMISH"):
+        ours.set(key, "new")
+    assert ours.for_executors == {b"PATH": b"/bin", b"GENVM_X": b"new"}
+    assert ours.for_modules == {**STARTED_WITH, b"X_KEY": b"new", b"GENVM_X": b"new"}
 
 
 def test_what_is_set_goes_before_the_environment() -> None:
@@ -99,7 +112,7 @@ def test_what_is_set_goes_before_the_environment() -> None:
     assert (ours("A_KEY"), ours("OURS"), ours("NOBODYS")) == ("old", "from-the-start", "")
     ours.set("A_KEY", "")
     assert ours("A_KEY") == ""
-    assert ours.environment[b"A_KEY"] == b""
+    assert ours.for_modules[b"A_KEY"] == b""
 
 
 def test_no_more_than_children_can_have() -> None:

@@ -661,6 +661,25 @@ def test_what_children_get_of_what_is_set(root: Root, start: Start) -> None:
     assert flags == ["-s", "-P"], "code of the account or of the current folder"
 
 
+def test_what_executors_need_not_know(root: Root, start: Start) -> None:
+    """Keys are for modules: with ``executor_env`` executors do not even get those."""
+    root.script("env -0")
+    environ = {"PROVIDER_KEY": "s3cr3t", "LANG": "C.UTF-8", "GENVM_LLM_MODULE": "ws://x:1"}
+    daemon = start("--executor-env", "PATH,LANG,GENVM_*", environ=environ)
+    for key in ("OPENAIKEY", "GENVM_X"):
+        daemon.post("/env", {"key": key, "value": "s3cr3t" if key == "OPENAIKEY" else "meant"})
+    daemon.post("/module/start", EMPTY_MODULE)
+    pid = daemon.get("/status")["modules"]["llm"]["pid"]
+    module = Path(f"/proc/{pid}/environ").read_text()
+    assert {"PROVIDER_KEY=s3cr3t", "OPENAIKEY=s3cr3t"} <= {*module.split("\0")}
+    executor = daemon.result(daemon.run())["stdout"]
+    assert "s3cr3t" not in executor
+    names = {pair.split("=")[0] for pair in executor.split("\0") if pair}
+    assert {"PATH", "LANG", "GENVM_LLM_MODULE", "GENVM_X", "GENVM_MANAGED_BY"} <= names
+    others = {name for name in names if not name.startswith("GENVM_")} - {"PATH", "LANG"}
+    assert others <= {"PWD", "OLDPWD", "SHLVL", "_"}, "the shell of the script adds some"
+
+
 def test_a_library_that_a_client_chose(start: Start, tmp_path: Path) -> None:
     """What OPENSSL_CONF names is loaded by everything that uses OpenSSL, as a module does."""
     proof = tmp_path / "loaded"
