@@ -632,10 +632,13 @@ def free_descriptors(most: int) -> int:
     return len(opened)
 
 
-def accept_with_room(reactor: Any, port: Any) -> None:
-    """Let the clients of a listening port wait in its backlog while no descriptor is free.
+def accept_with_room(
+    reactor: Any, port: Any, room_of: Callable[[int], int] = free_descriptors
+) -> None:
+    """Let the clients of a listening port wait in its backlog while there is no room for them.
 
-    Twisted would close their connections without an answer.
+    Twisted would close their connections without an answer where no descriptor is free.
+    ``room_of`` returns how many may be accepted, up to some number.
     """
     accept = port.doRead
 
@@ -644,7 +647,7 @@ def accept_with_room(reactor: Any, port: Any) -> None:
             port.startReading()
 
     def do_read() -> None:
-        room = free_descriptors(ACCEPTS)
+        room = room_of(ACCEPTS)
         if room == 0:
             port.stopReading()
             reactor.callLater(ACCEPT_RETRY_SECONDS, look_again)
@@ -8198,6 +8201,13 @@ STATUS_CODES: dict[type[ManagerError], int] = {
 RETRY_AFTER_SECONDS = 1
 #: Seconds for a request to arrive whole, and for a connection to stay idle.
 RECEIVE_SECONDS = 60
+#: Seconds for the first head of a connection to arrive with the token, where there is one.
+STRANGER_SECONDS = 5
+#: Connections that may be open beside twice as many as may wait for permits; and of each four
+#: descriptors that a process may have, one is not for connections: children need some.
+SPARE_CONNECTIONS, FEW_CONNECTIONS = 4 * KIB, 64
+#: Seconds between two lines of the log about connections that found no room.
+CROWDED_SECONDS = 60.0
 #: Seconds in which a client that sends too much may still read why it was refused.
 LINGER_SECONDS = 2.0
 #: Seconds for the answer to a client that has shut down its sending side. One that has left looks
@@ -8261,15 +8271,17 @@ class ApiChannel(HTTPChannel):
 
     transport: Any
     site: ApiSite
+    host: str
     #: Whether a whole request is here and its answer is not complete.
     answering = False
-    _fresh = True
+    _fresh = False
     _refused = False
     _linger: DelayedCall | None = None
     _next: DelayedCall | None = None
     _receiving = False
     _rest = b""
     _is_silent = True
+    _is_overdue = False
 
     def dataReceived(self, data: bytes) -> None:
         """Parse bytes; only the first ones of a request restart the clock: trickling is in vain."""
@@ -8295,6 +8307,18 @@ class ApiChannel(HTTPChannel):
                 self.paused = False
                 self._rest = self.clearLineBuffer()
                 self._next = self.callLater(0, self._parse_on) if self._rest else None
+
+    def timeoutConnection(self) -> None:
+        """Close the connection, but where we are late, what has arrived is read before."""
+        if self._is_overdue:
+            HTTPChannel.timeoutConnection(self)
+        else:
+            self._is_overdue = True
+            self.setTimeout(0)
+
+    def admit(self) -> None:
+        """Who asks may do so: a body may follow, and other requests."""
+        self.setTimeout(RECEIVE_SECONDS)
 
     def _parse_on(self) -> None:
         self._next = None
@@ -8341,7 +8365,7 @@ class ApiChannel(HTTPChannel):
 
     def requestDone(self, request: Request) -> None:
         """A response is complete: the connection may carry another request."""
-        self.answering = False
+        self.answering = self._is_overdue = False
         self._fresh = True
         # A thousand requests may have come in one packet: others get their turn in between.
         self.paused = self._receiving and bool(self.persistent)
@@ -8400,12 +8424,18 @@ class ApiRequest(Request):
         """Prepare for a body; ``None`` means that its length is not known."""
         small = length is not None and length <= INLINE_BODY_BYTES
         self.content = io.BytesIO() if small else _spooled_file()
-        if not small:
-            try:
-                # Who may not make the request at all is not let fill the disk first.
-                self.channel.site.policy.check(self)
-            except ManagerError as error:
+        hosts = self.requestHeaders.getRawHeaders(b"host") or []
+        try:
+            self.channel.site.policy.check(self)
+        except ManagerError as error:
+            # Who may not make the request is not let fill memory or disk first; without a body it
+            # is here as a whole.
+            if length != 0 and len(hosts) < 2:
                 self._refuse(error)
+        else:
+            self.channel.admit()
+        if length != 0 and len(hosts) > 1:
+            self._refuse_hosts(len(hosts))
         if length is not None and length > self.channel.site.max_body_bytes:
             self._refuse_body()
 
@@ -8430,6 +8460,10 @@ class ApiRequest(Request):
         self.requestHeaders.removeHeader(b"expect")
         self.channel.refuse(error_status(error), error)
 
+    def _refuse_hosts(self, count: int) -> None:
+        reason = f"expected one Host header, got {count or 'none'}"
+        self.channel.refuse(400, InvalidRequest(reason))
+
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         """Process a whole request; a URI with a host counts as its path and the header ``Host``."""
         hosts = self.requestHeaders.getRawHeaders(b"host") or []
@@ -8437,8 +8471,7 @@ class ApiRequest(Request):
             host, path = absolute[1], absolute[2] if absolute[2][:1] == b"/" else b"/" + absolute[2]
             self.requestHeaders.setRawHeaders(b"host", [host])
         if len(hosts) > 1 or (not hosts and version == b"HTTP/1.1"):
-            reason = f"expected one Host header, got {len(hosts) or 'none'}"
-            self.channel.refuse(400, InvalidRequest(reason))
+            self._refuse_hosts(len(hosts))
         else:
             Request.requestReceived(self, command, path, version)
 
@@ -8454,28 +8487,62 @@ class ApiSite(Site):
     requestFactory = ApiRequest
     displayTracebacks = False
     noisy = False
+    logger: ClassVar = Logger()
 
     def __init__(
-        self, resource: Resource, reactor: Any, max_body_bytes: int, policy: AccessPolicy
+        self, resource: Resource, reactor: Any, config: Config, policy: AccessPolicy
     ) -> None:
         Site.__init__(
             self,
             resource,
-            timeout=RECEIVE_SECONDS,
             reactor=reactor,
             parsePOSTFormSubmission=False,
         )
-        self.max_body_bytes = max_body_bytes
+        self.timeOut = RECEIVE_SECONDS if policy.token is None else STRANGER_SECONDS
+        self.max_body_bytes = config.max_body_bytes
         self.policy = policy
         self.channels: set[ApiChannel] = set()
+        self._most = SPARE_CONNECTIONS + 2 * config.queue_limit
+        self._from: Counter[str] = Counter()
+        self._clock = reactor
+        self._quiet_until = 0.0
         self.closing = False
         self._emptied: Event[None] = Event()
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
-        """Return the protocol for a new connection."""
+        """Return the protocol for a new connection; none if its address has half of all."""
+        host = getattr(addr, "host", "")  # a unix socket is for our own account
+        if host and self._from[host] >= self.most // 2:
+            self._tell_crowded(f"{self._from[host]} from {host}")
+            return None
         channel = Site.buildProtocol(self, addr)
+        channel.host = host
+        self._from[host] += 1
         self.channels.add(channel)
         return channel
+
+    @property
+    def most(self) -> int:
+        """How many connections there may be in all."""
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return min(self._most, max(FEW_CONNECTIONS, descriptors * 3 // 4))
+
+    def room_of(self, count: int) -> int:
+        """Return how many connections may be accepted, up to ``count``; see the reactor."""
+        room = min(self.most - len(self.channels), free_descriptors(count))
+        if room <= 0:
+            self._tell_crowded(f"{len(self.channels)} in all")
+        return max(0, room)
+
+    def _tell_crowded(self, figure: str) -> None:
+        now = self._clock.seconds()
+        if now >= self._quiet_until:
+            self._quiet_until = now + CROWDED_SECONDS
+            self.logger.warn(
+                "{text}",
+                text=f"no room for more connections: {figure}, of at most {self.most}, half of "
+                "them from one address; raise LimitNOFILE if so many are intended",
+            )
 
     def log(self, request: object) -> None:
         """Write no access log here; the API logs each request once, with its outcome."""
@@ -8493,7 +8560,11 @@ class ApiSite(Site):
 
     def forget(self, channel: ApiChannel) -> None:
         """A connection is gone."""
-        self.channels.discard(channel)
+        if channel in self.channels:
+            self.channels.remove(channel)
+            self._from[channel.host] -= 1
+            if not self._from[channel.host]:
+                del self._from[channel.host]
         self._check_empty()
 
     def _check_empty(self) -> None:
@@ -13760,7 +13831,7 @@ class ManagerService(Service):
             observer.redactor.keep("token", (token,))
         hosts = frozenset(name.lower() for name in config.allowed_hosts)
         policy = AccessPolicy(token, hosts)
-        self.site = ApiSite(ApiResource(self.api, policy), reactor, config.max_body_bytes, policy)
+        self.site = ApiSite(ApiResource(self.api, policy), reactor, config, policy)
         self._ports: list[Any] = []
         self._parent: ParentWatch | None = None
         self._checking: Deferred[None] = succeed(None)
@@ -13789,7 +13860,7 @@ class ManagerService(Service):
             if config.socket is not None:
                 self._ports.append(self._listen_unix(config.socket))
             for port in self._ports:
-                accept_with_room(self._reactor, port)
+                accept_with_room(self._reactor, port, self.site.room_of)
         except CannotListenError as error:
             at_port = isinstance(error.port, int)
             place = f"{config.host}:{error.port}" if at_port else config.socket

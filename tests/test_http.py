@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,12 +22,14 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
 from genvm_manager import (
+    CROWDED_SECONDS,
     INLINE_BODY_BYTES,
     KIB,
     LINGER_SECONDS,
     MIB,
     PIECE_BYTES,
     RECEIVE_SECONDS,
+    STRANGER_SECONDS,
     Config,
     InvalidRequest,
     LogObserver,
@@ -976,6 +979,69 @@ def test_an_idle_connection_is_closed(manager: Manager) -> None:
     assert not connection.transport.disconnecting
     manager.reactor.advance(1)
     assert connection.transport.disconnecting
+
+
+def test_a_stranger_has_five_seconds_for_a_head_with_the_token(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("t0ken-t0ken-t0ken")
+    file.chmod(0o600)
+    manager = Manager(tmp_path, auth_token_file=file)
+    stranger, refused, friend, slow = (manager.connect() for _ in range(4))
+    assert refused.request("GET", "/status").status == 401
+    friend.ask("GET", "/status", Authorization="Bearer t0ken-t0ken-t0ken")
+    slow.ask("POST", "/permits", Content_Length="9", Authorization="Bearer t0ken-t0ken-t0ken")
+    for _ in range(STRANGER_SECONDS):
+        assert not stranger.transport.disconnecting
+        stranger.send(b"G")
+        manager.reactor.advance(1)
+    assert stranger.transport.disconnecting
+    assert refused.transport.disconnecting
+    manager.reactor.advance(RECEIVE_SECONDS - STRANGER_SECONDS - 1)
+    assert not friend.transport.disconnecting
+    assert not slow.transport.disconnecting
+    manager.reactor.advance(1)
+    assert friend.transport.disconnecting
+    assert slow.transport.disconnecting
+
+
+def test_what_came_while_we_were_late_is_read_before_a_connection_is_closed(
+    manager: Manager,
+) -> None:
+    connection = manager.connect()
+    # Of a reactor that is late, the timers run first, and then it reads.
+    manager.reactor.callLater(RECEIVE_SECONDS + 1, connection.ask, "GET", "/permits")
+    manager.reactor.advance(RECEIVE_SECONDS + 1)
+    assert connection.response.status == 200
+    assert not connection.transport.disconnecting
+
+
+def test_one_address_has_half_of_the_connections(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (400, 400))
+    site = cast(Any, manager.service.site)
+    assert (site.most, site.room_of(16)) == (300, 16)
+    address = IPv4Address("TCP", "192.0.2.1", 4000)
+    channels = [site.buildProtocol(address) for _ in range(150)]
+    assert None not in channels
+    assert site.buildProtocol(address) is None
+    others = [site.buildProtocol(IPv4Address("TCP", "192.0.2.2", 4000)) for _ in range(148)]
+    assert (None in others, site.room_of(16)) == (False, 2)
+    assert all(site.buildProtocol(UNIXAddress(None)) for _ in range(2))
+    assert site.room_of(16) == 0
+    channels[0].makeConnection(ClientTransport(LISTENING))
+    channels[0].connectionLost(Failure(ConnectionDone()))
+    assert site.room_of(16) == 1
+    assert site.buildProtocol(address) is not None
+    assert manager.log.count(b"no room for more connections: 150 from 192.0.2.1, of at") == 1
+    assert manager.log.count(b"no room") == 1
+    manager.reactor.advance(CROWDED_SECONDS)
+    assert site.room_of(16) == 0
+    assert b"no room for more connections: 300 in all, of at most 300" in manager.log
+    # The limit that it has by default, and the one of a machine that has few.
+    for descriptors, most in ((1 << 20, 4096 + 2 * 1024), (20, 64)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, n=descriptors: (n, n))
+        assert site.most == most
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import resource
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from ..integration.conftest import Start
-from ..integration.support import Daemon, Root, eventually, memory_of, report, run_body, watched
+from ..integration.support import (
+    WAIT,
+    Daemon,
+    Root,
+    eventually,
+    memory_of,
+    report,
+    run_body,
+    timed,
+    watched,
+)
 from ..soak.manager import descriptors_of
 from .support import times, troubles
 
@@ -63,6 +76,73 @@ def test_two_thousand_connections_that_do_nothing(daemon: Daemon) -> None:
                 peer.sendall(GET)  # answered, and kept open
         runs = [daemon.run("exit 0") for _ in range(5)]
         watched(daemon, "2000 connections", lambda: [daemon.result(one) for one in runs])
+
+
+TOKEN = {"Authorization": "Bearer correct-horse-battery-staple"}
+
+
+@pytest.fixture
+def guarded(root: Root, start: Start, tmp_path: Path) -> Daemon:
+    """A manager with a token and 400 descriptors."""
+    root.add_shell()
+    file = tmp_path / "token"
+    file.write_text(TOKEN["Authorization"].split()[1])
+    file.chmod(0o600)
+    daemon = start("--auth-token-file", str(file))
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (400, 400))
+    return daemon
+
+
+def strangers(daemon: Daemon, count: int, data: bytes) -> Iterator[socket.socket]:
+    """Yield connections from another address of this machine, with what was sent on each."""
+    host, _, port = daemon.address.rpartition(":")
+    for _ in range(count):
+        peer = socket.create_connection((host, int(port)), WAIT, source_address=("127.0.0.2", 0))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            peer.sendall(data)
+        yield peer
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        GET[:-2],
+        POST + b"Content-Length: 65536\r\n\r\n" + b"x" * 65_000,
+        POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 1000,
+    ],
+    ids=["nothing", "a part of a head", "a body", "a body in chunks"],
+)
+def test_clients_without_the_token_take_nothing_away(guarded: Daemon, data: bytes) -> None:
+    """They have half of the connections at most, and not for long; a body they cannot send."""
+    before = memory_of(guarded.pid, "VmRSS")
+    begin = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(peer) for peer in strangers(guarded, 600, data)]
+        for _ in range(3):
+            started = guarded.request("POST", "/genvm/run", run_body("exit 3"), TOKEN)
+            assert started.status == 200, started.raw
+            path = f"/genvm/{started.json['id']}?wait=60s"
+            assert guarded.request("GET", path, None, TOKEN).json["status"]["exit_code"] == 3
+        timed("three runs beside 600 strangers", time.monotonic() - begin, 4.0)
+        assert memory_of(guarded.pid, "VmRSS") - before < 16 * MIB
+        found = [received(peer)[:12] for peer in peers]
+    timed("600 strangers are gone", time.monotonic() - begin, 10.0)
+    assert {*found} == ({b"", b"HTTP/1.1 401"} if data.startswith(POST) else {b""})
+    told = [r for r in guarded.records if "no room for more connections" in r["message"]]
+    assert [r["message"] for r in told if "150 from 127.0.0.2, of at most 300" in r["message"]]
+    assert len(told) == 1
+    assert troubles(guarded) == []
+
+
+def test_who_has_the_token_may_take_a_minute(guarded: Daemon) -> None:
+    head = POST.replace(b"genvm/run", b"permits") + b"Authorization: %b\r\n"
+    head += b"Content-Length: 14\r\n\r\n"
+    with guarded.connect() as slow, guarded.connect() as late:
+        slow.sendall(head % TOKEN["Authorization"].encode())
+        assert received(late) == b""  # 5 s
+        slow.sendall(b'{"permits": 7}')
+        assert received(slow, 12).startswith(b"HTTP/1.1 200")
 
 
 def test_heads_that_come_byte_by_byte(daemon: Daemon) -> None:
