@@ -1524,6 +1524,32 @@ class AllowedHost(str):
         return cls(name)
 
 
+#: Options of executors that the manager itself gives.
+_OWN_OPTIONS = ("--log-fd", "--host", "--host-data", "--message", "--cookie")
+
+
+def reserved_argument(text: str) -> str | None:
+    """Return why a text may not be a further argument for an executor, if so."""
+    option = text.partition("=")[0]
+    if option in _OWN_OPTIONS:
+        return f"{option} is given by the manager itself; leave it out"
+    return (
+        "-- would end the options, and the manager's follow; leave it out" if text == "--" else None
+    )
+
+
+class ExtraArgument(str):
+    """A further argument for executors, beside those that the manager gives."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Return the argument; raises ``ValueError``."""
+        text = Name.parse(value)
+        if problem := reserved_argument(text):
+            raise ValueError(problem)
+        return cls(text)
+
+
 class ModuleCommands(dict[str, tuple[str, ...]]):
     """The commands of external modules by their kind: a program and its arguments each.
 
@@ -1594,6 +1620,7 @@ FORMAT = SettingKind(Literal["json", "text"], "FORMAT")
 MODULES = SettingKind(ModuleCommands, "YAML", _plain_scalar)
 DETECTION = SettingKind(Literal["native", "executor"], "HOW")
 NAMES = SettingKind(tuple[Name, ...], "NAME,…", _plain_list)
+ARGUMENTS = SettingKind(tuple[ExtraArgument, ...], "ARGUMENT,…", _plain_list)
 HOSTS = SettingKind(tuple[AllowedHost, ...], "NAME,…", _plain_list)
 VARIABLES = SettingKind(tuple[AllowedVariable, ...], "NAME,…", _plain_list)
 
@@ -1638,7 +1665,7 @@ class Config:
         DETECTION, "native", "native, or executor to ask the newest executor"
     )
     readonly_extra_args: tuple[str, ...] = _setting(
-        NAMES, (), "arguments that executors need in read-only runs, such as --allow-latest"
+        ARGUMENTS, (), "arguments that executors need in read-only runs, such as --allow-latest"
     )
     llm_check_concurrency: int = _setting(COUNT, 20, "models that POST /llm/check asks at once")
     env_allow: tuple[str, ...] = _setting(
@@ -4243,13 +4270,17 @@ class RunRequest:
     def arguments(self, cookie: str) -> list[str]:
         """Return the executor's command line without the program.
 
-        Raises ``InvalidRequest`` for text that cannot be an argument of a process.
+        Raises ``InvalidRequest`` for text that cannot be an argument of a process, or stands for
+        one of ours.
         """
         if len(self.extra_args) > EXTRA_ARGUMENTS_MAX:
             raise InvalidRequest(
                 f"extra_args: {len(self.extra_args)} arguments; give at most {EXTRA_ARGUMENTS_MAX}"
             )
         texts = {f"extra_args[{i}]": text for i, text in enumerate(self.extra_args)}
+        for path, text in texts.items():
+            if problem := reserved_argument(text):
+                raise InvalidRequest(f"{path}: {problem}")
         message = bytes(self.message).decode()
         texts |= {"host_data": self.host_data, "host": self.host, "message": message}
         for path, text in texts.items():

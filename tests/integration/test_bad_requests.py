@@ -106,6 +106,24 @@ def test_the_place_in_an_array_is_named(
     refused(daemon, changed(extra_args=extra_args), "invalid_request", f"{path}: expected a string")
 
 
+OWN_OPTIONS = ["--log-fd", "--host", "--host-data", "--message", "--cookie"]
+
+
+@pytest.mark.parametrize("option", OWN_OPTIONS)
+def test_an_option_of_the_manager_is_no_extra_argument(daemon: Daemon, option: str) -> None:
+    """Neither as two words nor as one; an executor would take the last, or refuse both."""
+    for words in ([option, "x"], [f"{option}=x"], ["--debug-mode", f"{option}="]):
+        reply = refused(daemon, changed(extra_args=words), "invalid_request")
+        place = f"extra_args[{len(words) - 1 if '=' in words[-1] else 0}]"
+        assert (
+            reply.json["error"] == f"{place}: {option} is given by the manager itself; leave it out"
+        )
+
+
+def test_what_ends_the_options_is_no_extra_argument(daemon: Daemon) -> None:
+    refused(daemon, changed(extra_args=["--"]), "invalid_request", "extra_args[0]: --")
+
+
 def test_the_wrong_value_is_shown(daemon: Daemon) -> None:
     reply = refused(daemon, changed(is_sync="yes"), "invalid_request")
     assert reply.json["error"] == 'is_sync: expected true or false, got "yes"'
