@@ -172,6 +172,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Container,
     Hashable,
     Iterable,
     Iterator,
@@ -268,7 +269,7 @@ from twisted.internet.process import (
 )
 from twisted.internet.protocol import ProcessProtocol, Protocol, ServerFactory, connectionDone
 from twisted.internet.stdio import StandardIO
-from twisted.internet.task import LoopingCall
+from twisted.internet.task import LoopingCall, deferLater
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import ILogObserver, LogEvent, Logger, formatEvent, globalLogBeginner
 from twisted.protocols.basic import LineReceiver
@@ -1291,7 +1292,7 @@ _REFUSED = re.compile(
     r"LD_.*|DYLD_.*|PATH|PYTHON.*|BASH_ENV|ENV|SHELLOPTS|BASHOPTS|BASH_FUNC_.*|IFS|GCONV_PATH"
     r"|LOCPATH|NLSPATH|PERL5?(LIB|OPT)|PERL5DB|RUBY(LIB|OPT)|NODE_(OPTIONS|PATH)|GLIBC_TUNABLES"
     r"|LUA_.*|MALLOC_.*|HOSTALIASES|RESOLV_HOST_CONF|TMPDIR"
-    r"|GENVM_(MANAGED_BY|STARTED_BY|TIDIES_UP|MANAGER_.*)"
+    r"|GENVM_(MANAGED_BY|STARTED_BY|MANAGER_.*)"
 )
 #: Variables that lead to code by a detour, or that say which certificates are trusted, where names
 #: are looked up, or where files lie: they may be set for templates, and are never passed on.
@@ -3601,6 +3602,9 @@ GUARDIAN_RESTART_SECONDS = 1.0
 PARENT_POLL_SECONDS = 0.2
 #: The environment variable by which the guardian knows our descendants.
 MARKER = "GENVM_MANAGED_BY"
+#: What folders of pages are called, and the folder in them by which we know that they are ours.
+PROFILE_PREFIX = "genvm-page-"
+PROFILE_HOME = "genvm-manager"
 
 
 class BirthMarks:
@@ -3669,9 +3673,11 @@ class Guardian(ProcessProtocol):
         """Start the process."""
         self._restart = None
         self._started_at = self._reactor.seconds()
-        script = f"{inspect.getsource(guard_descendants)}\nguard_descendants({MARKER + '='!r})"
+        constants = f"{PROFILE_PREFIX=}\n{PROFILE_HOME=}\n"
+        functions = map(inspect.getsource, (remove_profiles, guard_descendants))
+        script = f"{constants}\n{''.join(functions)}\nguard_descendants({MARKER + '='!r})"
         mark = str(BirthMarks(self._boot_id).manager)
-        argv = [sys.executable, "-ISc", script.replace("'''", '"""'), self._boot_id, mark]
+        argv = [sys.executable, "-ISc", script, self._boot_id, mark, tempfile.gettempdir()]
         try:
             self._reactor.spawnProcess(self, argv[0], argv, env={}, childFDs={0: "w", 1: 1, 2: 2})
         except OSError as error:
@@ -3699,12 +3705,40 @@ class Guardian(ProcessProtocol):
             self._start_again()
 
 
+def remove_profiles(folder: str) -> bool:
+    """Remove the folders of pages in a folder whose module has ended; return whether none is left.
+
+    A module has its own locked. This function runs alone too, as ``guard_descendants`` does.
+    """
+    import fcntl
+    import os
+    import shutil
+
+    folders = [entry for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+    profiles = [entry.path for entry in folders if entry.name.startswith(PROFILE_PREFIX)]
+    for path in profiles:
+        try:
+            lock = os.open(path, os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:  # gone, or not ours
+            continue
+        try:
+            if os.stat(f"{path}/{PROFILE_HOME}").st_uid == os.geteuid():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+        except OSError:  # in use, or not a profile
+            pass
+        finally:
+            os.close(lock)
+    return not any(os.path.exists(f"{path}/{PROFILE_HOME}") for path in profiles)
+
+
 def guard_descendants(prefix: str) -> None:
     """Wait for end-of-file on stdin, then kill every process that has a mark of the manager.
 
     The arguments: the value of the marker in the environment, whose name and ``=`` are ``prefix``,
-    and the manager's part of a birth mark. This function runs alone, under a bare Python: it uses
-    nothing but its own imports.
+    the manager's part of a birth mark, and the folder in which modules have their profiles, which
+    are removed. This function runs alone, under a bare Python: it uses nothing but its own imports
+    and the function above.
     """
     import os
     import resource
@@ -3743,6 +3777,9 @@ def guard_descendants(prefix: str) -> None:
                     killed.add(pid)
             except OSError:
                 continue
+        time.sleep(0.02)
+    # What was killed takes its time to be gone on a busy machine, and has its profiles until then.
+    while not remove_profiles(sys.argv[3]) and time.monotonic() < last_round + 5:
         time.sleep(0.02)
 
 
@@ -3786,10 +3823,6 @@ ORPHAN_RETRY_SECONDS = 0.02
 ORPHAN_POLL_SECONDS = 1.0
 #: Seconds for an orphan without the marker to tidy up, as the guardian would let it.
 ORPHAN_GRACE_SECONDS = 0.7
-#: In its environment a process of ours says that it removes what it made, and then ends by itself.
-#: It may take so many seconds for that on a busy machine, even beyond our own end.
-TIDY_VARIABLE = "GENVM_TIDIES_UP"
-TIDY_SECONDS = 10.0
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
@@ -3947,6 +3980,11 @@ def _ignored_signals() -> list[int]:
     return [n for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN]
 
 
+def become_reaper() -> bool:
+    """Become the parent of what descendants leave behind; return whether the kernel can do that."""
+    return bool(ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+
+
 @define
 class Orphan:
     """A process whose parent is gone, which makes us its parent.
@@ -3957,7 +3995,6 @@ class Orphan:
 
     owners: set[int]
     is_marked: bool
-    tidies_up: bool
     since: float
 
 
@@ -3985,6 +4022,7 @@ class Spawner:
         self._orphans: dict[int, Orphan] = {}
         self._orphan_grace = ORPHAN_GRACE_SECONDS
         self._orphans_ended: Event[None] | None = None
+        self._afters: dict[int, Callable[[], object]] = {}
         self._siblings = ""
         self._boot_id = boot_id
         self._marks = BirthMarks(boot_id)
@@ -4000,8 +4038,7 @@ class Spawner:
         if sys.platform != "linux":
             self.log.warn("executors may outlive a killed manager: no guardian on this platform")
             return
-        prctl = ctypes.CDLL(None, use_errno=True).prctl
-        if prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0 or not os.path.exists(self._siblings):
+        if not become_reaper() or not os.path.exists(self._siblings):
             self._owns_process = False
             self.log.warn(
                 "what executors leave behind will not be killed: this kernel does not list it"
@@ -4061,14 +4098,15 @@ class Spawner:
         feeds: Iterable[int] = (),
         inherited: Mapping[int, int] | None = None,
         nice: int = 0,
+        after: Callable[[], object] | None = None,
     ) -> None:
         """Start a process in our working directory.
 
         ``pipes`` are the descriptors of the child that we read, ``feeds`` those that we write,
         ``nulls`` those that are ``/dev/null``; ``inherited`` maps descriptors of the child to ours.
-        It is to be so much nicer than we are (see nice(2)).
-        Everything else comes through the listener, possibly before this returns. Raises
-        ``SpawnFailed``.
+        It is to be so much nicer than we are (see nice(2)). ``after`` is called once the process
+        and all that came from it are gone. Everything else comes through the listener, possibly
+        before this returns. Raises ``SpawnFailed``.
         """
         if self._devnull is None:
             raise SpawnFailed("the manager is not running")
@@ -4096,7 +4134,11 @@ class Spawner:
             with contextlib.suppress(OSError):
                 ours = os.getpriority(os.PRIO_PROCESS, 0)
                 os.setpriority(os.PRIO_PROCESS, child.pid, ours + nice)
-        if not child.exited:
+        if after is not None:
+            self._afters[number] = after
+        if child.exited:
+            self._sweep_within(0)
+        else:
             self._children[number] = child
             self._sweep_within(ORPHAN_POLL_SECONDS)
 
@@ -4107,11 +4149,17 @@ class Spawner:
     def _sweep_within(self, seconds: float) -> None:
         """Look for orphans soon."""
         if not self._owns_process:
-            return
-        if self._sweep_call is None:
+            self._call_afters()
+        elif self._sweep_call is None:
             self._sweep_call = self._reactor.callLater(seconds, self._sweep)
         elif self._sweep_call.getTime() > self._reactor.seconds() + seconds:
             self._sweep_call.reset(seconds)
+
+    def _call_afters(self) -> None:
+        """Tell whose child is gone with all that came from it."""
+        owners = set(self._children).union(*(orphan.owners for orphan in self._orphans.values()))
+        for number in self._afters.keys() - owners:
+            self._afters.pop(number)()
 
     def _sweep(self) -> None:
         """Reap orphans that ended, and kill those whose owner has ended."""
@@ -4124,21 +4172,22 @@ class Spawner:
         # Twisted knows every process that was started on purpose.
         pids = set(map(int, ours)).difference(reapProcessHandlers)
         self._orphans = {pid: self._orphans.get(pid) or self._orphan(pid) for pid in pids}
-        killed = False
+        ending = False
         for pid, orphan in list(self._orphans.items()):
             try:
                 if os.waitpid(pid, os.WNOHANG)[0]:
-                    del self._orphans[pid]
+                    ending = True  # what it had started may have come to us just now
                 elif self._is_due(orphan):
                     os.kill(pid, signal.SIGKILL)
-                    killed = True
+                    ending = True
             except OSError:  # not ours to kill
                 del self._orphans[pid]
         if not self._orphans and self._orphans_ended is not None:
             self._orphans_ended.fire(None)
+        self._call_afters()
         if self._orphans or self._children:
-            is_ending = killed or self._orphans_ended is not None or not self._children
-            self._sweep_within(ORPHAN_RETRY_SECONDS if is_ending else ORPHAN_POLL_SECONDS)
+            ending = ending or self._orphans_ended is not None or not self._children
+            self._sweep_within(ORPHAN_RETRY_SECONDS if ending else ORPHAN_POLL_SECONDS)
 
     def _is_due(self, orphan: Orphan) -> bool:
         """Tell whether an orphan is to be killed: none of its owners lives, and it had its time."""
@@ -4146,8 +4195,7 @@ class Spawner:
         if not orphan.owners.isdisjoint(self._children):
             orphan.since = now
             return False
-        grace = TIDY_SECONDS if orphan.tidies_up else self._orphan_grace
-        return orphan.is_marked or now - orphan.since >= grace
+        return orphan.is_marked or now - orphan.since >= self._orphan_grace
 
     def _orphan(self, pid: int) -> Orphan:
         """Look at an orphan for the first time.
@@ -4162,7 +4210,6 @@ class Spawner:
             owners=set(self._children) if number is None else {number},
             # A process that is being started has no environment for a moment.
             is_marked=number is not None or f"{MARKER}={self._boot_id}".encode() in variables,
-            tidies_up=f"{TIDY_VARIABLE}=1".encode() in variables,
             since=self._reactor.seconds(),
         )
 
@@ -8027,6 +8074,7 @@ class Module:
                     pipes={STDOUT, STDERR},
                     feeds={STDIN},
                     inherited={LOG_FD: listener.fileno()},
+                    after=self._tidy_up,
                 )
         except SpawnFailed as error:
             raise ModuleFailed(
@@ -8109,6 +8157,12 @@ class Module:
             greeting.transport.abortConnection()
 
     # --- ends ---
+
+    def _tidy_up(self) -> None:
+        """Remove what a process that was killed had no time to remove; the guardian looks again."""
+        folder = tempfile.gettempdir()
+        working = FILE_THREADS.run(self._reactor, FILE_SECONDS, remove_profiles, folder)
+        working.addErrback(lambda failure: self.log.failure("cannot tidy up", failure))
 
     def _generation_ended(self, generation: Generation) -> None:
         self._alive.discard(generation)
@@ -11457,7 +11511,7 @@ def _signing_failed(cause: str, reason: str) -> RequestFailure:
 # 3.9 Web service: Chromium
 # =============================================================================
 #
-# Owns the process of a headless Chromium: its flags, its keeper, its messages
+# Owns the process of a headless Chromium: its flags, its folder, its messages
 # (DevTools protocol over pipes) and its one way to the network. Uses web addresses.
 # Never lets Chromium resolve a name or open a connection itself: all goes through
 # a SOCKS proxy of ours, which applies the rules to each connection.
@@ -11510,107 +11564,55 @@ def find_chromium() -> str | None:
     return next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
 
 
-def remove_stale_profiles(folder: Path) -> None:
-    """Remove the profiles of keepers that were killed: those that nobody has locked."""
-    for path in folder.glob(f"{PROFILE_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            profile = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                if os.fstat(profile).st_uid == os.geteuid():
-                    fcntl.flock(profile, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(profile)
-
-
-def family_of(pid: int) -> set[int]:
-    """Return the descendants of a process; it runs alone, as ``keep_browser`` does."""
-    import os
-
+def children_of(pid: int) -> set[int]:
+    """Return the children of a process, which may be gone."""
     found: set[int] = set()
-    todo = [pid]
-    while todo:
-        tasks = f"/proc/{todo.pop()}/task"
-        try:
-            for task in os.listdir(tasks):
-                with open(f"{tasks}/{task}/children") as file:
-                    children = set(map(int, file.read().split())) - found
-                found |= children
-                todo += children
-        except OSError:
-            continue
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            found |= set(map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split()))
     return found
 
 
 def memory_of_family(pid: int) -> int:
-    """Return what the descendants of a process hold, shared pages shared out, in MiB."""
+    """Return what a process and its descendants hold, shared pages shared out, in MiB."""
     total = 0
-    for process in family_of(pid):
-        try:
-            with open(f"/proc/{process}/smaps_rollup") as file:
-                total += sum(int(row.split()[1]) for row in file if row.startswith("Pss:"))
-        except OSError:
-            continue
+    family = [pid]
+    for process in family:
+        family += children_of(process) - set(family)
+        with contextlib.suppress(OSError), open(f"/proc/{process}/smaps_rollup") as file:
+            total += sum(int(row.split()[1]) for row in file if row.startswith("Pss:"))
     return total // 1024
 
 
-def keep_browser() -> None:
-    """Run a browser, and end it with all it started when stdin ends or it takes too much memory.
+def kill_strays(known: Container[int] = (), homes: Iterable[str] = ()) -> bool:
+    """Kill and reap what a Chromium that has ended left to this process; return whether it did.
 
-    The arguments: the profile's folder, which is made here and removed at the end, the limit of
-    memory in MiB, an environment variable for the browser, the browser's command. The folder is
-    locked until then. This function runs alone, under a bare Python: it uses nothing but its own
-    imports and the two functions above.
+    Children that somebody knows are not that, nor is what a Chromium in other ``homes`` started.
     """
-    import ctypes
-    import fcntl
-    import os
-    import resource
-    import select
-    import shutil
-    import signal
-    import sys
+    found = False
+    for pid in children_of(os.getpid()):
+        variables = b""
+        with contextlib.suppress(OSError):
+            variables = Path(f"/proc/{pid}/environ").read_bytes()
+        if pid not in known and not any(home.encode() in variables for home in homes):
+            found = True
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, os.WNOHANG)
+    return found
 
-    if hasattr(resource, "RLIMIT_RTTIME"):  # the mark of what is killed with the manager
-        hard = resource.getrlimit(resource.RLIMIT_RTTIME)[1]
-        resource.setrlimit(resource.RLIMIT_RTTIME, (hard, hard))
-    profile, limit, marker, *command = sys.argv[1:]
-    prctl = ctypes.CDLL(None).prctl
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    os.setsid()
-    while True:
-        os.mkdir(profile, 0o700)
-        fcntl.flock(os.open(profile, os.O_RDONLY), fcntl.LOCK_EX)
-        if os.path.exists(profile):  # no module that starts has taken it for a stale one
-            break
-    prctl(36, 1, 0, 0, 0)  # what the browser leaves behind comes to us
-    pid = os.fork()
-    if pid == 0:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        os.setsid()
-        prctl(1, signal.SIGKILL, 0, 0, 0)  # it does not outlive us
-        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-        name, _, value = marker.partition("=")
-        os.execve(command[0], command, {**os.environ, **({name: value} if name else {})})
-    os.closerange(3, 5)
-    ended = os.pidfd_open(pid)
-    status = 0
-    while not status and not select.select([0, ended], [], [], 0.25)[0]:
-        status = 3 if memory_of_family(os.getpid()) > int(limit) else 0
-    try:
-        while True:
-            for process in family_of(os.getpid()):
-                try:
-                    os.kill(process, signal.SIGKILL)
-                except OSError:
-                    continue
-            if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                select.select([], [], [], 0.005)
-    except ChildProcessError:
-        shutil.rmtree(profile, ignore_errors=True)
-    os._exit(status)
+
+def make_profile() -> tuple[str, int]:
+    """Return a new folder for a page's Chromium, and its lock to be closed when it is not needed.
+
+    Raises ``OSError``.
+    """
+    made = tempfile.mkdtemp(prefix=PROFILE_PREFIX)
+    lock = os.open(made, os.O_DIRECTORY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    home = f"{made}/{PROFILE_HOME}"  # which makes it a profile: only now that it is locked
+    os.mkdir(home)
+    return home, lock
 
 
 # --- the way out ---
@@ -11773,9 +11775,9 @@ class BrowserGone(Exception):
 
 
 class BrowserProcess(ProcessProtocol):
-    """A keeper with a Chromium; its messages are JSON objects that end with a NUL byte.
+    """A Chromium; its messages are JSON objects that end with a NUL byte.
 
-    ``ended`` fires with the exit code of the keeper, once everything is gone.
+    ``ended`` fires once its main process has ended.
     """
 
     transport: Any = None
@@ -11789,7 +11791,7 @@ class BrowserProcess(ProcessProtocol):
         self._waiting: dict[int, Deferred[dict[str, Any]]] = {}
         self._input = bytearray()
         self.stderr = BoundedTail(CHROMIUM_STDERR_BYTES)
-        self.ended: Event[int] = Event()
+        self.ended: Event[ExitStatus] = Event()
         self.gone = False
 
     async def call(self, method: str, session: str | None = None, **given: Any) -> dict[str, Any]:
@@ -11817,10 +11819,10 @@ class BrowserProcess(ProcessProtocol):
         done.addErrback(lambda _: None)
 
     def end(self) -> None:
-        """Have the keeper end everything; see ``ended``."""
+        """Kill it; see ``ended``."""
         self._lose()
-        if self.transport is not None:
-            self.transport.closeStdin()
+        with contextlib.suppress(ProcessExitedAlready):
+            self.transport.signalProcess("KILL")
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
         """See ``ProcessProtocol``."""
@@ -11863,8 +11865,7 @@ class BrowserProcess(ProcessProtocol):
     def processExited(self, reason: Failure) -> None:
         """See ``ProcessProtocol``."""
         self._lose()
-        status = ExitStatus.of(reason).code
-        self.ended.fire(-1 if status is None else status)
+        self.ended.fire(ExitStatus.of(reason))
 
     def childConnectionLost(self, childFD: int) -> None:
         """See ``ProcessProtocol``."""
@@ -11887,12 +11888,14 @@ MAX_RENDERS = 2
 RENDER_MEMORY_MIB = 1024
 #: What a page and all that it loads may bring over the network.
 RENDER_TRAFFIC_MAX_BYTES = 64 * MIB
-#: Seconds in which the keeper ends Chromium and removes its profile.
-KEEPER_SECONDS = 10.0
+#: Seconds between looks at the memory of a page, and at what its Chromium left behind.
+MEMORY_POLL_SECONDS = 0.25
+STRAY_POLL_SECONDS = 0.01
+#: Seconds for every Chromium to be gone at the end of the process.
+CLOSE_SECONDS = 5.0
 #: Of the time limit, what is kept for reading a page that is never whole.
 READING_SECONDS = 5.0
 READ_ATTEMPTS = 3
-_KEEPER_MEMORY = 3
 _PDF = "application/pdf"
 _NOT_PAGES = re.compile(rf"{_PDF}|(image|audio|video|font)/.*")
 _TEXT_SCRIPT = "document.body ? document.body.innerText : ''"
@@ -11940,7 +11943,7 @@ class PageVisit:
         self.browser = BrowserProcess(self._event, self._gone)
         traffic = gate.traffic
         problem = f"the page brings more than {traffic.limit} bytes"
-        traffic.exceeded.wait().addCallback(lambda _: self._fail(problem))
+        traffic.exceeded.wait().addCallback(lambda _: self.fail(problem))
 
     async def render(self, mode: str, wait: float, patience: float) -> Page:
         """Load the page, wait, and return what is there by then; raises ``BrowserGone``.
@@ -12064,9 +12067,10 @@ class PageVisit:
         elif method == "Page.javascriptDialogOpening":
             self.browser.tell("Page.handleJavaScriptDialog", self._session, accept=False)
         elif method == "Inspector.targetCrashed":
-            self._fail("the page crashed")
+            self.fail("the page crashed")
 
-    def _fail(self, problem: str) -> None:
+    def fail(self, problem: str) -> None:
+        """End the visit; the first problem counts."""
         if self._failure is None:
             self._failure = page_failed(self._target.url, self._status, problem)
         self.browser.end()
@@ -12107,15 +12111,13 @@ class PageVisit:
                 "SCHEMA_FORBIDDEN", target.url, "a redirect from https to http", schema="http"
             )
 
-    def explain(self, code: int) -> RequestFailure:
-        """Return why Chromium is gone, from the keeper's exit code."""
+    def explain(self, status: ExitStatus) -> RequestFailure:
+        """Return why Chromium is gone."""
         if self._failure is not None:
             return self._failure
-        if code == _KEEPER_MEMORY:
-            return page_failed(self._target.url, self._status, "the page takes too much memory")
         tail = self.browser.stderr.content.decode("utf-8", "replace")
         self.log.error(
-            "Chromium has ended: {tail}", tail=tail[-REPORTED_BODY_CHARACTERS:], exit_code=code
+            "Chromium has ended: {tail}", tail=tail[-REPORTED_BODY_CHARACTERS:], status=str(status)
         )
         return RequestFailure("RENDERER_FAILED", context={"reason": "Chromium has ended"})
 
@@ -12156,6 +12158,7 @@ class ChromiumRenderer:
         self._timeout = timeout
         self._memory_mib = memory_mib
         self._slots = DeferredSemaphore(limit)
+        self._locks: dict[str, int] = {}
 
     async def render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
         """Return a rendered page; raises ``RequestFailure``. Cancelling ends Chromium."""
@@ -12169,7 +12172,7 @@ class ChromiumRenderer:
         gate = SocksGate(self._reactor, self._rules, traffic)
         visit = PageVisit(self._reactor, self._rules, target, gate)
         try:
-            self._spawn(visit.browser, gate.address)
+            home = self._spawn(visit.browser, gate.address)
         except OSError as error:
             gate.close()
             raise RequestFailure(
@@ -12178,6 +12181,11 @@ class ChromiumRenderer:
         patience = self._timeout - min(READING_SECONDS, self._timeout / 4)
         work = Deferred.fromCoroutine(visit.render(mode, wait, patience))
         seconds = self._timeout + wait
+        watch = LoopingCall(self._check_memory, visit)
+        watch.clock = self._reactor
+        watch.start(MEMORY_POLL_SECONDS).addErrback(
+            lambda failure: self.log.failure("the memory of a page is not watched", failure)
+        )
 
         def too_late(_result: object, _seconds: float) -> Failure:
             return Failure(refused("TIMEOUT", target.url, f"no page within {seconds:g} s"))
@@ -12185,53 +12193,66 @@ class ChromiumRenderer:
         try:
             return await work.addTimeout(seconds, self._reactor, too_late)
         except BrowserGone:
-            raise visit.explain(await self._end(visit.browser, gate)) from None
+            raise visit.explain(await visit.browser.ended.wait()) from None
         except (ValueError, LookupError) as error:
             context: dict[str, CalldataValue] = {"reason": json_text(str(error)[:200])}
             raise RequestFailure("RENDERER_FAILED", context=context) from None
         finally:
+            watch.stop()
             # Even if nobody waits any more, the slot is taken until everything is gone.
-            await detached(Deferred.fromCoroutine(self._end(visit.browser, gate)))
+            await detached(Deferred.fromCoroutine(self._end(visit.browser, gate, home)))
 
-    async def _end(self, browser: BrowserProcess, gate: SocksGate) -> int:
+    async def _check_memory(self, visit: PageVisit) -> None:
+        pid = visit.browser.transport.pid
+        if await in_thread(self._reactor, memory_of_family, pid) > self._memory_mib:
+            visit.fail("the page takes too much memory")
+
+    async def _end(self, browser: BrowserProcess, gate: SocksGate, home: str) -> None:
         browser.end()
         gate.close().addErrback(lambda _: None)
-        try:
-            code = await browser.ended.wait().addTimeout(KEEPER_SECONDS, self._reactor)
-        except DeferredTimeout:
-            self.log.error("Chromium's keeper process does not end", pid=browser.transport.pid)
-            with contextlib.suppress(ProcessExitedAlready):
-                browser.transport.signalProcess("KILL")
-            code = await browser.ended.wait()
-        if code < 0:  # it was killed
-            folder = Path(tempfile.gettempdir())
-            await in_thread(self._reactor, remove_stale_profiles, folder)
-        return code
+        await browser.ended.wait()
+        while kill_strays(reapProcessHandlers, self._locks.keys() - {home}):
+            await deferLater(self._reactor, STRAY_POLL_SECONDS)
+        await in_thread(self._reactor, self._remove, home)
+        os.close(self._locks.pop(home))
 
-    def _spawn(self, browser: BrowserProcess, proxy: str) -> None:
-        profile = f"{tempfile.gettempdir()}/{PROFILE_PREFIX}{secrets.token_hex(8)}"
-        marker = f"{MARKER}={os.environ[MARKER]}" if MARKER in os.environ else ""
-        alone: tuple[Any, ...] = (family_of, memory_of_family, keep_browser)
-        source = "\n".join(map(inspect.getsource, alone))
+    def close(self) -> None:
+        """Leave nothing behind, at once: the process ends."""
+        until = time.monotonic() + CLOSE_SECONDS
+        while (kill_strays() or any(map(os.path.exists, self._locks))) and time.monotonic() < until:
+            for home in self._locks:
+                self._remove(home)
+            time.sleep(STRAY_POLL_SECONDS)
+
+    @staticmethod
+    def _remove(home: str) -> None:
+        shutil.rmtree(os.path.dirname(home), ignore_errors=True)
+
+    def _spawn(self, browser: BrowserProcess, proxy: str) -> str:
+        """Start a Chromium; return its home."""
+        home, lock = make_profile()
         # Root has no sandbox; see README for why the module should not run as root.
         unsafe = ("--no-sandbox",) if os.geteuid() == 0 else ()
         argv = [
-            *(sys.executable, "-ISc", f"{source}\nkeep_browser()"),
-            *(profile, str(self._memory_mib), marker, self._program, *unsafe),
-            f"--user-data-dir={profile}/profile",
+            *(self._program, *unsafe),
+            f"--user-data-dir={home}/profile",
             f"--proxy-server=socks5://{proxy}",
             f"--js-flags=--max-old-space-size={self._memory_mib // 2}",
             *CHROMIUM_FLAGS,
         ]
-        places = dict.fromkeys(("HOME", "TMPDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"), profile)
-        kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-        self._reactor.spawnProcess(
-            browser,
-            argv[0],
-            argv,
-            env={**kept, **places, TIDY_VARIABLE: "1"},
-            childFDs={0: "w", 1: "r", 2: "r", 3: "w", 4: "r"},
-        )
+        places = dict.fromkeys(("HOME", "TMPDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"), home)
+        kept = {name: os.environ[name] for name in ("PATH", "LANG", MARKER) if name in os.environ}
+        pipes: dict[int, int | str] = {0: "w", 1: "r", 2: "r", 3: "w", 4: "r"}
+        try:
+            self._reactor.spawnProcess(
+                browser, argv[0], argv, env={**kept, **places}, childFDs=pipes
+            )
+        except OSError:
+            self._remove(home)
+            os.close(lock)
+            raise
+        self._locks[home] = lock
+        return home
 
 
 # =============================================================================
@@ -12449,7 +12470,8 @@ class WebService(ModuleService):
             cls.log.warn("Chromium has no sandbox when it runs as root; use another account")
         # The runtime leaves signals alone, and twisted learns of a child's end by this one.
         signal.signal(signal.SIGCHLD, lambda *_: reactor.callFromThread(reapAllProcesses))
-        remove_stale_profiles(Path(tempfile.gettempdir()))
+        become_reaper()
+        remove_profiles(tempfile.gettempdir())
         return ChromiumRenderer(
             reactor,
             settings.rules,
@@ -12462,6 +12484,8 @@ class WebService(ModuleService):
     def close(self) -> None:
         """See ``ModuleService``."""
         self._names.close()
+        if isinstance(self._renderer, ChromiumRenderer):
+            self._renderer.close()
 
     def statistics(self) -> dict[str, Any]:
         """See ``ModuleService``."""

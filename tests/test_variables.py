@@ -15,7 +15,6 @@ from genvm_manager import (
     ENV_ALLOW,
     ENVIRONMENT_MAX_BYTES,
     MARKER,
-    TIDY_VARIABLE,
     ConfigError,
     EnvironmentRefused,
     RequestVariables,
@@ -35,7 +34,7 @@ DETOURS = [
 REFUSED = [
     *("LD_PRELOAD", "LD_LIBRARY_PATH", "LD_X_URL", "PATH", "PYTHONPATH", "PYTHONSTARTUP"),
     *("PYTHON_X_KEY", "BASH_ENV", "IFS", "GCONV_PATH", "PYTHONHOME", "LD_AUDIT", "LUA_INIT"),
-    *(MARKER, TIDY_VARIABLE, genvm_manager._STARTED_BY, "GENVM_MANAGER_HOST"),
+    *(MARKER, genvm_manager._STARTED_BY, "GENVM_MANAGER_HOST"),
 ]
 
 

@@ -56,7 +56,7 @@ from genvm_manager import (
     open_addresses,
     read_headers,
     read_web_settings,
-    remove_stale_profiles,
+    remove_profiles,
     signature_base,
 )
 
@@ -754,21 +754,23 @@ def test_collapsing_twice_changes_nothing(text: str) -> None:
 
 
 def test_stale_profiles(tmp_path: Path) -> None:
-    """What a killed keeper left behind goes; what a keeper has locked, or somebody's, stays."""
+    """What a killed module left behind goes; what a module has locked, or somebody's, stays."""
     for name in ("genvm-page-left", "genvm-page-used", "other"):
-        (tmp_path / name / "profile").mkdir(parents=True)
+        (tmp_path / name / "genvm-manager" / "profile").mkdir(parents=True)
+    (tmp_path / "genvm-page-somebody" / "home").mkdir(parents=True)
+    (tmp_path / "genvm-page-file").touch()
     (tmp_path / "genvm-page-link").symlink_to(tmp_path / "other")
+    kept = {"genvm-page-somebody", "genvm-page-file", "genvm-page-link", "other"}
     lock = os.open(tmp_path / "genvm-page-used", os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        remove_stale_profiles(tmp_path)
-        kept = {"genvm-page-used", "genvm-page-link", "other"}
-        assert set(os.listdir(tmp_path)) == kept
-        assert os.listdir(tmp_path / "other") == ["profile"]
+        assert not remove_profiles(str(tmp_path))
+        assert set(os.listdir(tmp_path)) == {"genvm-page-used", *kept}
+        assert os.listdir(tmp_path / "other") == ["genvm-manager"]
     finally:
         os.close(lock)
-    remove_stale_profiles(tmp_path)
-    assert set(os.listdir(tmp_path)) == {"genvm-page-link", "other"}
+    assert remove_profiles(str(tmp_path))
+    assert set(os.listdir(tmp_path)) == kept
 
 
 @pytest.mark.parametrize(
