@@ -1653,6 +1653,7 @@ class Config:
     log_file_backups: int = _setting(COUNT, 5, "rotated log files to keep")
     permits: int | None = _setting(PERMITS, None, "execution permits (default: from memory)")
     queue_limit: int = _setting(COUNT, 1024, "executions that may wait for permits")
+    queue_max_bytes: int = _setting(COUNT, 256 * MIB, "what executions that wait may have in all")
     max_body_bytes: int = _setting(COUNT, 64 * MIB, "largest request body")
     execution_retention: float = _setting(SECONDS, 300.0, "how long a result can be read")
     retention_max_bytes: int = _setting(COUNT, 256 * MIB, "captured output kept in all")
@@ -4311,8 +4312,23 @@ class RunRequest:
 
     @property
     def size(self) -> int:
-        """Characters that a client sent."""
-        return len(bytes(self.message)) + len(self.host_data) + sum(map(len, self.extra_args))
+        """Bytes of memory that its texts take."""
+        texts = (bytes(self.message), self.host_data, self.host, *self.extra_args)
+        return sum(map(sys.getsizeof, texts)) + 8 * len(texts)
+
+    @property
+    def fingerprint(self) -> bytes:
+        """What tells whether another request is the same."""
+        values = attrs.asdict(self, recurse=False) | {
+            "message": bytes(self.message),
+            "max_execution_minutes": float(self.max_execution_minutes),
+        }
+        return hashlib.sha256(repr(values).encode("utf-8", "surrogatepass")).digest()
+
+    def without_texts(self) -> RunRequest:
+        """Return what has to be known of it once its process has its arguments."""
+        empty = msgspec.Raw(b"{}")
+        return attrs.evolve(self, message=empty, host_data="", host="", extra_args=[])
 
     def arguments(self, cookie: str) -> list[str]:
         """Return the executor's command line without the program.
@@ -4411,6 +4427,11 @@ class LogRecords:
             self.size -= len(self._records.popleft())
             self.truncated = True
 
+    @property
+    def memory(self) -> int:
+        """Bytes that they take."""
+        return self.size + len(self._records) * (8 + sys.getsizeof(b""))
+
     def json_pieces(self) -> Iterator[bytes]:
         """Yield the JSON array of the records."""
         separator = b"["
@@ -4500,7 +4521,7 @@ class Capture:
     @property
     def size(self) -> int:
         """Bytes that are kept."""
-        return self._records.size + sum(tail.size for tail in self._tails.values())
+        return self._records.memory + sum(tail.size for tail in self._tails.values())
 
     @property
     def truncated(self) -> list[str]:
@@ -4550,6 +4571,7 @@ NO_CAPTURE = b'"stdout":"","stderr":"","genvm_log":[]'
 class Execution:
     """One execution; ``ended`` fires when it has a result.
 
+    ``request`` has its texts until the process is started; ``fingerprint`` is that of the whole.
     ``started_at`` and ``finished_at`` are seconds since the epoch, for people; ``began`` and
     ``over`` are the same moments by the reactor's clock, which nobody sets.
     """
@@ -4557,8 +4579,8 @@ class Execution:
     id: int
     request: RunRequest
     version: str
-    arguments: list[str]
     idempotency_key: str | None
+    fingerprint: bytes
     started: Event[None] = field(factory=Event)
     ended: Event[None] = field(factory=Event)
     state: State = State.WAITING
@@ -4761,7 +4783,7 @@ class Executions:
         self._by_key: dict[str, Execution] = {}
         self._finished: deque[Execution] = deque()
         self._unread: dict[int, Execution] = {}
-        self._kept_bytes = 0
+        self._kept_bytes = self._queued = 0
         self._ids = ids
         self._dropped_bytes = 0
         self._expiry: DelayedCall | None = None
@@ -4868,7 +4890,7 @@ class Executions:
 
     def _known(self, request: RunRequest, key: str | None) -> Execution | None:
         execution = self._by_key.get(key) if key is not None else None
-        if execution is not None and execution.request != request:
+        if execution is not None and execution.fingerprint != request.fingerprint:
             raise InvalidRequest(
                 "Idempotency-Key: already used with a different request; use a new key",
                 genvm_id=execution.id,
@@ -4881,13 +4903,17 @@ class Executions:
             raise Draining(f"the manager is {reason} and starts no new executions")
         version = self._manifest.resolve(request.major, request.timestamp)
         genvm_id = next(self._ids)
-        arguments = request.arguments(str(genvm_id))
-        weight = 1 if request.is_sync else 2
-        if self._gate.queue_length >= self._config.queue_limit and self._gate.would_wait(weight):
+        request.arguments(str(genvm_id))  # only to see that it can be passed on
+        weight, size = 1 if request.is_sync else 2, request.size
+        length, config = self._gate.queue_length, self._config
+        is_full = length >= config.queue_limit or self._queued + size > config.queue_max_bytes
+        if is_full and self._gate.would_wait(weight):
             raise QueueFull(
-                f"{self._gate.queue_length} executions wait for permits already; try again later"
+                f"{length} executions of {self._queued} bytes wait for permits already, and this "
+                f"one has {size}; try again later"
             )
-        execution = Execution(genvm_id, request, version, arguments, key)
+        self._queued += size
+        execution = Execution(genvm_id, request, version, key, request.fingerprint if key else b"")
         self._records[execution.id] = execution
         if key is not None:
             self._by_key[key] = execution
@@ -4898,12 +4924,18 @@ class Executions:
 
     def _withdraw(self, execution: Execution) -> None:
         """Take a waiting execution off the queue."""
+        self._drop_texts(execution)
         if execution.lease is None:
             assert execution.place is not None
             execution.place.cancel()
         else:
             self._ready.remove(execution)
             self._release(execution)
+
+    def _drop_texts(self, execution: Execution) -> None:
+        """Keep of a request only what is needed when it does not wait any more."""
+        self._queued -= execution.request.size
+        execution.request = execution.request.without_texts()
 
     def _forget(self, execution: Execution) -> None:
         """Drop a record; who waits for the end of one that never ran hears that it is gone."""
@@ -4947,6 +4979,7 @@ class Executions:
 
     def _spawn(self, execution: Execution) -> None:
         request = execution.request
+        self._drop_texts(execution)
         program = executor_program(self._config.root, execution.version)
         if not request.is_sync and (down := self._modules_down()):
             text = f"started without modules that it may need: {', '.join(down)}"
@@ -4964,7 +4997,7 @@ class Executions:
             request.max_execution_minutes * 60, self._deadline, execution
         )
         try:
-            argv = [program, *execution.arguments]
+            argv = [program, *request.arguments(str(execution.id))]
             listener = _RunListener(self, execution, sink)
             self._spawner.spawn(
                 listener,
@@ -4974,7 +5007,6 @@ class Executions:
                 nulls=nulls,
                 nice=self._config.executor_nice,
             )
-            execution.arguments = []
         except ManagerError as error:
             self._stop_deadline(execution)
             self._forget(execution)
@@ -5073,7 +5105,7 @@ class Executions:
 
     def _cost(self, execution: Execution) -> int:
         captured = 0 if execution.capture is None else execution.capture.size
-        return RECORD_BYTES + execution.request.size + captured
+        return RECORD_BYTES + len(execution.idempotency_key or "") + captured
 
     def _drop_oldest(self) -> None:
         execution = self._finished.popleft()
@@ -9052,6 +9084,7 @@ class Api:
         content = request.content
         assert content is not None  # handlers are called before a disconnect closes the body
         if isinstance(content, io.BytesIO):
+            request.content = None  # for as long as the request takes, which may wait
             return parse(content.getvalue())
 
         def read() -> Value:

@@ -73,6 +73,7 @@ SOURCES: dict[str, tuple[tuple[str, object], tuple[str, object], tuple[str, obje
         ("/tmp/c", Path("/tmp/c")),
     ),
     "queue_limit": (("7", 7), ("8", 8), ("9", 9)),
+    "queue_max_bytes": (("7", 7), ("8", 8), ("9", 9)),
     "executor_env": (("PATH, A*", ("PATH", "A*")), ("B", ("B",)), ("[D, E]", ("D", "E"))),
     "executor_nice": (("0", 0), ("19", 19), ("10", 10)),
 }

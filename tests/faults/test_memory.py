@@ -232,3 +232,85 @@ def test_memory_comes_back_after_large_requests(root: Root, start: Start) -> Non
     loaded = resident()
     eventually(lambda: resident() < before + (30 << 20), 90.0, "memory is as it was before")
     report(f"resident MiB: {before >> 20} before, {loaded >> 20} loaded, {resident() >> 20} after")
+
+
+#: Of one run: as much as the kernel passes on.
+TEXTS = {"extra_args": ["x" * 131_000] * 10}
+
+
+def test_the_texts_of_finished_runs_are_not_kept(root: Root, start: Start) -> None:
+    """1.4 MB a run, of which nothing is needed once it has been started."""
+    root.script("exit 0")
+    daemon = start("--permits", "4", "--retention-max-bytes", str(1 << 30))
+
+    def run(number: int) -> int:
+        headers = {"Idempotency-Key": f"{number}-{'k' * 100}"}
+        reply = daemon.request("POST", "/genvm/run", run_body(**TEXTS), headers)
+        assert reply.status == 200, reply.raw
+        daemon.result(reply.json["id"])
+        return int(reply.json["id"])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(20)))
+        before = memory_of(daemon.pid, "VmRSS")
+        ids = list(pool.map(run, range(100, 100 + times(240, 1000))))
+    grown = memory_of(daemon.pid, "VmRSS") - before
+    report(f"{len(ids)} finished runs of 1.3 MB: {grown / (1 << 20):.1f} MiB more")
+    assert daemon.get(f"/genvm/{ids[0]}")["status"]["exit_code"] == 0, "it is kept"
+    assert grown < 40 << 20
+    # Who asks again still gets his run, and nobody another's.
+    assert run(100) == ids[0]
+    other = run_body(**{**TEXTS, "extra_args": ["x" * 131_000] * 9})
+    reply = daemon.request("POST", "/genvm/run", other, {"Idempotency-Key": f"100-{'k' * 100}"})
+    assert "already used with a different request" in reply.json["error"]
+
+
+def test_waiting_runs_have_only_so_many_bytes(root: Root, start: Start) -> None:
+    """A client that fills the queue with large requests is refused; small ones still wait."""
+    root.script("exit 0")
+    daemon = start("--permits", "0", "--queue-max-bytes", str(16 << 20))
+    daemon.get("/status")
+    before = memory_of(daemon.pid, "VmRSS")
+    body = run_body(**TEXTS)
+    pending = [daemon.send("POST", "/genvm/run", body) for _ in range(12)]
+    daemon.waiting(12)
+    for _ in range(times(100, 1000)):
+        reply = daemon.request("POST", "/genvm/run", body)
+        assert (reply.status, reply.json["code"]) == (503, "queue_full")
+        assert reply.json["retryable"] is True
+    pending.append(daemon.send("POST", "/genvm/run", run_body()))
+    daemon.waiting(13)
+    grown = memory_of(daemon.pid, "VmRSS") - before
+    report(f"12 waiting runs of 1.3 MB: {grown / (1 << 20):.1f} MiB more")
+    assert grown < 64 << 20
+    daemon.request("DELETE", f"/genvm/{max(daemon.get('/status')['executions'], key=int)}")
+    pending.pop().reply()
+    daemon.post("/permits", {"permits": 4})
+    for one in pending:
+        assert daemon.result(one.reply().json["id"])["exit_code"] == 0
+    # What has started does not count any more.
+    daemon.post("/permits", {"permits": 0})
+    again = [daemon.send("POST", "/genvm/run", body) for _ in range(12)]
+    daemon.waiting(12)
+    for one in again:
+        one.close()
+    daemon.waiting(0)
+    daemon.post("/permits", {"permits": 4})
+    assert daemon.result(daemon.run(**TEXTS))["exit_code"] == 0
+
+
+def test_bodies_of_waiting_runs_are_not_kept(root: Root, start: Start) -> None:
+    """A body may have more than what a run is made of: fields that are not known are ignored."""
+    root.script("exit 0")
+    daemon = start("--permits", "0")
+    daemon.get("/status")
+    before = memory_of(daemon.pid, "VmRSS")
+    body = run_body(padding="x" * 60_000)
+    pending = [daemon.send("POST", "/genvm/run", body) for _ in range(600)]
+    daemon.waiting(600)
+    grown = memory_of(daemon.pid, "VmRSS") - before
+    report(f"600 waiting runs with bodies of 60 kB: {grown / (1 << 20):.1f} MiB more")
+    assert grown < 24 << 20
+    for one in pending:
+        one.close()
+    daemon.waiting(0)
