@@ -894,16 +894,36 @@ def parse_duration(value: object) -> float:
     raise ValueError(f"expected seconds or a duration such as 500ms, 10s or 5m, got {shown(value)}")
 
 
-class Expanded(str):
-    """A text into which variables of the environment were inserted; messages show its template."""
+class Concealed(str):
+    """A string that messages do not show, not even in part; they show ``instead``."""
 
-    template = ""
+    instead = ""
+
+    @classmethod
+    def of(cls, text: str, instead: str) -> str:
+        """Return a string with what is shown for it, if that is something else."""
+        if text == instead:
+            return text
+        concealed = cls(text)
+        concealed.instead = instead
+        return concealed
+
+
+def conceal(value: object, scrub: Callable[[str], str]) -> object:
+    """Return plain data of which messages show only what is left of a text without secrets."""
+    if isinstance(value, str):
+        return Concealed.of(value, scrub(value))
+    if isinstance(value, dict):
+        return {k: conceal(v, scrub) for k, v in value.items()}
+    if isinstance(value, list):
+        return [conceal(item, scrub) for item in value]
+    return value
 
 
 def shown(value: object, limit: int = 60) -> str:
     """Return a short JSON rendering of a value for an error message."""
-    if isinstance(value, Expanded):
-        value = value.template
+    if isinstance(value, Concealed):
+        value = value.instead
     if isinstance(value, str):
         value = value[: limit + 1]
     text = ""
@@ -955,10 +975,7 @@ def expand_template(text: str, variables: Mapping[str, str], variable: Callable[
         return variables[name]
 
     found = TEMPLATE.sub(value_of, text)
-    if "${ENV[" in text and found != text:
-        found = Expanded(found)
-        found.template = text
-    return found
+    return Concealed.of(found, text) if "${ENV[" in text else found
 
 
 def expand_templates(
@@ -7399,20 +7416,8 @@ def _backend(
 ) -> CheckedBackend:
     if isinstance(expanded, ConfigError):
         raise expanded
-    try:
-        return _read_backend_of(expanded, path)
-    except (InvalidRequest, ProviderError):
-        # The message shows the start of a value; let that be no key in a wrong place.
-        shareable = {
-            name: scrub(value) if isinstance(value, str) else value
-            for name, value in expanded.items()
-        }
-        _read_backend_of(shareable, path)
-        raise
-
-
-def _read_backend_of(data: dict[str, Any], path: str) -> CheckedBackend:
-    found = structure(data, ProviderConfig, path=path)
+    # A message shows the start of a value; let that be no key in a wrong place.
+    found = structure(conceal(expanded, scrub), ProviderConfig, path=path)
     if not found.model:
         raise ProviderError(ErrorKind.CONFIG, f"{path}.model: expected a name, got nothing")
     backend = Backend(found.host, found.provider, found.model, found.key)
@@ -7521,15 +7526,25 @@ MODULE_TRANSITIONS: dict[ModuleState, frozenset[ModuleState]] = {
 
 @frozen
 class ModuleSetup:
-    """How a module is to run: its configuration with templates expanded, and its address."""
+    """How a module is to run: its configuration with templates expanded, and its address.
+
+    ``inserted`` is what a request's templates inserted.
+    """
 
     config: dict[str, Any]
     host: str
     port: int
     allow_empty_backends: bool
+    inserted: list[str] = field(factory=list, eq=False)
 
     @classmethod
-    def of(cls, kind: str, config: dict[str, Any], allow_empty_backends: bool) -> ModuleSetup:
+    def of(
+        cls,
+        kind: str,
+        config: dict[str, Any],
+        allow_empty_backends: bool,
+        inserted: Iterable[str] = (),
+    ) -> ModuleSetup:
         """Return the setup that a configuration asks for; raises ``ModuleFailed``."""
         try:
             if "bind_address" in config or not {"host", "port"} & config.keys():
@@ -7541,7 +7556,7 @@ class ModuleSetup:
             raise ModuleFailed(
                 f"the {kind} module's address is wrong: {error}; set bind_address, or host and port"
             ) from None
-        return cls(config, host, port, allow_empty_backends)
+        return cls(config, host, port, allow_empty_backends, [*inserted])
 
     @property
     def external(self) -> dict[str, Any]:
@@ -8026,7 +8041,7 @@ class Module:
             expanded = expand_module_config(self.kind, config, texts, variables)
             inserted = variables.inserted
         self._observer.redactor.keep(self, (*secrets_in(expanded), *inserted))
-        return ModuleSetup.of(self.kind, expanded, allow_empty)
+        return ModuleSetup.of(self.kind, expanded, allow_empty, inserted)
 
     async def _soon(
         self, seconds: float, what: str, work: Callable[..., Value], *arguments: Any
@@ -8119,6 +8134,7 @@ class Module:
                     "config": setup.config,
                     "allow_empty_backends": setup.allow_empty_backends,
                     "log_level": self._observer.level,
+                    "inserted": setup.inserted,
                 }
             )
 
@@ -9546,6 +9562,7 @@ class ServiceSetup:
     config: AnyObject
     allow_empty_backends: bool = False
     log_level: str = "info"
+    inserted: list[str] = field(factory=list)  # secret, whatever it was inserted into
 
     @classmethod
     def parse(cls, line: bytes) -> ServiceSetup:
@@ -9894,6 +9911,9 @@ def run_module_service(kind: str, alone: Alone | None = None) -> int:
 
     try:
         setup = alone.setup if alone else ServiceSetup.parse(line)
+        observer.redactor.keep("inserted", setup.inserted)
+        config = cast(AnyObject, conceal(setup.config, observer.redactor.scrub))
+        setup = attrs.evolve(setup, config=config)
         if kind not in MODULE_SERVICES:
             raise ConfigError(f"no service is built in for the {kind} module; set its command")
         refuse_scripts(kind, setup.config)

@@ -289,6 +289,41 @@ def test_bad_configurations(manager: Daemon, config: Any, code: str, reason: str
     assert manager.descendants() == []
 
 
+PLACES: list[dict[str, Any]] = [
+    {"bind_address": "${ENV[AN_ADDRESS]}"},
+    {"bind_address": "x${ENV[AN_ADDRESS]}:1"},
+    {"lua_script_path": "/${ENV[AN_ADDRESS]}.lua"},
+    {"timeout": "${ENV[AN_ADDRESS]}"},
+    {"backends": {"a": {"host": "${ENV[AN_ADDRESS]}"}}},
+    {"backends": {"a": {"provider": "some ${ENV[AN_ADDRESS]}"}}},
+    {"backends": {"a": {"models": {"m": {"timeout": "${ENV[AN_ADDRESS]}"}}}}},
+    {"backends": {"a": {"meta": {"priority": "${ENV[AN_ADDRESS]}"}}}},
+    {"prompt_templates": {"eq_comparative": {"system": ["${ENV[AN_ADDRESS]}"]}}},
+]
+
+
+@pytest.mark.parametrize("length", [20, 400])
+def test_what_a_template_inserted_is_not_shown(start: Start, length: int) -> None:
+    """Neither what stands in the wrong place, nor the part of it that a message would show."""
+    daemon = start("--log-level", "trace")
+    value = "".join(f"{number:04x}" for number in range(0xABCD, 0xABCD + length // 4))
+    daemon.post("/env", {"key": "AN_ADDRESS", "value": value})
+    good = {"host": "http://x", "provider": "openai-compatible", "key": KEY, "models": {"m": {}}}
+    for place in PLACES:
+        config = {"bind_address": ANY_PORT, "backends": {"a": good}, **place}
+        if "backends" in place:
+            config["backends"] = {"a": {**good, **place["backends"]["a"]}}
+        reply = try_start(daemon, config)
+        assert reply.status in (200, 500)
+        said = reply.raw.decode() + json.dumps(daemon.get("/status"))
+        daemon.post("/module/stop", {"module_type": "llm"})
+        assert value[:12] not in said, place
+    daemon.stop()
+    assert value[:12] not in daemon.text
+    # The end of a message, or of what it shows, is no better.
+    assert all(value[at : at + 12] not in daemon.text for at in range(length - 12))
+
+
 @pytest.mark.parametrize("kind", ["gpu", "", None, 1])
 def test_unknown_modules(manager: Daemon, kind: Any) -> None:
     for path in ("start", "stop", "restart"):
