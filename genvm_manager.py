@@ -5,6 +5,7 @@
 #     "attrs>=23.2",
 #     "klein>=24.8",
 #     "msgspec>=0.19",
+#     "prometheus-client>=0.21",
 #     "publicsuffixlist>=1.0",
 #     "PyYAML>=6.0",
 #     "treq>=24.9",
@@ -50,8 +51,10 @@ The file has five parts, and each section uses only what stands above it:
    2.16 Availability check: every configuration with every prompt.
    2.17 Module processes: setup, address, and what one process says.
    2.18 Modules: the LLM and Web modules over time.
-   2.19 HTTP connections: limits, access, errors as JSON.
-   2.20 HTTP API: the routes.
+   2.19 Events and metrics: what the manager tells of itself.
+   2.20 HTTP connections: limits, access, errors as JSON.
+   2.21 HTTP API: the routes that the reference has, and their kin.
+   2.22 HTTP API: operation: probes, figures, lists, events.
 3. Module processes:
    3.1  Module services: connections: WebSocket with bounds.
    3.2  Module services: runtime: setup, orders, statistics, the end.
@@ -217,6 +220,21 @@ from attrs import define, field, frozen
 from klein import Klein
 from msgspec import Meta
 from OpenSSL.SSL import Error as SSLError
+from prometheus_client import (
+    CollectorRegistry,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client import Counter as CounterMetric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from publicsuffixlist import PublicSuffixList
 from service_identity import VerificationError
 from treq.cookies import IndexableCookieJar
@@ -417,6 +435,14 @@ class QueueFull(ManagerError, code="queue_full", retryable=True):
 
 class Draining(ManagerError, code="draining", retryable=True):
     """The manager refuses new executions because it drains or shuts down."""
+
+
+class NotReady(ManagerError, code="not_ready", retryable=True):
+    """No execution can be run here now."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        super().__init__("not ready: " + "; ".join(reasons))
+        self.reasons = [*reasons]
 
 
 class EnvironmentRefused(ManagerError, code="environment_refused"):
@@ -1454,6 +1480,10 @@ class Variables:
                 f"children can have {ARGUMENT_MAX_BYTES} and {ENVIRONMENT_MAX_BYTES}"
             )
 
+    def names(self) -> dict[str, bool]:
+        """Return the names that were set, and whether executors and modules get them."""
+        return {name: self._is_passed_on(name) for name in sorted(self._set)}
+
     async def for_request(
         self, reactor: Any, names: Collection[str] | None = None
     ) -> RequestVariables:
@@ -1639,6 +1669,7 @@ MODULES = SettingKind(ModuleCommands, "YAML", _plain_scalar)
 DETECTION = SettingKind(Literal["native", "executor"], "HOW")
 NAMES = SettingKind(tuple[Name, ...], "NAME,…", _plain_list)
 ARGUMENTS = SettingKind(tuple[ExtraArgument, ...], "ARGUMENT,…", _plain_list)
+KINDS = SettingKind(tuple[ModuleKind, ...], "KIND,…", _plain_list)
 HOSTS = SettingKind(tuple[AllowedHost, ...], "NAME,…", _plain_list)
 VARIABLES = SettingKind(tuple[AllowedVariable, ...], "NAME,…", _plain_list)
 
@@ -1682,6 +1713,9 @@ class Config:
     )
     version_detection: str = _setting(
         DETECTION, "native", "native, or executor to ask the newest executor"
+    )
+    start_modules: tuple[str, ...] = _setting(
+        KINDS, (), "modules to start with the manager, from their files: llm, web"
     )
     readonly_extra_args: tuple[str, ...] = _setting(
         ARGUMENTS, (), "arguments that executors need in read-only runs, such as --allow-latest"
@@ -2239,6 +2273,11 @@ class LogWriter:
         self._thread: threading.Thread | None = None
         self._stuck = False
 
+    @property
+    def dropped(self) -> int:
+        """Lines that were not written."""
+        return self._refused + self._failed
+
     def start(self) -> None:
         """Write from a thread from now on."""
         self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
@@ -2343,6 +2382,11 @@ class LogObserver:
     def enabled(self, level: str) -> bool:
         """Tell whether events of a level pass, to save the work of making them."""
         return LOG_LEVELS[level] >= self._threshold
+
+    @property
+    def dropped_lines(self) -> int:
+        """Lines that could not be written, or waited for too long."""
+        return self._writer.dropped
 
     def start(self) -> None:
         """Write from a thread from now on."""
@@ -2770,6 +2814,14 @@ class Version:
 
 
 @frozen
+class Period:
+    """A period of time; one without an end lasts."""
+
+    begin: datetime
+    end: datetime | None
+
+
+@frozen
 class Manifest:
     """The executor versions that exist, in ascending order."""
 
@@ -2793,6 +2845,17 @@ class Manifest:
             f"no executor of major {major} is available at {format_timestamp(moment)}; "
             f"the manifest has {self._listed()}"
         )
+
+    def selections(self) -> dict[str, list[Period]]:
+        """Return the periods of time in which each version is selected, by its key."""
+        found: dict[str, list[Period]] = {}
+        for major in {version.major for version in self.versions}:
+            moments = sorted({v.available_after for v in self.versions if v.major == major})
+            for begin, end in zip(moments, [*moments[1:], None], strict=True):
+                periods = found.setdefault(self.resolve(major, begin).key, [])
+                is_longer = periods and periods[-1].end == begin
+                periods.append(Period(periods.pop().begin if is_longer else begin, end))
+        return found
 
     def newest_major(self, moment: datetime) -> int:
         """Return the highest major available at a moment; raises ``VersionNotAvailable``."""
@@ -3327,11 +3390,13 @@ class BoundedTail:
         self._limit = limit
         self.blocks: deque[bytearray] = deque()
         self.size = 0
+        self.seen = 0
         self.truncated = False
 
     def add(self, data: bytes) -> None:
         """Append bytes, forgetting the oldest where there are too many."""
-        self.truncated = self.truncated or self.size + len(data) > self._limit
+        self.seen += len(data)
+        self.truncated = self.truncated or self.seen > self._limit
         data = data[max(0, len(data) - self._limit) :]
         if self.blocks and len(self.blocks[-1]) + len(data) <= PIECE_BYTES:
             self.blocks[-1] += data
@@ -3346,6 +3411,15 @@ class BoundedTail:
         if self.size > self._limit:
             del self.blocks[0][: self.size - self._limit]
             self.size = self._limit
+
+    def read(self, start: int, most: int) -> bytes:
+        """Return some bytes of what is kept, from a position in the whole stream on."""
+        skipped = start - (self.seen - self.size)
+        for block in self.blocks:
+            if skipped < len(block):
+                return bytes(block[skipped : skipped + most])
+            skipped -= len(block)
+        return b""
 
     @property
     def content(self) -> bytes:
@@ -4428,6 +4502,8 @@ class LogRecords:
     def __init__(self) -> None:
         self._records: deque[bytes] = deque()
         self.size = 0
+        self.dropped = 0
+        self.first = 0
         self.truncated = False
 
     def add(self, line: bytes, cut: bool) -> None:
@@ -4441,13 +4517,21 @@ class LogRecords:
         self._records.append(text)
         self.size += len(text)
         while len(self._records) > LOG_MAX_RECORDS or self.size > LOG_MAX_BYTES:
-            self.size -= len(self._records.popleft())
+            length = len(self._records.popleft())
+            self.size -= length
+            self.dropped += length
+            self.first += 1
             self.truncated = True
 
     @property
     def memory(self) -> int:
         """Bytes that they take."""
         return self.size + len(self._records) * (8 + sys.getsizeof(b""))
+
+    def read(self, number: int) -> bytes:
+        """Return a record by its number, counted from 0; nothing if there is none yet."""
+        at = number - self.first
+        return self._records[at] if at < len(self._records) else b""
 
     def json_pieces(self) -> Iterator[bytes]:
         """Yield the JSON array of the records."""
@@ -4511,58 +4595,68 @@ class Capture:
     """What an execution wrote: the ends of its streams and its log records."""
 
     def __init__(self, limit: int) -> None:
-        self._tails = {STDOUT: BoundedTail(limit), STDERR: BoundedTail(limit)}
-        self._records = LogRecords()
-        self._lines = LineSplitter(LOG_LINE_MAX_BYTES, self._records.add)
+        self.tails = {STDOUT: BoundedTail(limit), STDERR: BoundedTail(limit)}
+        self.records = LogRecords()
+        self._lines = LineSplitter(LOG_LINE_MAX_BYTES, self.records.add)
 
     def add(self, fd: int, data: bytes) -> None:
         """Take bytes from one of the executor's descriptors."""
         if fd == LOG_FD:
             self._lines.add(data)
         else:
-            self._tails[fd].add(data)
+            self.tails[fd].add(data)
 
     def cut(self, fd: int) -> None:
         """More was written to one of the descriptors than is read."""
         if fd == LOG_FD:
-            self._records.truncated = True
+            self.records.truncated = True
         else:
-            self._tails[fd].truncated = True
+            self.tails[fd].truncated = True
 
     def end(self) -> None:
         """Nothing follows."""
         self._lines.end()
-        for tail in self._tails.values():
+        for tail in self.tails.values():
             tail.trim()
 
     @property
     def size(self) -> int:
         """Bytes that are kept."""
-        return self._records.memory + sum(tail.size for tail in self._tails.values())
+        return self.records.memory + sum(tail.size for tail in self.tails.values())
+
+    @property
+    def kept(self) -> int:
+        """Bytes of output that are kept."""
+        return self.records.size + sum(tail.size for tail in self.tails.values())
+
+    @property
+    def dropped(self) -> int:
+        """Bytes that were read and are not kept."""
+        return self.records.dropped + sum(t.seen - t.size for t in self.tails.values())
 
     @property
     def truncated(self) -> list[str]:
         """Names of what was cut."""
         cut = {
-            "stdout": self._tails[STDOUT].truncated,
-            "stderr": self._tails[STDERR].truncated,
-            "genvm_log": self._records.truncated,
+            "stdout": self.tails[STDOUT].truncated,
+            "stderr": self.tails[STDERR].truncated,
+            "genvm_log": self.records.truncated,
         }
         return [name for name, is_cut in cut.items() if is_cut]
 
     def stderr_tail(self, limit: int) -> bytes:
         """Return the last bytes of stderr."""
-        return self._tails[STDERR].content[-limit:]
+        return self.tails[STDERR].content[-limit:]
 
     def json_pieces(self) -> Iterator[bytes]:
         """Yield the JSON members ``stdout``, ``stderr`` and ``genvm_log`` in small pieces."""
         for name, fd in (("stdout", STDOUT), ("stderr", STDERR)):
             yield b'"%s":"' % name.encode()
-            if self._tails[fd].size:
-                yield from _tail_json(self._tails[fd])
+            if self.tails[fd].size:
+                yield from _tail_json(self.tails[fd])
             yield b'",'
         yield b'"genvm_log":'
-        yield from self._records.json_pieces()
+        yield from self.records.json_pieces()
 
 
 def _tail_json(tail: BoundedTail) -> Iterator[bytes]:
@@ -4590,7 +4684,7 @@ class Execution:
 
     ``request`` has its texts until the process is started; ``fingerprint`` is that of the whole.
     ``started_at`` and ``finished_at`` are seconds since the epoch, for people; ``began`` and
-    ``over`` are the same moments by the reactor's clock, which nobody sets.
+    ``over`` are the same moments by the reactor's clock, which nobody sets, as is ``asked``.
     """
 
     id: int
@@ -4610,9 +4704,12 @@ class Execution:
     deadline_timer: DelayedCall | None = None
     started_at: float | None = None
     finished_at: float | None = None
+    asked: float = 0.0
     began: float | None = None
     over: float = 0.0
     summary: bytes = b""
+    #: Called when there is more output.
+    followers: tuple[Callable[[], object], ...] = ()
 
     def move(self, state: State) -> None:
         """Go to another state; only what ``TRANSITIONS`` allows happens."""
@@ -4642,7 +4739,7 @@ class Execution:
             "started_at": None if self.started_at is None else timestamp_of(self.started_at),
             "strict_deadline": None if self.deadline is None else timestamp_of(self.deadline),
             "has_result": self.state is State.FINISHED,
-            "result": self._outcome() if self.state is State.FINISHED else None,
+            "result": self.outcome() if self.state is State.FINISHED else None,
         }
         text = json.dumps(entry).encode()
         if self.state is State.FINISHED:
@@ -4654,11 +4751,12 @@ class Execution:
         if self.state is not State.FINISHED:
             yield b"null"
             return
-        yield json.dumps(self._outcome()).encode()[:-1] + b","
+        yield json.dumps(self.outcome()).encode()[:-1] + b","
         yield from (NO_CAPTURE,) if self.capture is None else self.capture.json_pieces()
         yield b"}"
 
-    def _outcome(self) -> dict[str, object]:
+    def outcome(self) -> dict[str, object]:
+        """Return the result of a finished execution, without its output."""
         assert self.cause is not None and self.finished_at is not None
         return {
             "finished_at": int(self.finished_at * 1000),
@@ -4743,6 +4841,14 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def unheard(*_: object, **__: object) -> None:
+    """Hear what happens, and do nothing about it."""
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 3)
+
+
 @define(eq=False)
 class _RunListener:
     """Tells the executions what happens to the process of one of them."""
@@ -4756,6 +4862,8 @@ class _RunListener:
 
     def child_data(self, fd: int, data: bytes) -> None:
         self.sink.add(fd, data)
+        for follower in self.execution.followers:
+            follower()
 
     def child_cut(self, fd: int) -> None:
         self.sink.cut(fd)
@@ -4786,8 +4894,10 @@ class Executions:
         now: Callable[[], float] = time.time,
         modules_down: Callable[[], list[str]] = list,
         log_enabled: Callable[[str], bool] = bool,
+        tell: Callable[..., object] = unheard,
     ) -> None:
         self._log_enabled = log_enabled
+        self._tell = tell
         self._config = config
         self._reactor = reactor
         self._modules_down = modules_down
@@ -4812,6 +4922,7 @@ class Executions:
         self.draining = False
         self._closed = False
         self._all_ended: Event[None] = Event()
+        self._settled: Event[None] = Event()
 
     # --- what clients ask for ---
 
@@ -4899,9 +5010,42 @@ class Executions:
         yield from self.active()
         yield from itertools.islice(reversed(self._unread.values()), LISTED_FINISHED)
 
+    def newest_first(self) -> Iterator[Execution]:
+        """Yield all that are known."""
+        return reversed(self._records.values())
+
+    @property
+    def kept_bytes(self) -> int:
+        """What finished executions count against ``retention_max_bytes``."""
+        return self._kept_bytes
+
+    def count_by_state(self) -> dict[State, int]:
+        """Return how many executions are in each state."""
+        counts = dict.fromkeys(State, 0)
+        for execution in self._records.values():
+            counts[execution.state] += 1
+        return counts
+
+    @property
+    def unread(self) -> int:
+        """How many results nobody has read yet."""
+        return len(self._unread)
+
+    def settles_within(self, seconds: float) -> Deferred[bool]:
+        """Tell, after some seconds at most, whether nothing runs and each result was read."""
+        waiting = self._settled.wait().addCallback(lambda _: True)
+        self._check_settled()
+        return waiting.addTimeout(seconds, self._reactor, lambda _result, _seconds: False)
+
+    def _check_settled(self) -> None:
+        if not self._unread and len(self._finished) == len(self._records):
+            settled, self._settled = self._settled, Event()
+            settled.fire(None)
+
     def note_reading(self, execution: Execution) -> None:
         """Somebody has read, or nobody will ever read, the result of an execution."""
-        self._unread.pop(execution.id, None)
+        if self._unread.pop(execution.id, None) is not None:
+            self._check_settled()
 
     # --- admission ---
 
@@ -4931,12 +5075,15 @@ class Executions:
             )
         self._queued += size
         execution = Execution(genvm_id, request, version, key, request.fingerprint if key else b"")
+        execution.asked = self._reactor.seconds()
         self._records[execution.id] = execution
         if key is not None:
             self._by_key[key] = execution
         execution.place = self._gate.reserve(weight)
         execution.place.addCallback(self._admitted, execution)
         execution.place.addErrback(lambda failure: failure.trap(CancelledError))
+        if execution.lease is None:
+            self._tell("queued", genvm_id=genvm_id, version=version, permits=weight)
         return execution
 
     def _withdraw(self, execution: Execution) -> None:
@@ -4963,6 +5110,7 @@ class Executions:
             execution.ended.fail(ExecutionNotFound(reason, genvm_id=execution.id))
         if execution.idempotency_key is not None:
             del self._by_key[execution.idempotency_key]
+        self._check_settled()
 
     # --- start ---
 
@@ -5013,6 +5161,7 @@ class Executions:
         execution.deadline_timer = self._reactor.callLater(
             request.max_execution_minutes * 60, self._deadline, execution
         )
+        waited = execution.began - execution.asked
         try:
             argv = [program, *request.arguments(str(execution.id))]
             listener = _RunListener(self, execution, sink)
@@ -5030,12 +5179,20 @@ class Executions:
             self._release(execution)
             reason = f"executor {execution.version} cannot be started: {error.message}"
             self.log.error("{text}", text=reason, genvm_id=execution.id, program=program)
+            self._tell("failed", genvm_id=execution.id, version=execution.version, code=error.code)
             execution.started.fail(type(error)(reason))
         else:
             if self._log_enabled("debug"):
                 self.log.debug(
                     "execution started", genvm_id=execution.id, version=execution.version
                 )
+            self._tell(
+                "started",
+                genvm_id=execution.id,
+                version=execution.version,
+                waited_ms=_milliseconds(waited),
+                spawn_ms=_milliseconds(self._reactor.seconds() - execution.began),
+            )
             execution.started.fire(None)
 
     # --- end ---
@@ -5075,6 +5232,7 @@ class Executions:
         self._retain(execution)
         failed = execution.exit is not None and execution.exit.code != 0
         self._log_end(execution, {"stderr": unread} if failed and unread else {})
+        self._tell_end(execution)
         execution.ended.fire(None)
         self._check_all_ended()
 
@@ -5091,6 +5249,20 @@ class Executions:
             signal=None if execution.exit is None else execution.exit.signal,
             ran_s=round(ran, 3),
             **details,
+        )
+
+    def _tell_end(self, execution: Execution) -> None:
+        exit_, capture, began = execution.exit, execution.capture, execution.began
+        self._tell(
+            "finished",
+            genvm_id=execution.id,
+            version=execution.version,
+            cause=cast(Cause, execution.cause).value,
+            exit_code=None if exit_ is None else exit_.code,
+            signal=None if exit_ is None else exit_.signal,
+            ran_ms=None if began is None else _milliseconds(execution.over - began),
+            captured_bytes=0 if capture is None else capture.kept,
+            dropped_bytes=0 if capture is None else capture.dropped,
         )
 
     def _check_all_ended(self) -> None:
@@ -7816,8 +7988,10 @@ class Module:
         variables: Variables,
         observer: LogObserver,
         now: Callable[[], float] = time.time,
+        tell: Callable[..., object] = unheard,
     ) -> None:
         self.kind = kind
+        self._tell = tell
         self._config = config
         self._reactor = reactor
         self._spawner = spawner
@@ -7890,6 +8064,11 @@ class Module:
             if self._command is None:
                 generation.say({"log_level": level})
 
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """What the process that serves has counted."""
+        return {} if self._current is None else self._current.stats
+
     def status(self) -> dict[str, object]:
         """Return what ``GET /status`` shows."""
         current = self._current
@@ -7903,7 +8082,7 @@ class Module:
             "last_error": self.last_error,
             "waits_for": self._progress(),
             "draining": len(self._alive - {current, self._starting}),
-            "stats": {} if current is None else current.stats,
+            "stats": self.statistics,
         }
 
     def _progress(self) -> str | None:
@@ -8303,6 +8482,7 @@ class Module:
         if state is not self.state:
             assert state in MODULE_TRANSITIONS[self.state], f"{self.state} -> {state}"
             self.state, self.since = state, self._now()
+            self._tell("module", module=self.kind, state=state.value, error=self.last_error)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -8310,7 +8490,344 @@ class Module:
 
 
 # =============================================================================
-# 2.19 HTTP connections
+# 2.19 Events and metrics
+# =============================================================================
+#
+# Owns what the manager tells of itself as it goes: numbered events for those
+# who follow them, and figures for Prometheus. Reads permits, executions and
+# modules. Never changes what it tells of.
+
+#: Events that are kept for a client that comes back.
+EVENTS_KEPT = 1000
+#: Seconds between two looks at how late the reactor is.
+LAG_SECONDS = 1.0
+#: Upper bounds of histograms, in seconds.
+_WAITS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600)
+_RUNS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 600, 1200, 3600)
+
+
+@frozen
+class ManagerEvent:
+    """Something that happened: its number, counted from 1, its kind and its JSON members."""
+
+    number: int
+    kind: str
+    members: Mapping[str, object]
+
+
+class EventFeed:
+    """What happens in the manager, in order, for all who follow it; the last ones are kept.
+
+    A follower is called with each event, at once, and must not raise.
+    """
+
+    def __init__(self, boot_id: str, now: Callable[[], float] = time.time) -> None:
+        self._boot = boot_id[:8]
+        self._now = now
+        self._kept: deque[ManagerEvent] = deque(maxlen=EVENTS_KEPT)
+        self.count = 0
+        self.followers: dict[Callable[[ManagerEvent], object], None] = {}
+
+    def tell(self, kind: str, /, **members: object) -> None:
+        """Something happened now."""
+        self.count += 1
+        event = ManagerEvent(self.count, kind, {"time": timestamp_of(self._now()), **members})
+        self._kept.append(event)
+        for follower in [*self.followers]:
+            follower(event)
+
+    def id_of(self, event: ManagerEvent) -> str:
+        """Return the id by which a client says what it has seen."""
+        return f"{self._boot}-{event.number}"
+
+    @property
+    def oldest(self) -> int:
+        """The number of the oldest event that is kept, or would be."""
+        return self.count - len(self._kept) + 1
+
+    def get(self, number: int) -> ManagerEvent | None:
+        """Return a kept event; nothing if it did not happen yet."""
+        return self._kept[number - self.oldest] if number <= self.count else None
+
+    def place_of(self, last_id: str) -> tuple[int, bool]:
+        """Return the number in an event's id, and whether events after it were missed.
+
+        They were if it is of another start of the manager, which is read from its first event on.
+        """
+        boot, _, digits = last_id.partition("-")
+        known = boot == self._boot and digits.isascii() and digits.isdigit() and len(digits) < 20
+        number = int(digits) if known else 0
+        return (number, False) if known and number <= self.count else (0, True)
+
+
+def event_text(kind: str, data: bytes, event_id: str | None = None) -> bytes:
+    """Return an event as it goes over the wire; ``data`` is JSON without line feeds."""
+    head = b"" if event_id is None else b"id: %s\n" % event_id.encode()
+    return b"%sevent: %s\ndata: %s\n\n" % (head, kind.encode(), data.replace(b"\r", b" "))
+
+
+class FeedReader:
+    """Reads the feed for one client: from the event after ``last_id`` on, or from now on."""
+
+    def __init__(self, feed: EventFeed, last_id: str | None) -> None:
+        self._feed = feed
+        self._last = feed.count
+        self._missed = False
+        if last_id is not None:
+            self._last, self._missed = feed.place_of(last_id)
+
+    def next(self) -> bytes | None:
+        """Return the next event as it goes over the wire, if there is one."""
+        feed = self._feed
+        if self._missed or self._last < feed.oldest - 1:
+            self._missed, self._last = False, max(self._last, feed.oldest - 1)
+            reason = "earlier events are not kept any more; ask GET /status"
+            return event_text("missed", json.dumps({"reason": reason}).encode())
+        event = feed.get(self._last + 1)
+        if event is None:
+            return None
+        self._last = event.number
+        return event_text(event.kind, json.dumps(event.members).encode(), feed.id_of(event))
+
+
+class OutputReader:
+    """Reads what an execution writes as it comes, from its start as far as that is kept.
+
+    ``next`` returns one event after the other: ``stdout`` and ``stderr`` with ``text``, ``log``
+    with a record, ``missed`` where something is not kept any more, and ``finished`` with the
+    outcome at the end; nothing if there is nothing yet.
+    """
+
+    def __init__(self, execution: Execution) -> None:
+        self._execution = execution
+        self._read = {STDOUT: 0, STDERR: 0}
+        self._records = 0
+        decoder = codecs.getincrementaldecoder("utf-8")
+        self._decoders = {fd: decoder("replace") for fd in self._read}
+        self.ended = False
+
+    def next(self) -> tuple[str, bytes] | None:
+        """Return the kind and the JSON of the next event, if there is one."""
+        capture = self._execution.capture
+        found = None
+        if capture is not None:
+            found = self._next_text(capture) or self._next_record(capture)
+        if found is None and self._execution.state is State.FINISHED and not self.ended:
+            self.ended = True
+            return "finished", json.dumps(self._execution.outcome()).encode()
+        return found
+
+    def _next_text(self, capture: Capture) -> tuple[str, bytes] | None:
+        for fd, name in ((STDOUT, "stdout"), (STDERR, "stderr")):
+            tail, at = capture.tails[fd], self._read[fd]
+            oldest = tail.seen - tail.size
+            if at < oldest:
+                self._read[fd] = oldest
+                return _missed(name, bytes=oldest - at)
+            if piece := tail.read(at, PIECE_BYTES):
+                self._read[fd] += len(piece)
+                text = self._decoders[fd].decode(piece)
+                return name, json.dumps({"text": text}).encode()
+        return None
+
+    def _next_record(self, capture: Capture) -> tuple[str, bytes] | None:
+        records, number = capture.records, self._records
+        if number < records.first:
+            self._records = records.first
+            return _missed("log", records=records.first - number)
+        record = records.read(number)
+        self._records += bool(record)
+        return ("log", record) if record else None
+
+
+def _missed(stream: str, **count: int) -> tuple[str, bytes]:
+    return "missed", json.dumps({"stream": stream, **count}).encode()
+
+
+class Metrics:
+    """The figures of one manager, in a registry of its own.
+
+    Some are read when they are asked for, the others follow the events. Labels take few values:
+    versions of the manifest, backends of the configuration, names of ours.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        observer: LogObserver,
+        gate: PermitGate,
+        executions: Executions,
+        modules: Mapping[str, Module],
+    ) -> None:
+        self._reactor = reactor
+        self._observer = observer
+        self._gate = gate
+        self._executions = executions
+        self._modules = modules
+        self._looking: DelayedCall | None = None
+        disable_created_metrics()  # they would double what is sent, and nobody asks for them
+        self.registry = registry = CollectorRegistry()
+        histogram = functools.partial(Histogram, registry=registry)
+        counter = functools.partial(CounterMetric, registry=registry)
+        self._waits = histogram(
+            "genvm_queue_wait_seconds", "Time that executions waited for permits.", buckets=_WAITS
+        )
+        self._spawns = histogram(
+            "genvm_spawn_seconds", "Time to start an executor's process.", buckets=_WAITS
+        )
+        self._runs = histogram(
+            "genvm_execution_seconds",
+            "Time from the start of an executor to the end of its output.",
+            buckets=_RUNS,
+        )
+        self._ends = counter(
+            "genvm_executions_finished", "Executions by cause of end.", ("cause", "version")
+        )
+        self._failures = counter(
+            "genvm_spawn_failures", "Executors that could not be started.", ("reason",)
+        )
+        self._captured = counter("genvm_captured_bytes", "Output that was kept with results.")
+        self._dropped = counter("genvm_dropped_bytes", "Output beyond what results keep.")
+        self._requests = histogram(
+            "genvm_http_request_seconds",
+            "Time from a request to the end of its answer.",
+            ("route", "method", "status"),
+            buckets=_WAITS,
+        )
+        self._lag = histogram(
+            "genvm_reactor_lag_seconds",
+            "How late the event loop is, looked at once a second.",
+            buckets=_WAITS,
+        )
+        ProcessCollector(registry=registry)
+        registry.register(self)
+
+    def start(self) -> None:
+        """Look at the reactor from now on."""
+        due = self._reactor.seconds() + LAG_SECONDS
+        self._looking = self._reactor.callLater(LAG_SECONDS, self._look, due)
+
+    def stop(self) -> None:
+        """Look no more."""
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
+
+    def _look(self, due: float) -> None:
+        self._lag.observe(max(0.0, self._reactor.seconds() - due))
+        self.start()
+
+    def text(self) -> bytes:
+        """Return everything in Prometheus' text format, version 0.0.4."""
+        return generate_latest(self.registry)
+
+    def note_request(self, route: str, method: str, status: int, seconds: float) -> None:
+        """Count a request that is answered; one without a route may have any method."""
+        self._requests.labels(route, method, status).observe(seconds)
+
+    def note_event(self, event: ManagerEvent) -> None:
+        """Count what happened; a follower of the events."""
+        members = cast(Mapping[str, Any], event.members)
+        if event.kind == "started":
+            self._waits.observe(members["waited_ms"] / 1000)
+            self._spawns.observe(members["spawn_ms"] / 1000)
+        elif event.kind == "failed":
+            self._failures.labels(members["code"]).inc()
+        elif event.kind == "finished":
+            self._ends.labels(members["cause"], members["version"]).inc()
+            self._captured.inc(members["captured_bytes"])
+            self._dropped.inc(members["dropped_bytes"])
+            if members["ran_ms"] is not None:
+                self._runs.observe(members["ran_ms"] / 1000)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what is read when it is asked for; see ``Collector``."""
+        gate, executions = self._gate, self._executions
+        yield _gauge("genvm_permits", "Permits in all.", gate.limit)
+        yield _gauge("genvm_permits_in_use", "Permits that executions hold.", gate.in_use)
+        yield _gauge("genvm_queue_length", "Executions that wait for permits.", gate.queue_length)
+        yield _gauge("genvm_draining", "Whether new executions are refused.", executions.draining)
+        yield _gauge("genvm_kept_bytes", "What finished executions hold.", executions.kept_bytes)
+        states = GaugeMetricFamily(
+            "genvm_executions", "Executions that are known, by state.", labels=["state"]
+        )
+        for state, count in executions.count_by_state().items():
+            states.add_metric([state.value], count)
+        yield states
+        lost = CounterMetricFamily("genvm_log_lines_dropped", "Lines that the log has not taken.")
+        lost.add_metric([], self._observer.dropped_lines)
+        yield lost
+        yield from self._of_modules()
+
+    def _of_modules(self) -> Iterator[Metric]:
+        state = GaugeMetricFamily(
+            "genvm_module_state", "1 for the state that a module is in.", labels=["module", "state"]
+        )
+        generation = GaugeMetricFamily(
+            "genvm_module_generation", "The process that serves, counted.", labels=["module"]
+        )
+        restarts = CounterMetricFamily(
+            "genvm_module_restarts", "Processes that died and were replaced.", labels=["module"]
+        )
+        for kind, module in self._modules.items():
+            for each in ModuleState:
+                state.add_metric([kind, each.value], each is module.state)
+            generation.add_metric([kind], cast(int, module.status()["generation"]))
+            restarts.add_metric([kind], module.restarts)
+        yield from (state, generation, restarts)
+        yield from _llm_metrics(self._modules["llm"].statistics)
+        yield from _web_metrics(self._modules["web"].statistics)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _llm_metrics(statistics: Mapping[str, Any]) -> Iterator[Metric]:
+    """Yield what the LLM module counts, by backend and model."""
+    labels = ["backend", "model"]
+    requests = CounterMetricFamily(
+        "genvm_llm_requests", "Requests to a model, by outcome.", labels=[*labels, "outcome"]
+    )
+    tokens = CounterMetricFamily(
+        "genvm_llm_tokens", "Tokens that a provider counted.", labels=[*labels, "kind"]
+    )
+    seconds = SummaryMetricFamily(
+        "genvm_llm_request_seconds", "Time of a model's answers.", labels=labels
+    )
+    for backend, models in statistics.get("backends", {}).items():
+        for model, counts in models.items():
+            names = [backend, model]
+            failed = sum(counts["errors"].values())
+            requests.add_metric([*names, "success"], counts["requests"] - failed)
+            for outcome, count in counts["errors"].items():
+                requests.add_metric([*names, outcome], count)
+            tokens.add_metric([*names, "prompt"], counts["prompt_tokens"])
+            tokens.add_metric([*names, "completion"], counts["completion_tokens"])
+            seconds.add_metric(names, counts["latency_count"], counts["latency_sum_ms"] / 1000)
+    yield from (requests, tokens, seconds)
+
+
+def _web_metrics(statistics: Mapping[str, Any]) -> Iterator[Metric]:
+    """Yield what the Web module counts, by the kind of request."""
+    requests = CounterMetricFamily(
+        "genvm_web_requests", "Requests for pages, by outcome.", labels=["kind", "outcome"]
+    )
+    seconds = SummaryMetricFamily(
+        "genvm_web_request_seconds", "Time that such a request took.", labels=["kind"]
+    )
+    for kind, counts in statistics.items():
+        if isinstance(counts, dict):
+            failed = sum(counts["errors"].values())
+            requests.add_metric([kind, "success"], counts["requests"] - failed)
+            for outcome, count in counts["errors"].items():
+                requests.add_metric([kind, outcome], count)
+            seconds.add_metric([kind], counts["latency_count"], counts["latency_sum_ms"] / 1000)
+    yield from (requests, seconds)
+
+
+# =============================================================================
+# 2.20 HTTP connections
 # =============================================================================
 #
 # Owns how requests arrive and answers leave: status codes, limits of size and
@@ -8328,6 +8845,7 @@ STATUS_CODES: dict[type[ManagerError], int] = {
     Unauthorized: 401,
     CrossSiteRequest: 403,
     Draining: 503,
+    NotReady: 503,
     QueueFull: 503,
     ResourcesExhausted: 503,
 }
@@ -8359,6 +8877,8 @@ STREAMED_RESULT_BYTES = 256 * KIB
 MAX_WAIT_SECONDS = 120.0
 MAX_GRACE_MS = 24 * 3600 * 1000
 DEFAULT_GRACE_MS = 30_000
+#: What anybody may ask: those who watch machines have no token, and the answer tells little.
+PROBES = (b"/livez", b"/readyz")
 LEAST_GRACE_MS = 100
 Answer = dict[str, Any] | list[Any] | bytes | None
 
@@ -8376,6 +8896,8 @@ def error_body(error: ManagerError, request_id: str | None = None) -> bytes:
         body["genvm_id"] = error.genvm_id
     if isinstance(error, ExecutionNotFound):
         body["status"] = None
+    if isinstance(error, NotReady):
+        body["reasons"] = error.reasons
     if request_id is not None:
         body["request_id"] = request_id
     return json.dumps(body).encode()
@@ -8551,7 +9073,10 @@ class ApiRequest(Request):
 
     channel: ApiChannel
     content: IO[bytes] | None
+    #: The path of its route, once that is known.
+    route = "none"
     _received = 0
+    _began = 0.0
 
     def gotLength(self, length: int | None) -> None:
         """Prepare for a body; ``None`` means that its length is not known."""
@@ -8599,6 +9124,7 @@ class ApiRequest(Request):
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         """Process a whole request; a URI with a host counts as its path and the header ``Host``."""
+        self._began = self.channel.site.clock()
         hosts = self.requestHeaders.getRawHeaders(b"host") or []
         if absolute := ABSOLUTE_URI.fullmatch(path):
             host, path = absolute[1], absolute[2] if absolute[2][:1] == b"/" else b"/" + absolute[2]
@@ -8607,6 +9133,12 @@ class ApiRequest(Request):
             self._refuse_hosts(len(hosts))
         else:
             Request.requestReceived(self, command, path, version)
+
+    def finish(self) -> None:
+        """Everything is answered."""
+        site = self.channel.site
+        Request.finish(self)
+        site.answered(self, site.clock() - self._began)
 
     def getRequestHostname(self) -> bytes:
         """Return a constant: routes do not depend on ``Host``, which may hold anything."""
@@ -8640,6 +9172,8 @@ class ApiSite(Site):
         self._clock = reactor
         self._quiet_until = 0.0
         self.closing = False
+        self.clock: Callable[[], float] = reactor.seconds
+        self.answered: Callable[[ApiRequest, float], object] = unheard
         self._emptied: Event[None] = Event()
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
@@ -8714,6 +9248,8 @@ class AccessPolicy:
 
     def check(self, request: Request) -> None:
         """Raise ``Unauthorized`` or ``CrossSiteRequest`` unless the request may be served."""
+        if request.path in PROBES:
+            return
         host = header_text(request, b"host")
         origin = header_text(request, b"origin")
         if self.token is not None:
@@ -8796,7 +9332,7 @@ class PieceProducer:
 
 
 # =============================================================================
-# 2.20 HTTP API
+# 2.21 HTTP API
 # =============================================================================
 #
 # Owns the routes: the path, the form of the body, the call, the answer. The
@@ -8805,9 +9341,9 @@ class PieceProducer:
 
 @frozen
 class PermitsBody:
-    """Body of ``POST /permits``."""
+    """Body of ``POST /permits``; null stands for what memory allows, as at the start."""
 
-    permits: Permits
+    permits: Permits | None
 
 
 @frozen
@@ -8841,7 +9377,7 @@ class VariableBody:
     value: SecretText
 
 
-def _endpoint(
+def api_endpoint(
     app: Klein, method: str, path: str, schema: type[Any] | None = None
 ) -> Callable[[Callable[..., Awaitable[Answer]]], Callable[..., Any]]:
     """Make a method the handler of a route.
@@ -8853,6 +9389,7 @@ def _endpoint(
     def decorate(handler: Callable[..., Awaitable[Answer]]) -> Callable[..., Any]:
         @functools.wraps(handler)
         async def route(api: Api, request: Request, **arguments: Any) -> bytes | None:
+            cast(ApiRequest, request).route = path
             try:
                 if schema is not None:
                     arguments["body"] = await api.read_json(request, schema)
@@ -8888,6 +9425,7 @@ class Api:
     _check: AvailabilityCheck
     _modules: Mapping[str, Module]
     _boot_id: str
+    _tell: Callable[..., object]
     _started: float = field(init=False)
     _last_request: int = field(init=False, default=0)
 
@@ -8896,7 +9434,7 @@ class Api:
 
     # --- status ---
 
-    @_endpoint(app, "GET", "/status")
+    @api_endpoint(app, "GET", "/status")
     async def status(self, request: Request) -> Answer:
         """Answer what is going on; never waits for anything."""
         head = {
@@ -8920,6 +9458,7 @@ class Api:
             "boot_id": self._boot_id,
             "uptime_s": round(self._reactor.seconds() - self._started, 3),
             "draining": self._executions.draining,
+            "unread": self._executions.unread,
         }
         entries = (b'"%d":%s' % (e.id, e.summary_json()) for e in self._executions.listed())
         body = json.dumps(head).encode()[:-1]
@@ -8927,7 +9466,7 @@ class Api:
 
     # --- executions ---
 
-    @_endpoint(app, "POST", "/genvm/run", RunRequest)
+    @api_endpoint(app, "POST", "/genvm/run", RunRequest)
     async def run(self, request: Request, body: RunRequest) -> Answer:
         """Start an execution."""
         execution = await self._executions.run(
@@ -8935,7 +9474,7 @@ class Api:
         )
         return {"result": "started", "id": execution.id}
 
-    @_endpoint(app, "GET", "/genvm/<int:genvm_id>")
+    @api_endpoint(app, "GET", "/genvm/<int:genvm_id>")
     async def result(self, request: Request, genvm_id: int) -> Answer:
         """Answer the result of an execution, waiting for it if asked to."""
         execution = self._executions.get(genvm_id)
@@ -8949,7 +9488,7 @@ class Api:
             return b"".join(pieces)
         return await self.stream(request, pieces)
 
-    @_endpoint(app, "DELETE", "/genvm/<int:genvm_id>")
+    @api_endpoint(app, "DELETE", "/genvm/<int:genvm_id>")
     async def stop(self, request: Request, genvm_id: int) -> Answer:
         """End an execution."""
         grace_ms = query_int(request, "wait_timeout_ms", DEFAULT_GRACE_MS, MAX_GRACE_MS)
@@ -8958,28 +9497,38 @@ class Api:
         await self._executions.stop(genvm_id, grace_ms / 1000)
         return {"result": "shutdown_completed", "genvm_id": genvm_id}
 
-    @_endpoint(app, "POST", "/drain")
+    @api_endpoint(app, "POST", "/drain")
     async def drain(self, request: Request) -> Answer:
-        """Refuse new executions from now on and finish those that were accepted."""
-        self._executions.draining = True
+        """Refuse new executions from now on and finish those that were accepted.
+
+        With ``wait`` the answer comes once nothing runs and each result was read.
+        """
+        seconds = wait_seconds(request)
+        self._set_draining(True)
+        if seconds and await self._executions.settles_within(seconds):
+            return {"result": "drained"}
         return {"result": "draining"}
 
-    @_endpoint(app, "POST", "/undrain")
+    @api_endpoint(app, "POST", "/undrain")
     async def undrain(self, request: Request) -> Answer:
         """Accept executions again."""
-        self._executions.draining = False
+        self._set_draining(False)
         return {"result": "accepting"}
+
+    def _set_draining(self, draining: bool) -> None:
+        self._executions.draining = draining
+        self._tell("drain", draining=draining)
 
     # --- contracts ---
 
-    @_endpoint(app, "POST", "/genvm/run/readonly")
+    @api_endpoint(app, "POST", "/genvm/run/readonly")
     async def schema(self, request: Request) -> Answer:
         """Answer a contract's schema."""
         moment = deployment_timestamp(request)
         code = await self.read_body(request)
         return await self.stream(request, await self._contracts.schema_pieces(code, moment))
 
-    @_endpoint(app, "POST", "/contract/detect-version")
+    @api_endpoint(app, "POST", "/contract/detect-version")
     async def detect_version(self, request: Request) -> Answer:
         """Answer the major version that a contract asks for."""
         moment = deployment_timestamp(request)
@@ -8987,7 +9536,7 @@ class Api:
             "specified_major": await self._contracts.major(await self.read_body(request), moment)
         }
 
-    @_endpoint(app, "POST", "/contract/pre-deploy-writes")
+    @api_endpoint(app, "POST", "/contract/pre-deploy-writes")
     async def pre_deploy_writes(self, request: Request) -> Answer:
         """Answer the storage writes that deploy a contract."""
         moment = deployment_timestamp(request)
@@ -8996,7 +9545,7 @@ class Api:
 
     # --- permits ---
 
-    @_endpoint(app, "GET", "/permits")
+    @api_endpoint(app, "GET", "/permits")
     async def permits(self, request: Request) -> Answer:
         """Answer how many executions may run; ``permits`` is the total."""
         return {
@@ -9006,28 +9555,30 @@ class Api:
             "waiting": self._gate.queue_length,
         }
 
-    @_endpoint(app, "POST", "/permits", PermitsBody)
+    @api_endpoint(app, "POST", "/permits", PermitsBody)
     async def set_permits(self, request: Request, body: PermitsBody) -> Answer:
         """Change how many executions may run."""
-        self._gate.resize(body.permits)
-        return {"result": "permits_set", "permits": body.permits}
+        permits = automatic_permits() if body.permits is None else body.permits
+        self._gate.resize(permits)
+        self._tell("permits", permits=permits)
+        return {"result": "permits_set", "permits": permits}
 
     # --- modules ---
 
-    @_endpoint(app, "POST", "/module/start", ModuleBody)
+    @api_endpoint(app, "POST", "/module/start", ModuleBody)
     async def start_module(self, request: Request, body: ModuleBody) -> Answer:
         """Start a module."""
         module = self._modules[body.module_type]
         await module.start(body.config, body.allow_empty_backends)
         return {"result": "module_started"}
 
-    @_endpoint(app, "POST", "/module/stop", ModuleStopBody)
+    @api_endpoint(app, "POST", "/module/stop", ModuleStopBody)
     async def stop_module(self, request: Request, body: ModuleStopBody) -> Answer:
         """Stop a module."""
         was_running = await self._modules[body.module_type].stop()
         return {"result": "module_stopped" if was_running else "module_not_running"}
 
-    @_endpoint(app, "POST", "/module/restart", ModuleBody)
+    @api_endpoint(app, "POST", "/module/restart", ModuleBody)
     async def restart_module(self, request: Request, body: ModuleBody) -> Answer:
         """Give a module another configuration without refusing a connection."""
         module = self._modules[body.module_type]
@@ -9037,14 +9588,14 @@ class Api:
 
     # --- models ---
 
-    @_endpoint(app, "POST", "/llm/check", CheckBody)
+    @api_endpoint(app, "POST", "/llm/check", CheckBody)
     async def check_models(self, request: Request, body: CheckBody) -> Answer:
         """Answer which models are available."""
         return await self._check.check(body)
 
     # --- configuration ---
 
-    @_endpoint(app, "POST", "/log/level", LogLevelBody)
+    @api_endpoint(app, "POST", "/log/level", LogLevelBody)
     async def log_level(self, request: Request, body: LogLevelBody) -> Answer:
         """Change what is logged."""
         self._observer.set_level(body.level)
@@ -9052,13 +9603,13 @@ class Api:
             module.set_log_level(self._observer.level)
         return {"result": "log_level_set", "level": self._observer.level}
 
-    @_endpoint(app, "POST", "/manifest/reload")
+    @api_endpoint(app, "POST", "/manifest/reload")
     async def reload_manifest(self, request: Request) -> Answer:
         """Read the manifest again; a bad one changes nothing."""
         await self._manifest.reload(self._reactor)
         return {"result": "manifest_reloaded"}
 
-    @_endpoint(app, "POST", "/env", VariableBody)
+    @api_endpoint(app, "POST", "/env", VariableBody)
     async def set_variable(self, request: Request, body: VariableBody) -> Answer:
         """Set a variable for templates, and for children if they may have it."""
         key = body.key
@@ -9248,6 +9799,333 @@ def wait_seconds(request: Request) -> float:
         return query_int(request, "wait_ms", 0, int(MAX_WAIT_SECONDS * 1000)) / 1000
     with _naming("wait"):
         return min(parse_duration(text), MAX_WAIT_SECONDS)
+
+
+# =============================================================================
+# 2.22 HTTP API: operation
+# =============================================================================
+#
+# Owns the routes by which operators watch the manager: probes, metrics, events,
+# lists. Uses the API's own routes, and what it serves. Never changes anything.
+
+#: Seconds without an event after which a comment shows that the connection lives.
+HEARTBEAT_SECONDS = 15.0
+#: Seconds that a client may read nothing.
+STALLED_SECONDS = 30.0
+#: What must be left for the manager to be ready.
+READY_DESCRIPTORS = 32
+READY_TEMPORARY_BYTES = 16 * MIB
+LOOK_SECONDS = 2.0
+PAGE_ENTRIES = 100
+MAX_PAGE_ENTRIES = 1000
+MAX_ID = 2**53
+
+
+@implementer(IPushProducer)
+class EventStream:
+    """Sends one client Server-Sent Events (WHATWG HTML Living Standard, section 9.2).
+
+    ``pull`` returns the next event as it goes over the wire, or nothing if there is none now;
+    ``wake`` says that there may be one. A client that reads nothing for ``STALLED_SECONDS`` is
+    dropped; what has to wait for it waits where it is kept anyway.
+    """
+
+    def __init__(self, request: Request, reactor: Any, pull: Callable[[], bytes | None]) -> None:
+        self._request = request
+        self._reactor = reactor
+        self._pull = pull
+        self._is_paused = self._is_ending = False
+        self._next: DelayedCall | None = None
+        self._beat: DelayedCall | None = None
+        self._done: Deferred[None] = Deferred()
+
+    def run(self) -> Deferred[None]:
+        """Send what there is and what comes; fires once ``end`` was called and all is sent."""
+        self._request.setHeader("content-type", "text/event-stream; charset=utf-8")
+        self._request.setHeader("cache-control", "no-store")
+        self._request.setHeader("x-accel-buffering", "no")  # a proxy is not to wait for more
+        self._request.write(b": events\n\n")
+        self._request.registerProducer(self, True)
+        self._again(HEARTBEAT_SECONDS, self._heartbeat)
+        self.wake()
+        return self._done
+
+    def wake(self) -> None:
+        """There may be something to send."""
+        if self._next is None and not (self._is_paused or self._done.called):
+            self._next = self._reactor.callLater(0, self._send)
+
+    def end(self) -> None:
+        """Send what is there now, and end."""
+        self._is_ending = True
+        self.wake()
+
+    def _send(self) -> None:
+        self._next = None
+        batch = bytearray()
+        while len(batch) < PIECE_BYTES and (piece := self._pull()) is not None:
+            batch += piece
+        if batch:
+            self._request.write(bytes(batch))
+            self._again(HEARTBEAT_SECONDS, self._heartbeat)
+            self.wake()
+        elif self._is_ending:
+            self._close()
+
+    def _again(self, seconds: float, action: Callable[[], object]) -> None:
+        if self._beat is not None and self._beat.active():
+            self._beat.cancel()
+        self._beat = self._reactor.callLater(seconds, action)
+
+    def _heartbeat(self) -> None:
+        self._request.write(b":\n\n")
+        self._again(HEARTBEAT_SECONDS, self._heartbeat)
+
+    def _close(self) -> None:
+        for call in (self._next, self._beat):
+            if call is not None and call.active():
+                call.cancel()
+        if not self._done.called:
+            self._request.unregisterProducer()
+            self._done.callback(None)
+
+    # --- IPushProducer ---
+
+    def pauseProducing(self) -> None:
+        """The client does not read."""
+        self._is_paused = True
+        self._again(STALLED_SECONDS, self._request.loseConnection)
+
+    def resumeProducing(self) -> None:
+        """The client reads again."""
+        self._is_paused = False
+        self._again(HEARTBEAT_SECONDS, self._heartbeat)
+        self.wake()
+
+    def stopProducing(self) -> None:
+        """The client is gone, which cancels who waits for us."""
+        self._close()
+
+
+@frozen
+class InstalledVersion:
+    """An executor version: its program, and the deployment times that select it."""
+
+    version: str
+    major: int
+    available_after: datetime
+    program: str
+    found: bool
+    executable: bool
+    selected: list[Period]
+
+
+def look_at_executors(root: Path, manifest: Manifest) -> list[InstalledVersion]:
+    """Return what the manifest lists, and which of it is installed; may wait for a disk."""
+    selected = manifest.selections()
+    looked = []
+    for version in manifest.versions:
+        program = executor_program(root, version.key)
+        looked.append(
+            InstalledVersion(
+                version.key,
+                version.major,
+                version.available_after,
+                program,
+                os.path.exists(program),
+                os.access(program, os.X_OK),
+                selected.get(version.key, []),
+            )
+        )
+    return looked
+
+
+def temporary_problem() -> str | None:
+    """Return what is wrong with the temporary folder, if anything; may wait for a disk."""
+    folder = tempfile.gettempdir()
+    try:
+        found = os.statvfs(folder)
+    except OSError as error:
+        return f"the temporary folder {folder} cannot be used: {error.strerror}"
+    if found.f_bavail * found.f_frsize < READY_TEMPORARY_BYTES:
+        return f"the temporary folder {folder} is full"
+    if found.f_files and not found.f_favail:
+        return f"the temporary folder {folder} can hold no more files"
+    return None if os.access(folder, os.W_OK) else f"{folder} is not writable"
+
+
+@define(eq=False, slots=False)  # Klein keeps something in it
+class OperatorApi(Api):
+    """The API with the endpoints for operators."""
+
+    log = Logger()
+
+    _events: EventFeed
+    _metrics: Metrics
+    _streams: set[EventStream] = field(init=False, factory=set)
+
+    def note_answer(self, request: ApiRequest, seconds: float) -> None:
+        """Count a request that is answered."""
+        method = request.method.decode() if request.route != "none" else "any"
+        self._metrics.note_request(request.route, method, request.code, seconds)
+
+    def end_streams(self) -> None:
+        """End the answers that would go on for ever, at shutdown."""
+        for stream in [*self._streams]:
+            stream.end()
+
+    # --- probes and figures ---
+
+    @api_endpoint(Api.app, "GET", "/livez")
+    async def livez(self, request: Request) -> Answer:
+        """Answer that the event loop turns."""
+        return {"result": "alive"}
+
+    @api_endpoint(Api.app, "GET", "/readyz")
+    async def readyz(self, request: Request) -> Answer:
+        """Answer that executions can be run here; 503 with the reasons otherwise."""
+        reasons = await self._reasons()
+        if reasons:
+            raise NotReady(reasons)
+        return {"result": "ready"}
+
+    async def _reasons(self) -> list[str]:
+        reasons = ["draining: no new executions are accepted"] * self._executions.draining
+        for kind, module in self._modules.items():
+            wanted = kind in self._config.start_modules and module.state is not ModuleState.RUNNING
+            if wanted or module.state is ModuleState.FAILED:
+                said = f": {module.last_error}" if module.last_error else ""
+                reasons.append(f"the {kind} module is {module.state.value}{said}")
+        if free_descriptors(READY_DESCRIPTORS) < READY_DESCRIPTORS:
+            reasons.append("too many open files: raise the limit of descriptors")
+        try:
+            reasons += await FILE_THREADS.run(self._reactor, LOOK_SECONDS, self._disk_reasons)
+        except DeferredTimeout:
+            reasons.append(f"a disk does not answer within {LOOK_SECONDS:g} s")
+        except ResourcesExhausted as error:
+            reasons.append(error.message)
+        return reasons
+
+    def _disk_reasons(self) -> list[str]:
+        """Return what is wrong on disk; runs in a thread."""
+        problem = temporary_problem()
+        reasons = [] if problem is None else [problem]
+        rerouted = self._config.reroute_to
+        keys = [v.key for v in self._manifest.manifest.versions] if rerouted is None else [rerouted]
+        programs = (executor_program(self._config.root, key) for key in keys)
+        if not any(os.access(program, os.X_OK) for program in programs):
+            reasons.append("no executor is installed: see GET /versions")
+        return reasons
+
+    @api_endpoint(Api.app, "GET", "/metrics")
+    async def metrics(self, request: Request) -> Answer:
+        """Answer the figures in Prometheus' text format."""
+        text = self._metrics.text()
+        request.setHeader("content-type", CONTENT_TYPE_PLAIN_0_0_4)
+        request.setHeader("content-length", str(len(text)))
+        request.write(text)
+        return None
+
+    # --- lists ---
+
+    @api_endpoint(Api.app, "GET", "/versions")
+    async def versions(self, request: Request) -> Answer:
+        """Answer which executors there are, and which deployment times select them."""
+        try:
+            found = await FILE_THREADS.run(
+                self._reactor,
+                FILE_SECONDS,
+                look_at_executors,
+                self._config.root,
+                self._manifest.manifest,
+            )
+        except DeferredTimeout:
+            raise ResourcesExhausted(
+                f"the executors' folder does not answer within {FILE_SECONDS:g} s"
+            ) from None
+        answer = {"reroute_to": self._config.reroute_to, "versions": found}
+        return msgspec.json.encode(answer, enc_hook=format_timestamp)
+
+    @api_endpoint(Api.app, "GET", "/log/level")
+    async def get_log_level(self, request: Request) -> Answer:
+        """Answer what is logged."""
+        return {"level": self._observer.level}
+
+    @api_endpoint(Api.app, "GET", "/env")
+    async def variables(self, request: Request) -> Answer:
+        """Answer which variables ``POST /env`` set; never what they hold."""
+        names = self._variables.names()
+        return {"variables": [{"key": key, "passed_on": given} for key, given in names.items()]}
+
+    @api_endpoint(Api.app, "GET", "/genvm")
+    async def list_executions(self, request: Request) -> Answer:
+        """Answer the executions that are known, newest first, page by page."""
+        state = query_text(request, "state")
+        states = [each.value for each in State]
+        if state not in (None, *states):
+            raise InvalidRequest(f"state: expected one of {', '.join(states)}, got {shown(state)}")
+        limit = max(1, query_int(request, "limit", PAGE_ENTRIES, MAX_PAGE_ENTRIES))
+        before = query_int(request, "before", MAX_ID, MAX_ID)
+        found = (
+            execution
+            for execution in self._executions.newest_first()
+            if execution.id < before and state in (None, execution.state.value)
+        )
+        page = [*itertools.islice(found, limit + 1)]
+        entries = b",".join(
+            b'{"id": %d, %s' % (execution.id, execution.summary_json()[1:])
+            for execution in page[:limit]
+        )
+        more = page[limit - 1].id if len(page) > limit else None
+        return b'{"executions": [%s], "next": %s}' % (entries, json.dumps(more).encode())
+
+    # --- events ---
+
+    @api_endpoint(Api.app, "GET", "/events")
+    async def events(self, request: Request) -> Answer:
+        """Send what happens, as it happens."""
+        reader = FeedReader(self._events, header_text(request, b"last-event-id"))
+        stream = EventStream(request, self._reactor, reader.next)
+
+        def follow(_event: ManagerEvent) -> None:
+            stream.wake()
+
+        self._events.followers[follow] = None
+        try:
+            await self._run(stream)
+        finally:
+            del self._events.followers[follow]
+        return None
+
+    @api_endpoint(Api.app, "GET", "/genvm/<int:genvm_id>/events")
+    async def follow(self, request: Request, genvm_id: int) -> Answer:
+        """Send what an execution writes, as it comes, and then its end."""
+        execution = self._executions.get(genvm_id)
+        reader = OutputReader(execution)
+
+        def pull() -> bytes | None:
+            found = reader.next()
+            if reader.ended:
+                stream.end()
+            return None if found is None else event_text(*found)
+
+        stream = EventStream(request, self._reactor, pull)
+        execution.followers += (stream.wake,)
+        ended = execution.ended.wait()
+        ended.addBoth(lambda _: stream.wake())
+        try:
+            await self._run(stream)
+        finally:
+            ended.cancel()
+            execution.followers = tuple(f for f in execution.followers if f != stream.wake)
+        return None
+
+    async def _run(self, stream: EventStream) -> None:
+        self._streams.add(stream)
+        try:
+            await stream.run()
+        finally:
+            self._streams.remove(stream)
 
 
 ###############################################################################
@@ -13863,6 +14741,8 @@ FAREWELL_SECONDS = 0.2
 SHUTDOWN_SECONDS = 0.9
 #: Connections that may wait to be accepted.
 BACKLOG = 1024
+#: Seconds until a module that could not be started is tried again: at first, and at most.
+START_SECONDS, START_LONGEST_SECONDS = 1.0, 60.0
 DAEMON_LOG = "genvm-manager.log"
 #: Seconds after the second signal in which the process ends, whatever it does.
 LAST_SECONDS = 1.0
@@ -13893,13 +14773,16 @@ class ManagerService(Service):
         self._reactor = reactor
         self._owns_process = owns_process
         self.boot_id = secrets.token_hex(16)
+        self.events = EventFeed(self.boot_id)
         self.manifest = ManifestStore(config)
         permits = automatic_permits() if config.permits is None else config.permits
         self.gate = PermitGate(permits, reactor)
         self.spawner = Spawner(reactor, self.boot_id, owns_process=owns_process)
         variables = Variables(config.root / "config", config.env_allow, config.executor_env)
         self.modules = {
-            kind: Module(kind, config, reactor, self.spawner, variables, observer)
+            kind: Module(
+                kind, config, reactor, self.spawner, variables, observer, tell=self.events.tell
+            )
             for kind in MODULE_KINDS
         }
         self.executions = Executions(
@@ -13912,39 +14795,48 @@ class ManagerService(Service):
             execution_ids(time.time()),
             modules_down=self._modules_down,
             log_enabled=observer.enabled,
+            tell=self.events.tell,
         )
+        self.metrics = Metrics(reactor, observer, self.gate, self.executions, self.modules)
+        self.events.followers[self.metrics.note_event] = None
         self.contracts = ContractOperations(
             config, reactor, self.manifest, self.spawner, variables, self.executions
         )
         self._pool = HTTPConnectionPool(reactor)
-        http = HttpClient.create(reactor, self._pool)
         hide_proxies(observer.redactor)
-        self.api = Api(
-            config,
-            reactor,
-            observer,
-            self.gate,
-            self.manifest,
-            variables,
-            self.executions,
-            self.contracts,
-            AvailabilityCheck(
-                config, reactor, LlmClient(reactor, http), variables, observer.redactor
-            ),
-            self.modules,
-            self.boot_id,
-        )
+        client = LlmClient(reactor, HttpClient.create(reactor, self._pool))
+        check = AvailabilityCheck(config, reactor, client, variables, observer.redactor)
+        self.api = self._make_api(variables, check)
         token = None if config.auth_token_file is None else read_token(config.auth_token_file)
         if token is not None:
             observer.redactor.keep("token", (token,))
         hosts = frozenset(name.lower() for name in config.allowed_hosts)
         policy = AccessPolicy(token, hosts)
         self.site = ApiSite(ApiResource(self.api, policy), reactor, config, policy)
+        self.site.answered = self.api.note_answer
         self._ports: list[Any] = []
         self._parent: ParentWatch | None = None
-        self._checking: Deferred[None] = succeed(None)
+        self._background: list[Deferred[None]] = []
         self._stopping: Deferred[None] | None = None
         self._asked = False
+
+    def _make_api(self, variables: Variables, check: AvailabilityCheck) -> OperatorApi:
+        return OperatorApi(
+            self.config,
+            self._reactor,
+            self.observer,
+            self.gate,
+            self.manifest,
+            variables,
+            self.executions,
+            self.contracts,
+            check,
+            self.modules,
+            self.boot_id,
+            self.events.tell,
+            self.events,
+            self.metrics,
+        )
 
     def _modules_down(self) -> list[str]:
         running = ModuleState.RUNNING
@@ -14003,8 +14895,12 @@ class ManagerService(Service):
             self._parent.start()
         for note in self.config.notes:
             self.log.info("{text}", text=note)
-        self._checking = Deferred.fromCoroutine(self.contracts.check_detection())
-        self._checking.addErrback(lambda failure: failure.trap(CancelledError))
+        self.metrics.start()
+        starting = [self._keep_starting(kind) for kind in self.config.start_modules]
+        for work in (self.contracts.check_detection(), *starting):
+            running = Deferred.fromCoroutine(work)
+            running.addErrback(lambda failure: failure.trap(CancelledError))
+            self._background.append(running)
         for address in self.addresses:
             self.log.info(
                 "listening",
@@ -14014,6 +14910,20 @@ class ManagerService(Service):
                 permits=self.gate.limit,
                 executors=len(self.manifest.manifest.versions),
             )
+
+    async def _keep_starting(self, kind: str) -> None:
+        """Start a module from its file, trying again until it runs or somebody else starts it."""
+        for attempt in itertools.count():
+            try:
+                await self.modules[kind].start(None, False)
+                return
+            except ModuleAlreadyRunning:
+                return
+            except ManagerError as error:
+                delay = min(START_LONGEST_SECONDS, START_SECONDS * 2**attempt)
+                text = f"the {kind} module cannot be started, trying again in {delay:g} s: {error}"
+                self.log.error("{text}", text=text)
+            await deferLater(self._reactor, delay)
 
     def _own_process(self) -> None:
         """Take over what belongs to the process: memory, descriptors, log, signals."""
@@ -14091,7 +15001,9 @@ class ManagerService(Service):
         begin = self._reactor.seconds()
         await maybeDeferred(Service.stopService, self)
         self.log.info("shutting down")
-        self._checking.cancel()
+        for running in self._background:
+            running.cancel()
+        self.metrics.stop()
         for port in self._ports:
             await maybeDeferred(port.stopListening)
         grace = self.config.shutdown_grace
@@ -14104,6 +15016,7 @@ class ManagerService(Service):
         await self.contracts.close()
         await self._pool.closeCachedConnections()
         self.executions.dispose()
+        self.api.end_streams()
         if self._parent is not None:
             self._parent.stop()
         # Clients that waited for a result have their answers by now: let them be sent. Meanwhile

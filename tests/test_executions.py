@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +53,7 @@ from genvm_manager import (
     VersionNotAvailable,
     execution_ids,
     parse_manifest,
+    unheard,
 )
 
 from .support import FakeProcess, FakeSpawner, observing, outcome
@@ -79,7 +81,9 @@ def make_request(**changes: Any) -> RunRequest:
 class World:
     """Executions whose time and processes are in the hands of the test."""
 
-    def __init__(self, permits: int = 4, **settings: Any) -> None:
+    def __init__(
+        self, permits: int = 4, tell: Callable[..., object] = unheard, **settings: Any
+    ) -> None:
         self.clock = Clock()
         self.config = Config(root=Path("/genvm"), permits=permits, **settings)
         self.gate = PermitGate(permits, self.clock)
@@ -97,6 +101,7 @@ class World:
             Variables(self.config.root / "config"),
             itertools.count(1),
             now=lambda: EPOCH + self.clock.seconds(),
+            tell=tell,
         )
 
     def ask(self, key: str | None = None, **changes: Any) -> Deferred[Execution]:

@@ -1,0 +1,334 @@
+"""What operators watch: probes, figures, lists, events."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from .conftest import Start
+from .support import PROJECT, WAIT, Daemon, Root, eventually
+
+README = PROJECT / "README.md"
+
+
+class Events:
+    """The events of one stream, as they come."""
+
+    def __init__(
+        self,
+        daemon: Daemon,
+        path: str,
+        headers: dict[str, str] | None = None,
+        timeout: float = WAIT,
+    ) -> None:
+        self._connection = http.client.HTTPConnection(daemon.address, timeout=timeout)
+        self._connection.request("GET", path, headers=headers or {})
+        self.response = self._connection.getresponse()
+        self.ids: list[str] = []
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        fields: dict[str, str] = {}
+        for line in self.response:
+            name, _, value = line.decode().rstrip("\n").partition(": ")
+            if name:
+                fields[name] = value
+            elif "event" in fields:
+                self.ids.append(fields.get("id", ""))
+                yield fields["event"], json.loads(fields["data"])
+                fields = {}
+
+    def until(self, kind: str) -> list[tuple[str, Any]]:
+        """Return the events up to the first one of a kind."""
+        found = []
+        for event in self:
+            found.append(event)
+            if event[0] == kind:
+                return found
+        raise AssertionError(f"no {kind} in {found}")
+
+    def close(self) -> None:
+        """Hang up."""
+        self.response.close()
+        self._connection.close()
+
+
+@contextlib.contextmanager
+def following(daemon: Daemon, path: str, headers: dict[str, str] | None = None) -> Iterator[Events]:
+    events = Events(daemon, path, headers)
+    try:
+        assert events.response.status == 200
+        assert events.response.headers["content-type"] == "text/event-stream; charset=utf-8"
+        yield events
+    finally:
+        events.close()
+
+
+def text_of(events: list[tuple[str, Any]], kind: str) -> str:
+    return "".join(data["text"] for name, data in events if name == kind)
+
+
+# --- probes ---
+
+
+def test_probes_need_no_token(root: Root, start: Start) -> None:
+    token = root.path / "token"
+    token.write_text("a-token-of-sixteen-characters")
+    token.chmod(0o600)
+    daemon = start("--auth-token-file", str(token))
+    assert daemon.get("/livez") == {"result": "alive"}
+    assert daemon.get("/readyz") == {"result": "ready"}
+    for path in ("/metrics", "/versions", "/events", "/genvm", "/log/level"):
+        assert daemon.request("GET", path).status == 401, path
+    host = {"Host": "probe.example"}
+    assert daemon.request("GET", "/livez", headers=host).status == 200
+
+
+def not_ready(daemon: Daemon) -> list[str]:
+    reply = daemon.request("GET", "/readyz")
+    assert reply.status == 503, reply.raw
+    assert (reply.json["code"], reply.json["retryable"]) == ("not_ready", True)
+    assert all(reason in reply.json["error"] for reason in reply.json["reasons"])
+    return list(reply.json["reasons"])
+
+
+def test_what_makes_it_not_ready(root: Root, start: Start) -> None:
+    daemon = start()
+    assert daemon.get("/readyz") == {"result": "ready"}
+    daemon.post("/drain")
+    assert not_ready(daemon) == ["draining: no new executions are accepted"]
+    daemon.post("/undrain")
+    for folder in (root.path / "executor").iterdir():
+        shutil.rmtree(folder)
+    assert not_ready(daemon) == ["no executor is installed: see GET /versions"]
+    assert daemon.get("/livez") == {"result": "alive"}
+
+
+def test_a_module_that_should_run(root: Root, start: Start) -> None:
+    daemon = start("--start-modules", "llm", environ={"KEY": "a-key-of-a-provider"})
+    reasons = not_ready(daemon)
+    assert reasons[0].startswith("the llm module is st"), reasons
+    daemon.wait_log(
+        lambda r: "the llm module cannot be started, trying again in 1 s" in r["message"]
+    )
+    (root.path / "config" / "genvm-module-llm.yaml").write_text(
+        "backends:\n  b:\n    enabled: true\n    host: http://127.0.0.1:9\n"
+        "    provider: openai-compatible\n    key: ${ENV[KEY]}\n    models: {m: {}}\n"
+    )
+    eventually(lambda: daemon.request("GET", "/readyz").status == 200, what="it is ready")
+    assert daemon.get("/status")["modules"]["llm"]["state"] == "running"
+
+
+# --- figures ---
+
+
+def test_metrics(root: Root, start: Start) -> None:
+    daemon = start("--permits", "1")
+    with following(daemon, "/events") as events:
+        daemon.result(daemon.run("print hello", "exit 3"))
+        events.until("finished")
+    connection = http.client.HTTPConnection(daemon.address, timeout=WAIT)
+    connection.request("GET", "/metrics")
+    response = connection.getresponse()
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    text = response.read()
+    connection.close()
+    described = README.read_text().partition("### Figures")[2].partition("\n###")[0]
+    names = {line.split()[2] for line in text.decode().splitlines() if line.startswith("# TYPE")}
+    names -= {name for name in names if name.startswith("process_")}
+    assert names == set(re.findall(r"`(genvm_\w+)`", described))
+    found = dict(line.rsplit(" ", 1) for line in text.decode().splitlines() if line[0] != "#")
+    assert float(found["genvm_permits"]) == 1
+    assert float(found["genvm_execution_seconds_count"]) == 1
+    version = daemon.get("/versions")["versions"][-1]["version"]
+    ended = f'genvm_executions_finished_total{{cause="exited",version="{version}"}}'
+    assert float(found[ended]) == 1
+    run = 'genvm_http_request_seconds_count{method="POST",route="/genvm/run",status="200"}'
+    assert float(found[run]) == 1
+    assert float(found["process_open_fds"]) > 3
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        assert not os.environ.get("GENVM_REQUIRE_PROMTOOL"), "promtool is not installed"
+        pytest.skip("promtool, of the package prometheus, is not installed")
+    command = [promtool, "check", "metrics"]
+    done = subprocess.run(command, input=text, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, b"")
+
+
+# --- lists ---
+
+
+def test_versions(root: Root, start: Start) -> None:
+    root.write_manifest(
+        {
+            "v0.1.0": "2025-01-01T00:00:00Z",
+            "v0.1.1": "2025-03-01T00:00:00Z",
+            "v0.2.0": "2025-02-01T00:00:00Z",
+        }
+    )
+    root.script("exit 0", "v0.1.1")
+    (root.path / "executor" / "v0.1.1" / "bin" / "genvm").chmod(0o644)
+    daemon = start()
+    answer = daemon.get("/versions")
+    assert answer["reroute_to"] is None
+    by_key = {entry["version"]: entry for entry in answer["versions"]}
+    assert [*by_key] == ["v0.1.0", "v0.1.1", "v0.2.0"]
+    assert by_key["v0.1.0"]["selected"] == []
+    assert by_key["v0.1.1"]["selected"] == [
+        {"begin": "2025-01-01T00:00:00.000Z", "end": "2025-02-01T00:00:00.000Z"}
+    ]
+    assert by_key["v0.2.0"]["selected"] == [{"begin": "2025-02-01T00:00:00.000Z", "end": None}]
+    assert (by_key["v0.1.1"]["found"], by_key["v0.1.1"]["executable"]) == (True, os.geteuid() < 0)
+    assert by_key["v0.2.0"]["program"] == f"{root.path}/executor/v0.2.0/bin/genvm"
+
+
+def test_the_log_level_can_be_read(start: Start) -> None:
+    daemon = start("--log-level", "warning", "--log-level", "info")
+    assert daemon.get("/log/level") == {"level": "info"}
+    daemon.post("/log/level", {"level": "DEBUG"})
+    assert daemon.get("/log/level") == {"level": "debug"}
+
+
+def test_executions_page_by_page(start: Start) -> None:
+    daemon = start("--permits", "10")
+    ids = [daemon.run("exit 0") for _ in range(5)]
+    for genvm_id in ids:
+        daemon.result(genvm_id)
+    living = daemon.run("sleep 60")
+    answer = daemon.get("/genvm?limit=4")
+    assert [entry["id"] for entry in answer["executions"]] == [living, *ids[:1:-1]]
+    assert answer["executions"][0]["state"] == "running"
+    answer = daemon.get(f"/genvm?limit=4&before={answer['next']}")
+    assert ([entry["id"] for entry in answer["executions"]], answer["next"]) == (ids[1::-1], None)
+    answer = daemon.get("/genvm?state=running")
+    assert [entry["id"] for entry in answer["executions"]] == [living]
+    reply = daemon.request("GET", "/genvm?state=ended")
+    assert reply.status == 500
+    assert "expected one of waiting, running" in reply.json["error"]
+    daemon.request("DELETE", f"/genvm/{living}")
+
+
+def test_names_of_variables_never_their_values(start: Start) -> None:
+    daemon = start()
+    daemon.post("/env", {"key": "MY_KEY", "value": "secret-of-mine"})
+    daemon.post("/env", {"key": "HOME", "value": "/secret-of-mine"})
+    reply = daemon.request("GET", "/env")
+    assert reply.json == {
+        "variables": [{"key": "HOME", "passed_on": False}, {"key": "MY_KEY", "passed_on": True}]
+    }
+
+
+def test_permits_can_follow_memory_again(start: Start) -> None:
+    daemon = start()
+    automatic = daemon.permits()["permits"]
+    daemon.post("/permits", {"permits": 77})
+    assert daemon.post("/permits", {"permits": None})["result"] == "permits_set"
+    assert 2 <= daemon.permits()["permits"] <= 2 * automatic
+
+
+# --- drain ---
+
+
+def test_drain_waits_for_runs_and_for_their_readers(start: Start) -> None:
+    daemon = start("--permits", "2")
+    genvm_id = daemon.run("sleep 60")
+    assert daemon.post("/drain?wait=10ms") == {"result": "draining"}
+    with ThreadPoolExecutor(1) as pool:
+        drained = pool.submit(daemon.post, "/drain?wait=60s")
+        daemon.request("DELETE", f"/genvm/{genvm_id}")
+        eventually(lambda: daemon.get("/status")["unread"] == 1, what="a result that is not read")
+        assert not drained.done()
+        daemon.result(genvm_id)
+        assert drained.result(WAIT) == {"result": "drained"}
+    assert daemon.get("/status")["unread"] == 0
+    assert daemon.post("/drain?wait=60s") == {"result": "drained"}
+
+
+# --- events ---
+
+
+def test_events_of_a_run_that_waits(start: Start) -> None:
+    daemon = start("--permits", "1")
+    with following(daemon, "/events") as events:
+        first = daemon.run("sleep 60")
+        second = daemon.send("POST", "/genvm/run", None)
+        second.close()
+        daemon.post("/permits", {"permits": 2})
+        daemon.post("/drain")
+        daemon.post("/undrain")
+        daemon.request("DELETE", f"/genvm/{first}")
+        found = events.until("finished")
+        kinds = [kind for kind, _ in found]
+        assert kinds == ["started", "permits", "drain", "drain", "finished"]
+        assert found[1][1]["permits"] == 2
+        assert [data["draining"] for kind, data in found if kind == "drain"] == [True, False]
+        assert found[-1][1]["genvm_id"] == first
+        assert found[-1][1]["cause"] == "cancelled"
+        last = events.ids[1]
+    with following(daemon, "/events", {"Last-Event-ID": last}) as events:
+        assert [kind for kind, _ in events.until("finished")] == kinds[2:]
+    with following(daemon, "/events", {"Last-Event-ID": "00000000-7"}) as events:
+        assert [kind for kind, _ in events.until("finished")] == ["missed", *kinds]
+
+
+def test_a_run_is_followed_from_its_start_to_its_end(start: Start) -> None:
+    daemon = start()
+    genvm_id = daemon.run("print early", "log info first", "sleep 60")
+    with following(daemon, f"/genvm/{genvm_id}/events") as events:
+        found = events.until("log")
+        assert text_of(found, "stdout") == "early\n"
+        assert found[-1][1]["message"] == "first"
+        daemon.request("DELETE", f"/genvm/{genvm_id}")
+        (end,) = [data for kind, data in events.until("finished") if kind == "finished"]
+        assert (end["cause"], end["truncated"]) == ("cancelled", [])
+        assert events.response.read() == b"", "that was the end"
+    with following(daemon, f"/genvm/{genvm_id}/events") as events:
+        found = events.until("finished")
+        assert text_of(found, "stdout") == "early\n"
+    assert daemon.request("GET", "/genvm/7/events").status == 404
+
+
+def test_following_says_what_is_not_kept(root: Root, start: Start) -> None:
+    daemon = start("--capture-max-bytes", "100000")
+    root.script("head -c 300000 /dev/zero | tr '\\0' x; echo end")
+    genvm_id = daemon.run()
+    daemon.result(genvm_id)
+    with following(daemon, f"/genvm/{genvm_id}/events") as events:
+        found = events.until("finished")
+    missed = [data for kind, data in found if kind == "missed"]
+    assert len(missed) == 1
+    assert missed[0]["stream"] == "stdout"
+    text = text_of(found, "stdout")
+    assert text.endswith("xxxend\n")
+    assert missed[0]["bytes"] + len(text) == 300_004
+
+
+def test_streams_end_with_the_manager(start: Start) -> None:
+    daemon = start()
+    with following(daemon, "/events") as events:
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 0
+        assert {data["state"] for kind, data in events if kind == "module"} <= {
+            "stopping",
+            "stopped",
+        }, "the stream has an end"
+
+
+def test_a_reader_that_stops_holds_nothing_up(root: Root, start: Start) -> None:
+    daemon = start("--capture-max-bytes", "30000000")
+    root.script("head -c 20000000 /dev/zero | tr '\\0' x; echo end")
+    genvm_id = daemon.run()
+    with following(daemon, f"/genvm/{genvm_id}/events") as events:
+        result = daemon.result(genvm_id)
+        assert result["stdout"].endswith("xend\n")
+        assert text_of(events.until("finished"), "stdout") == result["stdout"]
