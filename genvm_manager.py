@@ -1348,6 +1348,8 @@ _WITHHELD = re.compile(
 SECRET_NAMES = re.compile(r"key|token|secret|password|authorization|headers", re.IGNORECASE)
 #: A larger file in the folder of configurations is not looked at for templates.
 _FILE_MAX_BYTES = 1 << 20
+#: Each change and each start looks at all that were set.
+_VARIABLES_MAX = 1000
 
 
 class AllowedVariable(str):
@@ -1474,6 +1476,8 @@ class Variables:
         given = {os.fsencode(k): os.fsencode(v) for k, v in {**self._set, key: value}.items()}
         size = len(os.fsencode(key)) + len(os.fsencode(value)) + 1
         total = sum(len(k) + len(v) + 2 for k, v in {**self._environ, **given}.items())
+        if len(given) > _VARIABLES_MAX:
+            raise EnvironmentRefused(f"key: {_VARIABLES_MAX} variables are set, which is the most")
         if size > ARGUMENT_MAX_BYTES or total > ENVIRONMENT_MAX_BYTES:
             raise EnvironmentRefused(
                 f"value: {size} bytes with its key, {total} in the whole environment; shorten it: "
@@ -8256,7 +8260,8 @@ class Module:
             built_in=self._command is None,
         )
         generation.started_at = self._reactor.seconds()
-        self._observer.redactor.keep(generation, secrets_in(setup.config))
+        known = (*secrets_in(setup.config), *setup.inserted)
+        self._observer.redactor.keep(generation, known)
         try:
             self._spawn(generation, setup, listener)
             await self._until_ready(generation, setup)

@@ -209,6 +209,7 @@ class FakeSpawner:
         feeds: Iterable[int] = (),
         inherited: Mapping[int, int] | None = None,
         nice: int = 0,
+        after: Callable[[], object] | None = None,
     ) -> None:
         """Start nothing; see ``Spawner.spawn``."""
         self.commands.append(list(argv))

@@ -75,7 +75,7 @@ class Supervised:
         self.observer = LogObserver(Config(), write=self.log.append)
         self.redactor = self.observer.redactor
         spawner = cast(Any, self.spawner)
-        variables = Variables(root / "config")
+        self.variables = variables = Variables(root / "config")
         self.module = Module("llm", config, self.reactor, spawner, variables, self.observer)
 
     def ask(self, operation: Deferred[Any]) -> list[Any]:
@@ -372,6 +372,20 @@ def test_files_that_are_no_configuration(
     assert "sk-" not in message
     assert supervised.spawner.processes == []
     assert supervised.state == "stopped"
+
+
+def test_what_a_template_inserted_is_secret_as_long_as_the_module_runs(tmp_path: Path) -> None:
+    supervised = Supervised(tmp_path)
+    value = "a-value-of-a-variable"
+    supervised.variables.set("ANYTHING", value)
+    result = supervised.start(name="of ${ENV[ANYTHING]}")
+    supervised.newest.get_ready()
+    assert result == [None]
+    with observing(supervised.observer):
+        supervised.newest.write(STDERR, b"I am of a-value-of-a-variable\n")
+    log = b"".join(supervised.log).decode()
+    assert "I am of [redacted]" in log
+    assert value not in log
 
 
 def test_secrets_of_a_command_after_the_keys_of_many_checks(tmp_path: Path) -> None:

@@ -125,6 +125,10 @@ def test_no_more_than_children_can_have() -> None:
         for accepted in range(ENVIRONMENT_MAX_BYTES // 100_000 + 1):
             ours.set(f"FOR_TEMPLATES_{accepted}", "x" * 100_000)
     assert accepted == (ENVIRONMENT_MAX_BYTES - ARGUMENT_MAX_BYTES) // 100_000
+    with pytest.raises(EnvironmentRefused, match="1000 variables are set"):
+        for number in range(1001):
+            ours.set(f"SMALL_{number}", "")
+    ours.set("SMALL_0", "changed")
     with pytest.raises(EnvironmentRefused, match="surrogate"):
         ours.set("HALF", "\ud800")
     assert ours("HALF") == ""
