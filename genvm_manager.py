@@ -12895,13 +12895,18 @@ class PageVisit:
         await self._settle(late)
         with contextlib.suppress(DeferredTimeout):
             await self._over.wait().addTimeout(wait, self._reactor)
-        if self._failure is not None:
-            raise self._failure
+        self._raise_failure()
         for _ in range(READ_ATTEMPTS):
             # The page may go elsewhere between one command and the next.
             with contextlib.suppress(ValueError):
-                return await self._read(mode)
+                page = await self._read(mode)
+                self._raise_failure()  # what was read may be what Chromium shows instead
+                return page
         raise page_failed(self._target.url, self._status, "the page does not stay")
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     async def _settle(self, late: float) -> None:
         """Wait until the page is loaded, or is parsed and it is late."""

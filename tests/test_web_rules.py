@@ -29,6 +29,7 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
 
+import genvm_manager
 from genvm_manager import (
     CALLER_LOOKUPS,
     INLINE_DIGEST_BYTES,
@@ -42,9 +43,11 @@ from genvm_manager import (
     InvalidRequest,
     Names,
     NameThreads,
+    PageVisit,
     RequestFailure,
     RequestSigner,
     Signer,
+    SocksGate,
     Target,
     Traffic,
     UrlRules,
@@ -59,6 +62,8 @@ from genvm_manager import (
     remove_profiles,
     signature_base,
 )
+
+from .support import outcome
 
 RULES = UrlRules()
 SUFFIXES = PublicSuffixList(only_icann=True, accept_unknown=False)
@@ -808,3 +813,40 @@ def test_settings() -> None:
     assert (chromium.webdriver, chromium.render_timeout) == ("chromium", 30)
     given = {"webdriver_host": "http://wd:4444/", "render_timeout": "40s"}
     assert read_web_settings(AnyObject(given)).render_timeout == 40
+
+
+class LeavingBrowser:
+    """Answers at once; while the page's text is read, the page goes where nothing is."""
+
+    def __init__(self, on_event: Callable[[str, dict[str, Any]], None], _on_gone: object) -> None:
+        self._on_event = on_event
+
+    async def call(self, method: str, _session: str | None = None, **_: object) -> dict[str, Any]:
+        """Return all that any of the commands is answered with."""
+        if method == "Page.navigate":
+            seen = {
+                "type": "Document",
+                "frameId": "f",
+                "requestId": "r",
+                "response": {"status": 200},
+            }
+            self._on_event("Network.responseReceived", seen)
+            self._on_event("Page.loadEventFired", {})
+        elif method == "Runtime.evaluate":
+            frame = {"id": "f", "unreachableUrl": "http://gone.test/"}
+            self._on_event("Page.frameNavigated", {"frame": frame})
+        names = ("browserContextId", "targetId", "sessionId", "executionContextId")
+        frame_tree = {"frame": {"id": "f"}}
+        return {**dict.fromkeys(names, "x"), "frameTree": frame_tree, "result": {"value": ""}}
+
+
+def test_what_is_read_of_a_page_that_has_gone_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(genvm_manager, "BrowserProcess", LeavingBrowser)
+    reactor = MemoryReactorClock()
+    gate = SocksGate(reactor, RULES, Traffic(100, lambda _: Deferred()))
+    visit = PageVisit(reactor, RULES, Target("http", "page.test", 80), gate)
+    answer = outcome(Deferred.fromCoroutine(visit.render("text", 1.0, 9.0)))
+    reactor.advance(1.0)
+    (failure,) = answer
+    assert isinstance(failure, RequestFailure)
+    assert "it went to http://gone.test/, which cannot be loaded" in str(failure.context)

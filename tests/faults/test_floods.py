@@ -12,6 +12,8 @@ import pytest
 from ..integration.conftest import Start
 from ..integration.support import Daemon, Root, eventually, report, timed
 
+pytestmark = pytest.mark.alone
+
 FLOODS = {
     "empty records": "yes '{}' >&3",
     "records": """yes '{"level": "info", "message": "a message", "n": 17}' >&3""",

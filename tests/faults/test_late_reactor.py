@@ -7,8 +7,6 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
-
 from ..integration.conftest import Start
 from ..integration.support import Daemon, Root, eventually
 
@@ -80,38 +78,6 @@ def test_a_grandchild_that_only_holds_the_pipes_cuts_nothing(root: Root, start: 
     daemon = start()
     result = daemon.result(daemon.run())
     assert (result["stdout"], result["exit_code"], result["truncated"]) == ("first\n", 3, [])
-
-
-@pytest.mark.parametrize("captured", [True, False])
-def test_a_run_that_ended_before_a_late_deadline_has_exited(
-    root: Root, start: Start, captured: bool
-) -> None:
-    root.script(f"while ! test -e {root.path}/go; do sleep 0.01; done; exit 5")
-    daemon = start()
-    genvm_id = daemon.run(capture_output=captured, max_execution_minutes=0.02)
-    eventually(lambda: len(daemon.descendants()) > 1, what="it runs")
-    daemon.signal(signal.SIGSTOP)
-    try:
-        go(root)
-        until = time.monotonic() + 2.0  # the deadline is at 1.2 s
-        eventually(lambda: time.monotonic() >= until, what="the deadline is over")
-    finally:
-        daemon.signal(signal.SIGCONT)
-    result = daemon.result(genvm_id)
-    assert (result["cause"], result["exit_code"], result["signal"]) == ("exited", 5, None)
-
-
-def test_a_run_that_ended_before_a_late_cancel_has_exited(root: Root, start: Start) -> None:
-    """The request to end it waits in the socket while the manager stands still."""
-    root.script(f"while ! test -e {root.path}/go; do sleep 0.01; done; exit 5")
-    daemon = start()
-    genvm_id = daemon.run()
-    connection = daemon.connect()
-    with connection, Paused(daemon):
-        connection.sendall(b"DELETE /genvm/%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % genvm_id)
-        go(root)
-    result = daemon.result(genvm_id)
-    assert (result["cause"], result["exit_code"]) == ("exited", 5)
 
 
 def test_an_executor_can_tell_its_host_of_the_deadline(root: Root, start: Start) -> None:

@@ -65,15 +65,25 @@ def test_output_is_whole_however_late_the_reactor_is(daemon: Daemon) -> None:
     assert troubles(daemon) == []
 
 
-def test_an_end_comes_before_a_deadline_that_is_noticed_late(daemon: Daemon, root: Root) -> None:
-    begin = time.monotonic()
-    genvm_id = waiting_run(daemon, root, "a", "exit 7", max_execution_minutes=2 / 60)
-    (pid,) = executors(daemon)
-    with stopped(daemon):
-        let_go(root, "a", pid)
-        assert time.monotonic() - begin < 2, "too late to show anything"
-        time.sleep(max(0, 2.2 - (time.monotonic() - begin)))
-    status = daemon.result(genvm_id)
+@pytest.mark.parametrize("captured", [True, False])
+def test_an_end_comes_before_a_deadline_that_is_noticed_late(
+    daemon: Daemon, root: Root, captured: bool
+) -> None:
+    for seconds in (2, 20):  # a busy machine may be too late for the first
+        begin = time.monotonic()
+        name = f"until-{seconds}"
+        limits = {"max_execution_minutes": seconds / 60, "capture_output": captured}
+        genvm_id = waiting_run(daemon, root, name, "exit 7", **limits)
+        pids = executors(daemon)
+        with stopped(daemon):
+            for pid in pids:
+                let_go(root, name, pid)
+            in_time = time.monotonic() - begin < seconds
+            time.sleep(max(0, seconds + 0.2 - (time.monotonic() - begin)))
+        status = daemon.result(genvm_id)
+        if in_time:
+            break
+    assert in_time, "the machine was too busy to show anything"
     assert (status["cause"], status["exit_code"], status["signal"]) == ("exited", 7, None)
 
 

@@ -41,11 +41,18 @@ pytestmark = [
 NAMES = {"inside.test": ["127.0.0.1"], "private.test": ["10.0.0.1"]}
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """The module's folder for temporary files; its name is short, as socket paths are limited."""
+@pytest.fixture(scope="module")
+def shared_folder() -> Iterator[Path]:
+    """A folder for temporary files; its name is short, as socket paths are limited."""
     with tempfile.TemporaryDirectory(prefix="gw-") as made:
         yield Path(made)
+
+
+@pytest.fixture
+def folder(shared_folder: Path) -> Iterator[Path]:
+    """The modules' folder for temporary files, which each test leaves empty."""
+    yield shared_folder
+    eventually(lambda: not left_in(shared_folder), what="no folder is left")
 
 
 def begin(folder: Path, path: str = os.environ["PATH"], **config: Any) -> WebModule:
@@ -64,12 +71,26 @@ def begin(folder: Path, path: str = os.environ["PATH"], **config: Any) -> WebMod
     return made
 
 
+@pytest.fixture(scope="module")
+def shared_module(shared_folder: Path) -> Iterator[WebModule]:
+    made = begin(shared_folder)
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def module(folder: Path) -> Iterator[WebModule]:
+def module(shared_module: WebModule, folder: Path) -> Iterator[WebModule]:
+    """The process of the file; each test must leave it without a page."""
+    yield shared_module
+    nothing_left(shared_module, folder)
+
+
+@pytest.fixture
+def own_module(folder: Path) -> Iterator[WebModule]:
+    """A process of its own, for a test that ends it or counts what it has done."""
     made = begin(folder)
     yield made
     made.close()
-    eventually(lambda: not left_in(folder), what="no folder is left")
 
 
 @pytest.fixture
@@ -118,7 +139,9 @@ class Gate:
 # --- pages ---
 
 
-def test_text_that_a_script_builds_later(module: WebModule, web: WebServer, folder: Path) -> None:
+def test_text_that_a_script_builds_later(
+    own_module: WebModule, web: WebServer, folder: Path
+) -> None:
     def page(path: str, milliseconds: int) -> str:
         return web.page(
             path,
@@ -127,14 +150,14 @@ def test_text_that_a_script_builds_later(module: WebModule, web: WebServer, fold
         )
 
     began = time.monotonic()
-    answer = module.render(page("/soon", 500), wait_after_loaded="1500ms")
+    answer = own_module.render(page("/soon", 500), wait_after_loaded="1500ms")
     report(f"a page, 1.5 s of waiting included: {time.monotonic() - began:.1f} s")
     assert answer == {"Ok": {"text": "A title\nOne two\nthree\nbuilt"}}
     # Nobody waits for a script longer than was asked for.
-    answer = module.render(page("/late", 60_000))
+    answer = own_module.render(page("/late", 60_000))
     assert answer == {"Ok": {"text": "A title\nOne two\nthree"}}
-    nothing_left(module, folder)
-    stats = module.client().ask("GetStats")["Ok"]["renders"]
+    nothing_left(own_module, folder)
+    stats = own_module.client().ask("GetStats")["Ok"]["renders"]
     assert stats["requests"] == 2
     assert stats["errors"] == {}
     assert stats["bytes_received"] > 200
@@ -292,7 +315,7 @@ def test_a_page_that_takes_too_much_memory(folder: Path, web: WebServer) -> None
 
 @pytest.mark.parametrize("kind", ["document", "fetch"])
 def test_a_page_that_brings_too_much(
-    module: WebModule, web: WebServer, folder: Path, kind: str
+    own_module: WebModule, web: WebServer, folder: Path, kind: str
 ) -> None:
     sent = 0
 
@@ -306,7 +329,7 @@ def test_a_page_that_brings_too_much(
     web.answers["/document"] = answer
     web.page("/fetch", "<p>small<script>fetch('/document').then((r) => r.text())</script>")
     url = f"{web.url}/{kind}"
-    assert module.render(url, wait_after_loaded="50s") == {
+    assert own_module.render(url, wait_after_loaded="50s") == {
         "UserError": {
             "causes": ["WEBPAGE_LOAD_FAILED"],
             "ctx": {
@@ -316,8 +339,8 @@ def test_a_page_that_brings_too_much(
             },
         }
     }
-    nothing_left(module, folder)
-    received = module.client().ask("GetStats")["Ok"]["renders"]["bytes_received"]
+    nothing_left(own_module, folder)
+    received = own_module.client().ask("GetStats")["Ok"]["renders"]["bytes_received"]
     assert 64 << 20 < received < 65 << 20
     assert sent < 80 << 20
 
@@ -385,28 +408,28 @@ def test_a_chromium_that_crashes(module: WebModule, web: WebServer, folder: Path
     assert "Ok" in client.ask(render(web.page("/next", "next")))
 
 
-def test_a_client_that_vanishes(module: WebModule, web: WebServer, folder: Path) -> None:
+def test_a_client_that_vanishes(own_module: WebModule, web: WebServer, folder: Path) -> None:
     gate = Gate(web, "/gated")
-    client = module.client()
+    client = own_module.client()
     client.send(render(f"{web.url}/gated"))
     assert gate.held.acquire(timeout=60)
-    assert len(family(module.process.pid)) > 3
+    assert len(family(own_module.process.pid)) > 3
     client.close()
-    nothing_left(module, folder)
+    nothing_left(own_module, folder)
     gate.go.set()
-    assert module.client().ask("GetStats")["Ok"]["renders"]["errors"] == {"CANCELLED": 1}
+    assert own_module.client().ask("GetStats")["Ok"]["renders"]["errors"] == {"CANCELLED": 1}
 
 
-def test_the_end_of_the_module(module: WebModule, web: WebServer, folder: Path) -> None:
+def test_the_end_of_the_module(own_module: WebModule, web: WebServer, folder: Path) -> None:
     gate = Gate(web, "/gated")
-    client = module.client()
+    client = own_module.client()
     client.send(render(f"{web.url}/gated"))
     assert gate.held.acquire(timeout=60)
-    started = family(module.process.pid)
+    started = family(own_module.process.pid)
     assert len(started) > 3
-    assert module.process.stdin is not None
-    module.process.stdin.close()  # the manager is gone
-    module.wait()
+    assert own_module.process.stdin is not None
+    own_module.process.stdin.close()  # the manager is gone
+    own_module.wait()
     assert [pid for pid in started if alive(pid)] == []
     assert left_in(folder) == []
     gate.go.set()

@@ -1,10 +1,11 @@
-"""Every endpoint, its success and its failures, through each way to start the manager.
+"""Every endpoint, its success and its failures, and some of them for each way to start the manager.
 
 What each of them does in detail is in the other files, on a daemon that listens on TCP.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,27 +30,56 @@ def made_root() -> Iterator[Root]:
     root.close()
 
 
-@pytest.fixture(
-    scope="module", params=["serve tcp", "serve unix", "manager tcp", "twistd tcp", "twistd unix"]
-)
-def daemon(request: pytest.FixtureRequest, made_root: Root) -> Iterator[Daemon]:
-    """The manager, started in one of the ways; each test leaves it idle and with 2 permits."""
-    command, _, listener = request.param.partition(" ")
-    path = made_root.path / f"{command}.sock"
+@contextlib.contextmanager
+def started_by(way: str, root: Root) -> Iterator[Daemon]:
+    """The manager, started in one of the ways, with 2 permits; at the end nothing is left of it."""
+    command, _, listener = way.partition(" ")
+    path = root.path / f"{command}.sock"
     if command == "twistd":
         listen = {"PORT": "", "SOCKET": str(path)} if listener == "unix" else {}
-        started = Daemon.twistd(made_root, **SETTINGS, **listen)
+        started = Daemon.twistd(root, **SETTINGS, **listen)
         started.wait_until_listening()
     else:
         flags = ("--socket", str(path)) if listener == "unix" else ("--port", "0")
         environ = {f"GENVM_MANAGER_{name}": text for name, text in SETTINGS.items()}
-        started = Daemon.serve(made_root, command=command, listen=flags, environ=environ)
-    assert started.address.startswith("unix://" if listener == "unix" else "127.0.0.1:")
-    yield started
-    assert started.stop() == 0
-    assert started.descendants() == []
-    started.close()
-    assert not path.exists()
+        started = Daemon.serve(root, command=command, listen=flags, environ=environ)
+    try:
+        assert started.address.startswith("unix://" if listener == "unix" else "127.0.0.1:")
+        yield started
+        assert started.stop() == 0
+        assert started.descendants() == []
+        assert not path.exists()
+    finally:
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def daemon(made_root: Root) -> Iterator[Daemon]:
+    """The manager; each test leaves it idle and with 2 permits."""
+    with started_by("serve tcp", made_root) as started:
+        yield started
+
+
+@pytest.mark.parametrize("way", ["serve unix", "manager tcp", "twistd tcp", "twistd unix"])
+def test_another_way_to_start_it(made_root: Root, way: str) -> None:
+    """All of it is assembled: runs, modules, contracts; its settings hold; errors are answered."""
+    with started_by(way, made_root) as daemon:
+        limits = {"max": 2, "current": 2, "in_use": 0, "waiting": 0}
+        assert daemon.get("/status")["permits"] == limits
+        result = daemon.result(daemon.run("print hello", "exit 3"))
+        assert (result["stdout"], result["exit_code"], result["cause"]) == ("hello\n", 3, "exited")
+        second = daemon.run("sleep 60", is_sync=False)
+        assert daemon.request("DELETE", f"/genvm/{second}").status == 200
+        assert daemon.post("/module/start", MODULE) == {"result": "module_started"}
+        assert daemon.post("/module/stop", MODULE) == {"result": "module_stopped"}
+        reply = daemon.request("POST", "/contract/detect-version", b"# v0.1.0\n", MOMENT)
+        assert (reply.status, set(reply.json)) == (200, {"specified_major"}), reply.raw
+        for body, status, code in (
+            (run_body(major=1), 500, "spawn_failed"),
+            (b" " * 100_001, 413, "body_too_large"),
+        ):
+            reply = daemon.request("POST", "/genvm/run", body)
+            assert (reply.status, reply.json["code"]) == (status, code), reply.raw
 
 
 def test_successes(daemon: Daemon) -> None:

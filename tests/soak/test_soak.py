@@ -10,6 +10,7 @@ from .__main__ import soak
 from .driver import Options
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(600)
 def test_a_short_soak() -> None:
     """Two checkpoints, with one busy loop beside it."""
