@@ -7,16 +7,22 @@ import json
 import socket
 import ssl
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from ..integration.conftest import Start
-from ..integration.support import Daemon, eventually, run_body, timed
+from ..integration.support import Daemon, Root, eventually, run_body, timed
 
 
-@pytest.fixture
-def daemon(start: Start) -> Daemon:
-    return start()
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    made = Root()
+    made.practice()
+    daemon = Daemon.serve(made)
+    yield daemon
+    daemon.close()
+    made.close()
 
 
 def exchange(
@@ -38,7 +44,8 @@ CLOSE = b"Connection: close\r\n\r\n"
 
 
 @pytest.mark.parametrize("digits", [19, 5000])
-def test_a_length_of_many_digits(daemon: Daemon, digits: int) -> None:
+def test_a_length_of_many_digits(start: Start, digits: int) -> None:
+    daemon = start()
     head = b"POST /permits HTTP/1.1\r\nHost: localhost\r\nContent-Length: %s\r\n\r\n"
     status, answer = exchange(daemon, head % (b"9" * digits))
     assert (status, answer["code"]) == (400, "invalid_request")

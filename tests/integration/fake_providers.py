@@ -425,10 +425,10 @@ class Asked:
         self.reply(200, answer_of(self.kind, "OK"), {"content-encoding": "gzip"})
 
     def bomb(self) -> None:
-        # 512 MB in 512 kB.
+        # 256 MB in 256 kB.
         head, _, tail = json.dumps(answer_of(self.kind, "#")).encode().partition(b"#")
         packer = zlib.compressobj(wbits=31)
-        pieces = [packer.compress(part) for part in (head, *[b"x" * (16 << 20)] * 32, tail)]
+        pieces = [packer.compress(part) for part in (head, *[b"x" * (16 << 20)] * 16, tail)]
         data = b"".join([*pieces, packer.flush()])
         self.reply(200, data, {"content-encoding": "gzip"})
 
