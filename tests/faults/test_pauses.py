@@ -72,8 +72,14 @@ def test_an_end_comes_before_a_deadline_that_is_noticed_late(
     for seconds in (2, 20):  # a busy machine may be too late for the first
         begin = time.monotonic()
         name = f"until-{seconds}"
-        limits = {"max_execution_minutes": seconds / 60, "capture_output": captured}
-        genvm_id = waiting_run(daemon, root, name, "exit 7", **limits)
+        genvm_id = waiting_run(
+            daemon,
+            root,
+            name,
+            "exit 7",
+            max_execution_minutes=seconds / 60,
+            capture_output=captured,
+        )
         pids = executors(daemon)
         with stopped(daemon):
             for pid in pids:
