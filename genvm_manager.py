@@ -1670,6 +1670,7 @@ SECONDS = SettingKind(Duration, "DURATION")
 LEVEL = SettingKind(LevelName, "LEVEL")
 FORMAT = SettingKind(Literal["json", "text"], "FORMAT")
 MODULES = SettingKind(ModuleCommands, "YAML", _plain_scalar)
+STATUSES = SettingKind(Literal["reference", "http"], "STYLE")
 DETECTION = SettingKind(Literal["native", "executor"], "HOW")
 NAMES = SettingKind(tuple[Name, ...], "NAME,…", _plain_list)
 ARGUMENTS = SettingKind(tuple[ExtraArgument, ...], "ARGUMENT,…", _plain_list)
@@ -1717,6 +1718,9 @@ class Config:
     )
     version_detection: str = _setting(
         DETECTION, "native", "native, or executor to ask the newest executor"
+    )
+    error_status: str = _setting(
+        STATUSES, "reference", "of client mistakes: reference (500, as in GenVM) or http (4xx)"
     )
     start_modules: tuple[str, ...] = _setting(
         KINDS, (), "modules to start with the manager, from their files: llm, web"
@@ -4379,6 +4383,21 @@ TRIM_BYTES = 16 * MIB
 TRIM_SECONDS, TRIM_LITTLE_SECONDS = 1.0, 10.0
 
 
+class HostAddress(str):
+    """Where a host listens: ``unix://path`` or ``host:port``, as executors take it."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Return the address; raises ``ValueError``."""
+        text = Name.parse(value)
+        name, colon, port = text.rpartition(":")
+        is_port = port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 65536
+        is_socket = text.startswith("unix://") and text != "unix://"
+        if not is_socket and not (name and colon and is_port and "/" not in name):
+            raise ValueError(f"expected unix://path or host:port, got {shown(text)}")
+        return cls(text)
+
+
 @frozen
 class RunRequest:
     """What a client asks to run; the fields are those of ``POST /genvm/run``."""
@@ -4389,7 +4408,7 @@ class RunRequest:
     capture_output: bool
     host_data: str
     timestamp: Timestamp
-    host: str
+    host: HostAddress
     max_execution_minutes: ExecutionMinutes = 20
     extra_args: list[str] = field(factory=list)
 
@@ -4423,7 +4442,7 @@ class RunRequest:
     def without_texts(self) -> RunRequest:
         """Return what has to be known of it once its process has its arguments."""
         empty = msgspec.Raw(b"{}")
-        return attrs.evolve(self, message=empty, host_data="", host="", extra_args=[])
+        return attrs.evolve(self, message=empty, host_data="", host=HostAddress(), extra_args=[])
 
     def arguments(self, cookie: str) -> list[str]:
         """Return the executor's command line without the program.
@@ -6100,7 +6119,7 @@ class ContractOperations:
             capture_output=True,
             host_data=NOBODY,
             timestamp=cast(Timestamp, moment),
-            host=host,
+            host=HostAddress(host),
             max_execution_minutes=READONLY_SECONDS / 60,
             extra_args=[*self._config.readonly_extra_args, "--permissions", "rw"],
         )
@@ -8854,6 +8873,22 @@ STATUS_CODES: dict[type[ManagerError], int] = {
     QueueFull: 503,
     ResourcesExhausted: 503,
 }
+#: What an error means with the setting ``error_status: http``, where that is something else.
+HTTP_STATUS_CODES: dict[type[ManagerError], int] = {
+    **STATUS_CODES,
+    InvalidRequest: 400,
+    ExecutionCancelled: 409,
+    ModuleAlreadyRunning: 409,
+    ConfigError: 422,
+    ManifestError: 422,
+    VersionNotAvailable: 422,
+    EnvironmentRefused: 422,
+    UnsupportedMajor: 422,
+    ContractFailed: 422,
+    ModuleFailed: 422,
+    CalldataError: 422,
+    QueueFull: 429,
+}
 RETRY_AFTER_SECONDS = 1
 #: Seconds for a request to arrive whole, and for a connection to stay idle.
 RECEIVE_SECONDS = 60
@@ -8908,9 +8943,10 @@ def error_body(error: ManagerError, request_id: str | None = None) -> bytes:
     return json.dumps(body).encode()
 
 
-def error_status(error: ManagerError) -> int:
-    """Return the HTTP status of an error."""
-    return next((STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES), 500)
+def error_status(error: ManagerError, style: str) -> int:
+    """Return the HTTP status of an error, as the setting ``error_status`` has it."""
+    codes = HTTP_STATUS_CODES if style == "http" else STATUS_CODES
+    return next((codes[kind] for kind in type(error).__mro__ if kind in codes), 500)
 
 
 def error_headers(error: ManagerError) -> dict[str, str]:
@@ -8920,7 +8956,7 @@ def error_headers(error: ManagerError) -> dict[str, str]:
         headers["Allow"] = ", ".join(error.allowed)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    if error_status(error) == 503:
+    if error.retryable:
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     return headers
 
@@ -9121,7 +9157,7 @@ class ApiRequest(Request):
     def _refuse(self, error: ManagerError) -> None:
         # Without this, Twisted would ask a client that waits for "100 Continue" to go on.
         self.requestHeaders.removeHeader(b"expect")
-        self.channel.refuse(error_status(error), error)
+        self.channel.refuse(error_status(error, self.channel.site.error_status), error)
 
     def _refuse_hosts(self, count: int) -> None:
         reason = f"expected one Host header, got {count or 'none'}"
@@ -9170,6 +9206,7 @@ class ApiSite(Site):
         )
         self.timeOut = RECEIVE_SECONDS if policy.token is None else STRANGER_SECONDS
         self.max_body_bytes = config.max_body_bytes
+        self.error_status = config.error_status
         self.policy = policy
         self.channels: set[ApiChannel] = set()
         self._most = SPARE_CONNECTIONS + 2 * config.queue_limit
@@ -9697,7 +9734,8 @@ class Api:
         for name, value in error_headers(error).items():
             request.setHeader(name, value)
         error.message = self._observer.redactor.scrub(error.message)
-        return self.reply(request, error_status(error), error_body(error, request_id))
+        status = error_status(error, self._config.error_status)
+        return self.reply(request, status, error_body(error, request_id))
 
 
 class ApiResource(Resource):
@@ -9756,7 +9794,10 @@ class ApiResource(Resource):
             allowed = sorted(problem.valid_methods or ())
             raise MethodNotAllowed(f"use {' or '.join(allowed)} here", allowed=allowed) from None
         except HTTPException:
-            raise EndpointNotFound("no such endpoint; README.md lists them") from None
+            reason = "no such endpoint; README.md lists them"
+            if re.fullmatch("/genvm/[^/]+(/events)?", f"/{path}"):
+                reason = "no such execution: an id is a number, as POST /genvm/run answers it"
+            raise EndpointNotFound(reason) from None
         return endpoint, arguments
 
 

@@ -679,7 +679,7 @@ def test_a_client_that_leaves_while_its_run_waits_leaves_nothing_behind() -> Non
     process.end()
     assert staying[0].id == 3
     world.spawner.processes[-1].end()
-    assert world.start(key="k", host="other")[0].id == 4, "the key is free again"
+    assert world.start(key="k", host="other:1")[0].id == 4, "the key is free again"
 
 
 def test_a_client_that_leaves_when_its_run_has_started_changes_nothing() -> None:
@@ -706,7 +706,7 @@ def test_a_retry_with_the_same_key_gets_the_same_run() -> None:
 def test_a_key_with_another_request_is_refused() -> None:
     world = World()
     world.start(key="k")
-    error = refused(world.ask(key="k", host="elsewhere"))
+    error = refused(world.ask(key="k", host="elsewhere:1"))
     assert isinstance(error, InvalidRequest)
     assert error.genvm_id == 1
     assert len(world.spawner.commands) == 1

@@ -35,6 +35,7 @@ from genvm_manager import (
     LogObserver,
     ManagerError,
     ManagerService,
+    QueueFull,
     Spawner,
     error_status,
     parse_manifest,
@@ -286,9 +287,12 @@ def test_every_error_has_a_stable_code_of_its_own() -> None:
 def test_only_documented_statuses_are_used() -> None:
     for kind in all_errors():
         error = kind.__new__(kind)
-        assert error_status(error) in {401, 403, 404, 405, 413, 415, 500, 503}
+        reference, http = error_status(error, "reference"), error_status(error, "http")
+        assert reference in {401, 403, 404, 405, 413, 415, 500, 503}
+        assert http in {400, 401, 403, 404, 405, 409, 413, 415, 422, 429, 500, 503}
+        assert reference in (http, 500) or kind is QueueFull
         if kind.retryable:
-            assert error_status(error) == 503
+            assert reference == 503
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from .conftest import Start
-from .support import PROJECT, WAIT, Daemon, Root, eventually
+from .support import PROJECT, WAIT, Daemon, Root, eventually, run_body
 
 README = PROJECT / "README.md"
 
@@ -234,6 +234,33 @@ def test_permits_can_follow_memory_again(start: Start) -> None:
     daemon.post("/permits", {"permits": 77})
     assert daemon.post("/permits", {"permits": None})["result"] == "permits_set"
     assert 2 <= daemon.permits()["permits"] <= 2 * automatic
+
+
+@pytest.mark.parametrize("style", ["reference", "http"])
+def test_statuses_of_errors(root: Root, start: Start, style: str) -> None:
+    daemon = start("--permits", "1", "--queue-limit", "0", "--error-status", style)
+    running = daemon.run("sleep 60")
+    expected: list[tuple[str, str, Any, int, int]] = [
+        ("POST", "/genvm/run", {"major": 0}, 500, 400),
+        ("POST", "/genvm/run", {**run_body("exit 0"), "host": "here"}, 500, 400),
+        ("POST", "/genvm/run", {**run_body("exit 0"), "major": 9}, 500, 422),
+        ("POST", "/genvm/run", run_body("exit 0"), 503, 429),
+        ("POST", "/permits", {"permits": True}, 500, 400),
+        ("POST", "/env", {"key": "LD_PRELOAD", "value": "x"}, 500, 422),
+        ("POST", "/module/start", {"module_type": "llm", "config": {"x": 1}}, 500, 422),
+        ("GET", "/genvm/7", None, 404, 404),
+        ("GET", "/genvm/abc", None, 404, 404),
+        ("PUT", "/status", None, 405, 405),
+    ]
+    for method, path, body, reference, http_ in expected:
+        reply = daemon.request(method, path, body)
+        assert reply.status == (reference if style == "reference" else http_), (path, reply.raw)
+        assert ("Retry-After" in {name.title() for name in reply.headers}) is reply.json[
+            "retryable"
+        ]
+    assert "an id is a number" in daemon.request("GET", "/genvm/abc").json["error"]
+    assert "an id is a number" in daemon.request("GET", "/genvm/abc/events").json["error"]
+    daemon.request("DELETE", f"/genvm/{running}")
 
 
 # --- drain ---
