@@ -8943,7 +8943,7 @@ def error_body(error: ManagerError, request_id: str | None = None) -> bytes:
     return json.dumps(body).encode()
 
 
-def error_status(error: ManagerError, style: str) -> int:
+def status_of_error(error: ManagerError, style: str) -> int:
     """Return the HTTP status of an error, as the setting ``error_status`` has it."""
     codes = HTTP_STATUS_CODES if style == "http" else STATUS_CODES
     return next((codes[kind] for kind in type(error).__mro__ if kind in codes), 500)
@@ -9157,7 +9157,7 @@ class ApiRequest(Request):
     def _refuse(self, error: ManagerError) -> None:
         # Without this, Twisted would ask a client that waits for "100 Continue" to go on.
         self.requestHeaders.removeHeader(b"expect")
-        self.channel.refuse(error_status(error, self.channel.site.error_status), error)
+        self.channel.refuse(status_of_error(error, self.channel.site.error_status), error)
 
     def _refuse_hosts(self, count: int) -> None:
         reason = f"expected one Host header, got {count or 'none'}"
@@ -9734,7 +9734,7 @@ class Api:
         for name, value in error_headers(error).items():
             request.setHeader(name, value)
         error.message = self._observer.redactor.scrub(error.message)
-        status = error_status(error, self._config.error_status)
+        status = status_of_error(error, self._config.error_status)
         return self.reply(request, status, error_body(error, request_id))
 
 
