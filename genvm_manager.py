@@ -1553,10 +1553,16 @@ class ModuleKind(str):
         return cls(value.lower())
 
 
+_HOST = re.compile(r"(?:\[([\da-fA-F:.]+)\]|([^\s\[\]:/?#@\\]+))(?::\d{0,5})?", re.ASCII)
+
+
 def host_name(host: str) -> str:
-    """Return the name or IP literal in a ``Host`` header, without port and brackets."""
-    literal, closed, _ = host.removeprefix("[").partition("]")
-    return (literal if closed and host.startswith("[") else host.partition(":")[0]).lower()
+    """Return the name or IP literal in a ``Host`` header, without port and brackets.
+
+    It is empty for what is not a host.
+    """
+    match = _HOST.fullmatch(host)
+    return (match[1] or match[2]).lower() if match else ""
 
 
 class AllowedHost(str):
@@ -1745,6 +1751,9 @@ class Config:
 
 
 DEFAULT_PORT = 3999
+TOKEN_MIN_CHARACTERS = 16
+#: What nobody but the owner, and its group for reading, may do with the file of the token.
+TOKEN_MODE_REFUSED = stat.S_IWGRP | stat.S_IRWXO
 SETTINGS: dict[str, SettingKind] = {
     item.name: item.metadata["kind"] for item in attrs.fields(Config) if "kind" in item.metadata
 }
@@ -1869,13 +1878,22 @@ def _check_together(config: Config, origins: Mapping[str, str]) -> None:
         refuse("manifest_path", f"{config.manifest_path} does not exist")
     if config.reroute_to is not None:
         folder = config.root / "executor" / config.reroute_to
+        if config.reroute_to in {".", ".."} or set(config.reroute_to) & {"/", "\0"}:
+            refuse("reroute_to", f"expected a folder's name, got {shown(config.reroute_to)}")
         if not folder.is_dir():
             refuse("reroute_to", f"{folder} is not a directory")
     if config.auth_token_file is not None:
         try:
-            read_token(config.auth_token_file)
+            token = read_token(config.auth_token_file)
         except ConfigError as error:
             refuse("auth_token_file", error.message.removeprefix("auth_token_file: "))
+        place, quoted = config.auth_token_file, shlex.quote(str(config.auth_token_file))
+        if len(token) < TOKEN_MIN_CHARACTERS:
+            command = f'printf %s "$(openssl rand -hex 32)" > {quoted}'
+            reason = f"has {len(token)} characters, fewer than {TOKEN_MIN_CHARACTERS}"
+            refuse("auth_token_file", f"{place}: the token {reason}; run: {command}")
+        if stat.S_IMODE(place.stat().st_mode) & TOKEN_MODE_REFUSED:
+            refuse("auth_token_file", f"{place}: others can read it; run: chmod 600 {quoted}")
     listens_on_port = config.socket is None or config.port is not None
     if (
         listens_on_port
@@ -9330,10 +9348,9 @@ class AccessPolicy:
         return bool(dot) or name in self.allowed_hosts
 
     def _same_site(self, origin: str, host: str | None) -> bool:
-        _, _, place = origin.partition("://")
-        return place != "" and (
-            place.lower() == (host or "").lower() or self._is_allowed(host_name(place))
-        )
+        scheme, _, place = origin.lower().partition("://")
+        name = host_name(place) if scheme in {"http", "https"} else ""
+        return name != "" and (place == (host or "").lower() or self._is_allowed(name))
 
 
 def header_text(request: Request, name: bytes) -> str | None:
@@ -12500,7 +12517,6 @@ RENDER_MAX_BYTES = 10 * MIB
 CDP_MESSAGE_MAX_BYTES = 8 * RENDER_MAX_BYTES
 CHROMIUM_STDERR_BYTES = 16 * KIB
 SOCKS_CONNECTIONS = 256
-PROFILE_PREFIX = "genvm-page-"
 CHROMIUM_FLAGS = (
     "--headless=new",
     "--remote-debugging-pipe",
@@ -12561,6 +12577,27 @@ def memory_of_family(pid: int) -> int:
     return total // 1024
 
 
+def has_connection(pid: int, near: int, far: int) -> bool:
+    """Tell whether a process or a descendant has the other end of a connection on loopback.
+
+    ``near`` is the port of our end, ``far`` that of the other one. That end belongs to nobody if
+    it is closed already, or to somebody whom we may not look at.
+    """
+    address = int.from_bytes(socket.inet_aton("127.0.0.1"), sys.byteorder)
+    ends = f" {address:08X}:{far:04X} {address:08X}:{near:04X} "
+    rows = Path("/proc/self/net/tcp").read_text().splitlines()
+    inodes = [row.split()[9] for row in rows if ends in row]
+    family = [pid] if inodes else []
+    for process in family:
+        family += children_of(process) - set(family)
+        with contextlib.suppress(OSError):
+            for file in os.scandir(f"/proc/{process}/fd"):
+                with contextlib.suppress(OSError):
+                    if os.readlink(file.path) == f"socket:[{inodes[0]}]":
+                        return True
+    return False
+
+
 def kill_strays(known: Container[int] = (), homes: Iterable[str] = ()) -> bool:
     """Kill and reap what a Chromium that has ended left to this process; return whether it did.
 
@@ -12618,7 +12655,10 @@ class _Relay(Protocol):
 
 
 class SocksConnection(_Relay):
-    """A connection of Chromium: SOCKS 5 (RFC 1928) without authentication."""
+    """A connection of Chromium: SOCKS 5 (RFC 1928) without authentication.
+
+    Chromium knows no authentication for it, so who it is shows in the descriptors of processes.
+    """
 
     def __init__(self, gate: SocksGate) -> None:
         self._gate = gate
@@ -12628,7 +12668,16 @@ class SocksConnection(_Relay):
 
     def connectionMade(self) -> None:
         """See ``Protocol``."""
-        if not self._gate.enter(self.transport):
+        self.transport.pauseProducing()
+        self._work = Deferred.fromCoroutine(self._enter())
+        self._work.addErrback(lambda _: self.transport.abortConnection())
+
+    async def _enter(self) -> None:
+        is_ours = await self._gate.is_ours(self.transport)
+        self._work = None
+        if is_ours and self._gate.enter(self.transport):
+            self.transport.resumeProducing()
+        else:
             self.transport.abortConnection()
 
     def dataReceived(self, data: bytes) -> None:
@@ -12691,9 +12740,13 @@ class SocksConnection(_Relay):
 
 
 class SocksGate(ServerFactory):
-    """The proxy for one page; ``refusals`` are the targets it refused, by host."""
+    """The proxy for one page; ``refusals`` are the targets it refused, by host.
+
+    It serves the process ``pid``, the page's Chromium, and its descendants.
+    """
 
     noisy = False
+    pid: int
 
     def __init__(self, reactor: Any, rules: UrlRules, traffic: Traffic) -> None:
         self._reactor = reactor
@@ -12708,6 +12761,11 @@ class SocksGate(ServerFactory):
     def buildProtocol(self, addr: object) -> SocksConnection:
         """See ``IProtocolFactory``."""
         return SocksConnection(self)
+
+    def is_ours(self, connection: Any) -> Deferred[bool]:
+        """Tell whether the page's Chromium made a connection."""
+        near, far = connection.getHost().port, connection.getPeer().port
+        return in_thread(self._reactor, has_connection, self.pid, near, far)
 
     def enter(self, connection: Any) -> bool:
         """Count a connection; False if there are too many, or none is wanted any more."""
@@ -13155,6 +13213,7 @@ class ChromiumRenderer:
         visit = PageVisit(self._reactor, self._rules, target, gate)
         try:
             home = self._spawn(visit.browser, gate.address)
+            gate.pid = visit.browser.transport.pid
         except OSError as error:
             gate.close()
             raise RequestFailure(

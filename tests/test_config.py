@@ -39,6 +39,11 @@ PROJECT = Path(genvm_manager.__file__).parent
 SOURCE = Path(genvm_manager.__file__)
 
 
+def write_token(path: Path, text: str = "s3cret" * 4, mode: int = 0o600) -> None:
+    path.write_text(text)
+    path.chmod(mode)
+
+
 def write_settings(root: Path, text: str) -> Path:
     """Write the configuration file where the manager looks for it."""
     path = root / "config" / "genvm-manager.yaml"
@@ -112,7 +117,7 @@ def test_null_in_the_file_means_the_default(tmp_path: Path) -> None:
 
 
 def test_a_setting_that_other_settings_need_may_come_from_another_source(tmp_path: Path) -> None:
-    (tmp_path / "token").write_text("s3cret")
+    write_token(tmp_path / "token")
     write_settings(tmp_path, f"auth_token_file: {tmp_path}/token\n")
     config = load_config({"host": "0.0.0.0"}, {"GENVMROOT": str(tmp_path)})
     assert config.auth_token_file == tmp_path / "token"
@@ -307,7 +312,7 @@ def test_texts_in_the_file_are_expanded(tmp_path: Path) -> None:
         "auth_token_file: ${exeDir}/token-${genvmVersion}\n",
     )
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / f"token-{genvm_manager.__version__}").write_text("s3cret")
+    write_token(tmp_path / "bin" / f"token-{genvm_manager.__version__}")
     config = load_config({"root": str(tmp_path)}, {"NAME": "n"})
     assert config.log_file == tmp_path / "log" / "n.log"
     assert config.auth_token_file == tmp_path / "bin" / f"token-{genvm_manager.__version__}"
@@ -430,7 +435,7 @@ def test_anything_else_needs_a_token_or_an_explicit_flag(host: str, tmp_path: Pa
     assert "auth_token_file" in message
     assert "--allow-unauthenticated" in message
     assert load_config({**flags, "allow_unauthenticated": "true"}, {}).host == host
-    (tmp_path / "t").write_text("s3cret")
+    write_token(tmp_path / "t")
     assert load_config({**flags, "auth_token_file": f"{tmp_path}/t"}, {}).host == host
     assert load_config({**flags, "socket": "/s"}, {}).host == host, "no port is listened on"
     assert refused({**flags, "socket": "/s", "port": "0"}, {}).startswith("flag --host: ")
@@ -451,6 +456,45 @@ def test_a_token_file_without_a_token_is_refused_by_its_name(
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=re.escape(f"auth_token_file: {path}")):
         read_token(path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_fine"),
+    [(0o600, True), (0o400, True), (0o640, True), (0o644, False), (0o660, False), (0o604, False)],
+)
+def test_a_token_that_others_can_read_is_refused(mode: int, is_fine: bool, tmp_path: Path) -> None:
+    path = tmp_path / "the token"
+    write_token(path, mode=mode)
+    flags = {"root": str(tmp_path), "auth_token_file": str(path)}
+    if is_fine:
+        assert load_config(flags, {}).auth_token_file == path
+    else:
+        message = refused(flags, {})
+        assert message.startswith(f"flag --auth-token-file: {path}: others can read it")
+        subprocess.run(["sh", "-c", message.partition("run: ")[2]], check=True)
+        assert load_config(flags, {}).auth_token_file == path
+
+
+def test_a_short_token_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "the token"
+    write_token(path, "0123456789abcde")
+    flags = {"root": str(tmp_path), "auth_token_file": str(path)}
+    message = refused(flags, {})
+    assert "has 15 characters, fewer than 16; run: printf" in message
+    assert "0123456789abcde" not in message
+    subprocess.run(["sh", "-c", message.partition("run: ")[2]], check=True)
+    assert load_config(flags, {}).auth_token_file == path
+    assert len(read_token(path)) == 64
+    write_token(path, "0123456789abcdef\n")
+    assert load_config(flags, {}).auth_token_file == path
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../bin", "/usr", "v1/../../bin", "a/"])
+def test_a_replacement_for_all_versions_is_a_plain_folder(name: str, tmp_path: Path) -> None:
+    for folder in ("executor/v1", "bin", "executor/a"):
+        (tmp_path / folder).mkdir(parents=True)
+    message = refused({"root": str(tmp_path), "reroute_to": name}, {})
+    assert message.startswith("flag --reroute-to: expected a folder's name, got")
 
 
 # --- log levels ---

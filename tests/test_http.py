@@ -812,6 +812,31 @@ def test_a_page_of_another_site_is_refused(
     assert manager.service.gate.limit == (7 if served else 2)
 
 
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("[::1].evil", "[::1]evil:3999", "[::1", "::1", "[localhost]", "localhost@evil"),
+        *("localhost:80:80", "localhost:x", "localhost/", "localhost?", "local\thost"),
+        *("[]", ":3999"),
+    ],
+)
+def test_what_is_not_a_host_is_not_ours(host: str, manager: Manager) -> None:
+    response = manager.request("GET", "/permits", Host=host)
+    assert (response.status, response.json["code"]) == (403, "cross_site_request")
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("http://[::1].evil", f"ftp://{HOST}", f"http://{HOST}/", f"http://{HOST}@evil", HOST),
+        *(f"http://evil/http://{HOST}", f"http:// {HOST}", f"http://evil {HOST}", f"//{HOST}"),
+    ],
+)
+def test_what_is_not_our_origin(origin: str, manager: Manager) -> None:
+    response = manager.request("GET", "/permits", Host=HOST, Origin=origin)
+    assert (response.status, response.json["code"]) == (403, "cross_site_request")
+
+
 @pytest.mark.parametrize("host", [""])
 @pytest.mark.parametrize("origin", ["null", "", "http://"])
 def test_an_origin_without_a_place_is_not_the_same_as_no_host(

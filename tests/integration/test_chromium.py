@@ -136,6 +136,32 @@ class Gate:
         exchange.reply(b"<p>at last", b"Content-Type: text/html")
 
 
+# --- the way out ---
+
+
+def test_nobody_else_uses_the_proxy_of_a_page(module: WebModule, web: WebServer) -> None:
+    """It has hosts that are allowed, and would serve any process of this machine."""
+    gate = Gate(web, "/held")
+    page = web.page("/page", f"<img src='{web.url}/held'><p>whole")
+    client = module.client()
+    client.send(render(page))
+    assert gate.held.acquire(timeout=60)
+    (browser,) = chromiums_of(module.process.pid)
+    flag = next(word for word in command_of(browser).split() if "--proxy-server=" in word)
+    port = int(flag.rpartition(":")[2])
+    target = b"\x05\x01\x00\x01\x7f\x00\x00\x01" + web.port.to_bytes(2, "big")
+    for _ in range(300):  # more than it would serve of its own
+        with socket.create_connection(("127.0.0.1", port), 30) as stranger:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                stranger.sendall(b"\x05\x01\x00" + target)
+                stranger.sendall(b"GET /stranger HTTP/1.1\r\nHost: x\r\n\r\n")
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(100) == b""
+    gate.go.set()
+    assert client.receive() == {"Ok": {"text": "whole"}}
+    assert "/stranger" not in [seen.path for seen in web.requests]
+
+
 # --- pages ---
 
 

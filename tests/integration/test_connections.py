@@ -423,6 +423,7 @@ def guarded(shared_root: Root) -> Iterator[Daemon]:
     """A daemon that requires a token."""
     path = shared_root.path / "token"
     path.write_text(f"{TOKEN}\n")
+    path.chmod(0o600)
     flags = ("--auth-token-file", str(path), "--log-level", "trace")
     daemon = Daemon.serve(shared_root, *flags)
     yield daemon
@@ -464,6 +465,7 @@ def test_the_token(guarded: Daemon) -> None:
 
 def test_a_token_allows_to_listen_everywhere(root: Root, start: Start, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "token").chmod(0o600)
     daemon = start("--auth-token-file", str(tmp_path / "token"), "--host", "0.0.0.0")
     daemon.address = daemon.address.replace("0.0.0.0", "127.0.0.1")
     assert daemon.request("GET", "/status").status == 401
