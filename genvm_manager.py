@@ -694,7 +694,6 @@ class _Resolution:
         self.lookup: Deferred[Any] | None = None
 
     def cancel(self) -> None:
-        """See ``IHostResolution``."""
         if self.lookup is not None:
             self.lookup.cancel()
 
@@ -718,7 +717,6 @@ class SpareResolver:
         addressTypes: Sequence[type[IAddress]] | None = None,
         transportSemantics: str = "TCP",
     ) -> Any:
-        """See ``IHostnameResolver``."""
         resolution = _Resolution(hostName)
         resolutionReceiver.resolutionBegan(resolution)
         wanted = addressTypes or (IPv4Address, IPv6Address)
@@ -3817,7 +3815,6 @@ class Guardian(ProcessProtocol):
             self.transport.loseConnection()
 
     def processEnded(self, reason: Failure) -> None:
-        """See ``ProcessProtocol``."""
         if not self._stopping:
             self.log.warn("the guardian process died; starting another")
             self._start_again()
@@ -3970,11 +3967,9 @@ class PipeReader(ProcessReader):
 
     @property
     def is_ending(self) -> bool:
-        """See ``Readable``."""
         return self.proc.proto is None or self.proc.proto.exited
 
     def wait_for_turn(self) -> None:
-        """See ``Readable``."""
         self._is_waiting = True
         self.stopReading()
 
@@ -3990,7 +3985,6 @@ class PipeReader(ProcessReader):
             self.proc.proto.turns.take(self)
 
     def work(self, until: float) -> bool:
-        """See ``Readable``."""
         self._is_waiting = False
         seconds = self.reactor.seconds
         slice_seconds = self.proc.proto.turns.SLICE_SECONDS
@@ -6278,7 +6272,6 @@ class BodyReader(Protocol):
         self.done: Deferred[bytes] = Deferred(lambda _: self._drop())
 
     def dataReceived(self, data: bytes) -> None:
-        """See ``Protocol``."""
         self._data += data
         if len(self._data) > self._limit:
             self._drop()
@@ -6286,7 +6279,6 @@ class BodyReader(Protocol):
                 self.done.errback(_BadBody(f"longer than {self._limit} bytes"))
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """See ``Protocol``."""
         if self.done.called:
             return
         if reason.check(ResponseDone, PotentialDataLoss):
@@ -6316,7 +6308,6 @@ class GzipReader(BodyReader):
         self._whole = -1  # how much text there was at the end of the last member
 
     def dataReceived(self, data: bytes) -> None:
-        """See ``Protocol``."""
         self._begun = True
         try:
             while data and not self.done.called:
@@ -6335,7 +6326,6 @@ class GzipReader(BodyReader):
             self._drop()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """See ``Protocol``."""
         cut = self._begun and not self._gzip.eof and self._whole != len(self._data)
         if cut and not self.done.called:
             self.done.errback(_BadBody("gzip: cut off"))
@@ -6648,7 +6638,6 @@ class _RoutedAgent:
     _agents: dict[Proxy, tuple[ProxyAgent, Agent]] = field(factory=dict)
 
     def request(self, method: bytes, uri: bytes, headers: Any = None, body: Any = None) -> Any:
-        """See ``IAgent``."""
         asked = URI.fromBytes(uri)
         try:
             proxy = proxy_for(asked.scheme.decode(), asked.host.decode().strip("[]"), asked.port)
@@ -6943,11 +6932,9 @@ class OpenAiCompatible(Provider):
     )
 
     def path(self, backend: Backend) -> str:
-        """See ``Provider``."""
         return "/v1/chat/completions"
 
     def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
-        """See ``Provider``."""
         content: list[dict[str, Any]] = [{"type": "text", "text": prompt.user_message}]
         for image in prompt.images:
             url = f"data:{image.media_type};base64,{image.base64()}"
@@ -6969,7 +6956,6 @@ class OpenAiCompatible(Provider):
         return ProviderRequest(headers, body)
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
-        """See ``Provider``."""
         choice = data["choices"][0]
         message = choice["message"]
         content = message.get("content")
@@ -6989,11 +6975,9 @@ class Anthropic(Provider):
     usage_paths = (("usage", "input_tokens"), ("usage", "output_tokens"))
 
     def path(self, backend: Backend) -> str:
-        """See ``Provider``."""
         return "/v1/messages"
 
     def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
-        """See ``Provider``."""
         content: list[dict[str, Any]] = [
             {
                 "type": "image",
@@ -7029,7 +7013,6 @@ class Anthropic(Provider):
         return ProviderRequest(headers, body)
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
-        """See ``Provider``."""
         blocks = data["content"]
         if mode is AnswerMode.TEXT:
             return _text(_joined(blocks, kind="text"))
@@ -7049,11 +7032,9 @@ class Google(Provider):
     )
 
     def path(self, backend: Backend) -> str:
-        """See ``Provider``."""
         return f"/v1beta/models/{quote(backend.model, safe='', errors='replace')}:generateContent"
 
     def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
-        """See ``Provider``."""
         parts: list[dict[str, Any]] = [
             {"inline_data": {"mime_type": image.media_type, "data": image.base64()}}
             for image in prompt.images
@@ -7072,7 +7053,6 @@ class Google(Provider):
         return ProviderRequest({"x-goog-api-key": backend.key} if backend.key else {}, body)
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
-        """See ``Provider``."""
         candidate = data["candidates"][0]
         text = _joined((candidate.get("content") or {}).get("parts") or [])
         if text is None and candidate.get("finishReason") == "MAX_TOKENS":
@@ -7086,11 +7066,9 @@ class Ollama(Provider):
     usage_paths = (("prompt_eval_count",), ("eval_count",))
 
     def path(self, backend: Backend) -> str:
-        """See ``Provider``."""
         return "/api/generate"
 
     def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
-        """See ``Provider``."""
         body = _without_none(
             model=backend.model,
             prompt=prompt.user_message,
@@ -7106,7 +7084,6 @@ class Ollama(Provider):
         return ProviderRequest(headers, body)
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
-        """See ``Provider``."""
         return _text(data["response"])
 
 
@@ -7892,7 +7869,6 @@ class Greeting(Protocol):
             self.transport.loseConnection()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """See ``IProtocol``."""
         self.over.fire(None)
 
 
@@ -11410,7 +11386,6 @@ class LlmService(ModuleService):
 
     @classmethod
     def create(cls, setup: ServiceSetup, reactor: Any, redactor: Redactor) -> LlmService:
-        """See ``ModuleService``."""
         hide_proxies(redactor)
         redactor.keep("configuration", secrets_in(setup.config))
         settings = read_llm_settings(setup.config, allow_empty=setup.allow_empty_backends)
@@ -11420,7 +11395,6 @@ class LlmService(ModuleService):
         return cls(settings, reactor, LlmClient(reactor, http), redactor)
 
     def statistics(self) -> dict[str, Any]:
-        """See ``ModuleService``."""
         return {
             "backends": {
                 models[0].backend_id: {
@@ -11431,7 +11405,6 @@ class LlmService(ModuleService):
         }
 
     async def answer(self, name: str, payload: CalldataValue, caller: Caller) -> CalldataValue:
-        """See ``ModuleService``."""
         read = functools.partial(read_prompt, is_filtered=self._settings.filter_prompts)
         readers: dict[str, Callable[[dict[str, CalldataValue]], Question]]
         readers = {"Prompt": read, "PromptTemplate": self._read_template}
@@ -12241,7 +12214,6 @@ class _Body:
         self._done: Deferred[None] = Deferred()
 
     def startProducing(self, consumer: Any) -> Deferred[None]:
-        """See ``IBodyProducer``."""
         self._consumer = consumer
         self._sending = True
         self._send()
@@ -12256,17 +12228,14 @@ class _Body:
             self._done.callback(None)
 
     def pauseProducing(self) -> None:
-        """See ``IPushProducer``."""
         self._sending = False
 
     def resumeProducing(self) -> None:
-        """See ``IPushProducer``."""
         if not self._done.called:
             self._sending = True
             self._send()
 
     def stopProducing(self) -> None:
-        """See ``IPushProducer``."""
         self._sending = False
 
 
@@ -12280,7 +12249,6 @@ class _TargetEndpoints:
         self._endpoint: Any = CheckedEndpoint(reactor, target, traffic)
 
     def endpointForURI(self, uri: object) -> Any:
-        """See ``IAgentEndpointFactory``."""
         if self._target.scheme == "http":
             return self._endpoint
         host, port = self._target.host.encode(), self._target.port
@@ -12644,11 +12612,9 @@ class _Relay(Protocol):
         self.transport.registerProducer(peer, True)
 
     def dataReceived(self, data: bytes) -> None:
-        """See ``Protocol``."""
         self.peer.write(data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """See ``Protocol``."""
         if self.peer is not None:
             self.peer.unregisterProducer()
             self.peer.loseConnection()
@@ -12667,7 +12633,6 @@ class SocksConnection(_Relay):
         self._work: Deferred[None] | None = None
 
     def connectionMade(self) -> None:
-        """See ``Protocol``."""
         self.transport.pauseProducing()
         self._work = Deferred.fromCoroutine(self._enter())
         self._work.addErrback(lambda _: self.transport.abortConnection())
@@ -12681,7 +12646,6 @@ class SocksConnection(_Relay):
             self.transport.abortConnection()
 
     def dataReceived(self, data: bytes) -> None:
-        """See ``Protocol``."""
         if self.peer is not None:
             super().dataReceived(data)
             return
@@ -12732,7 +12696,6 @@ class SocksConnection(_Relay):
             self._data.clear()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """See ``Protocol``."""
         self._gate.leave(self.transport)
         if self.peer is None and self._work is not None:
             self._work.cancel()
@@ -12759,7 +12722,6 @@ class SocksGate(ServerFactory):
         self.address = f"127.0.0.1:{self._port.getHost().port}"
 
     def buildProtocol(self, addr: object) -> SocksConnection:
-        """See ``IProtocolFactory``."""
         return SocksConnection(self)
 
     def is_ours(self, connection: Any) -> Deferred[bool]:
@@ -12860,7 +12822,6 @@ class BrowserProcess(ProcessProtocol):
             self.transport.signalProcess("KILL")
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
-        """See ``ProcessProtocol``."""
         if childFD != 4:
             self.stderr.add(data)
             return
@@ -12898,12 +12859,10 @@ class BrowserProcess(ProcessProtocol):
             answer.errback(BrowserGone("Chromium has ended"))
 
     def processExited(self, reason: Failure) -> None:
-        """See ``ProcessProtocol``."""
         self._lose()
         self.ended.fire(ExitStatus.of(reason))
 
     def childConnectionLost(self, childFD: int) -> None:
-        """See ``ProcessProtocol``."""
         if childFD == 4:
             self.end()
 
@@ -13481,7 +13440,6 @@ class WebService(ModuleService):
 
     @classmethod
     def create(cls, setup: ServiceSetup, reactor: Any, redactor: Redactor) -> WebService:
-        """See ``ModuleService``."""
         hide_proxies(redactor)
         redactor.keep("configuration", secrets_in(setup.config))
         settings = read_web_settings(setup.config)
@@ -13523,17 +13481,14 @@ class WebService(ModuleService):
         )
 
     def close(self) -> None:
-        """See ``ModuleService``."""
         self._names.close()
         if isinstance(self._renderer, ChromiumRenderer):
             self._renderer.close()
 
     def statistics(self) -> dict[str, Any]:
-        """See ``ModuleService``."""
         return {kind: counts.plain() for kind, counts in self._statistics.items()}
 
     async def answer(self, name: str, payload: CalldataValue, caller: Caller) -> CalldataValue:
-        """See ``ModuleService``."""
         if name not in ("Request", "Render"):
             raise RequestFailure("UNKNOWN_REQUEST", context={"request": name[:100]})
         if not isinstance(payload, dict):
