@@ -505,15 +505,15 @@ LOOKUP_SECONDS = 10.0
 FILE_SECONDS = 10.0
 
 
+@define(eq=False)
 class Event(Generic[Value]):
     """Something that happens once; everybody who waits gets a Deferred of their own.
 
     Cancelling a waiter only unsubscribes it, so a client that disconnects never disturbs another.
     """
 
-    def __init__(self) -> None:
-        self._waiters: list[Deferred[Value]] = []
-        self._outcome: tuple[Value] | Exception | None = None
+    _waiters: list[Deferred[Value]] = field(init=False, factory=list)
+    _outcome: tuple[Value] | Exception | None = field(init=False, default=None)
 
     @property
     def happened(self) -> bool:
@@ -563,6 +563,7 @@ def detached(operation: Deferred[Value]) -> Deferred[Value]:
     return waiter
 
 
+@define(eq=False)
 class SpareThreads:
     """Threads for work that may hang: a lookup of a name, a read of a file on a dead disk.
 
@@ -570,9 +571,8 @@ class SpareThreads:
     at the end of the process. At most ``most`` of them exist at once.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._busy = 0
+    _most: int
+    _busy: int = field(init=False, default=0)
 
     def run(
         self, reactor: Any, seconds: float, work: Callable[..., Value], *arguments: Any
@@ -685,19 +685,20 @@ def accept_with_room(
     port.doRead = do_read
 
 
+@define(eq=False)
 @implementer(IHostResolution)
 class _Resolution:
     """A lookup of a name that is under way."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.lookup: Deferred[Any] | None = None
+    name: str
+    lookup: Deferred[Any] | None = field(init=False, default=None)
 
     def cancel(self) -> None:
         if self.lookup is not None:
             self.lookup.cancel()
 
 
+@define(eq=False)
 @implementer(IHostnameResolver)
 class SpareResolver:
     """Looks up names for the reactor in threads that nothing else waits for.
@@ -705,9 +706,8 @@ class SpareResolver:
     IP literals and ``localhost`` need none.
     """
 
-    def __init__(self, reactor: Any) -> None:
-        self._reactor = reactor
-        self._threads = SpareThreads(128)
+    _reactor: Any
+    _threads: SpareThreads = field(init=False, factory=lambda: SpareThreads(128))
 
     def resolveHostName(
         self,
@@ -2185,12 +2185,12 @@ def dropped_note(count: int) -> bytes:
     return json.dumps(record).encode() + b"\n"
 
 
+@define(eq=False)
 class LogStream:
     """Lines go to a descriptor that is open already, such as stdout."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._is_torn = False
+    _fd: int
+    _is_torn: bool = field(init=False, default=False)
 
     def write(self, data: bytes) -> None:
         """Write whole lines; after a failure the next ones begin on a line of their own.
@@ -3259,12 +3259,12 @@ _TEXT_STEP: Final = 64 * KIB
 # Twisted's DeferredSemaphore. Never knows what a permit is used for.
 
 
+@define(eq=False)
 class Lease:
     """Permits that somebody holds; ``release`` gives them back, once."""
 
-    def __init__(self, gate: PermitGate, weight: int) -> None:
-        self._gate: PermitGate | None = gate
-        self.weight = weight
+    _gate: PermitGate | None
+    weight: int
 
     def release(self) -> None:
         """Give the permits back; later calls do nothing."""
@@ -3404,18 +3404,18 @@ class ExitStatus:
         return cls(0, None)
 
 
+@define(eq=False)
 class BoundedTail:
     """The last bytes of a stream, in blocks: forgetting the oldest ones moves nothing.
 
     Until ``trim`` is called, as much as one block more than the limit is kept.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self.blocks: deque[bytearray] = deque()
-        self.size = 0
-        self.seen = 0
-        self.truncated = False
+    _limit: int
+    blocks: deque[bytearray] = field(init=False, factory=deque)
+    size: int = field(init=False, default=0)
+    seen: int = field(init=False, default=0)
+    truncated: bool = field(init=False, default=False)
 
     def add(self, data: bytes) -> None:
         """Append bytes, forgetting the oldest where there are too many."""
@@ -3451,17 +3451,17 @@ class BoundedTail:
         return b"".join(self.blocks)[max(0, self.size - self._limit) :]
 
 
+@define(eq=False)
 class LineSplitter:
     """Cuts a stream into lines; of a line longer than the limit only the head is kept.
 
     ``on_line`` gets each line without its newline, and whether it was cut.
     """
 
-    def __init__(self, limit: int, on_line: Callable[[bytes, bool], None]) -> None:
-        self._limit = limit
-        self._on_line: Callable[[bytes, bool], object] = on_line
-        self._line = bytearray()
-        self._cut = False
+    _limit: int
+    _on_line: Callable[[bytes, bool], object]
+    _line: bytearray = field(init=False, factory=bytearray)
+    _cut: bool = field(init=False, default=False)
 
     def add(self, data: bytes) -> None:
         """Take the next bytes of the stream."""
@@ -3585,6 +3585,7 @@ class ChildListener(typing.Protocol):
         """All pipes are closed; nothing follows."""
 
 
+@define(eq=False)
 class Child(ProcessProtocol):
     """One child process: forwards its events, and owns its timers.
 
@@ -3592,24 +3593,17 @@ class Child(ProcessProtocol):
     it has ended: what it died of may have been on its way before SIGKILL.
     """
 
-    transport: Any = None
+    transport: Any = field(init=False, default=None)
 
-    def __init__(
-        self,
-        reactor: Any,
-        listener: ChildListener,
-        gone: Callable[[Child], None],
-        turns: OutputTurns,
-    ) -> None:
-        self._reactor = reactor
-        self.turns = turns
-        self._listener = listener
-        self._gone = gone
-        self._kill_timer: DelayedCall | None = None
-        self._drain_timer: DelayedCall | None = None
-        self.pid = 0
-        self.exited = False
-        self.force_killed = False
+    _reactor: Any
+    _listener: ChildListener
+    _gone: Callable[[Child], None]
+    turns: OutputTurns
+    _kill_timer: DelayedCall | None = field(init=False, default=None)
+    _drain_timer: DelayedCall | None = field(init=False, default=None)
+    pid: int = field(init=False, default=0)
+    exited: bool = field(init=False, default=False)
+    force_killed: bool = field(init=False, default=False)
 
     @property
     def has_ended(self) -> bool:
@@ -3766,6 +3760,7 @@ class BirthMarks:
         return None
 
 
+@define(eq=False)
 class Guardian(ProcessProtocol):
     """A tiny process that outlives the manager by a moment and kills what it left behind.
 
@@ -3776,14 +3771,13 @@ class Guardian(ProcessProtocol):
     """
 
     log = Logger()
-    transport: Any = None
+    transport: Any = field(init=False, default=None)
 
-    def __init__(self, reactor: Any, boot_id: str) -> None:
-        self._reactor = reactor
-        self._boot_id = boot_id
-        self._stopping = False
-        self._started_at = 0.0
-        self._restart: DelayedCall | None = None
+    _reactor: Any
+    _boot_id: str
+    _stopping: bool = field(init=False, default=False)
+    _started_at: float = field(init=False, default=0.0)
+    _restart: DelayedCall | None = field(init=False, default=None)
 
     def start(self) -> None:
         """Start the process."""
@@ -4531,15 +4525,15 @@ class Cause(enum.Enum):
     SHUTDOWN = "shutdown"
 
 
+@define(eq=False)
 class LogRecords:
     """The last log records of an executor, each as the text of a JSON object."""
 
-    def __init__(self) -> None:
-        self._records: deque[bytes] = deque()
-        self.size = 0
-        self.dropped = 0
-        self.first = 0
-        self.truncated = False
+    _records: deque[bytes] = field(init=False, factory=deque)
+    size: int = field(init=False, default=0)
+    dropped: int = field(init=False, default=0)
+    first: int = field(init=False, default=0)
+    truncated: bool = field(init=False, default=False)
 
     def add(self, line: bytes, cut: bool) -> None:
         """Take a line of the log pipe."""
@@ -5478,6 +5472,7 @@ class HostError(IntEnum):
     OUT_OF_STORAGE_GAS = 4
 
 
+@define(eq=False)
 class HostStorage:
     """Sparse memory per (account, slot), zero where nothing was written.
 
@@ -5485,12 +5480,11 @@ class HostStorage:
     Several runs may share one.
     """
 
-    _PAGE_BYTES: Final = 64 * KIB
-    _PAGE_OVERHEAD: Final = 256
+    _PAGE_BYTES: ClassVar[int] = 64 * KIB
+    _PAGE_OVERHEAD: ClassVar[int] = 256
 
-    def __init__(self, limit: int = HOST_STORAGE_LIMIT) -> None:
-        self._pages: dict[tuple[bytes, bytes, int], bytearray | memoryview] = {}
-        self._left = limit
+    _left: int = field(alias="limit", default=HOST_STORAGE_LIMIT)
+    _pages: dict[tuple[bytes, bytes, int], bytearray | memoryview] = field(init=False, factory=dict)
 
     def write(
         self, account: bytes, slot: bytes, index: int, data: bytes, *, share: bool = False
@@ -5615,13 +5609,13 @@ class HostRequest:
     blobs: tuple[bytes, ...]
 
 
+@define(eq=False)
 class HostRequestParser:
     """Cuts a byte stream, fed into ``buffer``, into requests."""
 
-    def __init__(self, blob_limit: int) -> None:
-        self.buffer = bytearray()
-        self._blob_limit = blob_limit
-        self._consumed = 0
+    _blob_limit: int
+    buffer: bytearray = field(init=False, factory=bytearray)
+    _consumed: int = field(init=False, default=0)
 
     def next_request(self) -> HostRequest | None:
         """Return the next request, or None until more bytes are fed.
@@ -5765,6 +5759,7 @@ class HostSession:
         return HOST_OK + min(self.state.fuel, FUEL_LIMIT).to_bytes(8, "little")
 
 
+@define(eq=False)
 @implementer(IPushProducer)
 class HostProtocol(Protocol):
     """One connection of an executor: moves bytes between a transport and a HostSession.
@@ -5773,18 +5768,16 @@ class HostProtocol(Protocol):
     and sends a limited number of pieces per turn, so a flood does not hold the reactor.
     """
 
-    factory: HostFactory
-    _PIECES_PER_TURN: Final = 200
+    factory: HostFactory = field(init=False)
+    _PIECES_PER_TURN: ClassVar[int] = 200
     _log = Logger()
 
-    def __init__(self, session: HostSession, reactor: Any) -> None:
-        """Serve ``session``; ``reactor`` is an IReactorTime."""
-        self._session = session
-        self._reactor = reactor
-        self._transport: Any = None  # zope's interfaces tell mypy nothing
-        self._ended = False
-        self._blocked = False
-        self._next_turn: DelayedCall | None = None
+    _session: HostSession
+    _reactor: Any
+    _transport: Any = field(init=False, default=None)  # zope's interfaces tell mypy nothing
+    _ended: bool = field(init=False, default=False)
+    _blocked: bool = field(init=False, default=False)
+    _next_turn: DelayedCall | None = field(init=False, default=None)
 
     def connectionMade(self) -> None:
         """Become the producer of the answers, which makes the transport say when it is full."""
@@ -5864,21 +5857,18 @@ class HostProtocol(Protocol):
         self.factory.run_ended(result)
 
 
+@define(eq=False)
 class HostFactory(ServerFactory[HostProtocol]):
     """Serves one run: the first connection is the run's, any other is closed at once."""
 
     noisy = False
     _log = Logger()
 
-    def __init__(
-        self, state: HostState, reactor: Any, *, blob_limit: int = HOST_BLOB_LIMIT
-    ) -> None:
-        """Serve ``state``; ``reactor`` is an IReactorTime."""
-        self._state = state
-        self._reactor = reactor
-        self._blob_limit = blob_limit
-        self._connection: HostProtocol | None = None
-        self._done: Event[HostOutcome] = Event()
+    _state: HostState
+    _reactor: Any
+    _blob_limit: int = field(kw_only=True, default=HOST_BLOB_LIMIT)
+    _connection: HostProtocol | None = field(init=False, default=None)
+    _done: Event[HostOutcome] = field(init=False, factory=Event)
 
     def buildProtocol(self, addr: IAddress | None) -> HostProtocol | None:
         """Return the protocol of the run's connection, or None to have another one closed."""
@@ -5939,14 +5929,14 @@ _BASE64_STEP = 48 * KIB
 _JSON_STEP = 16 * KIB
 
 
+@define(eq=False)
 class _Answer:
     """What a short-lived child says on its stdout."""
 
-    def __init__(self) -> None:
-        self.stdout = BoundedTail(KIB)
-        self.child: Child | None = None
-        self.status: ExitStatus | None = None
-        self.closed: Event[None] = Event()
+    stdout: BoundedTail = field(init=False, factory=lambda: BoundedTail(KIB))
+    child: Child | None = field(init=False, default=None)
+    status: ExitStatus | None = field(init=False, default=None)
+    closed: Event[None] = field(init=False, factory=Event)
 
     def child_started(self, child: Child) -> None:
         self.child = child
@@ -7349,6 +7339,7 @@ CheckedPrompt: TypeAlias = tuple[Prompt, int | None]
 CheckResult: TypeAlias = dict[str, Any]
 
 
+@define(eq=False)
 class ReactorShare:
     """Gives work a part of each turn of the reactor; what does not fit waits, in order.
 
@@ -7359,10 +7350,9 @@ class ReactorShare:
     #: What all of the work may take of one turn.
     TURN_SECONDS: ClassVar[float] = 0.004
 
-    def __init__(self, reactor: Any) -> None:
-        self._reactor = reactor
-        self._ends: float | None = None
-        self._waiting: deque[Deferred[None]] = deque()
+    _reactor: Any
+    _ends: float | None = field(init=False, default=None)
+    _waiting: deque[Deferred[None]] = field(init=False, factory=deque)
 
     def turn(self) -> Deferred[None]:
         """Return a Deferred that fires when there is time, which may be at once."""
@@ -7839,18 +7829,18 @@ def secrets_in(value: object, *, named: bool = False) -> Iterator[str]:
         yield value
 
 
+@define(eq=False)
 class Greeting(Protocol):
     """Opens a WebSocket conversation and takes leave: modules log an error for less.
 
     ``over`` fires at the end of the connection.
     """
 
-    transport: Any
+    transport: Any = field(init=False, default=None)
 
-    def __init__(self, host: str) -> None:
-        self._host = host
-        self._wire = WSConnection(ConnectionType.CLIENT)
-        self.over: Event[None] = Event()
+    _host: str
+    _wire: WSConnection = field(init=False, factory=lambda: WSConnection(ConnectionType.CLIENT))
+    over: Event[None] = field(init=False, factory=Event)
 
     def connectionMade(self) -> None:
         """Ask for the upgrade; see ``IProtocol``."""
@@ -9335,13 +9325,13 @@ def header_text(request: Request, name: bytes) -> str | None:
     return None if value is None else value.decode("latin-1")
 
 
+@define(eq=False)
 class PieceProducer:
     """Sends an answer piece by piece, as fast as the client reads; see ``IPullProducer``."""
 
-    def __init__(self, request: Request, pieces: Iterator[bytes]) -> None:
-        self._request = request
-        self._pieces = pieces
-        self._done: Deferred[None] = Deferred()
+    _request: Request
+    _pieces: Iterator[bytes]
+    _done: Deferred[None] = field(init=False, factory=Deferred)
 
     def run(self) -> Deferred[None]:
         """Send everything; fires when the last piece is handed over."""
@@ -11917,6 +11907,7 @@ def addresses_of(name: str) -> list[str]:
     return [str(place[0]) for *_, place in found]
 
 
+@define(eq=False)
 class Names:
     """Looks up names for many callers; those of slow name servers delay only who asks for them.
 
@@ -11924,15 +11915,14 @@ class Names:
     caller's until it is over.
     """
 
-    def __init__(
-        self, reactor: Any, pool: Any, resolve: Callable[[str], list[str]] = addresses_of
-    ) -> None:
-        self._reactor = reactor
-        self._pool = pool
-        self._resolve = resolve
-        self._threads = DeferredSemaphore(NAME_THREADS)
-        # A line stays for as long as a request or a thread refers to it.
-        self._lines: WeakValueDictionary[Hashable, DeferredSemaphore] = WeakValueDictionary()
+    _reactor: Any
+    _pool: Any
+    _resolve: Callable[[str], list[str]] = addresses_of
+    _threads: DeferredSemaphore = field(init=False, factory=lambda: DeferredSemaphore(NAME_THREADS))
+    # A line stays for as long as a request or a thread refers to it.
+    _lines: WeakValueDictionary[Hashable, DeferredSemaphore] = field(
+        init=False, factory=WeakValueDictionary
+    )
 
     def look_up_for(self, caller: Hashable) -> LookUp:
         """Return the way for a caller to look up names; equal callers share it."""
@@ -12255,13 +12245,13 @@ class _TargetEndpoints:
         return wrapClientTLS(self._tls.creatorForNetloc(host, port), self._endpoint)
 
 
+@define(eq=False)
 class WebClient:
     """Makes requests for contracts."""
 
-    def __init__(self, reactor: Any, rules: UrlRules) -> None:
-        self._reactor = reactor
-        self._rules = rules
-        self._tls = BrowserLikePolicyForHTTPS()
+    _reactor: Any
+    _rules: UrlRules
+    _tls: BrowserLikePolicyForHTTPS = field(init=False, factory=BrowserLikePolicyForHTTPS)
 
     async def fetch(self, request: WebRequest, traffic: Traffic) -> WebResponse:
         """Return the response at the end of all redirects; raises ``RequestFailure``."""
@@ -12620,17 +12610,17 @@ class _Relay(Protocol):
             self.peer.loseConnection()
 
 
+@define(eq=False)
 class SocksConnection(_Relay):
     """A connection of Chromium: SOCKS 5 (RFC 1928) without authentication.
 
     Chromium knows no authentication for it, so who it is shows in the descriptors of processes.
     """
 
-    def __init__(self, gate: SocksGate) -> None:
-        self._gate = gate
-        self._data = bytearray()
-        self._greeted = False
-        self._work: Deferred[None] | None = None
+    _gate: SocksGate
+    _data: bytearray = field(init=False, factory=bytearray)
+    _greeted: bool = field(init=False, default=False)
+    _work: Deferred[None] | None = field(init=False, default=None)
 
     def connectionMade(self) -> None:
         self.transport.pauseProducing()
@@ -12771,25 +12761,23 @@ class BrowserGone(Exception):
     """Chromium has ended, or does not speak as expected."""
 
 
+@define(eq=False)
 class BrowserProcess(ProcessProtocol):
     """A Chromium; its messages are JSON objects that end with a NUL byte.
 
     ``ended`` fires once its main process has ended.
     """
 
-    transport: Any = None
+    transport: Any = field(init=False, default=None)
 
-    def __init__(
-        self, on_event: Callable[[str, dict[str, Any]], object], on_gone: Callable[[], object]
-    ) -> None:
-        self._on_event = on_event
-        self._on_gone = on_gone
-        self._numbers = itertools.count(1)
-        self._waiting: dict[int, Deferred[dict[str, Any]]] = {}
-        self._input = bytearray()
-        self.stderr = BoundedTail(CHROMIUM_STDERR_BYTES)
-        self.ended: Event[ExitStatus] = Event()
-        self.gone = False
+    _on_event: Callable[[str, dict[str, Any]], object]
+    _on_gone: Callable[[], object]
+    _numbers: Iterator[int] = field(init=False, factory=lambda: itertools.count(1))
+    _waiting: dict[int, Deferred[dict[str, Any]]] = field(init=False, factory=dict)
+    _input: bytearray = field(init=False, factory=bytearray)
+    stderr: BoundedTail = field(init=False, factory=lambda: BoundedTail(CHROMIUM_STDERR_BYTES))
+    ended: Event[ExitStatus] = field(init=False, factory=Event)
+    gone: bool = field(init=False, default=False)
 
     async def call(self, method: str, session: str | None = None, **given: Any) -> dict[str, Any]:
         """Return the answer to a command; raises ``BrowserGone``, ``ValueError`` for errors."""
