@@ -4382,8 +4382,6 @@ RECORD_BYTES = 2 * KIB
 DEADLINE_GRACE_SECONDS = 0.5
 #: Seconds after SIGKILL in which the kernel must have ended a process.
 KILL_SECONDS = 5.0
-#: Seconds that starting processes may hold the reactor before others get a turn.
-SPAWN_SLICE_SECONDS = 0.01
 #: Memory of dropped results goes back to the system within seconds: fewer if it is much.
 TRIM_BYTES = 16 * MIB
 TRIM_SECONDS, TRIM_LITTLE_SECONDS = 1.0, 10.0
@@ -4906,52 +4904,38 @@ class _RunListener:
         self.owner.process_closed(self.execution, unread)
 
 
+@define(eq=False)
 class Executions:
     """All executions: admission, start, supervision, results, retention."""
 
     log = Logger()
 
-    def __init__(
-        self,
-        config: Config,
-        reactor: Any,
-        gate: PermitGate,
-        manifest: ManifestStore,
-        spawner: Spawner,
-        variables: Variables,
-        ids: Iterator[int],
-        now: Callable[[], float] = time.time,
-        modules_down: Callable[[], list[str]] = list,
-        log_enabled: Callable[[str], bool] = bool,
-        tell: Callable[..., object] = unheard,
-    ) -> None:
-        self._log_enabled = log_enabled
-        self._tell = tell
-        self._config = config
-        self._reactor = reactor
-        self._modules_down = modules_down
-        self._gate = gate
-        self._manifest = manifest
-        self._spawner = spawner
-        self._variables = variables
-        self._now = now
-        self._records: dict[int, Execution] = {}
-        self._by_key: dict[str, Execution] = {}
-        self._finished: deque[Execution] = deque()
-        self._unread: dict[int, Execution] = {}
-        self._kept_bytes = self._queued = 0
-        self._ids = ids
-        self._dropped_bytes = 0
-        self._expiry: DelayedCall | None = None
-        self._trimming: DelayedCall | None = None
-        self._ready: deque[Execution] = deque()
-        self._pacer: DelayedCall | None = None
-        self._spawning = False
-        self._slice_start = self._slice_spent = 0.0
-        self.draining = False
-        self._closed = False
-        self._all_ended: Event[None] = Event()
-        self._settled: Event[None] = Event()
+    _config: Config
+    _reactor: Any
+    _gate: PermitGate
+    _manifest: ManifestStore
+    _spawner: Spawner
+    _variables: Variables
+    _ids: Iterator[int]
+    _now: Callable[[], float] = time.time
+    _modules_down: Callable[[], list[str]] = list
+    _log_enabled: Callable[[str], bool] = bool
+    _tell: Callable[..., object] = unheard
+    _records: dict[int, Execution] = field(init=False, factory=dict)
+    _by_key: dict[str, Execution] = field(init=False, factory=dict)
+    _finished: deque[Execution] = field(init=False, factory=deque)
+    _unread: dict[int, Execution] = field(init=False, factory=dict)
+    _kept_bytes: int = field(init=False, default=0)
+    _queued: int = field(init=False, default=0)
+    _dropped_bytes: int = field(init=False, default=0)
+    _expiry: DelayedCall | None = field(init=False, default=None)
+    _trimming: DelayedCall | None = field(init=False, default=None)
+    _ready: deque[Execution] = field(init=False, factory=deque)
+    _pacer: DelayedCall | None = field(init=False, default=None)
+    draining: bool = field(init=False, default=False)
+    _closed: bool = field(init=False, default=False)
+    _all_ended: Event[None] = field(init=False, factory=Event)
+    _settled: Event[None] = field(init=False, factory=Event)
 
     # --- what clients ask for ---
 
@@ -5146,30 +5130,15 @@ class Executions:
     def _admitted(self, lease: Lease, execution: Execution) -> None:
         execution.lease = lease
         self._ready.append(execution)
-        self._spawn_ready()
+        if self._pacer is None:
+            self._start_next()
 
-    def _spawn_ready(self) -> None:
-        """Start what has its permits, leaving the reactor time for others in between."""
-        if self._spawning or self._closed or self._pacer is not None:
-            return
-        self._spawning = True
-        try:
-            while self._ready:
-                begin = time.perf_counter()
-                if begin - self._slice_start > 2 * SPAWN_SLICE_SECONDS:
-                    self._slice_start, self._slice_spent = begin, 0.0
-                if self._slice_spent > SPAWN_SLICE_SECONDS:
-                    self._pacer = self._reactor.callLater(0, self._next_slice)
-                    return
-                self._spawn(self._ready.popleft())
-                self._slice_spent += time.perf_counter() - begin
-        finally:
-            self._spawning = False
-
-    def _next_slice(self) -> None:
+    def _start_next(self) -> None:
+        """Start one that has its permits; the reactor has a turn for others before the next."""
         self._pacer = None
-        self._slice_start = 0.0
-        self._spawn_ready()
+        if self._ready and not self._closed:
+            self._pacer = self._reactor.callLater(0, self._start_next)
+            self._spawn(self._ready.popleft())
 
     def _spawn(self, execution: Execution) -> None:
         request = execution.request

@@ -5,11 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
@@ -19,7 +17,6 @@ from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.task import Clock
 
-import genvm_manager
 from genvm_manager import (
     ARGUMENT_MAX_BYTES,
     DEADLINE_GRACE_SECONDS,
@@ -106,6 +103,12 @@ class World:
 
     def ask(self, key: str | None = None, **changes: Any) -> Deferred[Execution]:
         """Ask for a run as a client does; cancelling the Deferred is its disconnect."""
+        asked = self.ask_at_once(key, **changes)
+        self.clock.advance(0)
+        return asked
+
+    def ask_at_once(self, key: str | None = None, **changes: Any) -> Deferred[Execution]:
+        """Ask for a run in the same turn of the reactor as what comes next."""
         return ensureDeferred(self.executions.run(make_request(**changes), key))
 
     def start(self, **changes: Any) -> tuple[Execution, FakeProcess]:
@@ -125,15 +128,6 @@ class World:
     def waiting(self) -> list[int]:
         """Return the ids of the runs that wait."""
         return [e.id for e in self.executions.active() if e.state is State.WAITING]
-
-
-@pytest.fixture(autouse=True)
-def stopwatch(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Stop the clock by which starts are paced, or a busy machine would decide the order."""
-    now = [100.0]
-    fake = SimpleNamespace(**{**vars(time), "perf_counter": lambda: now[0]})
-    monkeypatch.setattr(genvm_manager, "time", fake)
-    return now
 
 
 def refused(asked: Deferred[Execution]) -> Any:
@@ -198,6 +192,7 @@ def test_runs_wait_in_order_for_their_permits() -> None:
     process.exit()
     assert [heavy[0].id, light] == [2, []]
     world.spawner.processes[1].exit()
+    world.clock.advance(0)
     assert light[0].id == 3
 
 
@@ -915,15 +910,6 @@ def test_the_list_is_newest_first_and_bounded() -> None:
 # --- pacing ---
 
 
-def make_spawns_slow(world: World, stopwatch: list[float]) -> None:
-    """Let every spawn take 6 ms."""
-
-    def take(_: object) -> None:
-        stopwatch[0] += 0.006
-
-    world.spawner.on_spawn = take
-
-
 def take_turn(clock: Clock) -> None:
     """Run what is due now, but, as a reactor does, not what that schedules."""
     for call in [call for call in clock.calls if call.getTime() <= clock.seconds()]:
@@ -932,30 +918,23 @@ def take_turn(clock: Clock) -> None:
         work()
 
 
-def test_many_starts_leave_the_reactor_time_in_between(stopwatch: list[float]) -> None:
+def test_many_starts_leave_the_reactor_time_in_between() -> None:
     world = World(permits=100)
-    make_spawns_slow(world, stopwatch)
-    asked = [outcome(world.ask()) for _ in range(50)]
-    turns = 0
-    while len(world.spawner.processes) < 50:
-        before = len(world.spawner.processes)
+    asked = [outcome(world.ask_at_once()) for _ in range(50)]
+    for started in range(1, 51):
+        assert len(world.spawner.processes) == started
         take_turn(world.clock)
-        assert 1 <= len(world.spawner.processes) - before <= 2
-        turns += 1
-    assert turns >= 20
     assert [result[0].id for result in asked] == list(range(1, 51)), "in order"
     assert world.gate.in_use == 50
     assert len(world.clock.getDelayedCalls()) == 50, "only the deadlines are left"
 
 
 @pytest.mark.parametrize("event", ["cancel", "disconnect", "shutdown"])
-def test_a_run_that_has_permits_but_no_process_yet_can_end(
-    event: str, stopwatch: list[float]
-) -> None:
+def test_a_run_that_has_permits_but_no_process_yet_can_end(event: str) -> None:
     world = World(permits=100)
-    make_spawns_slow(world, stopwatch)
-    clients = [world.ask() for _ in range(5)]
+    clients = [world.ask_at_once() for _ in range(5)]
     results = [outcome(client) for client in clients]
+    take_turn(world.clock)
     assert [len(result) for result in results] == [1, 1, 0, 0, 0]
     assert world.gate.in_use == 5
     closed: list[Any] = []
