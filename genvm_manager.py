@@ -216,7 +216,7 @@ import msgspec
 import treq
 import werkzeug.exceptions
 import yaml
-from attrs import define, field, frozen
+from attrs import Factory, define, field, frozen
 from klein import Klein
 from msgspec import Meta
 from OpenSSL.SSL import Error as SSLError
@@ -7947,6 +7947,7 @@ class Generation:
 # restarts, what may fail. Uses module processes. Never knows HTTP.
 
 
+@define(eq=False)
 class Module:
     """One module: at most one generation serves, older ones may still end their connections.
 
@@ -7955,42 +7956,34 @@ class Module:
 
     log = Logger()
 
-    def __init__(
-        self,
-        kind: str,
-        config: Config,
-        reactor: Any,
-        spawner: Spawner,
-        variables: Variables,
-        observer: LogObserver,
-        now: Callable[[], float] = time.time,
-        tell: Callable[..., object] = unheard,
-    ) -> None:
-        self.kind = kind
-        self._tell = tell
-        self._config = config
-        self._reactor = reactor
-        self._spawner = spawner
-        self._variables = variables
-        self._observer = observer
-        self._now = now
-        self._command = module_command(config, kind)
-        self._lock = DeferredLock()
-        self._listener: socket.socket | None = None
-        self._setup: ModuleSetup | None = None
-        self._current: Generation | None = None
-        self._starting: Generation | None = None
-        self._alive: set[Generation] = set()
-        self._number = 0
-        self._quick_deaths = 0
-        self._restart_timer: DelayedCall | None = None
-        self._stops_waiting = 0
-        self._closed = False
-        self.state = ModuleState.STOPPED
-        self.address: str | None = None
-        self.restarts = 0
-        self.since: float | None = None
-        self.last_error: str | None = None
+    kind: str
+    _config: Config
+    _reactor: Any
+    _spawner: Spawner
+    _variables: Variables
+    _observer: LogObserver
+    _now: Callable[[], float] = time.time
+    _tell: Callable[..., object] = unheard
+    _command: tuple[str, ...] | None = field(
+        init=False,
+        default=Factory(lambda self: module_command(self._config, self.kind), takes_self=True),
+    )
+    _lock: DeferredLock = field(init=False, factory=DeferredLock)
+    _listener: socket.socket | None = field(init=False, default=None)
+    _setup: ModuleSetup | None = field(init=False, default=None)
+    _current: Generation | None = field(init=False, default=None)
+    _starting: Generation | None = field(init=False, default=None)
+    _alive: set[Generation] = field(init=False, factory=set)
+    _number: int = field(init=False, default=0)
+    _quick_deaths: int = field(init=False, default=0)
+    _restart_timer: DelayedCall | None = field(init=False, default=None)
+    _stops_waiting: int = field(init=False, default=0)
+    _closed: bool = field(init=False, default=False)
+    state: ModuleState = field(init=False, default=ModuleState.STOPPED)
+    address: str | None = field(init=False, default=None)
+    restarts: int = field(init=False, default=0)
+    since: float | None = field(init=False, default=None)
+    last_error: str | None = field(init=False, default=None)
 
     # --- what clients ask for ---
 
@@ -13093,28 +13086,19 @@ def page_failed(url: str, status: int, body: str) -> RequestFailure:
     return RequestFailure("WEBPAGE_LOAD_FAILED", fatal=False, context=context)
 
 
+@define(eq=False)
 class ChromiumRenderer:
     """Renders pages, few at a time."""
 
     log = Logger()
 
-    def __init__(
-        self,
-        reactor: Any,
-        rules: UrlRules,
-        program: str,
-        *,
-        timeout: float = RENDER_SECONDS,
-        limit: int = MAX_RENDERS,
-        memory_mib: int = RENDER_MEMORY_MIB,
-    ) -> None:
-        self._reactor = reactor
-        self._rules = rules
-        self._program = program
-        self._timeout = timeout
-        self._memory_mib = memory_mib
-        self._slots = DeferredSemaphore(limit)
-        self._locks: dict[str, int] = {}
+    _reactor: Any
+    _rules: UrlRules
+    _program: str
+    _slots: DeferredSemaphore
+    _timeout: float
+    _memory_mib: int
+    _locks: dict[str, int] = field(init=False, factory=dict)
 
     async def render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
         """Return a rendered page; raises ``RequestFailure``. Cancelling ends Chromium."""
@@ -13373,27 +13357,21 @@ class WebdriverClient:
         return RequestFailure(cause, context={"url": f"{self._host}/render", **context})
 
 
+@define(eq=False)
 class WebService(ModuleService):
     """The Web module."""
 
     log = Logger()
 
-    def __init__(
-        self,
-        settings: WebSettings,
-        reactor: Any,
-        client: WebClient,
-        signer: RequestSigner | None,
-        renderer: ChromiumRenderer | WebdriverClient | None,
-        names: Names,
-    ) -> None:
-        self._settings = settings
-        self._reactor = reactor
-        self._client = client
-        self._signer = signer
-        self._renderer = renderer
-        self._names = names
-        self._statistics = {"requests": WebStatistics(), "renders": WebStatistics()}
+    _settings: WebSettings
+    _reactor: Any
+    _client: WebClient
+    _signer: RequestSigner | None
+    _renderer: ChromiumRenderer | WebdriverClient | None
+    _names: Names
+    _statistics: dict[str, WebStatistics] = field(
+        init=False, factory=lambda: {"requests": WebStatistics(), "renders": WebStatistics()}
+    )
 
     @classmethod
     def create(cls, setup: ServiceSetup, reactor: Any, redactor: Redactor) -> WebService:
@@ -13432,8 +13410,8 @@ class WebService(ModuleService):
             reactor,
             settings.rules,
             program,
+            DeferredSemaphore(settings.max_renders),
             timeout=settings.render_timeout,
-            limit=settings.max_renders,
             memory_mib=settings.render_memory_mib,
         )
 
