@@ -10453,6 +10453,29 @@ def refuse_scripts(kind: str, config: AnyObject) -> None:
         )
 
 
+@define
+class RequestStatistics:
+    """What became of requests, for the statistics of a module."""
+
+    requests: int = 0
+    errors: Counter[str] = field(factory=Counter)
+    latency_count: int = 0
+    latency_sum_ms: int = 0
+    latency_max_ms: int = 0
+
+    def add_latency(self, seconds: float) -> int:
+        """Count the time until an answer or an error; return it in milliseconds."""
+        milliseconds = round(seconds * 1000)
+        self.latency_count += 1
+        self.latency_sum_ms += milliseconds
+        self.latency_max_ms = max(self.latency_max_ms, milliseconds)
+        return milliseconds
+
+    def plain(self) -> dict[str, Any]:
+        """Return integers in maps."""
+        return {**attrs.asdict(self, recurse=False), "errors": dict(self.errors)}
+
+
 class ModuleService:
     """What a module does for executors; there is one instance in a module's process."""
 
@@ -11280,17 +11303,12 @@ class Question:
 
 
 @define
-class ModelStatistics:
+class ModelStatistics(RequestStatistics):
     """What became of the requests to one model."""
 
-    requests: int = 0
-    errors: Counter[str] = field(factory=Counter)
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
-    latency_count: int = 0
-    latency_sum_ms: int = 0
-    latency_max_ms: int = 0
 
     def add_usage(self, usage: Usage) -> None:
         """Count the tokens of an answer."""
@@ -11298,17 +11316,6 @@ class ModelStatistics:
         self.prompt_tokens += prompt
         self.completion_tokens += completion
         self.total_tokens += usage.total_tokens or prompt + completion
-
-    def add_latency(self, seconds: float) -> None:
-        """Count the time of an answer or an error."""
-        milliseconds = round(seconds * 1000)
-        self.latency_count += 1
-        self.latency_sum_ms += milliseconds
-        self.latency_max_ms = max(self.latency_max_ms, milliseconds)
-
-    def plain(self) -> dict[str, Any]:
-        """Return integers in maps."""
-        return {**attrs.asdict(self, recurse=False), "errors": dict(self.errors)}
 
 
 def failure_cause(error: ProviderError) -> str:
@@ -11426,15 +11433,10 @@ class LlmService(ModuleService):
             counts.errors["cancelled"] += 1
             raise
         finally:
-            seconds = self._reactor.seconds() - start
-            counts.add_latency(seconds)
+            latency_ms = counts.add_latency(self._reactor.seconds() - start)
             self.changed()
-            self.log.debug(
-                "a model was asked",
-                model=model.name,
-                latency_ms=round(seconds * 1000),
-                **caller.log_fields(),
-            )
+            fields = {"model": model.name, "latency_ms": latency_ms, **caller.log_fields()}
+            self.log.debug("a model was asked", **fields)
 
     def _no_answer(
         self, errors: list[tuple[LlmModel, ProviderError]], question: Question
@@ -13283,27 +13285,11 @@ def _read_webdriver(host: str | None) -> str | None:
 
 
 @define
-class WebStatistics:
+class WebStatistics(RequestStatistics):
     """What became of the requests of one kind."""
 
-    requests: int = 0
-    errors: Counter[str] = field(factory=Counter)
     bytes_sent: int = 0
     bytes_received: int = 0
-    latency_count: int = 0
-    latency_sum_ms: int = 0
-    latency_max_ms: int = 0
-
-    def plain(self) -> dict[str, Any]:
-        """Return integers in maps."""
-        return {**attrs.asdict(self, recurse=False), "errors": dict(self.errors)}
-
-    def add_latency(self, seconds: float) -> None:
-        """Count the time that a request took."""
-        milliseconds = round(seconds * 1000)
-        self.latency_count += 1
-        self.latency_sum_ms += milliseconds
-        self.latency_max_ms = max(self.latency_max_ms, milliseconds)
 
 
 @define(eq=False)
@@ -13447,11 +13433,10 @@ class WebService(ModuleService):
             raise
         finally:
             traffic.end()
-            seconds = self._reactor.seconds() - start
-            counts.add_latency(seconds)
+            latency_ms = counts.add_latency(self._reactor.seconds() - start)
             counts.bytes_received += traffic.received
             self.changed()
-            fields = {"latency_ms": round(seconds * 1000), "bytes": traffic.received}
+            fields = {"latency_ms": latency_ms, "bytes": traffic.received}
             self.log.debug("the web was asked", kind=name, **fields, **caller.log_fields())
 
     async def _request(
