@@ -211,7 +211,7 @@ class FakeSpawner:
         nice: int = 0,
         after: Callable[[], object] | None = None,
     ) -> None:
-        """Start nothing; see ``Spawner.spawn``."""
+        """Start nothing, and never call ``after``; see ``Spawner.spawn``."""
         self.commands.append(list(argv))
         self.descriptors.append((set(pipes), set(nulls)))
         if self.problem is not None:
