@@ -749,14 +749,6 @@ def test_no_error_has_the_key(checker: Checker, kind: str, behaviour: str) -> No
     assert not checker.result(checker.config(behaviour, kind, key=TEMPLATE))["available"]
 
 
-def test_a_key_that_was_used_once_is_secret_from_then_on(checker: Checker) -> None:
-    key = "sk-used-once-and-known-ever-since"
-    assert checker.result(checker.config(key=key))["error_kind"] == "auth"
-    reply = checker.daemon.request("POST", "/log/level", {"level": key})
-    assert reply.status == 500
-    assert 'got "[redacted]"' in reply.json["error"]
-
-
 # --- clients that go, and the end ---
 
 
