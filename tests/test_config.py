@@ -649,6 +649,19 @@ def test_the_header_of_the_file_and_the_package_list_the_same_dependencies() -> 
     assert sorted(listed_dependencies()) == sorted(expected)
 
 
+def test_the_versions_of_production_are_those_that_the_package_asks_for() -> None:
+    text = (PROJECT / "requirements.lock").read_text()
+    entries = re.findall(
+        r"(?m)^(\S+)==(\S+)(?: ; .*)? \\\n((?:    --hash=sha256:\w{64}.*\n)+)", text
+    )
+    pinned = {name: version for name, version, _ in entries}
+    assert len(pinned) == text.count("=="), "each has its hashes"
+    for line in listed_dependencies():
+        wanted = Requirement(line)
+        if wanted.name != "python":
+            assert wanted.specifier.contains(pinned[wanted.name.lower()]), line
+
+
 def test_all_public_names_exist() -> None:
     assert len(set(genvm_manager.__all__)) == len(genvm_manager.__all__)
     for name in genvm_manager.__all__:
