@@ -1643,7 +1643,8 @@ class SettingKind:
     def parse(self, value: object) -> object:
         """Return a plain value as the setting holds it; raises ``ValueError``."""
         if get_origin(self.type) is Literal and value not in get_args(self.type):
-            raise ValueError(f"expected {' or '.join(get_args(self.type))}, got {shown(value)}")
+            *others, last = get_args(self.type)
+            raise ValueError(f"expected {', '.join(others)} or {last}, got {shown(value)}")
         return setting(value, self.type)
 
 
@@ -1672,7 +1673,7 @@ NICENESS = SettingKind(Niceness, "N", _plain_integer)
 PATH = SettingKind(Path, "PATH")
 SECONDS = SettingKind(Duration, "DURATION")
 LEVEL = SettingKind(LevelName, "LEVEL")
-FORMAT = SettingKind(Literal["json", "text"], "FORMAT")
+FORMAT = SettingKind(Literal["auto", "json", "text"], "FORMAT")
 MODULES = SettingKind(ModuleCommands, "YAML", _plain_scalar)
 STATUSES = SettingKind(Literal["reference", "http"], "STYLE")
 DETECTION = SettingKind(Literal["native", "executor"], "HOW")
@@ -1704,7 +1705,9 @@ class Config:
     reroute_to: str | None = _setting(TEXT, None, "executor directory used for every version")
     die_with_parent: bool = _setting(FLAG, False, "shut down when the parent process ends")
     log_level: str = _setting(LEVEL, "info", "trace, debug, info, warn or error")
-    log_format: str = _setting(FORMAT, "json", "json (one object per line) or text (for people)")
+    log_format: str = _setting(
+        FORMAT, "auto", "json (one object per line), text, or auto: text on a terminal"
+    )
     log_file: Path | None = _setting(PATH, None, "log to this file instead of stdout")
     log_file_max_bytes: int = _setting(COUNT, 100 * MIB, "size at which the log file is rotated")
     log_file_backups: int = _setting(COUNT, 5, "rotated log files to keep")
@@ -2377,7 +2380,8 @@ class LogObserver:
         self._config = config
         self.redactor = Redactor()
         self.set_level(config.log_level)
-        self._as_text = config.log_format == "text"
+        on_terminal = config.log_file is None and write is None and os.isatty(fd)
+        self._as_text = config.log_format == "text" or (config.log_format == "auto" and on_terminal)
         self._target: LogStream | LogFile = LogStream(fd)
         if config.log_file is not None:
             self._target = self._open_file(config.log_file)
@@ -2465,6 +2469,28 @@ class LogObserver:
             # Indented, so that no text of others passes for a line of ours.
             line += "".join(f"\n    {_one_line(part)}" for part in str(traceback).splitlines())
         return (line + "\n").encode("utf-8", "backslashreplace")
+
+
+class Seldom:
+    """Lets what may happen very often be logged once in a while, with how often it happened."""
+
+    def __init__(self, clock: Any, seconds: float) -> None:
+        self._clock = clock
+        self._seconds = seconds
+        self._counts: Counter[str] = Counter()
+        self._quiet_until: dict[str, float] = {}
+
+    def count(self, what: str) -> int:
+        """Return how often it happened since it was logged last, or 0 if it is not time yet.
+
+        There may be few different ones.
+        """
+        self._counts[what] += 1
+        now = self._clock.seconds()
+        if now < self._quiet_until.get(what, now):
+            return 0
+        self._quiet_until[what] = now + self._seconds
+        return self._counts.pop(what)
 
 
 def _message(event: LogEvent) -> str:
@@ -5237,7 +5263,8 @@ class Executions:
     def _log_end(self, execution: Execution, details: Mapping[str, str]) -> None:
         if not details and not self._log_enabled("info"):
             return
-        ran = 0.0 if execution.began is None else execution.over - execution.began
+        began = execution.over if execution.began is None else execution.began
+        ran, waited = execution.over - began, began - execution.asked
         say = self.log.warn if details else self.log.info
         say(
             "execution finished",
@@ -5246,6 +5273,9 @@ class Executions:
             exit_code=None if execution.exit is None else execution.exit.code,
             signal=None if execution.exit is None else execution.exit.signal,
             ran_s=round(ran, 3),
+            waited_s=round(waited, 3),
+            permits=1 if execution.request.is_sync else 2,
+            idempotency_key=execution.idempotency_key,
             **details,
         )
 
@@ -8843,8 +8873,9 @@ STRANGER_SECONDS = 5
 #: Connections that may be open beside twice as many as may wait for permits; and of each four
 #: descriptors that a process may have, one is not for connections: children need some.
 SPARE_CONNECTIONS, FEW_CONNECTIONS = 4 * KIB, 64
-#: Seconds between two lines of the log about connections that found no room.
-CROWDED_SECONDS = 60.0
+#: Seconds between two lines of the log about requests of a kind that were refused, or about
+#: connections that found no room.
+REFUSED_SECONDS = 60.0
 #: Seconds in which a client that sends too much may still read why it was refused.
 LINGER_SECONDS = 2.0
 #: Seconds for the answer to a client that has shut down its sending side. One that has left looks
@@ -8854,6 +8885,10 @@ HALF_CLOSED_SECONDS = 1.0
 LENGTH_DIGITS = 18
 #: A URI with a host, which stands for the header ``Host``; and the rest of it.
 ABSOLUTE_URI = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+#: What a proxy may send as ``X-Request-Id``; anything else is replaced by an id of ours.
+REQUEST_ID = re.compile(r"[0-9A-Za-z._:=@/+-]{1,128}")
+#: Statuses of which the log tells as warnings.
+REFUSALS = (401, 403, 413, 429, 503)
 #: The first byte of a TLS handshake.
 TLS_HANDSHAKE = b"\x16"
 INLINE_BODY_BYTES = 64 * KIB
@@ -8869,7 +8904,7 @@ LEAST_GRACE_MS = 100
 Answer = dict[str, Any] | list[Any] | bytes | None
 
 
-def error_body(error: ManagerError, request_id: str | None = None) -> bytes:
+def error_body(error: ManagerError, request_id: str) -> bytes:
     """Return the JSON that describes an error to a client."""
     body: dict[str, object] = {
         "error": error.prefix + error.message,
@@ -8884,8 +8919,7 @@ def error_body(error: ManagerError, request_id: str | None = None) -> bytes:
         body["status"] = None
     if isinstance(error, NotReady):
         body["reasons"] = error.reasons
-    if request_id is not None:
-        body["request_id"] = request_id
+    body["request_id"] = request_id
     return json.dumps(body).encode()
 
 
@@ -9013,12 +9047,15 @@ class ApiChannel(HTTPChannel):
         self.paused = self._receiving and bool(self.persistent)
         HTTPChannel.requestDone(self, request)
 
-    def refuse(self, status: int, error: ManagerError) -> None:
+    def refuse(self, status: int, error: ManagerError, request_id: str = "") -> None:
         """Answer before the request is complete, read and forget the rest for a while, close."""
         if self._refused:
             return
-        body = error_body(error)
-        headers = "".join(f"{name}: {value}\r\n" for name, value in error_headers(error).items())
+        request_id = request_id or self.site.new_request_id()
+        self.site.note_refusal(status, error.code, self.host or "unix socket", request_id)
+        body = error_body(error, request_id)
+        given = {**error_headers(error), "X-Request-Id": request_id}
+        headers = "".join(f"{name}: {value}\r\n" for name, value in given.items())
         head = (
             f"HTTP/1.1 {status} {RESPONSES[status].decode()}\r\nContent-Type: {JSON_TYPE}\r\n"
             f"{headers}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -9062,8 +9099,22 @@ class ApiRequest(Request):
     content: IO[bytes] | None
     #: The path of its route, once that is known.
     route = "none"
+    _id = ""
     _received = 0
     _began = 0.0
+
+    @property
+    def request_id(self) -> str:
+        """The id of ``X-Request-Id``, which a proxy may have given it."""
+        if not self._id:
+            given = header_text(self, b"x-request-id") or ""
+            self._id = given if REQUEST_ID.fullmatch(given) else self.channel.site.new_request_id()
+        return self._id
+
+    @property
+    def peer(self) -> str:
+        """Who made it: an address, or a socket's client."""
+        return getattr(self.getClientAddress(), "host", None) or "unix socket"
 
     def gotLength(self, length: int | None) -> None:
         """Prepare for a body; ``None`` means that its length is not known."""
@@ -9103,15 +9154,17 @@ class ApiRequest(Request):
     def _refuse(self, error: ManagerError) -> None:
         # Without this, Twisted would ask a client that waits for "100 Continue" to go on.
         self.requestHeaders.removeHeader(b"expect")
-        self.channel.refuse(status_of_error(error, self.channel.site.error_status), error)
+        status = status_of_error(error, self.channel.site.error_status)
+        self.channel.refuse(status, error, self.request_id)
 
     def _refuse_hosts(self, count: int) -> None:
         reason = f"expected one Host header, got {count or 'none'}"
-        self.channel.refuse(400, InvalidRequest(reason))
+        self.channel.refuse(400, InvalidRequest(reason), self.request_id)
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         """Process a whole request; a URI with a host counts as its path and the header ``Host``."""
         self._began = self.channel.site.clock()
+        self.setHeader("x-request-id", self.request_id)
         hosts = self.requestHeaders.getRawHeaders(b"host") or []
         if absolute := ABSOLUTE_URI.fullmatch(path):
             host, path = absolute[1], absolute[2] if absolute[2][:1] == b"/" else b"/" + absolute[2]
@@ -9157,8 +9210,9 @@ class ApiSite(Site):
         self.channels: set[ApiChannel] = set()
         self._most = SPARE_CONNECTIONS + 2 * config.queue_limit
         self._from: Counter[str] = Counter()
-        self._clock = reactor
-        self._quiet_until = 0.0
+        self._seldom = Seldom(reactor, REFUSED_SECONDS)
+        self._name = secrets.token_hex(4)
+        self._requests = itertools.count(1)
         self.closing = False
         self.clock: Callable[[], float] = reactor.seconds
         self.answered: Callable[[ApiRequest, float], object] = unheard
@@ -9189,10 +9243,24 @@ class ApiSite(Site):
             self._tell_crowded(f"{len(self.channels)} in all")
         return max(0, room)
 
+    def new_request_id(self) -> str:
+        """Return an id for a request that has none."""
+        return f"{self._name}-{next(self._requests)}"
+
+    def note_refusal(self, status: int, code: str, peer: str, request_id: str) -> None:
+        """Log that a request was refused, if that is worth a warning."""
+        if status in REFUSALS and (count := self._seldom.count(code)):
+            self.logger.warn(
+                "request refused",
+                status=status,
+                code=code,
+                peer=peer,
+                request_id=request_id,
+                since_the_last_line=count,
+            )
+
     def _tell_crowded(self, figure: str) -> None:
-        now = self._clock.seconds()
-        if now >= self._quiet_until:
-            self._quiet_until = now + CROWDED_SECONDS
+        if self._seldom.count("no room"):
             self.logger.warn(
                 "{text}",
                 text=f"no room for more connections: {figure}, of at most {self.most}, half of "
@@ -9414,7 +9482,6 @@ class Api:
     _boot_id: str
     _tell: Callable[..., object]
     _started: float = field(init=False)
-    _last_request: int = field(init=False, default=0)
 
     def __attrs_post_init__(self) -> None:
         self._started = self._reactor.seconds()
@@ -9491,7 +9558,7 @@ class Api:
         With ``wait`` the answer comes once nothing runs and each result was read.
         """
         seconds = wait_seconds(request)
-        self._set_draining(True)
+        self._set_draining(request, True)
         if seconds and await self._executions.settles_within(seconds):
             return {"result": "drained"}
         return {"result": "draining"}
@@ -9499,12 +9566,13 @@ class Api:
     @api_endpoint(app, "POST", "/undrain")
     async def undrain(self, request: Request) -> Answer:
         """Accept executions again."""
-        self._set_draining(False)
+        self._set_draining(request, False)
         return {"result": "accepting"}
 
-    def _set_draining(self, draining: bool) -> None:
+    def _set_draining(self, request: Request, draining: bool) -> None:
         self._executions.draining = draining
         self._tell("drain", draining=draining)
+        self.note_change(request, "draining" if draining else "accepting executions again")
 
     # --- contracts ---
 
@@ -9548,6 +9616,7 @@ class Api:
         permits = automatic_permits() if body.permits is None else body.permits
         self._gate.resize(permits)
         self._tell("permits", permits=permits)
+        self.note_change(request, "permits set", permits=permits)
         return {"result": "permits_set", "permits": permits}
 
     # --- modules ---
@@ -9557,12 +9626,14 @@ class Api:
         """Start a module."""
         module = self._modules[body.module_type]
         await module.start(body.config, body.allow_empty_backends)
+        self.note_change(request, "module started", module=body.module_type)
         return {"result": "module_started"}
 
     @api_endpoint(app, "POST", "/module/stop", ModuleStopBody)
     async def stop_module(self, request: Request, body: ModuleStopBody) -> Answer:
         """Stop a module."""
         was_running = await self._modules[body.module_type].stop()
+        self.note_change(request, "module stopped", module=body.module_type)
         return {"result": "module_stopped" if was_running else "module_not_running"}
 
     @api_endpoint(app, "POST", "/module/restart", ModuleBody)
@@ -9571,6 +9642,7 @@ class Api:
         module = self._modules[body.module_type]
         changed = await module.restart(body.config, body.allow_empty_backends)
         generation = module.status()["generation"]
+        self.note_change(request, "module restarted", module=body.module_type, changed=changed)
         return {"result": "module_restarted", "changed": changed, "generation": generation}
 
     # --- models ---
@@ -9588,12 +9660,14 @@ class Api:
         self._observer.set_level(body.level)
         for module in self._modules.values():
             module.set_log_level(self._observer.level)
+        self.note_change(request, "log level set", log_level=body.level)
         return {"result": "log_level_set", "level": self._observer.level}
 
     @api_endpoint(app, "POST", "/manifest/reload")
     async def reload_manifest(self, request: Request) -> Answer:
         """Read the manifest again; a bad one changes nothing."""
         await self._manifest.reload(self._reactor)
+        self.note_change(request, "manifest reloaded as asked")
         return {"result": "manifest_reloaded"}
 
     @api_endpoint(app, "POST", "/env", VariableBody)
@@ -9603,7 +9677,7 @@ class Api:
         note = self._variables.set(key, body.value)
         named = (body.value,) if SECRET_NAMES.search(key) else ()
         self._observer.redactor.keep(("env", key), named)
-        self.log.info("environment variable set", key=key)
+        self.note_change(request, "environment variable set", key=key)
         return {"result": "env_var_set", "key": key} | ({} if note is None else {"note": note})
 
     # --- reading and writing ---
@@ -9663,24 +9737,28 @@ class Api:
         request.setResponseCode(status)
         request.setHeader("content-type", JSON_TYPE)
         request.setHeader("content-length", str(len(body)))
-        if self._observer.enabled("debug"):
-            target = (request.method + b" " + request.path).decode("ascii", "replace")
-            self.log.debug("{text}", text=target, status=status)
         return body
 
     def reply_error(self, request: Request, error: Exception) -> bytes | None:
         """Return an error as JSON; one that nobody foresaw is logged and not shown."""
-        self._last_request += 1
-        request_id = None
+        request_id = cast(ApiRequest, request).request_id
         if not isinstance(error, ManagerError):
-            request_id = f"{self._boot_id[:8]}-{self._last_request}"
             self.log.failure("a request failed unexpectedly", Failure(error), request_id=request_id)
             error = ManagerError(f"internal error; the log of the manager has it as {request_id}")
         for name, value in error_headers(error).items():
             request.setHeader(name, value)
         error.message = self._observer.redactor.scrub(error.message)
-        status = status_of_error(error, self._config.error_status)
+        status, request = (
+            status_of_error(error, self._config.error_status),
+            cast(ApiRequest, request),
+        )
+        request.channel.site.note_refusal(status, error.code, request.peer, request_id)
         return self.reply(request, status, error_body(error, request_id))
+
+    def note_change(self, request: Request, text: str, **fields: object) -> None:
+        """Log what somebody has changed, and who it was."""
+        asked = cast(ApiRequest, request)
+        self.log.info("{text}", text=text, **fields, peer=asked.peer, request_id=asked.request_id)
 
 
 class ApiResource(Resource):
@@ -9956,9 +10034,20 @@ class OperatorApi(Api):
     _streams: set[EventStream] = field(init=False, factory=set)
 
     def note_answer(self, request: ApiRequest, seconds: float) -> None:
-        """Count a request that is answered."""
+        """Count a request that is answered, and write its line in the log."""
         method = request.method.decode() if request.route != "none" else "any"
         self._metrics.note_request(request.route, method, request.code, seconds)
+        if self._observer.enabled("debug"):
+            self.log.debug(
+                "{text}",
+                text=(request.method + b" " + request.path).decode("ascii", "replace"),
+                route=request.route,
+                status=request.code,
+                ms=round(seconds * 1000, 3),
+                bytes=request.sentLength,
+                peer=request.peer,
+                request_id=request.request_id,
+            )
 
     def end_streams(self) -> None:
         """End the answers that would go on for ever, at shutdown."""

@@ -144,7 +144,7 @@ def test_an_unknown_variable_of_ours_is_said_and_ignored(tmp_path: Path) -> None
         ("log_level: loud", 'expected trace, debug, info, warn or error, got "loud"'),
         ("log_level: critical", "expected trace, debug, info, warn or error"),
         ("log_level: 3", "expected trace, debug, info, warn or error, got 3"),
-        ("log_format: xml", 'expected json or text, got "xml"'),
+        ("log_format: xml", 'expected auto, json or text, got "xml"'),
         ("die_with_parent: 1", "expected true or false, got 1"),
         ("die_with_parent: 'yes'", 'expected true or false, got "yes"'),
         ("execution_retention: 5x", "expected seconds or a duration"),

@@ -22,13 +22,13 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
 from genvm_manager import (
-    CROWDED_SECONDS,
     INLINE_BODY_BYTES,
     KIB,
     LINGER_SECONDS,
     MIB,
     PIECE_BYTES,
     RECEIVE_SECONDS,
+    REFUSED_SECONDS,
     STRANGER_SECONDS,
     Config,
     InvalidRequest,
@@ -255,7 +255,8 @@ def test_errors_are_json_with_the_documented_status_and_code(
     assert isinstance(answer["error"], str)
     assert answer["error"]
     assert answer["retryable"] is False
-    assert set(answer) <= {"error", "code", "retryable", "genvm_id", "status"}
+    assert set(answer) <= {"error", "code", "retryable", "genvm_id", "status", "request_id"}
+    assert answer["request_id"] == response.headers["X-Request-Id"]
 
 
 def test_an_execution_that_does_not_exist_has_a_null_status(manager: Manager) -> None:
@@ -920,7 +921,8 @@ def test_keys_that_clients_make_up_do_not_push_the_token_out(tmp_path: Path) -> 
 def test_who_may_not_ask_does_not_learn_what_exists(tmp_path: Path) -> None:
     manager = Manager(tmp_path)
     bodies = {
-        manager.request("GET", path, Host="evil").body for path in ("/status", "/nope", "/genvm/1")
+        manager.request("GET", path, Host="evil", X_Request_Id="r").body
+        for path in ("/status", "/nope", "/genvm/1")
     }
     assert len(bodies) == 1
 
@@ -1064,7 +1066,7 @@ def test_one_address_has_half_of_the_connections(
     assert site.buildProtocol(address) is not None
     assert manager.log.count(b"no room for more connections: 150 from 192.0.2.1, of at") == 1
     assert manager.log.count(b"no room") == 1
-    manager.reactor.advance(CROWDED_SECONDS)
+    manager.reactor.advance(REFUSED_SECONDS)
     assert site.room_of(16) == 0
     assert b"no room for more connections: 300 in all, of at most 300" in manager.log
     # The limit that it has by default, and the one of a machine that has few.

@@ -359,3 +359,78 @@ def test_a_reader_that_stops_holds_nothing_up(root: Root, start: Start) -> None:
         result = daemon.result(genvm_id)
         assert result["stdout"].endswith("xend\n")
         assert text_of(events.until("finished"), "stdout") == result["stdout"]
+
+
+# --- the log ---
+
+
+def test_who_changed_what_stands_in_the_log(root: Root, start: Start) -> None:
+    daemon = start("--log-level", "info")
+    request = {"X-Request-Id": "from-a-proxy:1"}
+    reply = daemon.request("POST", "/permits", {"permits": 3}, request)
+    assert {name.lower(): text for name, text in reply.headers.items()}["x-request-id"] == request[
+        "X-Request-Id"
+    ]
+    record = daemon.wait_log(lambda r: r["message"] == "permits set")
+    assert (record["permits"], record["peer"], record["request_id"]) == (
+        3,
+        "127.0.0.1",
+        "from-a-proxy:1",
+    )
+    for path, body, message in (
+        ("/drain", None, "draining"),
+        ("/undrain", None, "accepting executions again"),
+        ("/log/level", {"level": "info"}, "log level set"),
+        ("/env", {"key": "A_KEY", "value": "a-secret-value"}, "environment variable set"),
+        ("/manifest/reload", None, "manifest reloaded as asked"),
+        ("/module/stop", {"module_type": "llm"}, "module stopped"),
+    ):
+        daemon.post(path, body)
+        record = daemon.wait_log(lambda r, wanted=message: r["message"] == wanted)  # type: ignore[misc]
+        assert record["peer"] == "127.0.0.1"
+        assert record["request_id"] not in ("", "from-a-proxy:1")
+    reply = daemon.request("GET", "/genvm/7", headers={"X-Request-Id": 'not "plain"'})
+    assert reply.json["request_id"] == reply.headers["x-request-id"] != 'not "plain"'
+    daemon.stop()
+    assert "a-secret-value" not in daemon.text
+
+
+def test_each_request_has_a_line_at_debug(start: Start) -> None:
+    daemon = start("--log-level", "debug")
+    daemon.request("GET", "/genvm/7", headers={"X-Request-Id": "r1"})
+    record = daemon.wait_log(lambda r: r["message"] == "GET /genvm/7")
+    assert (record["route"], record["status"]) == ("/genvm/<int:genvm_id>", 404)
+    assert (record["peer"], record["request_id"]) == ("127.0.0.1", "r1")
+    assert record["ms"] > 0
+    assert record["bytes"] > 50
+
+
+def test_refusals_are_warned_of_now_and_then(root: Root, start: Start) -> None:
+    token = root.path / "token"
+    token.write_text("a-token-of-sixteen-characters")
+    token.chmod(0o600)
+    daemon = start("--auth-token-file", str(token))
+    for _ in range(20):
+        assert daemon.request("GET", "/status").status == 401
+    daemon.wait_log(lambda r: r["message"] == "request refused")
+    headers = {"Authorization": "Bearer a-token-of-sixteen-characters"}
+    daemon.request("POST", "/drain", headers=headers)
+    assert daemon.request("POST", "/genvm/run", run_body("exit 0"), headers).status == 503
+    daemon.wait_log(lambda r: r.get("code") == "draining")
+    daemon.stop()
+    refused = [r for r in daemon.records if r["message"] == "request refused"]
+    assert [(r["status"], r["code"], r["peer"]) for r in refused] == [
+        (401, "unauthorized", "127.0.0.1"),
+        (503, "draining", "127.0.0.1"),
+    ]
+
+
+def test_a_run_tells_how_long_it_waited(start: Start) -> None:
+    daemon = start("--permits", "1", "--log-level", "info")
+    reply = daemon.request(
+        "POST", "/genvm/run", run_body("exit 0", is_sync=False), {"Idempotency-Key": "my-key"}
+    )
+    daemon.result(reply.json["id"])
+    record = daemon.wait_log(lambda r: r["message"] == "execution finished")
+    assert (record["permits"], record["idempotency_key"]) == (2, "my-key")
+    assert 0 <= record["waited_s"] < WAIT
