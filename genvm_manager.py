@@ -309,9 +309,9 @@ from twisted.web.client import (
 from twisted.web.error import SchemeNotSupported
 from twisted.web.http import RESPONSES, HTTPChannel, PotentialDataLoss
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgent, IAgentEndpointFactory, IBodyProducer
+from twisted.web.iweb import IAgent, IAgentEndpointFactory, IBodyProducer, IRequest
 from twisted.web.resource import Resource
-from twisted.web.server import NOT_DONE_YET, Request, Site
+from twisted.web.server import Request, Site
 from werkzeug.exceptions import HTTPException
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Message, Ping
@@ -9449,10 +9449,9 @@ def api_endpoint(
                 if schema is not None:
                     arguments["body"] = await api.read_json(request, schema)
                 return api.reply(request, 200, await handler(api, request, **arguments))
-            except CancelledError:
-                raise  # the client is gone
             except Exception as error:
-                answer = api.reply_error(request, error)
+                is_gone = request.channel is None and isinstance(error, CancelledError)
+                answer = None if is_gone else api.reply_error(request, error)
                 error.__traceback__ = None  # where it was awaited, its frames hold the error
                 return answer
 
@@ -9723,6 +9722,23 @@ class Api:
         request.content = None
         return await in_thread(self._reactor, read)
 
+    @app.handle_errors(HTTPException)
+    def no_route(self, request: Request, failure: Failure) -> bytes | None:
+        """Answer that no route takes the request."""
+        problem = failure.value
+        failure.cleanFailure()
+        if isinstance(problem, werkzeug.exceptions.MethodNotAllowed):
+            allowed = sorted(problem.valid_methods or ())
+            error: ManagerError = MethodNotAllowed(
+                f"use {' or '.join(allowed)} here", allowed=allowed
+            )
+        else:
+            reason = "no such endpoint; README.md lists them"
+            if re.fullmatch(b"/genvm/[^/]+(/events)?", request.path):
+                reason = "no such execution: an id is a number, as POST /genvm/run answers it"
+            error = EndpointNotFound(reason)
+        return self.reply_error(request, error)
+
     async def stream(self, request: Request, pieces: Iterator[bytes]) -> Answer:
         """Send JSON piece by piece; returns what a handler returns when its answer is sent."""
         request.setHeader("content-type", JSON_TYPE)
@@ -9762,11 +9778,7 @@ class Api:
 
 
 class ApiResource(Resource):
-    """The root of the site: lets a request reach its route if it may.
-
-    The routes are Klein's. Klein's own resource, which also serves elements, other resources and
-    nested applications, takes a third of the time of a small request.
-    """
+    """The root of the site: lets a request reach Klein if it may."""
 
     isLeaf = True
 
@@ -9774,54 +9786,19 @@ class ApiResource(Resource):
         Resource.__init__(self)
         self._api = api
         self._policy = policy
-        self._app: Any = api.app
-        self._routes = self._app.url_map.bind("localhost")
+        self._routes = api.app.resource()
 
     def render(self, request: Request) -> Any:
-        """Answer a request; see ``IResource``. When its client goes, its handler is cancelled."""
+        """Answer a request; see ``IResource``."""
         try:
             self._policy.check(request)
-            endpoint, arguments = self._route(request)
-        except Exception as error:
-            return self._api.reply_error(request, error)
-        closed = request.notifyFinish()
-        answering: Deferred[bytes | None]
-        answering = self._app.execute_endpoint(endpoint, request, **arguments)
-
-        def send(body: bytes | None) -> None:
-            if not closed.called:
-                if body is not None:
-                    request.write(body)
-                request.finish()
-
-        def failed(failure: Failure) -> None:
-            if not closed.called:
-                send(self._api.reply_error(request, cast(Exception, failure.value)))
-            elif not failure.check(CancelledError):
-                self._api.log.failure("an answer cannot be sent", failure)
-            failure.cleanFailure()
-
-        closed.addErrback(lambda _: answering.cancel())
-        answering.addCallback(send).addErrback(failed)
-        return NOT_DONE_YET
-
-    def _route(self, request: Request) -> tuple[str, Mapping[str, Any]]:
-        """Return the name of a request's route, and the values in its path."""
-        try:
-            method, path = request.method.decode(), b"/".join(request.postpath or ()).decode()
+            (request.method + b"".join(request.postpath or ())).decode()
         except UnicodeDecodeError:
-            raise EndpointNotFound("no such endpoint: its path is not UTF-8") from None
-        try:
-            endpoint, arguments = self._routes.match(f"/{path}", method)
-        except werkzeug.exceptions.MethodNotAllowed as problem:
-            allowed = sorted(problem.valid_methods or ())
-            raise MethodNotAllowed(f"use {' or '.join(allowed)} here", allowed=allowed) from None
-        except HTTPException:
-            reason = "no such endpoint; README.md lists them"
-            if re.fullmatch("/genvm/[^/]+(/events)?", f"/{path}"):
-                reason = "no such execution: an id is a number, as POST /genvm/run answers it"
-            raise EndpointNotFound(reason) from None
-        return endpoint, arguments
+            error = EndpointNotFound("no such endpoint: its path is not UTF-8")
+            return self._api.reply_error(request, error)
+        except ManagerError as error:
+            return self._api.reply_error(request, error)
+        return self._routes.render(cast(IRequest, request))
 
 
 @contextlib.contextmanager
