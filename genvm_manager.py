@@ -4832,7 +4832,8 @@ class LogForwarder:
         self._enabled = enabled
         self._lines = LineSplitter(LOG_LINE_MAX_BYTES, self._forward)
         self._errors = BoundedTail(UNREAD_STDERR_BYTES)
-        self._info = self.log.info  # a class's log is made anew whenever it is asked for
+        # A log is made anew whenever it is asked for; one of an instance would hold it in a cycle.
+        self._info = LogForwarder.log.info
 
     @property
     def stderr(self) -> str:
