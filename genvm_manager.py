@@ -7829,6 +7829,34 @@ def secrets_in(value: object, *, named: bool = False) -> Iterator[str]:
         yield value
 
 
+@contextlib.contextmanager
+def external_start(
+    command: Sequence[str], setup: ModuleSetup
+) -> Iterator[tuple[list[str], dict[int, int]]]:
+    """Give the words of a configured command, and the descriptors that it inherits.
+
+    ``{config_file}`` becomes a file that has no name. It holds secrets: so it is gone with the last
+    process that has it open, however that ends. Raises ``SpawnFailed``.
+    """
+    flag = "--allow-empty-backends" if setup.allow_empty_backends else ""
+    words = [
+        word.replace("{config_file}", CONFIG_FILE).replace(ALLOW_EMPTY, flag)
+        for word in command
+        if flag or word != ALLOW_EMPTY
+    ]
+    if not any("{config_file}" in word for word in command):
+        yield words, {}
+        return
+    with contextlib.ExitStack() as files:
+        try:
+            file = files.enter_context(tempfile.TemporaryFile())
+            file.write(json.dumps(setup.external).encode())  # JSON is YAML too
+            file.seek(0)
+        except OSError as error:
+            raise SpawnFailed(f"its configuration cannot be stored: {error}") from None
+        yield words, {CONFIG_FD: file.fileno()}
+
+
 @define(eq=False)
 class Greeting(Protocol):
     """Opens a WebSocket conversation and takes leave: modules log an error for less.
@@ -7968,6 +7996,20 @@ class Generation:
             generation=self.number,
             **details,
         )
+
+
+async def see_if_ready(reactor: Any, generation: Generation, setup: ModuleSetup) -> None:
+    """Let a generation be ready if it accepts connections by now."""
+    endpoint = HostnameEndpoint(reactor, setup.host, setup.port, MODULE_CONNECT_SECONDS)
+    try:
+        greeting = await connectProtocol(endpoint, Greeting(f"{setup.host}:{setup.port}"))
+    except Exception:  # not yet, for whatever reason; a time limit is set elsewhere
+        return
+    generation.ready.fire(None)
+    try:
+        await greeting.over.wait().addTimeout(MODULE_CONNECT_SECONDS, reactor)
+    except DeferredTimeout:
+        greeting.transport.abortConnection()
 
 
 # =============================================================================
@@ -8291,12 +8333,19 @@ class Module:
     ) -> None:
         try:
             if listener is None:
-                self._spawn_external(generation, setup)
+                with external_start(self._command or (), setup) as (argv, inherited):
+                    self._spawner.spawn(
+                        generation,
+                        argv,
+                        self._variables.for_modules,
+                        pipes={STDOUT, STDERR},
+                        nulls={STDIN},
+                        inherited=inherited,
+                    )
             else:
-                argv = own_command("module", self.kind)
                 self._spawner.spawn(
                     generation,
-                    argv,
+                    own_command("module", self.kind),
                     self._variables.for_modules,
                     pipes={STDOUT, STDERR},
                     feeds={STDIN},
@@ -8318,41 +8367,10 @@ class Module:
                 }
             )
 
-    def _spawn_external(self, generation: Generation, setup: ModuleSetup) -> None:
-        """Start the configured command; ``{config_file}`` becomes a file that has no name.
-
-        It holds secrets: so it is gone with the last process that has it open, however that ends.
-        """
-        command = cast(tuple[str, ...], self._command)
-        with contextlib.ExitStack() as files:
-            inherited: dict[int, int] = {}
-            if any("{config_file}" in word for word in command):
-                try:
-                    file = files.enter_context(tempfile.TemporaryFile())
-                    file.write(json.dumps(setup.external).encode())  # JSON is YAML too
-                    file.seek(0)
-                except OSError as error:
-                    raise SpawnFailed(f"its configuration cannot be stored: {error}") from None
-                inherited[CONFIG_FD] = file.fileno()
-            flag = "--allow-empty-backends" if setup.allow_empty_backends else ""
-            argv = [
-                word.replace("{config_file}", CONFIG_FILE).replace(ALLOW_EMPTY, flag)
-                for word in command
-                if flag or word != ALLOW_EMPTY
-            ]
-            self._spawner.spawn(
-                generation,
-                argv,
-                self._variables.for_modules,
-                pipes={STDOUT, STDERR},
-                nulls={STDIN},
-                inherited=inherited,
-            )
-
     async def _until_ready(self, generation: Generation, setup: ModuleSetup) -> None:
         probe = None
         if self._command is not None:
-            probe = LoopingCall(self._probe, generation, setup)
+            probe = LoopingCall(see_if_ready, self._reactor, generation, setup)
             probe.clock = self._reactor
             probe.start(MODULE_PROBE_SECONDS)
         generation.ended.wait().addCallback(
@@ -8370,19 +8388,6 @@ class Module:
         finally:
             if probe is not None and probe.running:
                 probe.stop()
-
-    async def _probe(self, generation: Generation, setup: ModuleSetup) -> None:
-        """See whether a command accepts connections by now."""
-        endpoint = HostnameEndpoint(self._reactor, setup.host, setup.port, MODULE_CONNECT_SECONDS)
-        try:
-            greeting = await connectProtocol(endpoint, Greeting(f"{setup.host}:{setup.port}"))
-        except Exception:  # not yet, for whatever reason; a time limit is set elsewhere
-            return
-        generation.ready.fire(None)
-        try:
-            await greeting.over.wait().addTimeout(MODULE_CONNECT_SECONDS, self._reactor)
-        except DeferredTimeout:
-            greeting.transport.abortConnection()
 
     # --- ends ---
 
@@ -12555,12 +12560,18 @@ def children_of(pid: int) -> set[int]:
     return found
 
 
-def memory_of_family(pid: int) -> int:
-    """Return what a process and its descendants hold, shared pages shared out, in MiB."""
-    total = 0
+def family_of(pid: int) -> list[int]:
+    """Return a process and its descendants, which may be gone."""
     family = [pid]
     for process in family:
         family += children_of(process) - set(family)
+    return family
+
+
+def memory_of_family(pid: int) -> int:
+    """Return what a process and its descendants hold, shared pages shared out, in MiB."""
+    total = 0
+    for process in family_of(pid):
         with contextlib.suppress(OSError), open(f"/proc/{process}/smaps_rollup") as file:
             total += sum(int(row.split()[1]) for row in file if row.startswith("Pss:"))
     return total // 1024
@@ -12576,9 +12587,7 @@ def has_connection(pid: int, near: int, far: int) -> bool:
     ends = f" {address:08X}:{far:04X} {address:08X}:{near:04X} "
     rows = Path("/proc/self/net/tcp").read_text().splitlines()
     inodes = [row.split()[9] for row in rows if ends in row]
-    family = [pid] if inodes else []
-    for process in family:
-        family += children_of(process) - set(family)
+    for process in family_of(pid) if inodes else ():
         with contextlib.suppress(OSError):
             for file in os.scandir(f"/proc/{process}/fd"):
                 with contextlib.suppress(OSError):
