@@ -7339,42 +7339,6 @@ CheckedPrompt: TypeAlias = tuple[Prompt, int | None]
 CheckResult: TypeAlias = dict[str, Any]
 
 
-@define(eq=False)
-class ReactorShare:
-    """Gives work a part of each turn of the reactor; what does not fit waits, in order.
-
-    Asking a model costs a millisecond, and clients may want thousands. Whoever waits and is
-    cancelled has cost nothing.
-    """
-
-    #: What all of the work may take of one turn.
-    TURN_SECONDS: ClassVar[float] = 0.004
-
-    _reactor: Any
-    _ends: float | None = field(init=False, default=None)
-    _waiting: deque[Deferred[None]] = field(init=False, factory=deque)
-
-    def turn(self) -> Deferred[None]:
-        """Return a Deferred that fires when there is time, which may be at once."""
-        if not self._waiting and self._has_time():
-            return succeed(None)
-        waiter: Deferred[None] = Deferred(self._waiting.remove)
-        self._waiting.append(waiter)
-        return waiter
-
-    def _has_time(self) -> bool:
-        now = self._reactor.seconds()
-        if self._ends is None:
-            self._ends = now + self.TURN_SECONDS
-            self._reactor.callLater(0, self._next_turn)
-        return bool(now < self._ends)
-
-    def _next_turn(self) -> None:
-        self._ends = None
-        while self._waiting and self._has_time():
-            self._waiting.popleft().callback(None)
-
-
 class AvailabilityCheck:
     """Checks whether models answer.
 
@@ -7399,7 +7363,7 @@ class AvailabilityCheck:
         self._redactor = redactor
         self._at_once = max(1, config.llm_check_concurrency)
         self._shared_slots = DeferredSemaphore(max(1, self._at_once - 1))
-        self._share = ReactorShare(reactor)
+        self._turns = DeferredSemaphore(1)
         self._one_reader = DeferredSemaphore(1)
 
     async def check(self, body: CheckBody) -> list[CheckResult]:
@@ -7407,7 +7371,7 @@ class AvailabilityCheck:
         count = len(body.configs) * len(body.test_prompts)
         if max(count, len(body.configs), len(body.test_prompts)) > MAX_CHECKS:
             raise InvalidRequest(f"configs, test_prompts: {count} pairs; at most {MAX_CHECKS}")
-        await self._share.turn()
+        await self._turn()
         values = (v for config in body.configs for v in config.values() if isinstance(v, str))
         texts = [text for text in values if "${ENV[" in text]
         is_large = _is_large(body)
@@ -7422,6 +7386,14 @@ class AvailabilityCheck:
             secrets, backends, prompts = self._read(body, variables)
         with self._redactor.keeping(object(), secrets):
             return await self._results(backends, prompts)
+
+    def _turn(self) -> Deferred[Any]:
+        """Wait for a turn of the reactor that nobody else has.
+
+        Asking a model costs a millisecond, and clients may want thousands.
+        """
+        turn = self._turns.acquire()
+        return turn.addCallback(lambda _: self._reactor.callLater(0, self._turns.release))
 
     async def _results(
         self,
@@ -7469,7 +7441,7 @@ class AvailabilityCheck:
             while waiting:
                 await until(slots.acquire())
                 try:
-                    await until(self._share.turn())
+                    await until(self._turn())
                     if waiting:
                         result, backend, prompt = waiting.popleft()
                         result |= await until(Deferred.fromCoroutine(self._ask(backend, prompt)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gc
+import itertools
 import json
 import re
 import secrets
@@ -67,7 +68,6 @@ from genvm_manager import (
     ManagerError,
     Prompt,
     ProviderError,
-    ReactorShare,
     Redactor,
     Usage,
     Variables,
@@ -1148,8 +1148,10 @@ class Checked:
         body = structure({"configs": configs, "test_prompts": prompts}, CheckBody)
         self.waiting = Deferred.fromCoroutine(self.check.check(body))
         self.waiting.addBoth(self.outcome.append)
+        self.threads.advance(0)
         if threads:
             self.threads.work()
+            self.threads.advance(0)
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -1157,6 +1159,11 @@ class Checked:
         (outcome,) = self.outcome
         assert isinstance(outcome, list), outcome
         return outcome
+
+    def answer(self, index: int) -> None:
+        """Let a model answer, and the next ones be asked."""
+        self.client.answer(index)
+        self.threads.advance(0)
 
     def asked(self) -> list[tuple[str, str]]:
         """Return model and message of everything that was asked."""
@@ -1239,7 +1246,7 @@ def test_at_most_so_many_are_asked_at_once() -> None:
     assert len(checked.client.asked) == 3
     for index in range(10):
         assert checked.client.open == min(3, 10 - index)
-        checked.client.answer(index)
+        checked.answer(index)
     assert [result["available"] for result in checked.results] == [True] * 10
 
 
@@ -1271,21 +1278,23 @@ def test_one_that_fails_in_a_way_that_nobody_foresaw_affects_no_other() -> None:
     assert [result["available"] for result in checked.results] == [False, True]
 
 
-def test_what_does_not_fit_into_a_turn_of_the_reactor_waits() -> None:
-    clock = Clock()
-    share = ReactorShare(clock)
-    begun: list[str] = []
-
-    def begin(_: None, name: str) -> None:
-        begun.append(name)
-        clock.rightNow += share.TURN_SECONDS  # all of it
-
-    waiting = [share.turn().addCallback(begin, name) for name in "abcd"]
-    assert begun == ["a"]
-    waiting[1].addErrback(lambda _: None).cancel()
-    clock.advance(0)
-    assert begun == ["a", "c", "d"]
-    assert clock.getDelayedCalls() == []
+def test_each_turn_of_the_reactor_asks_one() -> None:
+    """Whoever waits for a turn and is cancelled costs nothing."""
+    first = Checked([config()], [prompt()], llm_check_concurrency=8)
+    body = structure({"configs": [config()], "test_prompts": [prompt()] * 3}, CheckBody)
+    cancelled, other = (Deferred.fromCoroutine(first.check.check(body)) for _ in range(2))
+    cancelled.addErrback(lambda _: None)
+    asked = [len(first.client.asked)]
+    while calls := first.threads.calls[:]:
+        for call in calls:  # as a reactor does, not what they schedule
+            first.threads.calls.remove(call)
+            call.func(*call.args, **call.kw)
+        asked.append(len(first.client.asked))
+        if asked[-1] == 3:
+            cancelled.cancel()
+    assert {after - before for before, after in itertools.pairwise(asked)} <= {0, 1}
+    assert 4 <= asked[-1] < 7
+    other.addErrback(lambda _: None).cancel()
 
 
 def test_cancelling_cancels_everything() -> None:
@@ -1322,13 +1331,13 @@ def test_nobody_waits_for_the_models_of_another() -> None:
     first = Checked([config("a")], [prompt()] * 9, llm_check_concurrency=3)
     second = Checked([config("b")], [prompt()] * 4, check=first.check)
     assert [model for model, _ in first.asked()] == ["a", "a", "a", "b"]
-    first.client.answer(3)  # in its own slot
+    first.answer(3)  # in its own slot
     assert [model for model, _ in first.asked()][4:] == ["b"]
-    first.client.answer(0)  # the first one's own slot
-    first.client.answer(1)  # a shared one
+    first.answer(0)  # the first one's own slot
+    first.answer(1)  # a shared one
     assert [model for model, _ in first.asked()][5:] == ["a", "b"]
     for index in (4, 6, 7):
-        first.client.answer(index)
+        first.answer(index)
     assert [found["available"] for found in second.results] == [True] * 4
     assert first.outcome == []
     first.waiting.cancel()
@@ -1340,7 +1349,7 @@ def test_whoever_ends_last_leaves_nothing_behind() -> None:
         first = Checked([config("a")], [prompt()] * 9, llm_check_concurrency=3)
         second = Checked([config("b")], [prompt()] * 4, check=first.check)
         for index in (3, 0, 1, 4, 6, 7):  # the last one in a shared slot
-            first.client.answer(index)
+            first.answer(index)
         assert [found["available"] for found in second.results] == [True] * 4
         first.waiting.cancel()
         del first, second
