@@ -7366,8 +7366,13 @@ class AvailabilityCheck:
         self._turns = DeferredSemaphore(1)
         self._one_reader = DeferredSemaphore(1)
 
-    async def check(self, body: CheckBody) -> list[CheckResult]:
-        """Return one result for each pair, by configuration first; raises ``InvalidRequest``."""
+    async def check(
+        self, body: CheckBody, report: Callable[[CheckResult], object] = unheard
+    ) -> list[CheckResult]:
+        """Return one result for each pair, by configuration first; raises ``InvalidRequest``.
+
+        ``report`` is called with each as soon as it is there.
+        """
         count = len(body.configs) * len(body.test_prompts)
         if max(count, len(body.configs), len(body.test_prompts)) > MAX_CHECKS:
             raise InvalidRequest(f"configs, test_prompts: {count} pairs; at most {MAX_CHECKS}")
@@ -7385,7 +7390,7 @@ class AvailabilityCheck:
         else:
             secrets, backends, prompts = self._read(body, variables)
         with self._redactor.keeping(object(), secrets):
-            return await self._results(backends, prompts)
+            return await self._results(backends, prompts, report)
 
     def _turn(self) -> Deferred[Any]:
         """Wait for a turn of the reactor that nobody else has.
@@ -7399,6 +7404,7 @@ class AvailabilityCheck:
         self,
         backends: list[CheckedBackend | CheckResult],
         prompts: list[CheckedPrompt | CheckResult],
+        report: Callable[[CheckResult], object],
     ) -> list[CheckResult]:
         results: list[CheckResult] = []
         waiting: deque[tuple[CheckResult, CheckedBackend, CheckedPrompt]] = deque()
@@ -7412,9 +7418,11 @@ class AvailabilityCheck:
                 result |= prompt
             else:
                 waiting.append((result, backend, prompt))
+            if "available" in result:
+                report(result)
             results.append(result)
         if waiting:
-            await self._ask_all(waiting)
+            await self._ask_all(waiting, report)
         return results
 
     def _read_one(self, result: Value) -> Value:
@@ -7422,7 +7430,9 @@ class AvailabilityCheck:
         return result
 
     async def _ask_all(
-        self, waiting: deque[tuple[CheckResult, CheckedBackend, CheckedPrompt]]
+        self,
+        waiting: deque[tuple[CheckResult, CheckedBackend, CheckedPrompt]],
+        report: Callable[[CheckResult], object],
     ) -> None:
         """Complete the results of pairs; one that waits is asked as soon as there is a slot."""
         left = len(waiting)
@@ -7445,6 +7455,7 @@ class AvailabilityCheck:
                     if waiting:
                         result, backend, prompt = waiting.popleft()
                         result |= await until(Deferred.fromCoroutine(self._ask(backend, prompt)))
+                        report(result)
                         left -= 1
                 finally:
                     slots.release()
@@ -8813,6 +8824,7 @@ def _web_metrics(statistics: Mapping[str, Any]) -> Iterator[Metric]:
 # Uses errors and text. Never knows what a request is about.
 
 JSON_TYPE = "application/json; charset=utf-8"
+LINES_TYPE = "application/x-ndjson"
 #: What an error means in HTTP; everything else is 500, as the API reference has it.
 STATUS_CODES: dict[type[ManagerError], int] = {
     EndpointNotFound: 404,
@@ -9626,8 +9638,12 @@ class Api:
 
     @api_endpoint(app, "POST", "/llm/check", CheckBody)
     async def check_models(self, request: Request, body: CheckBody) -> Answer:
-        """Answer which models are available."""
-        return await self._check.check(body)
+        """Answer which models are available; line by line, as it is known, if that is asked for."""
+        if LINES_TYPE not in (header_text(request, b"accept") or "").lower():
+            return await self._check.check(body)
+        request.setHeader("content-type", LINES_TYPE)
+        await self._check.check(body, lambda r: request.write(json.dumps(r).encode() + b"\n"))
+        return None
 
     # --- configuration ---
 
@@ -9978,6 +9994,16 @@ def temporary_problem() -> str | None:
     return None if os.access(folder, os.W_OK) else f"{folder} is not writable"
 
 
+def api_endpoints() -> list[tuple[str, str, Callable[..., Any]]]:
+    """Return method, path and handler of each endpoint; an id in a path is ``{genvm_id}``."""
+    app: Any = OperatorApi.app
+    return sorted(
+        (method, re.sub("<.*?([a-z_]+)>", r"{\1}", rule.rule), app.endpoints[rule.endpoint])
+        for rule in app.url_map.iter_rules()
+        for method in rule.methods - {"HEAD"}
+    )
+
+
 @define(eq=False, slots=False)  # Klein keeps something in it
 class OperatorApi(Api):
     """The API with the endpoints for operators."""
@@ -10010,6 +10036,18 @@ class OperatorApi(Api):
             stream.end()
 
     # --- probes and figures ---
+
+    @api_endpoint(Api.app, "GET", "/")
+    async def endpoints(self, request: Request) -> Answer:
+        """Answer which endpoints there are."""
+        return {
+            "name": "genvm-manager",
+            "version": __version__,
+            "endpoints": [
+                {"method": method, "path": path, "what": inspect.getdoc(handler)}
+                for method, path, handler in api_endpoints()
+            ],
+        }
 
     @api_endpoint(Api.app, "GET", "/livez")
     async def livez(self, request: Request) -> Answer:

@@ -208,7 +208,6 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
 
 #: Method, path, body, and the status and code of the answer.
 ERRORS: list[tuple[str, str, Any, int, str]] = [
-    ("GET", "/", b"", 404, "endpoint_not_found"),
     ("GET", "/nope", b"", 404, "endpoint_not_found"),
     ("POST", "/status/", {}, 404, "endpoint_not_found"),
     ("GET", "/STATUS", b"", 404, "endpoint_not_found"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -916,3 +917,23 @@ def test_large_images_and_the_status(checker: Checker) -> None:
     what = "/status while 4 models get 2 images of 3 MB each"
     report(f"{what}: {len(latencies)} times, {max(latencies) * 1000:.0f} ms at most")
     timed(f"{what}, p99", sorted(latencies)[int(len(latencies) * 0.99)], 0.05)
+
+
+def test_each_result_as_soon_as_it_is_known(checker: Checker) -> None:
+    """With ``Accept: application/x-ndjson`` one line comes for each, while others still wait."""
+    configs = [checker.raw("silent"), checker.config(), {"host": 5}]
+    body = {"configs": configs, "test_prompts": [prompt()]}
+    connection = http.client.HTTPConnection(checker.daemon.address, timeout=HANG)
+    headers = {"Accept": "application/x-ndjson"}
+    connection.request("POST", "/llm/check", json.dumps(body), headers)
+    response = connection.getresponse()
+    assert (response.status, response.headers["content-type"]) == (200, "application/x-ndjson")
+    lines = [response.readline() for _ in range(2)]
+    connection.close()
+    without_secret(str(lines), "the reply")
+    found = {entry["config_index"]: entry for entry in map(json.loads, lines)}
+    assert {index: entry["available"] for index, entry in found.items()} == {1: True, 2: False}
+    assert all(sorted(entry) == sorted(MEMBERS) for entry in found.values())
+    reply = checker.daemon.request("POST", "/llm/check", {"configs": 1}, headers)
+    assert (reply.status, reply.json["code"]) == (500, "invalid_request")
+    checker.search()

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from genvm_manager import SETTINGS, __version__
+
 from .conftest import Start
 from .support import PROJECT, WAIT, Daemon, Root, eventually, run_body
 
@@ -127,6 +129,23 @@ def test_a_module_that_should_run(root: Root, start: Start) -> None:
     )
     eventually(lambda: daemon.request("GET", "/readyz").status == 200, what="it is ready")
     assert daemon.get("/status")["modules"]["llm"]["state"] == "running"
+
+
+def test_endpoints_and_readme_name_the_same(start: Start) -> None:
+    answer = start().get("/")
+    assert (answer["name"], answer["version"]) == ("genvm-manager", __version__)
+    served = {(one["method"], one["path"]) for one in answer["endpoints"]}
+    assert all(one["what"].endswith(".") for one in answer["endpoints"])
+    table = README.read_text().partition("### All endpoints")[2].partition("\n`POST /genvm/run`")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = re.findall(r"`([A-Z]+) (\S+)`", "".join(cells))
+    assert {(method, path.replace("/ID", "/{genvm_id}")) for method, path in named} == served
+
+
+def test_settings_and_readme_name_the_same() -> None:
+    text = README.read_text().partition("## Settings")[2].partition("\n## ")[0]
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`(\w+)`", "".join(cells))) == set(SETTINGS)
 
 
 # --- figures ---
