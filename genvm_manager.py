@@ -4644,6 +4644,17 @@ def parse_log_line(line: bytes, members: int = LOG_LINE_MAX_MEMBERS) -> dict[str
     return record if isinstance(record, dict) else None
 
 
+def forwarded_line(line: bytes, unread: str) -> tuple[str, dict[str, Any]]:
+    """Return level and members of a line of a child's log; one that is no record is ``unread``."""
+    record = parse_log_line(line, FORWARDED_MEMBERS)
+    if record is None:
+        record = {unread: line.decode("utf-8", "replace")}
+    try:
+        return LevelName.parse(record.pop("level", "info")), record
+    except ValueError:
+        return "info", record
+
+
 class Capture:
     """What an execution wrote: the ends of its streams and its log records."""
 
@@ -4860,13 +4871,7 @@ class LogForwarder:
     def _forward(self, line: bytes, cut: bool) -> None:
         if not line.strip():
             return
-        record = parse_log_line(line, FORWARDED_MEMBERS)
-        if record is None:
-            record = {"message": "genvm log", "line": line.decode("utf-8", "replace")}
-        try:
-            level: str = LevelName.parse(record.pop("level", "info"))
-        except ValueError:
-            level = "info"
+        level, record = forwarded_line(line, "line")
         if not self._enabled(level):
             return
         message = record.pop("message", "genvm log")
@@ -7954,31 +7959,18 @@ class Generation:
     def _forward(self, line: bytes, cut: bool) -> None:
         if not line.strip():
             return
-        record = parse_log_line(line, FORWARDED_MEMBERS) or {
-            "message": line.decode("utf-8", "replace")
-        }
-        try:
-            level: str = LevelName.parse(record.pop("level", "info"))
-        except ValueError:
-            level = "info"
+        level, record = forwarded_line(line, "message")
         record.pop("time", None)
         # Masked before it is cut: half a secret would not be known as one.
         text = self._scrub(str(record.pop("message", "")))
         if cut:
             text = text[:-MODULE_LINE_END]
         self._errors.add(text.encode("utf-8", "replace") + b"\n")
-        known: dict[str, Any] = {
-            name: record.pop(name) for name in ("genvm_id", "cookie") if name in record
-        }
-        details: dict[str, Any] = {**known, "record": record} if record else known
-        self.log.info(
-            "{text}",
-            text=text,
-            level_name=level,
-            module=self._kind,
-            generation=self.number,
-            **details,
-        )
+        origin: dict[str, Any] = {"module": self._kind, "generation": self.number}
+        origin |= {name: record.pop(name) for name in ("genvm_id", "cookie") if name in record}
+        if record:
+            origin["record"] = record
+        self.log.info("{text}", text=text, level_name=level, **origin)
 
 
 async def see_if_ready(reactor: Any, generation: Generation, setup: ModuleSetup) -> None:
