@@ -1127,6 +1127,15 @@ def _decoder(schema: Any) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(schema, dec_hook=_parse_special)
 
 
+def json_of(answer: object) -> bytes:
+    """Return an answer as JSON."""
+    try:
+        # The hook is for our own classes of strings, such as the names of levels.
+        return msgspec.json.encode(answer, enc_hook=str.__str__)
+    except UnicodeEncodeError:  # half a surrogate pair, such as a model may say, is an escape
+        return json.dumps(answer).encode()
+
+
 def parse_json(data: bytes, schema: type[Schema]) -> Schema:
     """Return the JSON object in a request body as an instance of a schema.
 
@@ -4805,7 +4814,7 @@ class Execution:
             "has_result": self.state is State.FINISHED,
             "result": self.outcome() if self.state is State.FINISHED else None,
         }
-        text = json.dumps(entry).encode()
+        text = json_of(entry)
         if self.state is State.FINISHED:
             self.summary = text
         return text
@@ -4815,7 +4824,7 @@ class Execution:
         if self.state is not State.FINISHED:
             yield b"null"
             return
-        yield json.dumps(self.outcome()).encode()[:-1] + b","
+        yield json_of(self.outcome())[:-1] + b","
         yield from (NO_CAPTURE,) if self.capture is None else self.capture.json_pieces()
         yield b"}"
 
@@ -8563,12 +8572,12 @@ class FeedReader:
         if self._missed or self._last < feed.oldest - 1:
             self._missed, self._last = False, max(self._last, feed.oldest - 1)
             reason = "earlier events are not kept any more; ask GET /status"
-            return event_text("missed", json.dumps({"reason": reason}).encode())
+            return event_text("missed", json_of({"reason": reason}))
         event = feed.get(self._last + 1)
         if event is None:
             return None
         self._last = event.number
-        return event_text(event.kind, json.dumps(event.members).encode(), feed.id_of(event))
+        return event_text(event.kind, json_of(event.members), feed.id_of(event))
 
 
 class OutputReader:
@@ -8595,7 +8604,7 @@ class OutputReader:
             found = self._next_text(capture) or self._next_record(capture)
         if found is None and self._execution.state is State.FINISHED and not self.ended:
             self.ended = True
-            return "finished", json.dumps(self._execution.outcome()).encode()
+            return "finished", json_of(self._execution.outcome())
         return found
 
     def _next_text(self, capture: Capture) -> tuple[str, bytes] | None:
@@ -8608,7 +8617,7 @@ class OutputReader:
             if piece := tail.read(at, PIECE_BYTES):
                 self._read[fd] += len(piece)
                 text = self._decoders[fd].decode(piece)
-                return name, json.dumps({"text": text}).encode()
+                return name, json_of({"text": text})
         return None
 
     def _next_record(self, capture: Capture) -> tuple[str, bytes] | None:
@@ -8622,7 +8631,7 @@ class OutputReader:
 
 
 def _missed(stream: str, **count: int) -> tuple[str, bytes]:
-    return "missed", json.dumps({"stream": stream, **count}).encode()
+    return "missed", json_of({"stream": stream, **count})
 
 
 class Metrics:
@@ -8902,7 +8911,7 @@ def error_body(error: ManagerError, request_id: str) -> bytes:
     if isinstance(error, NotReady):
         body["reasons"] = error.reasons
     body["request_id"] = request_id
-    return json.dumps(body).encode()
+    return json_of(body)
 
 
 def status_of_error(error: ManagerError, style: str) -> int:
@@ -9496,8 +9505,7 @@ class Api:
             "unread": self._executions.unread,
         }
         entries = (b'"%d":%s' % (e.id, e.summary_json()) for e in self._executions.listed())
-        body = json.dumps(head).encode()[:-1]
-        return body + b', "executions": {' + b",".join(entries) + b"}}"
+        return json_of(head)[:-1] + b',"executions":{' + b",".join(entries) + b"}}"
 
     # --- executions ---
 
@@ -9735,7 +9743,7 @@ class Api:
         """Return an answer as JSON and set its headers; ``None`` was already sent."""
         if answer is None:
             return None
-        body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        body = answer if isinstance(answer, bytes) else json_of(answer)
         request.setResponseCode(status)
         request.setHeader("content-type", JSON_TYPE)
         request.setHeader("content-length", str(len(body)))

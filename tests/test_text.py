@@ -20,12 +20,14 @@ from genvm_manager import (
     ConfigError,
     ExecutionMinutes,
     InvalidRequest,
+    LevelName,
     NonNegativeInt,
     RunRequest,
     SecretText,
     Timestamp,
     expand_template,
     format_timestamp,
+    json_of,
     kind_of,
     parse_duration,
     parse_json,
@@ -36,7 +38,7 @@ from genvm_manager import (
     timestamp_of,
 )
 
-from .support import json_objects
+from .support import json_objects, json_values
 
 # --- timestamps ---
 
@@ -365,6 +367,15 @@ def test_a_message_is_accepted_exactly_where_the_standard_library_accepts_it(ins
     else:
         with pytest.raises(InvalidRequest):
             parse_json(text.encode(), _Message)
+
+
+@given(json_values, st.text(st.characters(min_codepoint=0xD7F0, max_codepoint=0xDBFF)))
+def test_answers_are_json_whatever_they_say(value: Any, halves: str) -> None:
+    for answer in (value, {"a": [value, halves]}):
+        assert json.loads(json_of(answer)) == answer
+    assert json_of({"level": LevelName("debug")}) == b'{"level":"debug"}'
+    with pytest.raises(TypeError):
+        json_of({"a": object()})
 
 
 def test_half_a_surrogate_pair_is_not_text() -> None:
