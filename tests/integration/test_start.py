@@ -229,6 +229,7 @@ def test_die_with_parent(root: Root, step: str) -> None:
     An executor that ignores SIGTERM has 0.7 s; the goal is one second for all of them.
     """
     arguments = ["manager", "--port", "0", "--die-with-parent", "--root", str(root.path)]
+    arguments += ["--permits", "5"]  # however little memory is left here
     parent = Daemon([sys.executable, "-c", PARENT, sys.executable, str(SOURCE), *arguments])
     manager = guardian = 0
     try:
