@@ -11,11 +11,10 @@ from collections.abc import Iterator
 import pytest
 
 from ..integration.conftest import Start
-from ..integration.support import Daemon, alive, eventually, kill, report, timed
+from ..integration.support import Daemon, alive, eventually, free_port, kill, report, timed
 from ..integration.test_modules import (
     NamedProvider,
     ends_on_sigterm,
-    free_port,
     start_module,
     status,
     stop_module,

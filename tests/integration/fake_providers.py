@@ -47,6 +47,7 @@ WAIT = 45.0
 SLOW_SECONDS = 1.0
 CROWD = 20
 LARGE_BYTES = 100 << 20
+HANG_UP = b"hang up"
 
 
 def _made_up(name: str) -> str:
@@ -596,9 +597,18 @@ class Providers(Resource):
         self._count = itertools.count()
         self._open = 0
         self.crowd: list[Asked] = []
+        self._transports: set[Any] = set()
+
+    def hang_up(self) -> None:
+        """Close all connections, those that are kept for further requests included."""
+        while self._transports:
+            self._transports.pop().loseConnection()
 
     def render(self, request: Request) -> Any:
         """Look at a request and answer as its model's name says."""
+        self._transports.add(request.channel.transport)
+        if (request.method, request.uri) == (b"GET", b"/"):
+            return b"Ollama is running"
         number = next(self._count)
         path = request.path.decode()
         headers = {
@@ -817,12 +827,15 @@ class _Commands(LineReceiver):
 
     delimiter = b"\n"
 
-    def __init__(self, reactor: Any, say: Callable[..., None]) -> None:
+    def __init__(self, reactor: Any, say: Callable[..., None], providers: Providers) -> None:
         self._reactor = reactor
         self._say = say
+        self._providers = providers
 
     def lineReceived(self, line: bytes) -> None:
         """Say what was said to us."""
+        if line == HANG_UP:
+            self._providers.hang_up()
         self._say("mark", text=line.decode())
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -855,7 +868,7 @@ def run(folder: Path) -> None:
         if name != "authority":
             port = reactor.listenSSL(0, site, _tls_options(path), interface="127.0.0.1")
             ports[name] = port.getHost().port
-    channel = StandardIO(_Commands(reactor, say))
+    channel = StandardIO(_Commands(reactor, say, providers))
     say("ready", ports=ports)
     reactor.run()
 
@@ -941,6 +954,10 @@ class FakeProviders:
             found = self._events_of(event, members)
         assert len(found) >= count, f"{event} {members}: {len(found)} times, expected {count}"
         return found[0]
+
+    def hang_up(self) -> None:
+        """Close the connections that were kept for further requests."""
+        self._write_mark(f"{HANG_UP.decode()}\n")
 
     def requests(self, model: str) -> list[Event]:
         """Return the requests for a model."""

@@ -12,6 +12,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -85,6 +86,14 @@ def within(goal: float, predicate: Callable[[], Value], what: str) -> Value:
     value = eventually(predicate, limit_of(goal), what)
     timed(what, time.monotonic() - begin, goal)
     return value
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, and that nobody gets who asks for any (port 0)."""
+    while True:
+        with contextlib.suppress(OSError):
+            socket.create_server(("127.0.0.1", port := random.randrange(10_000, 32_000))).close()
+            return port
 
 
 # --- processes ---

@@ -36,6 +36,7 @@ from .support import (
     Root,
     alive,
     eventually,
+    free_port,
     kill,
     processes_with,
     report,
@@ -130,11 +131,6 @@ def answer_at(address: tuple[str, int], text: str = "x") -> str:
         return str(answer["Ok"]["data"])
     finally:
         client.close()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def is_free(address: tuple[str, int]) -> bool:

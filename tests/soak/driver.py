@@ -23,9 +23,9 @@ from typing import Any
 
 import attrs
 
-from ..integration.support import Root
+from ..integration.support import Root, free_port
 from . import plans
-from .backends import Backends, free_port
+from .backends import Backends
 from .client import LIMIT, Problem, Reply, request
 from .manager import Manager
 from .plans import Plan
@@ -96,7 +96,7 @@ class Soak:
         self.memory_after: list[int] = []
         self.end_seconds = 0.0
         self.requests = 0
-        self.backends = Backends()
+        self.backends: Backends
         self._begin = time.monotonic()
         self.manager: Manager
         self.root: Root
@@ -140,8 +140,8 @@ class Soak:
         self.root.add_shell()
         self.manifest = self.root.manifest.read_text()
         self.manager = Manager(self.root, folder, self.options.retention, self.addresses)
+        self.backends = Backends(folder)
         try:
-            await self.backends.start()
             await self._warm_up()
             async with self._measuring(folder):
                 end = time.monotonic() + self.options.seconds
@@ -154,7 +154,7 @@ class Soak:
             await self._end()
         finally:
             self.manager.close()
-            await self.backends.stop()
+            self.backends.close()
             self.root.close()
 
     async def _warm_up(self) -> None:
@@ -281,8 +281,16 @@ class Soak:
         if problems:
             raise Problem(f"run {genvm_id} ({plan.kind}): " + "; ".join(problems))
 
-    async def until_its_end(self, plan: Plan, genvm_id: int, wait: str = "?wait=20s") -> None:
-        self.judge(genvm_id, plan, await self.result(genvm_id, wait), {"exited"})
+    async def until_its_end(
+        self, plan: Plan, genvm_id: int, wait: str = "?wait=20s"
+    ) -> dict[str, Any]:
+        status = await self.result(genvm_id, wait)
+        self.judge(genvm_id, plan, status, {"exited"})
+        return status
+
+    def has_expired(self, status: dict[str, Any]) -> bool:
+        """Tell whether a run may be forgotten by now, as it is where the machine is busy."""
+        return bool(time.time() >= status["finished_at"] / 1000 + self.options.retention)
 
     # --- modules ---
 

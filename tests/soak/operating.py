@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from ..integration.support import kill
+from .backends import MODEL
 from .client import LIMIT, Problem
 from .driver import PERMITS, Act, Soak
 
@@ -81,7 +82,7 @@ def _module_body(soak: Soak, kind: str, nonce: float) -> dict[str, Any]:
     if kind == "web":
         config["always_allow_hosts"] = ["127.0.0.1", f"host-{nonce}.example"]
     else:
-        models = {"m": {"supports_json": True, "meta": {"soak": nonce}}}
+        models = {MODEL: {"supports_json": True, "meta": {"soak": nonce}}}
         backend = {"host": soak.backends.live, "provider": "ollama", "key": "none-needed"}
         config["backends"] = {"local": {**backend, "models": models}}
     return {"module_type": kind, "config": config}
