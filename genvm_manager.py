@@ -4406,20 +4406,10 @@ LOG_LINE_MAX_MEMBERS = 50_000
 UNREAD_STDERR_BYTES = 2000
 #: The same for a line that goes to the manager's log, where each member is looked at for secrets.
 FORWARDED_MEMBERS = 1000
-LISTED_FINISHED = 1000
 #: The last two digits of an id are for the number of the manager, should several share a machine.
 ID_STEP = 100
 #: Ids count tenths of milliseconds since 2025 at first, and stay below 2**53 until the year 2310.
 ID_EPOCH = 1_735_689_600
-#: What a finished execution is reckoned to cost beyond its output.
-RECORD_BYTES = 2 * KIB
-#: Seconds from SIGTERM to SIGKILL at a deadline, in which an executor can tell its host.
-DEADLINE_GRACE_SECONDS = 0.5
-#: Seconds after SIGKILL in which the kernel must have ended a process.
-KILL_SECONDS = 5.0
-#: Memory of dropped results goes back to the system within seconds: fewer if it is much.
-TRIM_BYTES = 16 * MIB
-TRIM_SECONDS, TRIM_LITTLE_SECONDS = 1.0, 10.0
 
 
 class HostAddress(str):
@@ -4898,6 +4888,17 @@ class LogForwarder:
 # Owns every execution from its request to the end of its retention: the
 # queue, the start, the deadline, the end, who waits for it. Uses records,
 # permits, children and the manifest. Never knows HTTP.
+
+LISTED_FINISHED = 1000
+#: What a finished execution is reckoned to cost beyond its output.
+RECORD_BYTES = 2 * KIB
+#: Seconds from SIGTERM to SIGKILL at a deadline, in which an executor can tell its host.
+DEADLINE_GRACE_SECONDS = 0.5
+#: Seconds after SIGKILL in which the kernel must have ended a process.
+KILL_SECONDS = 5.0
+#: Memory of dropped results goes back to the system within seconds: fewer if it is much.
+TRIM_BYTES = 16 * MIB
+TRIM_SECONDS, TRIM_LITTLE_SECONDS = 1.0, 10.0
 
 
 def give_back_memory() -> None:
