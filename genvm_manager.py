@@ -30,8 +30,9 @@ The file has five parts, and each section uses only what stands above it:
    1.4  Text and schemas: from text and plain data to typed values.
    1.5  Variables: what POST /env sets, and who gets it.
    1.6  Configuration: settings from flags, environment and file.
-   1.7  Logging: JSON lines, levels, redaction.
-   1.8  Calldata: the binary values that contracts exchange.
+   1.7  Secrets: what is masked.
+   1.8  Logging: JSON lines, levels, a writer that nobody waits for.
+   1.9  Calldata: the binary values that contracts exchange.
 2. Manager:
    2.1  Versions and manifest: which executor a deployment time selects.
    2.2  Contracts: how a contract's code lies in storage, and which version it states.
@@ -52,9 +53,10 @@ The file has five parts, and each section uses only what stands above it:
    2.17 Module processes: setup, address, and what one process says.
    2.18 Modules: the LLM and Web modules over time.
    2.19 Events and metrics: what the manager tells of itself.
-   2.20 HTTP connections: limits, access, errors as JSON.
-   2.21 HTTP API: the routes that the reference has, and their kin.
-   2.22 HTTP API: operation: probes, figures, lists, events.
+   2.20 HTTP answers and access: errors as JSON, who may ask.
+   2.21 HTTP connections: limits.
+   2.22 HTTP API: the routes that the reference has, and their kin.
+   2.23 HTTP API: operation: probes, figures, lists, events.
 3. Module processes:
    3.1  Module services: connections: WebSocket with bounds.
    3.2  Module services: runtime: setup, orders, statistics, the end.
@@ -2002,25 +2004,11 @@ def _cgroup_stat(folder: Path, name: str) -> int:
 
 
 # =============================================================================
-# 1.7 Logging
+# 1.7 Secrets
 # =============================================================================
 #
-# Owns where log events go: one JSON object (or line of text) each, the level
-# that can change at any time, the redaction of secrets, and a writer that
-# never makes the reactor wait for a slow reader. Uses configuration. Never
-# decides what is worth logging.
-
-LOG_BACKLOG_BYTES = 8 * MIB
-LOG_FLUSH_SECONDS = 0.2
-LOG_REST_SECONDS = 0.005
-_EVENT_FIELDS_LEFT_OUT = frozenset(
-    ("isError", "failure", "why", "format", "time", "system", "message", "text", "level_name")
-)
-
-
-#: Levels of a field's value that are shown as such.
-_DEEPEST_FIELD = 20
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# Owns which texts are secret, and their masking wherever text leaves the
+# manager. Uses text. Never knows where a text goes.
 
 
 @frozen
@@ -2184,6 +2172,28 @@ def _spellings(secret: str, longest: int) -> Iterator[bytes]:
                 forms |= {form[1:-1], form[1:-1].replace("/", "\\/")}
             forms |= {quote(quoted, safe=""), quote(quoted), quote_plus(quoted), repr(text)[1:-1]}
         yield from (form.encode("utf-8", "surrogatepass") for form in forms)
+
+
+# =============================================================================
+# 1.8 Logging
+# =============================================================================
+#
+# Owns where log events go: one JSON object (or line of text) each, the level
+# that can change at any time, and a writer that never makes the reactor wait
+# for a slow reader. Uses configuration and secrets. Never decides what is worth
+# logging.
+
+LOG_BACKLOG_BYTES = 8 * MIB
+LOG_FLUSH_SECONDS = 0.2
+LOG_REST_SECONDS = 0.005
+_EVENT_FIELDS_LEFT_OUT = frozenset(
+    ("isError", "failure", "why", "format", "time", "system", "message", "text", "level_name")
+)
+
+
+#: Levels of a field's value that are shown as such.
+_DEEPEST_FIELD = 20
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def dropped_note(count: int) -> bytes:
@@ -2525,7 +2535,7 @@ def event_level(event: LogEvent) -> str:
 
 
 # =============================================================================
-# 1.8 Calldata
+# 1.9 Calldata
 # =============================================================================
 #
 # Owns the binary value format that executors, hosts and modules exchange:
@@ -8818,12 +8828,12 @@ def _web_metrics(statistics: Mapping[str, Any]) -> Iterator[Metric]:
 
 
 # =============================================================================
-# 2.20 HTTP connections
+# 2.20 HTTP answers and access
 # =============================================================================
 #
-# Owns how requests arrive and answers leave: status codes, limits of size and
-# time, who may make a request, errors as JSON, large answers piece by piece.
-# Uses errors and text. Never knows what a request is about.
+# Owns how answers leave, and to whom: status codes, errors as JSON, large
+# answers piece by piece, who may make a request. Uses errors and text. Never
+# knows what a request is about.
 
 JSON_TYPE = "application/json; charset=utf-8"
 LINES_TYPE = "application/x-ndjson"
@@ -8858,33 +8868,6 @@ HTTP_STATUS_CODES: dict[type[ManagerError], int] = {
     QueueFull: 429,
 }
 RETRY_AFTER_SECONDS = 1
-#: Seconds for a request to arrive whole, and for a connection to stay idle.
-RECEIVE_SECONDS = 60
-#: Seconds for the first head of a connection to arrive with the token, where there is one.
-STRANGER_SECONDS = 5
-#: Connections that may be open beside twice as many as may wait for permits; and of each four
-#: descriptors that a process may have, one is not for connections: children need some.
-SPARE_CONNECTIONS, FEW_CONNECTIONS = 4 * KIB, 64
-#: Seconds between two lines of the log about requests of a kind that were refused, or about
-#: connections that found no room.
-REFUSED_SECONDS = 60.0
-#: Seconds in which a client that sends too much may still read why it was refused.
-LINGER_SECONDS = 2.0
-#: Seconds for the answer to a client that has shut down its sending side. One that has left looks
-#: the same, and what it waits for is to be cancelled.
-HALF_CLOSED_SECONDS = 1.0
-#: A length of more digits is not a length of anything.
-LENGTH_DIGITS = 18
-#: A URI with a host, which stands for the header ``Host``; and the rest of it.
-ABSOLUTE_URI = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
-#: What a proxy may send as ``X-Request-Id``; anything else is replaced by an id of ours.
-REQUEST_ID = re.compile(r"[0-9A-Za-z._:=@/+-]{1,128}")
-#: Statuses of which the log tells as warnings.
-REFUSALS = (401, 403, 413, 429, 503)
-#: The first byte of a TLS handshake.
-TLS_HANDSHAKE = b"\x16"
-INLINE_BODY_BYTES = 64 * KIB
-SPOOL_BYTES = MIB
 #: A larger result is sent piece by piece, as fast as the client reads.
 STREAMED_RESULT_BYTES = 256 * KIB
 MAX_WAIT_SECONDS = 120.0
@@ -8931,6 +8914,133 @@ def error_headers(error: ManagerError) -> dict[str, str]:
     if error.retryable:
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     return headers
+
+
+@frozen
+class AccessPolicy:
+    """Who may make requests: holders of the token, and no web page of another site."""
+
+    token: str | None
+    allowed_hosts: frozenset[str]
+
+    def check(self, request: Request) -> None:
+        """Raise ``Unauthorized`` or ``CrossSiteRequest`` unless the request may be served."""
+        if request.path in PROBES:
+            return
+        host = header_text(request, b"host")
+        origin = header_text(request, b"origin")
+        if self.token is not None:
+            scheme, _, given = (header_text(request, b"authorization") or "").partition(" ")
+            matches = hmac.compare_digest(given.strip().encode("latin-1"), self.token.encode())
+            if scheme.lower() != "bearer" or not matches:
+                raise Unauthorized("send the manager's token: Authorization: Bearer <token>")
+        elif host is not None and not self._is_ours(host, request):
+            raise CrossSiteRequest(
+                f"Host {shown(host)} is not this manager; "
+                f"if this is intended, add {shown(host_name(host))} to allowed_hosts"
+            )
+        if origin is not None and not self._same_site(origin, host):
+            name = host_name(origin.partition("://")[2])
+            raise CrossSiteRequest(
+                f"requests from the site {shown(origin)} are refused"
+                + (f"; if this is intended, add {shown(name)} to allowed_hosts" if name else "")
+            )
+
+    def _is_ours(self, host: str, request: Request) -> bool:
+        address = request.getHost()
+        name = host_name(host)
+        return (
+            isinstance(address, UNIXAddress)
+            or is_loopback(name)
+            or name == getattr(address, "host", None)
+            or "*" in self.allowed_hosts
+            or self._is_allowed(name)
+        )
+
+    def _is_allowed(self, name: str) -> bool:
+        # Not for "*": a manager of any name is meant by that, not one that any page may use.
+        _, dot, parent = name.partition(".")
+        while dot and f"*.{parent}" not in self.allowed_hosts:
+            _, dot, parent = parent.partition(".")
+        return bool(dot) or name in self.allowed_hosts
+
+    def _same_site(self, origin: str, host: str | None) -> bool:
+        scheme, _, place = origin.lower().partition("://")
+        name = host_name(place) if scheme in {"http", "https"} else ""
+        return name != "" and (place == (host or "").lower() or self._is_allowed(name))
+
+
+def header_text(request: Request, name: bytes) -> str | None:
+    """Return a header, byte by byte: what is not ASCII is still comparable."""
+    value = request.getHeader(name)
+    return None if value is None else value.decode("latin-1")
+
+
+@define(eq=False)
+class PieceProducer:
+    """Sends an answer piece by piece, as fast as the client reads; see ``IPullProducer``."""
+
+    _request: Request
+    _pieces: Iterator[bytes]
+    _done: Deferred[None] = field(init=False, factory=Deferred)
+
+    def run(self) -> Deferred[None]:
+        """Send everything; fires when the last piece is handed over."""
+        self._request.registerProducer(self, False)
+        return self._done
+
+    def resumeProducing(self) -> None:
+        """Send one piece."""
+        batch = bytearray()
+        while len(batch) < PIECE_BYTES:
+            piece = next(self._pieces, None)
+            if piece is None:
+                self._request.write(bytes(batch))
+                self._request.unregisterProducer()
+                self._done.callback(None)
+                return
+            batch += piece
+        self._request.write(bytes(batch))
+
+    def stopProducing(self) -> None:
+        """The client is gone, which cancels who waits for us."""
+        self._request.unregisterProducer()
+
+
+# =============================================================================
+# 2.21 HTTP connections
+# =============================================================================
+#
+# Owns how requests arrive: connections, and their limits of size, time and
+# number. Uses answers and access. Never knows what a request is about.
+
+#: Seconds for a request to arrive whole, and for a connection to stay idle.
+RECEIVE_SECONDS = 60
+#: Seconds for the first head of a connection to arrive with the token, where there is one.
+STRANGER_SECONDS = 5
+#: Connections that may be open beside twice as many as may wait for permits; and of each four
+#: descriptors that a process may have, one is not for connections: children need some.
+SPARE_CONNECTIONS, FEW_CONNECTIONS = 4 * KIB, 64
+#: Seconds between two lines of the log about requests of a kind that were refused, or about
+#: connections that found no room.
+REFUSED_SECONDS = 60.0
+#: Seconds in which a client that sends too much may still read why it was refused.
+LINGER_SECONDS = 2.0
+#: Seconds for the answer to a client that has shut down its sending side. One that has left looks
+#: the same, and what it waits for is to be cancelled.
+HALF_CLOSED_SECONDS = 1.0
+#: A length of more digits is not a length of anything.
+LENGTH_DIGITS = 18
+#: A URI with a host, which stands for the header ``Host``; and the rest of it.
+ABSOLUTE_URI = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+#: What a proxy may send as ``X-Request-Id``; anything else is replaced by an id of ours.
+REQUEST_ID = re.compile(r"[0-9A-Za-z._:=@/+-]{1,128}")
+#: Statuses of which the log tells as warnings.
+REFUSALS = (401, 403, 413, 429, 503)
+#: The first byte of a TLS handshake.
+TLS_HANDSHAKE = b"\x16"
+INLINE_BODY_BYTES = 64 * KIB
+SPOOL_BYTES = MIB
 
 
 @implementer(IHalfCloseableProtocol)
@@ -9287,99 +9397,8 @@ class ApiSite(Site):
             self._emptied.fire(None)
 
 
-@frozen
-class AccessPolicy:
-    """Who may make requests: holders of the token, and no web page of another site."""
-
-    token: str | None
-    allowed_hosts: frozenset[str]
-
-    def check(self, request: Request) -> None:
-        """Raise ``Unauthorized`` or ``CrossSiteRequest`` unless the request may be served."""
-        if request.path in PROBES:
-            return
-        host = header_text(request, b"host")
-        origin = header_text(request, b"origin")
-        if self.token is not None:
-            scheme, _, given = (header_text(request, b"authorization") or "").partition(" ")
-            matches = hmac.compare_digest(given.strip().encode("latin-1"), self.token.encode())
-            if scheme.lower() != "bearer" or not matches:
-                raise Unauthorized("send the manager's token: Authorization: Bearer <token>")
-        elif host is not None and not self._is_ours(host, request):
-            raise CrossSiteRequest(
-                f"Host {shown(host)} is not this manager; "
-                f"if this is intended, add {shown(host_name(host))} to allowed_hosts"
-            )
-        if origin is not None and not self._same_site(origin, host):
-            name = host_name(origin.partition("://")[2])
-            raise CrossSiteRequest(
-                f"requests from the site {shown(origin)} are refused"
-                + (f"; if this is intended, add {shown(name)} to allowed_hosts" if name else "")
-            )
-
-    def _is_ours(self, host: str, request: Request) -> bool:
-        address = request.getHost()
-        name = host_name(host)
-        return (
-            isinstance(address, UNIXAddress)
-            or is_loopback(name)
-            or name == getattr(address, "host", None)
-            or "*" in self.allowed_hosts
-            or self._is_allowed(name)
-        )
-
-    def _is_allowed(self, name: str) -> bool:
-        # Not for "*": a manager of any name is meant by that, not one that any page may use.
-        _, dot, parent = name.partition(".")
-        while dot and f"*.{parent}" not in self.allowed_hosts:
-            _, dot, parent = parent.partition(".")
-        return bool(dot) or name in self.allowed_hosts
-
-    def _same_site(self, origin: str, host: str | None) -> bool:
-        scheme, _, place = origin.lower().partition("://")
-        name = host_name(place) if scheme in {"http", "https"} else ""
-        return name != "" and (place == (host or "").lower() or self._is_allowed(name))
-
-
-def header_text(request: Request, name: bytes) -> str | None:
-    """Return a header, byte by byte: what is not ASCII is still comparable."""
-    value = request.getHeader(name)
-    return None if value is None else value.decode("latin-1")
-
-
-@define(eq=False)
-class PieceProducer:
-    """Sends an answer piece by piece, as fast as the client reads; see ``IPullProducer``."""
-
-    _request: Request
-    _pieces: Iterator[bytes]
-    _done: Deferred[None] = field(init=False, factory=Deferred)
-
-    def run(self) -> Deferred[None]:
-        """Send everything; fires when the last piece is handed over."""
-        self._request.registerProducer(self, False)
-        return self._done
-
-    def resumeProducing(self) -> None:
-        """Send one piece."""
-        batch = bytearray()
-        while len(batch) < PIECE_BYTES:
-            piece = next(self._pieces, None)
-            if piece is None:
-                self._request.write(bytes(batch))
-                self._request.unregisterProducer()
-                self._done.callback(None)
-                return
-            batch += piece
-        self._request.write(bytes(batch))
-
-    def stopProducing(self) -> None:
-        """The client is gone, which cancels who waits for us."""
-        self._request.unregisterProducer()
-
-
 # =============================================================================
-# 2.21 HTTP API
+# 2.22 HTTP API
 # =============================================================================
 #
 # Owns the routes: the path, the form of the body, the call, the answer. The
@@ -9843,7 +9862,7 @@ def wait_seconds(request: Request) -> float:
 
 
 # =============================================================================
-# 2.22 HTTP API: operation
+# 2.23 HTTP API: operation
 # =============================================================================
 #
 # Owns the routes by which operators watch the manager: probes, metrics, events,
