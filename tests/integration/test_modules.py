@@ -298,6 +298,7 @@ PLACES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.timeout(600)  # nine starts of a module
 @pytest.mark.parametrize("length", [20, 400])
 def test_what_a_template_inserted_is_not_shown(start: Start, length: int) -> None:
     """Neither what stands in the wrong place, nor the part of it that a message would show."""
