@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import pytest
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
@@ -324,7 +324,9 @@ def test_head_answers_like_get_without_a_body(manager: Manager) -> None:
             assert head.headers[name] == get.headers[name]
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyError, UnicodeDecodeError, OSError])
+@pytest.mark.parametrize(
+    "error", [RuntimeError, KeyError, UnicodeDecodeError, OSError, CancelledError]
+)
 def test_what_nobody_foresaw_is_logged_and_not_shown(
     error: type[Exception], manager: Manager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
