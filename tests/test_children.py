@@ -494,6 +494,23 @@ async def test_stopping_kills_every_child(spawner: Spawner) -> None:
     spawner.kill_all()
 
 
+@async_test
+async def test_who_tidies_up_hears_when_a_child_is_gone(spawner: Spawner) -> None:
+    owner, gone = Owner(), Deferred[None]()
+    spawner.spawn(
+        owner,
+        ["/bin/sleep", "60"],
+        os.environb,
+        pipes={1},
+        nulls={0, 2},
+        after=lambda: gone.callback(None),
+    )
+    assert not gone.called
+    spawner.kill_all()
+    await soon(gone)
+    assert owner.events[-1] != "closed", "as soon as it is reaped"
+
+
 # --- the guardian ---
 
 
