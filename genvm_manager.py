@@ -4904,8 +4904,8 @@ LISTED_FINISHED = 1000
 RECORD_BYTES = 2 * KIB
 #: Seconds from SIGTERM to SIGKILL at a deadline, in which an executor can tell its host.
 DEADLINE_GRACE_SECONDS = 0.5
-#: Seconds after SIGKILL in which the kernel must have ended a process.
-KILL_SECONDS = 5.0
+#: Seconds after SIGKILL in which a process must have ended and its output be read, on any machine.
+KILL_SECONDS = 30.0
 #: Memory of dropped results goes back to the system within seconds: fewer if it is much.
 TRIM_BYTES = 16 * MIB
 TRIM_SECONDS, TRIM_LITTLE_SECONDS = 1.0, 10.0
