@@ -613,6 +613,27 @@ class SpareThreads:
 FILE_THREADS = SpareThreads(8)
 
 
+class SharedLook(Generic[Value]):
+    """A look at something that may hang, in one thread for all who ask while it goes on."""
+
+    def __init__(self, reactor: Any, seconds: float, work: Callable[[], Value]) -> None:
+        self._reactor = reactor
+        self._seconds = seconds
+        self._work = work
+        self._threads = SpareThreads(1)
+        self._looking: Event[Value] | None = None
+
+    def result(self) -> Deferred[Value]:
+        """Return a Deferred for what is found; see ``SpareThreads.run``."""
+        looking = self._looking
+        if looking is None:
+            self._looking = looking = Event()
+            found = self._threads.run(self._reactor, self._seconds, self._work)
+            found.addCallbacks(looking.fire, lambda failure: looking.fail(failure.value))
+            found.addBoth(lambda _: setattr(self, "_looking", None))
+        return looking.wait()
+
+
 def in_thread(
     reactor: Any, work: Callable[..., Value], *arguments: Any, pool: ThreadPool | None = None
 ) -> Deferred[Value]:
@@ -1359,6 +1380,8 @@ SECRET_NAMES = re.compile(r"key|token|secret|password|authorization|headers", re
 _FILE_MAX_BYTES = 1 << 20
 #: Each change and each start looks at all that were set.
 _VARIABLES_MAX = 1000
+#: Values of a variable that stay secret after it was set anew.
+_PAST_VALUES = 8
 
 
 class AllowedVariable(str):
@@ -1434,6 +1457,7 @@ class Variables:
         self._executor_env = executor_env
         self._environ = dict(os.environb if environ is None else environ)
         self._set: dict[str, str] = {}
+        self._past: dict[str, deque[str]] = {}
         self._hand_out()
 
     def __call__(self, name: str) -> str:
@@ -1459,6 +1483,7 @@ class Variables:
         except UnicodeEncodeError:
             raise EnvironmentRefused("key, value: half a surrogate pair is not text") from None
         self._set[key] = value
+        self._past.setdefault(key, deque(maxlen=_PAST_VALUES)).append(value)
         self._hand_out()
         if self._is_passed_on(key):
             return None
@@ -1492,6 +1517,10 @@ class Variables:
                 f"value: {size} bytes with its key, {total} in the whole environment; shorten it: "
                 f"children can have {ARGUMENT_MAX_BYTES} and {ENVIRONMENT_MAX_BYTES}"
             )
+
+    def values_of(self, key: str) -> Collection[str]:
+        """Return the last values that a variable was set to."""
+        return self._past[key]
 
     def names(self) -> dict[str, bool]:
         """Return the names that were set, and whether executors and modules get them."""
@@ -2081,8 +2110,10 @@ class Redactor:
     MASK: ClassVar[str] = "[redacted]"
     #: Shorter texts are too likely to be ordinary words.
     SHORTEST: ClassVar[int] = 4
-    #: A longer one is known by pieces, and in no other spelling.
+    #: A longer one is known by pieces, and in no other spelling; likewise all beyond a number of
+    #: characters of one owner, since other spellings take long to make.
     LONGEST: ClassVar[int] = 16 * KIB
+    SPELLED: ClassVar[int] = 32 * KIB
     #: Of so many bytes one may have to be compared with a secret; a text in which it is more
     #: either consists of secrets or was made to take long, and is masked as a whole.
     BYTES_PER_TRY: ClassVar[int] = 16
@@ -2095,7 +2126,10 @@ class Redactor:
 
     def keep(self, owner: object, secrets: Iterable[str]) -> None:
         """Never let these texts pass as long as their owner has them, in place of its others."""
-        forms = {form for secret in secrets for form in _spellings(secret, self.LONGEST)}
+        forms, left = set[bytes](), self.SPELLED
+        for secret in secrets:
+            left -= len(secret)
+            forms.update(_spellings(secret, self.LONGEST, all_of_them=left >= 0))
         new = {form for form in forms if len(form) >= self.SHORTEST}
         old = self._owned.pop(owner, set())
         if new:
@@ -2160,13 +2194,13 @@ class Redactor:
 _PLAIN = re.compile(r"[\w.~-]*", re.ASCII)
 
 
-def _spellings(secret: str, longest: int) -> Iterator[bytes]:
+def _spellings(secret: str, longest: int, *, all_of_them: bool) -> Iterator[bytes]:
     """Yield a secret, each of its lines, and all as JSON, URLs and Python spell them."""
     pieces = [secret[at : at + longest] for at in range(0, len(secret), longest)]
-    texts = pieces if len(pieces) != 1 else {secret, *map(str.strip, secret.splitlines())}
-    for text in texts:
+    all_of_them = all_of_them and len(pieces) == 1
+    for text in {*pieces, *map(str.strip, secret.splitlines())}:
         forms = {text}
-        if len(pieces) == 1 and not _PLAIN.fullmatch(text):
+        if all_of_them and not _PLAIN.fullmatch(text):
             quoted = text.encode("utf-8", "surrogatepass")
             for form in (json.dumps(text), json.dumps(text, ensure_ascii=False)):
                 forms |= {form[1:-1], form[1:-1].replace("/", "\\/")}
@@ -3466,7 +3500,10 @@ class BoundedTail:
         """Append bytes, forgetting the oldest where there are too many."""
         self.seen += len(data)
         self.truncated = self.truncated or self.seen > self._limit
-        data = data[max(0, len(data) - self._limit) :]
+        if len(data) > self._limit:
+            self.blocks.clear()
+            self.size = 0
+            data = data[len(data) - self._limit :]
         if self.blocks and len(self.blocks[-1]) + len(data) <= PIECE_BYTES:
             self.blocks[-1] += data
         else:
@@ -4987,7 +5024,7 @@ class Executions:
     draining: bool = field(init=False, default=False)
     _closed: bool = field(init=False, default=False)
     _all_ended: Event[None] = field(init=False, factory=Event)
-    _settled: Event[None] = field(init=False, factory=Event)
+    _settled: Event[bool] = field(init=False, factory=Event)
 
     # --- what clients ask for ---
 
@@ -5057,7 +5094,8 @@ class Executions:
         return self._all_ended.wait()
 
     def dispose(self) -> None:
-        """Cancel the timers that are left; the last call."""
+        """Cancel the timers that are left, and let nobody wait; the last call."""
+        self._settled.fire(False)
         for timer in (self._expiry, self._pacer, self._trimming):
             if timer is not None:
                 timer.cancel()
@@ -5098,14 +5136,14 @@ class Executions:
 
     def settles_within(self, seconds: float) -> Deferred[bool]:
         """Tell, after some seconds at most, whether nothing runs and each result was read."""
-        waiting = self._settled.wait().addCallback(lambda _: True)
+        waiting = self._settled.wait()
         self._check_settled()
         return waiting.addTimeout(seconds, self._reactor, lambda _result, _seconds: False)
 
     def _check_settled(self) -> None:
         if not self._unread and len(self._finished) == len(self._records):
             settled, self._settled = self._settled, Event()
-            settled.fire(None)
+            settled.fire(True)
 
     def note_reading(self, execution: Execution) -> None:
         """Somebody has read, or nobody will ever read, the result of an execution."""
@@ -8046,6 +8084,7 @@ class Module:
     _quick_deaths: int = field(init=False, default=0)
     _restart_timer: DelayedCall | None = field(init=False, default=None)
     _stops_waiting: int = field(init=False, default=0)
+    stop_was_asked: bool = field(init=False, default=False)
     _closed: bool = field(init=False, default=False)
     state: ModuleState = field(init=False, default=ModuleState.STOPPED)
     address: str | None = field(init=False, default=None)
@@ -8076,6 +8115,7 @@ class Module:
 
         Connections that are open end by themselves, but those of a command end with its process.
         """
+        self.stop_was_asked = True
         all_released = all(generation.released.happened for generation in self._alive)
         is_off = self.state in (ModuleState.STOPPED, ModuleState.FAILED) and all_released
         if is_off and not self._lock.locked:  # else a restart may be about to start it
@@ -8507,6 +8547,12 @@ _WAITS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10
 _RUNS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 600, 1200, 3600)
 
 
+def event_text(kind: str, data: bytes, event_id: str | None = None) -> bytes:
+    """Return an event as it goes over the wire; ``data`` is JSON without line feeds."""
+    head = b"" if event_id is None else b"id: %s\n" % event_id.encode()
+    return b"%sevent: %s\ndata: %s\n\n" % (head, kind.encode(), data.replace(b"\r", b" "))
+
+
 @frozen
 class ManagerEvent:
     """Something that happened: its number, counted from 1, its kind and its JSON members."""
@@ -8514,6 +8560,8 @@ class ManagerEvent:
     number: int
     kind: str
     members: Mapping[str, object]
+    #: How it goes over the wire, the same for all who follow.
+    text: bytes
 
 
 class EventFeed:
@@ -8532,14 +8580,12 @@ class EventFeed:
     def tell(self, kind: str, /, **members: object) -> None:
         """Something happened now."""
         self.count += 1
-        event = ManagerEvent(self.count, kind, {"time": timestamp_of(self._now()), **members})
+        members = {"time": timestamp_of(self._now()), **members}
+        text = event_text(kind, json_of(members), f"{self._boot}-{self.count}")
+        event = ManagerEvent(self.count, kind, members, text)
         self._kept.append(event)
         for follower in [*self.followers]:
             follower(event)
-
-    def id_of(self, event: ManagerEvent) -> str:
-        """Return the id by which a client says what it has seen."""
-        return f"{self._boot}-{event.number}"
 
     @property
     def oldest(self) -> int:
@@ -8559,12 +8605,6 @@ class EventFeed:
         known = boot == self._boot and digits.isascii() and digits.isdigit() and len(digits) < 20
         number = int(digits) if known else 0
         return (number, False) if known and number <= self.count else (0, True)
-
-
-def event_text(kind: str, data: bytes, event_id: str | None = None) -> bytes:
-    """Return an event as it goes over the wire; ``data`` is JSON without line feeds."""
-    head = b"" if event_id is None else b"id: %s\n" % event_id.encode()
-    return b"%sevent: %s\ndata: %s\n\n" % (head, kind.encode(), data.replace(b"\r", b" "))
 
 
 class FeedReader:
@@ -8588,7 +8628,7 @@ class FeedReader:
         if event is None:
             return None
         self._last = event.number
-        return event_text(event.kind, json_of(event.members), feed.id_of(event))
+        return event.text
 
 
 class OutputReader:
@@ -8624,10 +8664,12 @@ class OutputReader:
             oldest = tail.seen - tail.size
             if at < oldest:
                 self._read[fd] = oldest
+                self._decoders[fd].reset()
                 return _missed(name, bytes=oldest - at)
-            if piece := tail.read(at, PIECE_BYTES):
-                self._read[fd] += len(piece)
-                text = self._decoders[fd].decode(piece)
+            piece = tail.read(at, PIECE_BYTES)
+            self._read[fd] += len(piece)
+            is_over = not piece and self._execution.state is State.FINISHED
+            if text := self._decoders[fd].decode(piece, is_over):
                 return name, json_of({"text": text})
         return None
 
@@ -9043,6 +9085,24 @@ INLINE_BODY_BYTES = 64 * KIB
 SPOOL_BYTES = MIB
 
 
+@frozen
+class AnsweredRequest:
+    """A request that is answered.
+
+    ``route`` is the path of its route, ``none`` where it has none; ``size`` and ``seconds`` are
+    those of the answer.
+    """
+
+    route: str
+    method: str
+    target: str
+    status: int
+    size: int
+    seconds: float
+    peer: str
+    request_id: str
+
+
 @implementer(IHalfCloseableProtocol)
 class ApiChannel(HTTPChannel):
     """A connection: bounds the time in which a request must arrive, and refuses in JSON."""
@@ -9154,13 +9214,19 @@ class ApiChannel(HTTPChannel):
         if self._refused:
             return
         request_id = request_id or self.site.new_request_id()
-        self.site.note_refusal(status, error.code, self.host or "unix socket", request_id)
+        peer = self.host or "unix socket"
+        self.site.note_refusal(status, error.code, peer, request_id)
         body = error_body(error, request_id)
         given = {**error_headers(error), "X-Request-Id": request_id}
         headers = "".join(f"{name}: {value}\r\n" for name, value in given.items())
         head = (
             f"HTTP/1.1 {status} {RESPONSES[status].decode()}\r\nContent-Type: {JSON_TYPE}\r\n"
             f"{headers}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        self.site.answered(
+            AnsweredRequest(
+                "none", "any", "refused at its head", status, len(body), 0.0, peer, request_id
+            )
         )
         self._refused = True
         self.setTimeout(None)
@@ -9280,7 +9346,19 @@ class ApiRequest(Request):
         """Everything is answered."""
         site = self.channel.site
         Request.finish(self)
-        site.answered(self, site.clock() - self._began)
+        has_route = self.route != "none"  # else it may have any method
+        site.answered(
+            AnsweredRequest(
+                self.route,
+                self.method.decode() if has_route else "any",
+                (self.method + b" " + self.path).decode("ascii", "replace"),
+                self.code,
+                self.sentLength,
+                site.clock() - self._began,
+                self.peer,
+                self.request_id,
+            )
+        )
 
     def getRequestHostname(self) -> bytes:
         """Return a constant: routes do not depend on ``Host``, which may hold anything."""
@@ -9317,7 +9395,7 @@ class ApiSite(Site):
         self._requests = itertools.count(1)
         self.closing = False
         self.clock: Callable[[], float] = reactor.seconds
-        self.answered: Callable[[ApiRequest, float], object] = unheard
+        self.answered: Callable[[AnsweredRequest], object] = unheard
         self._emptied: Event[None] = Event()
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
@@ -9568,9 +9646,10 @@ class Api:
         """
         seconds = wait_seconds(request)
         self._set_draining(request, True)
-        if seconds and await self._executions.settles_within(seconds):
-            return {"result": "drained"}
-        return {"result": "draining"}
+        settled = seconds > 0 and await self._executions.settles_within(seconds)
+        if not self._executions.draining:
+            return {"result": "accepting"}  # somebody changed their mind
+        return {"result": "drained" if settled else "draining"}
 
     @api_endpoint(app, "POST", "/undrain")
     async def undrain(self, request: Request) -> Answer:
@@ -9670,10 +9749,14 @@ class Api:
     @api_endpoint(app, "POST", "/log/level", LogLevelBody)
     async def log_level(self, request: Request, body: LogLevelBody) -> Answer:
         """Change what is logged."""
+        was_enabled = self._observer.enabled("info")
+        if was_enabled:
+            self.note_change(request, "log level set", to=body.level)
         self._observer.set_level(body.level)
         for module in self._modules.values():
             module.set_log_level(self._observer.level)
-        self.note_change(request, "log level set", log_level=body.level)
+        if not was_enabled:
+            self.note_change(request, "log level set", to=body.level)
         return {"result": "log_level_set", "level": self._observer.level}
 
     @api_endpoint(app, "POST", "/manifest/reload")
@@ -9688,8 +9771,9 @@ class Api:
         """Set a variable for templates, and for children if they may have it."""
         key = body.key
         note = self._variables.set(key, body.value)
-        named = (body.value,) if SECRET_NAMES.search(key) else ()
-        self._observer.redactor.keep(("env", key), named)
+        named = SECRET_NAMES.search(key)
+        # Children that were started before have the earlier values.
+        self._observer.redactor.keep(("env", key), self._variables.values_of(key) if named else ())
         self.note_change(request, "environment variable set", key=key)
         return {"result": "env_var_set", "key": key} | ({} if note is None else {"note": note})
 
@@ -9872,6 +9956,8 @@ def wait_seconds(request: Request) -> float:
 HEARTBEAT_SECONDS = 15.0
 #: Seconds that a client may read nothing.
 STALLED_SECONDS = 30.0
+#: Clients that may follow events at once: each event is sent to all of them in one turn.
+MOST_STREAMS = 256
 #: What must be left for the manager to be ready.
 READY_DESCRIPTORS = 32
 READY_TEMPORARY_BYTES = 16 * MIB
@@ -9904,6 +9990,8 @@ class EventStream:
         self._request.setHeader("content-type", "text/event-stream; charset=utf-8")
         self._request.setHeader("cache-control", "no-store")
         self._request.setHeader("x-accel-buffering", "no")  # a proxy is not to wait for more
+        if self._request.method == b"HEAD":
+            return succeed(None)
         self._request.write(b": events\n\n")
         self._request.registerProducer(self, True)
         self._again(HEARTBEAT_SECONDS, self._heartbeat)
@@ -9926,8 +10014,8 @@ class EventStream:
         while len(batch) < PIECE_BYTES and (piece := self._pull()) is not None:
             batch += piece
         if batch:
-            self._request.write(bytes(batch))
             self._again(HEARTBEAT_SECONDS, self._heartbeat)
+            self._request.write(bytes(batch))  # which may find that the client does not read
             self.wake()
         elif self._is_ending:
             self._close()
@@ -9938,8 +10026,12 @@ class EventStream:
         self._beat = self._reactor.callLater(seconds, action)
 
     def _heartbeat(self) -> None:
-        self._request.write(b":\n\n")
         self._again(HEARTBEAT_SECONDS, self._heartbeat)
+        self._request.write(b":\n\n")
+
+    def _drop(self) -> None:
+        # An orderly end would wait until what was written is read.
+        cast(ApiRequest, self._request).channel.forceAbortClient()
 
     def _close(self) -> None:
         for call in (self._next, self._beat):
@@ -9953,8 +10045,9 @@ class EventStream:
 
     def pauseProducing(self) -> None:
         """The client does not read."""
-        self._is_paused = True
-        self._again(STALLED_SECONDS, self._request.loseConnection)
+        if not self._is_paused:
+            self._is_paused = True
+            self._again(STALLED_SECONDS, self._drop)
 
     def resumeProducing(self) -> None:
         """The client reads again."""
@@ -10033,21 +10126,33 @@ class OperatorApi(Api):
     _events: EventFeed
     _metrics: Metrics
     _streams: set[EventStream] = field(init=False, factory=set)
+    _disks: SharedLook[list[str]] = field(init=False)
+    _installed: SharedLook[list[InstalledVersion]] = field(init=False)
 
-    def note_answer(self, request: ApiRequest, seconds: float) -> None:
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        self._disks = SharedLook(self._reactor, LOOK_SECONDS, self._disk_reasons)
+        self._installed = SharedLook(
+            self._reactor,
+            FILE_SECONDS,
+            lambda: look_at_executors(self._config.root, self._manifest.manifest),
+        )
+
+    def note_answer(self, answered: AnsweredRequest) -> None:
         """Count a request that is answered, and write its line in the log."""
-        method = request.method.decode() if request.route != "none" else "any"
-        self._metrics.note_request(request.route, method, request.code, seconds)
+        self._metrics.note_request(
+            answered.route, answered.method, answered.status, answered.seconds
+        )
         if self._observer.enabled("debug"):
             self.log.debug(
                 "{text}",
-                text=(request.method + b" " + request.path).decode("ascii", "replace"),
-                route=request.route,
-                status=request.code,
-                ms=round(seconds * 1000, 3),
-                bytes=request.sentLength,
-                peer=request.peer,
-                request_id=request.request_id,
+                text=answered.target,
+                route=answered.route,
+                status=answered.status,
+                ms=round(answered.seconds * 1000, 3),
+                bytes=answered.size,
+                peer=answered.peer,
+                request_id=answered.request_id,
             )
 
     def end_streams(self) -> None:
@@ -10092,7 +10197,7 @@ class OperatorApi(Api):
         if free_descriptors(READY_DESCRIPTORS) < READY_DESCRIPTORS:
             reasons.append("too many open files: raise the limit of descriptors")
         try:
-            reasons += await FILE_THREADS.run(self._reactor, LOOK_SECONDS, self._disk_reasons)
+            reasons += await self._disks.result()
         except DeferredTimeout:
             reasons.append(f"a disk does not answer within {LOOK_SECONDS:g} s")
         except ResourcesExhausted as error:
@@ -10125,13 +10230,7 @@ class OperatorApi(Api):
     async def versions(self, request: Request) -> Answer:
         """Answer which executors there are, and which deployment times select them."""
         try:
-            found = await FILE_THREADS.run(
-                self._reactor,
-                FILE_SECONDS,
-                look_at_executors,
-                self._config.root,
-                self._manifest.manifest,
-            )
+            found = await self._installed.result()
         except DeferredTimeout:
             raise ResourcesExhausted(
                 f"the executors' folder does not answer within {FILE_SECONDS:g} s"
@@ -10205,7 +10304,7 @@ class OperatorApi(Api):
         stream = EventStream(request, self._reactor, pull)
         execution.followers += (stream.wake,)
         ended = execution.ended.wait()
-        ended.addBoth(lambda _: stream.wake())
+        ended.addCallbacks(lambda _: stream.wake(), lambda _: stream.end())  # or never started
         try:
             await self._run(stream)
         finally:
@@ -10214,6 +10313,8 @@ class OperatorApi(Api):
         return None
 
     async def _run(self, stream: EventStream) -> None:
+        if len(self._streams) >= MOST_STREAMS:
+            raise ResourcesExhausted(f"{MOST_STREAMS} clients follow events already")
         self._streams.add(stream)
         try:
             await stream.run()
@@ -15004,17 +15105,18 @@ class ManagerService(Service):
 
     async def _keep_starting(self, kind: str) -> None:
         """Start a module from its file, trying again until it runs or somebody else starts it."""
-        for attempt in itertools.count():
+        module, delay = self.modules[kind], START_SECONDS
+        while not module.stop_was_asked:
             try:
-                await self.modules[kind].start(None, False)
+                await module.start(None, False)
                 return
             except ModuleAlreadyRunning:
                 return
             except ManagerError as error:
-                delay = min(START_LONGEST_SECONDS, START_SECONDS * 2**attempt)
                 text = f"the {kind} module cannot be started, trying again in {delay:g} s: {error}"
                 self.log.error("{text}", text=text)
             await deferLater(self._reactor, delay)
+            delay = min(START_LONGEST_SECONDS, 2 * delay)
 
     def _own_process(self) -> None:
         """Take over what belongs to the process: memory, descriptors, log, signals."""

@@ -17,6 +17,7 @@ from genvm_manager import (
     Metrics,
     Module,
     ModuleState,
+    OutputReader,
     Spawner,
     Variables,
 )
@@ -39,7 +40,7 @@ def test_events_are_numbered_and_reach_every_follower() -> None:
     events.tell("permits", permits=3)
     assert [(event.number, event.kind) for event in seen] == [(1, "drain"), (2, "permits")]
     assert seen[1].members == {"time": "1970-01-01T00:00:00.000Z", "permits": 3}
-    assert events.id_of(seen[1]) == "01234567-2"
+    assert seen[1].text.startswith(b"id: 01234567-2\nevent: permits\ndata: {")
 
 
 def test_a_follower_may_leave_while_an_event_is_told() -> None:
@@ -136,6 +137,28 @@ def test_an_executor_that_cannot_be_started() -> None:
     world.spawner.problem = "not found"
     world.ask().addErrback(lambda failure: None)
     assert [(event.kind, event.members["code"]) for event in seen] == [("failed", "spawn_failed")]
+
+
+def test_text_is_whole_whatever_is_cut() -> None:
+    """A character that is cut is one replacement, and nothing is told without a text."""
+    world = World(capture_max_bytes=4)
+    execution, process = world.start()
+    reader = OutputReader(execution)
+    process.write(STDOUT, b"ab\xc3")
+    assert reader.next() == ("stdout", b'{"text":"ab"}')
+    process.write(STDOUT, b"\xa4")
+    assert reader.next() == ("stdout", '{"text":"ä"}'.encode())
+    process.write(STDOUT, b"\xc3")
+    assert reader.next() is None
+    process.write(STDOUT, b"12345")
+    assert reader.next() == ("missed", b'{"stream":"stdout","bytes":1}')
+    assert reader.next() == ("stdout", b'{"text":"2345"}')
+    process.write(STDOUT, b"\xe2\x82")
+    assert reader.next() is None
+    process.end()
+    assert reader.next() == ("stdout", '{"text":"\ufffd"}'.encode())
+    assert (reader.next() or ("",))[0] == "finished"
+    assert reader.next() is None
 
 
 # --- metrics ---

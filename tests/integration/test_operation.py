@@ -9,9 +9,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,11 @@ from .conftest import Start
 from .support import PROJECT, WAIT, Daemon, Root, eventually, run_body
 
 README = PROJECT / "README.md"
+LLM_FILE = (
+    "backends:\n  b:\n    enabled: true\n    host: http://127.0.0.1:9\n"
+    "    provider: openai-compatible\n    key: ${ENV[KEY]}\n    models: {m: {}}\n"
+)
+WEB_CONFIG = {"bind_address": "127.0.0.1:0"}
 
 
 class Events:
@@ -123,10 +130,7 @@ def test_a_module_that_should_run(root: Root, start: Start) -> None:
     daemon.wait_log(
         lambda r: "the llm module cannot be started, trying again in 1 s" in r["message"]
     )
-    (root.path / "config" / "genvm-module-llm.yaml").write_text(
-        "backends:\n  b:\n    enabled: true\n    host: http://127.0.0.1:9\n"
-        "    provider: openai-compatible\n    key: ${ENV[KEY]}\n    models: {m: {}}\n"
-    )
+    (root.path / "config" / "genvm-module-llm.yaml").write_text(LLM_FILE)
     eventually(lambda: daemon.request("GET", "/readyz").status == 200, what="it is ready")
     assert daemon.get("/status")["modules"]["llm"]["state"] == "running"
 
@@ -146,6 +150,26 @@ def test_settings_and_readme_name_the_same() -> None:
     text = README.read_text().partition("## Settings")[2].partition("\n## ")[0]
     cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     assert set(re.findall(r"`(\w+)`", "".join(cells))) == set(SETTINGS)
+
+
+def test_many_who_look_at_once_share_a_look(start: Start) -> None:
+    daemon = start()
+    for path in ("/readyz", "/versions"):
+        pending = [daemon.send("GET", path) for _ in range(40)]
+        assert {one.reply().status for one in pending} == {200}
+
+
+def test_a_stop_ends_the_attempts_to_start(root: Root, start: Start) -> None:
+    daemon = start("--start-modules", "llm", environ={"KEY": "a-key-of-a-provider"})
+    daemon.wait_log(lambda r: "trying again in 1 s" in r["message"])
+    assert daemon.post("/module/stop", {"module_type": "llm"}) == {"result": "module_not_running"}
+    (root.path / "config" / "genvm-module-llm.yaml").write_text(LLM_FILE)
+    before = [r["message"] for r in daemon.records]
+    daemon.post("/module/start", {"module_type": "web", "config": WEB_CONFIG})
+    assert daemon.get("/status")["modules"]["llm"]["state"] == "stopped"
+    after = [r["message"] for r in daemon.records]
+    attempts = [text for text in after[len(before) :] if "the llm module cannot be started" in text]
+    assert len(attempts) == 0
 
 
 # --- figures ---
@@ -300,6 +324,23 @@ def test_drain_waits_for_runs_and_for_their_readers(start: Start) -> None:
     assert daemon.post("/drain?wait=60s") == {"result": "drained"}
 
 
+def test_who_waits_for_a_drain_hears_of_a_change_and_of_the_end(start: Start) -> None:
+    daemon = start("--permits", "2")
+    genvm_id = daemon.run("sleep 60")
+    waiting = daemon.send("POST", "/drain?wait=60s")
+    eventually(lambda: daemon.get("/status")["draining"], what="it drains")
+    daemon.post("/undrain")
+    daemon.request("DELETE", f"/genvm/{genvm_id}")
+    daemon.result(genvm_id)
+    assert waiting.reply().json == {"result": "accepting"}
+    daemon.run("sleep 60")
+    waiting = daemon.send("POST", "/drain?wait=60s")
+    eventually(lambda: daemon.get("/status")["draining"], what="it drains")
+    daemon.signal(signal.SIGTERM)
+    assert waiting.reply().json == {"result": "draining"}
+    assert daemon.wait() == 0
+
+
 # --- events ---
 
 
@@ -359,6 +400,52 @@ def test_following_says_what_is_not_kept(root: Root, start: Start) -> None:
     assert missed[0]["bytes"] + len(text) == 300_004
 
 
+def test_a_run_that_never_starts_is_followed_to_its_end(start: Start) -> None:
+    daemon = start("--permits", "0")
+    asked = daemon.send("POST", "/genvm/run", run_body("exit 0"))
+    eventually(lambda: daemon.permits()["waiting"] == 1, what="it waits")
+    (entry,) = daemon.get("/genvm")["executions"]
+    with following(daemon, f"/genvm/{entry['id']}/events") as events:
+        asked.close()
+        assert [*events] == [], "the stream ends without an event"
+
+
+def test_a_head_of_events_has_an_end(start: Start) -> None:
+    daemon = start()
+    genvm_id = daemon.run("sleep 60")
+    connection = http.client.HTTPConnection(daemon.address, timeout=WAIT)
+    for path in ("/events", f"/genvm/{genvm_id}/events", "/livez"):
+        connection.request("HEAD", path)
+        response = connection.getresponse()
+        assert (response.status, response.read()) == (200, b"")
+    connection.close()
+    daemon.request("DELETE", f"/genvm/{genvm_id}")
+
+
+@pytest.mark.timeout(240)
+def test_a_reader_that_reads_nothing_is_dropped(root: Root, start: Start) -> None:
+    daemon = start("--capture-max-bytes", "60000000")
+    root.script("head -c 50000000 /dev/zero | tr '\\0' x")
+    genvm_id = daemon.run()
+    daemon.result(genvm_id)
+    with daemon.connect(timeout=90) as peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        peer.sendall(f"GET /genvm/{genvm_id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        entry = f"{peer.getsockname()[1]:04X}"
+        port = f"{peer.getpeername()[1]:04X}"
+
+        def is_open() -> bool:
+            lines = Path(f"/proc/{daemon.pid}/net/tcp").read_text().splitlines()
+            ends = [line.split()[1:4] for line in lines]
+            return any(
+                here.endswith(f":{port}") and there.endswith(f":{entry}") and state == "01"
+                for here, there, state in ends[1:]
+            )
+
+        eventually(is_open, what="the connection")
+        eventually(lambda: not is_open(), timeout=90, what="the manager hangs up")
+
+
 def test_streams_end_with_the_manager(start: Start) -> None:
     daemon = start()
     with following(daemon, "/events") as events:
@@ -399,6 +486,7 @@ def test_who_changed_what_stands_in_the_log(root: Root, start: Start) -> None:
     for path, body, message in (
         ("/drain", None, "draining"),
         ("/undrain", None, "accepting executions again"),
+        ("/log/level", {"level": "error"}, "log level set"),
         ("/log/level", {"level": "info"}, "log level set"),
         ("/env", {"key": "A_KEY", "value": "a-secret-value"}, "environment variable set"),
         ("/manifest/reload", None, "manifest reloaded as asked"),
@@ -422,6 +510,10 @@ def test_each_request_has_a_line_at_debug(start: Start) -> None:
     assert (record["peer"], record["request_id"]) == ("127.0.0.1", "r1")
     assert record["ms"] > 0
     assert record["bytes"] > 50
+    refused = daemon.request("POST", "/drain", {}, {"Host": "evil", "X-Request-Id": "r2"})
+    assert refused.status == 403
+    record = daemon.wait_log(lambda r: r.get("request_id") == "r2" and "route" in r)
+    assert (record["route"], record["status"]) == ("none", 403)
 
 
 def test_refusals_are_warned_of_now_and_then(root: Root, start: Start) -> None:
