@@ -3584,6 +3584,9 @@ class Readable(typing.Protocol):
     def wait_for_turn(self) -> None:
         """Look for nothing new until ``work`` is called."""
 
+    def cut(self) -> None:
+        """Close it, whatever is in it."""
+
 
 class OutputTurns:
     """Shares a part of each turn of the reactor fairly among all pipes of all children.
@@ -3611,6 +3614,13 @@ class OutputTurns:
             self._next = self._reactor.callLater(0, self._serve)
         if self._waiting or self._left <= 0 or not self._serve_one(pipe):
             self._enqueue(pipe)
+
+    def cut_ended(self) -> None:
+        """Read no more of what processes that have ended left behind so far."""
+        behind = [pipe for pipe in self._waiting if pipe.is_ending]
+        self._waiting = deque(pipe for pipe in self._waiting if not pipe.is_ending)
+        for pipe in behind:
+            pipe.cut()
 
     def cut(self) -> None:
         """Read nothing from now on: what is not taken yet is cut, and its pipes are closed."""
@@ -4049,6 +4059,12 @@ class PipeReader(ProcessReader):
         self._is_waiting = True
         self.stopReading()
 
+    def cut(self) -> None:
+        """See ``Readable``."""
+        self._is_waiting = False
+        if self.connected:
+            self._close(is_cut=True)
+
     def loseConnection(self) -> None:
         """Read what is there, and close."""
         if self.connected and self._last is None:
@@ -4266,9 +4282,12 @@ class Spawner:
             self._reserved.append(os.open(os.devnull, os.O_RDWR))
         return self._reserved[-1]
 
-    def cut_output(self) -> None:
+    def cut_output(self, *, of_ended: bool = False) -> None:
         """Close the pipes of children instead of reading them: nobody has time for it any more."""
-        self._turns.cut()
+        if of_ended:
+            self._turns.cut_ended()
+        else:
+            self._turns.cut()
 
     def kill_all(self) -> None:
         """Send SIGKILL to every child."""
@@ -4396,8 +4415,9 @@ class Spawner:
         number = self._marks.number_of(pid)
         return Orphan(
             owners=set(self._children) if number is None else {number},
-            # A process that is being started has no environment for a moment.
-            is_marked=number is not None or f"{MARKER}={self._boot_id}".encode() in variables,
+            # One that is being started has no environment for a moment, but its mark already.
+            is_marked=f"{MARKER}={self._boot_id}".encode() in variables
+            or (number is not None and not any(variables)),
             since=self._reactor.seconds(),
         )
 
@@ -15201,11 +15221,13 @@ class ManagerService(Service):
             await maybeDeferred(port.stopListening)
         grace = self.config.shutdown_grace
         ending = [Deferred.fromCoroutine(m.close(grace)) for m in self.modules.values()]
-        # What was written until then is read, but no flood of lines.
-        cutting = self._reactor.callLater(grace, self.spawner.cut_output)
+        # What was written is read, but no flood of lines.
+        later, cut = self._reactor.callLater, self.spawner.cut_output
+        cutting = [later(grace / 2, functools.partial(cut, of_ended=True)), later(grace, cut)]
         await gatherResults([self.executions.close(grace), *ending])
-        if cutting.active():
-            cutting.cancel()
+        for call in cutting:
+            if call.active():
+                call.cancel()
         await self.contracts.close()
         await self._pool.closeCachedConnections()
         self.executions.dispose()
