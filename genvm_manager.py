@@ -1759,7 +1759,7 @@ class Config:
     retention_max_bytes: int = _setting(COUNT, 256 * MIB, "captured output kept in all")
     capture_max_bytes: int = _setting(COUNT, 4 * MIB, "captured output kept per stream")
     shutdown_grace: float = _setting(SECONDS, 0.7, "time from SIGTERM to SIGKILL at shutdown")
-    executor_nice: int = _setting(NICENESS, 5, "by how much executors are nicer than the manager")
+    executor_nice: int = _setting(NICENESS, 10, "by how much executors are nicer than the manager")
     modules: Mapping[str, tuple[str, ...]] = _setting(
         MODULES, {}, "for llm and web: auto, built-in or {command: [...]}"
     )

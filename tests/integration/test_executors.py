@@ -100,7 +100,7 @@ def test_ten_megabytes_of_log(daemon: Daemon, captured: bool) -> None:
     timed(f"/status beside 10 MB of log ({captured=}), the slowest", worst, 0.05)
 
 
-@pytest.mark.parametrize(("flags", "nicer"), [((), 5), (("--executor-nice=0",), 0)])
+@pytest.mark.parametrize(("flags", "nicer"), [((), 10), (("--executor-nice=0",), 0)])
 def test_executors_are_nicer_than_the_manager(
     root: Root, start: Start, flags: tuple[str, ...], nicer: int
 ) -> None:
