@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from genvm_manager import SETTINGS, __version__
+from genvm_manager import MOST_STREAMS, SETTINGS, __version__
 
 from .conftest import Start
-from .support import PROJECT, WAIT, Daemon, Root, eventually, run_body
+from .support import PROJECT, WAIT, Daemon, Root, eventually, run_body, timed
 
 README = PROJECT / "README.md"
 LLM_FILE = (
@@ -545,3 +546,36 @@ def test_a_run_tells_how_long_it_waited(start: Start) -> None:
     record = daemon.wait_log(lambda r: r["message"] == "execution finished")
     assert (record["permits"], record["idempotency_key"]) == (2, "my-key")
     assert 0 <= record["waited_s"] < WAIT
+
+
+def test_an_earlier_value_of_a_key_stays_secret(start: Start) -> None:
+    """Children that were started before have it."""
+    daemon = start()
+    for value in ("the-first-value", "the-second-value"):
+        daemon.post("/env", {"key": "SOME_KEY", "value": value})
+    run = daemon.run("log info the-first-value", "log info the-second-value", capture_output=False)
+    daemon.result(run)
+    daemon.stop()
+    said = [r["message"] for r in daemon.records if r.get("genvm_id") == run]
+    assert said[:2] == ["[redacted]", "[redacted]"]
+
+
+def test_many_followers_hold_up_nobody(start: Start) -> None:
+    """Each event is encoded once; beyond a number of followers the next one is refused."""
+    daemon = start()
+    for number in range(300):
+        daemon.post("/permits", {"permits": 100 + number % 2})
+    with contextlib.ExitStack() as streams:
+        head = b"GET /events HTTP/1.1\r\nHost: localhost\r\nLast-Event-ID: x-1\r\n\r\n"
+        peers = [streams.enter_context(daemon.connect()) for _ in range(MOST_STREAMS)]
+        for peer in peers:
+            peer.sendall(head)
+        begin = time.perf_counter()
+        assert daemon.get("/livez") == {"result": "alive"}
+        timed("/livez beside followers that have missed much", time.perf_counter() - begin, 1.0)
+        for peer in peers:
+            assert peer.recv(15) == b"HTTP/1.1 200 OK"
+        reply = daemon.request("GET", "/events")
+        assert (reply.status, reply.json["code"]) == (503, "resources_exhausted")
+    with following(daemon, "/events", {"Last-Event-ID": "x-1"}) as events:
+        assert next(iter(events))[0] == "missed"
