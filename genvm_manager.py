@@ -2253,8 +2253,8 @@ class LogStream:
 
         Raises ``OSError`` where they cannot be written.
         """
-        view = memoryview(b"\n" + data if self._is_torn else data)
-        self._is_torn = False
+        end_of_torn = b"\n" if self._is_torn else b""
+        view = memoryview(end_of_torn + data)
         while view:
             try:
                 count = os.write(self._fd, view)
@@ -2262,9 +2262,11 @@ class LogStream:
                 select.select((), (self._fd,), ())
                 continue
             except OSError:
-                self._is_torn = len(view) < len(data)
+                missing = len(view) - len(data)
+                self._is_torn = missing < 0 or (missing > 0 and self._is_torn)
                 raise
             view = view[count:]
+        self._is_torn = False
 
     def reopen(self) -> None:
         """Do nothing: what is written to was opened by others."""
