@@ -316,7 +316,6 @@ class Soak:
         try:
             for kind in self.model.modules:
                 await self.stop_module(kind)
-            self.backends.hang_up()
             self.root.manifest.write_text(self.manifest)
             await self.must("POST", "/permits", {"permits": PERMITS})
             await self.must("POST", "/undrain")
@@ -325,10 +324,13 @@ class Soak:
             await self._becomes(name, "processes", self._strangers)
             await self._becomes(name, "temporary files", self.manager.temporary_files)
             if first:
+                self.backends.hang_up()
                 await asyncio.sleep(self.options.retention + 2)
                 self._quiet = self.manager.descriptors()
                 self._check_log(name)
                 return
+            # Only now: what ended meanwhile may have left connections to use again.
+            self.backends.hang_up()
             await self._becomes(name, "descriptors", self._strange_descriptors)
             await self._becomes(name, "threads", self._too_many_threads)
             self._check_log(name)
