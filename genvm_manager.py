@@ -75,7 +75,8 @@ The file has five parts, and each section uses only what stands above it:
    4.3  Practice executor: command line and installation.
    4.4  Demo: a host, a manager and a contract at work.
 5. Assembly:
-   5.1  Assembly and command line: the only section that constructs.
+   5.1  Service: the manager as a Twisted service; the only section that constructs.
+   5.2  Commands: what the command line does.
 """
 
 # ruff: noqa: E402 - what stands between the imports saves the rest of them
@@ -14942,12 +14943,11 @@ def run_demo() -> int:
 
 
 # =============================================================================
-# 5.1 Assembly and command line
+# 5.1 Service
 # =============================================================================
 #
 # Owns how everything above is put together: the service, the listeners, the
-# order of start and shutdown, signals, and the commands. The only section
-# that constructs.
+# order of start and shutdown, signals. The only section that constructs.
 
 #: Seconds in which clients that wait at shutdown get their answers, at the least.
 FAREWELL_SECONDS = 0.2
@@ -15329,6 +15329,13 @@ def makeApplication(environ: Mapping[str, str] = os.environ) -> Any:
     application.setComponent(ILogObserver, service.observer)
     service.setServiceParent(IServiceCollection(application))
     return application
+
+
+# =============================================================================
+# 5.2 Commands
+# =============================================================================
+#
+# Owns the command line: which commands there are, what they take, how they end.
 
 
 def serve(config: Config) -> int:
