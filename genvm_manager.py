@@ -29,10 +29,11 @@ The file has five parts, and each section uses only what stands above it:
    1.3  The reactor: its clock, and whose an event is.
    1.4  Text and schemas: from text and plain data to typed values.
    1.5  Variables: what POST /env sets, and who gets it.
-   1.6  Configuration: settings from flags, environment and file.
-   1.7  Secrets: what is masked.
-   1.8  Logging: JSON lines, levels, a writer that nobody waits for.
-   1.9  Calldata: the binary values that contracts exchange.
+   1.6  Settings: which there are, their forms and defaults.
+   1.7  Configuration: settings from flags, environment and file.
+   1.8  Secrets: what is masked.
+   1.9  Logging: JSON lines, levels, a writer that nobody waits for.
+   1.10 Calldata: the binary values that contracts exchange.
 2. Manager:
    2.1  Versions and manifest: which executor a deployment time selects.
    2.2  Contracts: how a contract's code lies in storage, and which version it states.
@@ -1547,12 +1548,11 @@ class Variables:
 
 
 # =============================================================================
-# 1.6 Configuration
+# 1.6 Settings
 # =============================================================================
 #
-# Owns the settings, their defaults and their precedence (flag, environment,
-# file), and the automatic number of permits. Uses text and schemas. Never
-# touches the reactor.
+# Owns which settings there are: the form of each, its default, its help. Uses
+# text and schemas. Never knows where a value comes from.
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 LOG_LEVELS = {"trace": 5, "debug": 10, "info": 20, "warn": 30, "error": 40, "critical": 50}
@@ -1801,6 +1801,15 @@ SETTINGS: dict[str, SettingKind] = {
 }
 
 
+# =============================================================================
+# 1.7 Configuration
+# =============================================================================
+#
+# Owns where the values of settings come from (flag, environment, file), what
+# holds for them together, and the automatic number of permits. Uses settings.
+# Never touches the reactor.
+
+
 def template_variables(root: Path) -> dict[str, str]:
     """Return the variables that configuration texts may use."""
     return {"exeDir": str(root / "bin"), "genvmRoot": str(root), "genvmVersion": __version__}
@@ -2034,7 +2043,7 @@ def _cgroup_stat(folder: Path, name: str) -> int:
 
 
 # =============================================================================
-# 1.7 Secrets
+# 1.8 Secrets
 # =============================================================================
 #
 # Owns which texts are secret, and their masking wherever text leaves the
@@ -2210,7 +2219,7 @@ def _spellings(secret: str, longest: int, *, all_of_them: bool) -> Iterator[byte
 
 
 # =============================================================================
-# 1.8 Logging
+# 1.9 Logging
 # =============================================================================
 #
 # Owns where log events go: one JSON object (or line of text) each, the level
@@ -2572,7 +2581,7 @@ def event_level(event: LogEvent) -> str:
 
 
 # =============================================================================
-# 1.9 Calldata
+# 1.10 Calldata
 # =============================================================================
 #
 # Owns the binary value format that executors, hosts and modules exchange:
