@@ -9100,8 +9100,8 @@ SPARE_CONNECTIONS, FEW_CONNECTIONS = 4 * KIB, 64
 REFUSED_SECONDS = 60.0
 #: Seconds in which a client that sends too much may still read why it was refused.
 LINGER_SECONDS = 2.0
-#: Seconds for the answer to a client that has shut down its sending side. One that has left looks
-#: the same, and what it waits for is to be cancelled.
+#: Seconds until the answer begins to a client that has shut down its sending side. One that has
+#: left looks the same, and what it waits for is to be cancelled.
 HALF_CLOSED_SECONDS = 1.0
 #: A length of more digits is not a length of anything.
 LENGTH_DIGITS = 18
@@ -9212,8 +9212,14 @@ class ApiChannel(HTTPChannel):
         """The client sends nothing more; what it has asked for may still be answered."""
         if self.answering and not self._refused:
             self.persistent = 0
-            self._linger = self.callLater(HALF_CLOSED_SECONDS, self._close)
+            self._linger = self.callLater(HALF_CLOSED_SECONDS, self._close_unless_read)
         else:
+            self.loseConnection()
+
+    def _close_unless_read(self) -> None:
+        self._linger = None
+        # Who has left is found out by what is sent.
+        if self.requests and not self.requests[0].producer:
             self.loseConnection()
 
     def writeConnectionLost(self) -> None:
@@ -9284,6 +9290,7 @@ class ApiChannel(HTTPChannel):
                 call.cancel()
         self._linger = self._next = None
         self.site.forget(self)
+        self.stopProducing()  # the transport has done it, but not where it was told to close
         HTTPChannel.connectionLost(self, reason)
 
 

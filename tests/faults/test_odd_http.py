@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from ..integration.conftest import Start
-from ..integration.support import Daemon, Root, eventually, run_body, timed
+from ..integration.support import Daemon, Root, eventually, run_body, shell, timed
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,62 @@ def test_a_client_that_leaves_the_queue_by_shutting_down_is_gone_soon(start: Sta
         daemon.waiting(1)
         peer.shutdown(socket.SHUT_WR)
         eventually(lambda: daemon.permits()["waiting"] == 0, what="it is taken off the queue")
+
+
+LARGE = 3_000_000
+
+
+def ask_for(daemon: Daemon, path: str) -> socket.socket:
+    """Ask for something, with little room for what comes, and send nothing more."""
+    peer = socket.socket()
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    peer.settimeout(30)
+    host, _, port = daemon.address.rpartition(":")
+    peer.connect((host, int(port)))
+    peer.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    peer.shutdown(socket.SHUT_WR)
+    return peer
+
+
+def test_who_reads_a_large_answer_slowly_and_sends_nothing_more(root: Root, start: Start) -> None:
+    root.add_shell()
+    daemon = start()
+    genvm_id = daemon.run(**shell(f"head -c {LARGE} /dev/zero | tr '\\0' x"))
+    assert len(daemon.result(genvm_id)["stdout"]) == LARGE
+    peers = [ask_for(daemon, f"/genvm/{genvm_id}") for _ in range(4)]
+    slowly = time.monotonic() + 1.5  # more than HALF_CLOSED_SECONDS
+    reader, *leaving = peers
+    answer = bytearray()
+    while piece := reader.recv(4096 if time.monotonic() < slowly else 1 << 20):
+        answer += piece
+        if time.monotonic() < slowly:
+            time.sleep(0.01)  # a slow reader
+        elif leaving:
+            leaving.pop().close()  # with much unread: the manager gets a reset
+    assert answer.count(b"x") >= LARGE and answer.endswith(b"}\r\n0\r\n\r\n")
+    assert not leaving
+    reader.close()
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.text + daemon.errors
+
+
+def test_who_follows_events_and_sends_nothing_more(start: Start) -> None:
+    daemon = start()
+    with ask_for(daemon, "/events") as peer:
+        seen = bytearray()
+        while b": events" not in seen:
+            seen += peer.recv(4096)
+        peer.settimeout(2.5)  # more than HALF_CLOSED_SECONDS, less than until a heartbeat
+        with pytest.raises(TimeoutError):
+            assert peer.recv(4096)
+        peer.settimeout(30)
+        daemon.post("/permits", {"permits": 7})
+        while b"event: permits" not in seen:
+            piece = peer.recv(4096)
+            assert piece, "it goes on"
+            seen += piece
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.text + daemon.errors
 
 
 def test_a_tls_handshake_is_answered_at_once_by_the_end(daemon: Daemon) -> None:
