@@ -1,0 +1,26 @@
+"""The benchmark works; what it measures is judged by people."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..integration.support import PROJECT
+from .rows import ROWS
+
+
+@pytest.mark.timeout(600)
+def test_every_row_in_its_quick_form(tmp_path: Path) -> None:
+    """Each row gives figures, and the file has their samples."""
+    file = tmp_path / "figures.json"
+    argv = [sys.executable, "-m", "tests.bench", "--quick", "--json", str(file)]
+    text = subprocess.run(argv, cwd=PROJECT, check=True, capture_output=True)
+    found = json.loads(file.read_text())
+    assert {one["row"] for one in found} == set(ROWS)
+    for one in found:
+        assert one["what"].encode() in text.stdout
+        assert one["ours"], one
