@@ -94,6 +94,34 @@ _own, _, _starter = os.environ.pop(_STARTED_BY, "").partition(":")
 PARENT = int(_starter) if _own == str(os.getpid()) else os.getppid()
 
 
+#: Modules of the packages above, of the extra of Twisted's too.
+_NEEDED = (
+    *("OpenSSL", "attrs", "klein", "msgspec", "prometheus_client", "publicsuffixlist"),
+    *("service_identity", "treq", "twisted", "wsproto", "yaml"),
+)
+
+
+def what_is_missing() -> str | None:
+    """Return why this Python cannot run the file, if so, and what can.
+
+    An older Python gets here: it must be able to compile the whole file.
+    """
+    from importlib.util import find_spec
+    from shlex import join
+
+    version = tuple(sys.version_info[:3])
+    gone = [name for name in _NEEDED if find_spec(name) is None]
+    if version < (3, 11):
+        lacks = f"Python 3.11 or newer, and {sys.executable} is {'.'.join(map(str, version))}"
+    elif gone:
+        lacks = f"{', '.join(gone)}, which {sys.executable} does not have"
+    else:
+        return None
+    words = sys.argv[1:] if __name__ == "__main__" else []
+    command = join(["uv", "run", os.path.abspath(__file__), *words])
+    return f"genvm-manager needs {lacks}; this brings what it needs: {command}"
+
+
 def own_command(*words: str) -> list[str]:
     """Return a command line that runs this file, imported where that can be.
 
@@ -125,6 +153,10 @@ def open_standard_streams() -> None:
 
 if __name__ == "__main__":
     open_standard_streams()
+if (_missing := what_is_missing()) is not None:
+    if __name__ == "__main__":
+        sys.exit(_missing)
+    raise ImportError(_missing)
 # Not with options for Python, such as those of a profiler, which would be lost.
 if __name__ == "__main__" and sys.executable and sys.orig_argv[1:] == sys.argv:
     command = own_command(*sys.argv[1:])
@@ -1741,8 +1773,15 @@ class Config:
     host: str = _setting(TEXT, "127.0.0.1", "address to listen on")
     port: int | None = _setting(PORT, None, "port to listen on (default 3999; 0 = any free one)")
     socket: Path | None = _setting(PATH, None, "unix socket to listen on, instead of a port")
-    root: Path = _setting(PATH, Path("."), "GenVM root, which holds executor/, config/ and data/")
-    manifest_path: Path = _setting(PATH, Path("manifest.yaml"), "manifest of executor versions")
+    root: Path = _setting(
+        PATH,
+        Path("."),
+        "GenVM root, which holds executor/, config/ and data/ (default: GENVMROOT, else the folder "
+        "around bin/ if this file is in that, else .)",
+    )
+    manifest_path: Path = _setting(
+        PATH, Path("manifest.yaml"), "manifest (default: data/manifest.yaml in the root)"
+    )
     reroute_to: str | None = _setting(TEXT, None, "executor directory used for every version")
     die_with_parent: bool = _setting(FLAG, False, "shut down when the parent process ends")
     log_level: str = _setting(LEVEL, "info", "trace, debug, info, warn or error")
@@ -1762,7 +1801,7 @@ class Config:
     shutdown_grace: float = _setting(SECONDS, 0.7, "time from SIGTERM to SIGKILL at shutdown")
     executor_nice: int = _setting(NICENESS, 10, "by how much executors are nicer than the manager")
     modules: Mapping[str, tuple[str, ...]] = _setting(
-        MODULES, {}, "for llm and web: auto, built-in or {command: [...]}"
+        MODULES, {}, "for llm and web: auto, built-in or {command: [...]} (default: auto)"
     )
     version_detection: str = _setting(
         DETECTION, "native", "native, or executor to ask the newest executor"
@@ -1872,6 +1911,8 @@ def load_config(
         raise ConfigError("; ".join(problems))
     for label, texts, joiner in reversed(sources):
         origins |= {name: f"{label}{_source_name(name, joiner)}" for name in texts}
+    if environ.get("GENVMROOT"):
+        origins.setdefault("root", "environment variable GENVMROOT")
     given["root"] = root
     explicit = "manifest_path" in given
     given.setdefault("manifest_path", root / "data" / "manifest.yaml")
@@ -1925,6 +1966,9 @@ def _check_together(config: Config, origins: Mapping[str, str]) -> None:
     def refuse(name: str, reason: str) -> NoReturn:
         raise ConfigError(f"{origins.get(name, name)}: {reason}")
 
+    if "root" in origins and not config.root.is_dir():
+        advice = "name the folder of a GenVM release, or make one to try this with practice-root"
+        refuse("root", f"{config.root} is not a folder; {advice}")
     if config.explicit_manifest and not config.manifest_path.exists():
         refuse("manifest_path", f"{config.manifest_path} does not exist")
     if config.reroute_to is not None:
@@ -2445,7 +2489,8 @@ class LogObserver:
         self._config = config
         self.redactor = Redactor()
         self.set_level(config.log_level)
-        on_terminal = config.log_file is None and write is None and os.isatty(fd)
+        self.has_stdout = config.log_file is None and write is None
+        on_terminal = self.has_stdout and os.isatty(fd)
         self._as_text = config.log_format == "text" or (config.log_format == "auto" and on_terminal)
         self._target: LogStream | LogFile = LogStream(fd)
         if config.log_file is not None:
@@ -15162,7 +15207,7 @@ class ManagerService(Service):
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        if self.parent is not None and self.config.log_file is None and _stdout_is_devnull():
+        if self.parent is not None and self.observer.has_stdout and _stdout_is_devnull():
             # twistd went into the background and took stdout with it: say things where they last.
             self.observer.use_file(Path(DAEMON_LOG).absolute())
         self.observer.start()
@@ -15335,12 +15380,77 @@ def makeService(config: Config, reactor: Any = None) -> ManagerService:
     return ManagerService(config, reactor, LogObserver(config), owns_process=owns_process)
 
 
+class TwistdService(ManagerService):
+    """The manager under ``twistd``, which may go into the background before it starts.
+
+    ``stderr`` is where to say why that fails: of it twistd shows 100 characters.
+    """
+
+    stderr: int
+
+    def privilegedStartService(self) -> None:
+        self._try(super().privilegedStartService)
+
+    def startService(self) -> None:
+        self._try(super().startService)
+        os.close(self.stderr)
+
+    def _try(self, start: Callable[[], None]) -> None:
+        try:
+            start()
+        except Exception as error:
+            os.write(self.stderr, f"genvm-manager: {error}\n".encode())
+            raise
+
+
+def _twistd_options() -> Mapping[str, Any]:
+    """Return the options of ``twistd``, where that runs us."""
+    if "twisted.scripts._twistd_unix" not in sys.modules:
+        return {}
+    from twisted.python.usage import UsageError
+    from twisted.scripts._twistd_unix import ServerOptions
+
+    class Options(ServerOptions):
+        def opt_reactor(self, name: str) -> None:
+            """Twistd has installed it."""
+
+        opt_r = opt_reactor
+
+    options = Options()
+    with contextlib.suppress(UsageError):  # of a program that took twistd's code, not its options
+        options.parseOptions()
+    return options
+
+
+def _syslog_writer(prefix: str) -> Callable[[bytes], object]:
+    """Return what writes lines of the log to syslog."""
+    import syslog
+
+    syslog.openlog(prefix, syslog.LOG_PID)
+    return lambda data: [syslog.syslog(line) for line in data.decode().splitlines()]
+
+
 def makeApplication(environ: Mapping[str, str] = os.environ) -> Any:
-    """Return the manager as an application for ``twistd``, configured by environment and file."""
+    """Return the manager as an application for ``twistd``, configured by environment and file.
+
+    The options ``--logfile`` and ``--syslog`` decide where the log goes, in our format.
+    """
+    open_standard_streams()
+    options = _twistd_options()
+    file, to_syslog = options.get("logfile"), options.get("syslog")
     try:
-        service = makeService(load_config({}, environ))
+        if file == "-" and not (options["nodaemon"] or options["debug"]):
+            raise ConfigError("--logfile=-: a daemon has no stdout; name a file, or add --nodaemon")
+        flags = {} if file in (None, "-") else {"log_file": os.path.abspath(file)}
+        config = load_config(flags, environ)
+        if to_syslog or file == "-":
+            config = attrs.evolve(config, log_file=None)
+        write = _syslog_writer(options["prefix"]) if to_syslog else None
+        observer = LogObserver(config, write)
+        service = TwistdService(config, own_reactor(), observer, owns_process=True)
     except ManagerError as error:
         raise SystemExit(f"genvm-manager: {error.message}") from None
+    service.stderr = os.dup(2)
     application = Application("genvm-manager")
     application.setComponent(ILogObserver, service.observer)
     service.setServiceParent(IServiceCollection(application))
@@ -15367,6 +15477,9 @@ def serve(config: Config) -> int:
         print(f"genvm-manager: {error.message}", file=sys.stderr)
         return 1
     reactor.addSystemEventTrigger("before", "shutdown", service.stopService)
+    if os.isatty(2):
+        for address in service.addresses:
+            _tell_where(address, config.auth_token_file)
     reactor.run()
     # Everything is closed. Taking the interpreter apart takes longer than some clients wait.
     sys.stdout.flush()
@@ -15374,14 +15487,44 @@ def serve(config: Config) -> int:
     os._exit(0)
 
 
-def check_config(config: Config) -> int:
-    """Say whether configuration and manifest are valid; returns the exit status of the command."""
+def _tell_where(address: str, token: Path | None) -> None:
+    """Tell a person at a terminal where the manager listens, and how to try that."""
+    words = ["curl", f"http://{address}/status"]
+    if address.startswith("unix://"):
+        path = address.removeprefix("unix://")
+        words = ["curl", "--unix-socket", path, "http://localhost/status"]
+    command = shlex.join(words)
+    if token is not None:
+        command += f' -H "Authorization: Bearer $(cat {shlex.quote(str(token))})"'
+    print(f"listening on {address}; Ctrl-C ends it; try: {command}", file=sys.stderr)
+
+
+def check_config(config: Config, *, strict: bool) -> int:
+    """Say whether configuration and manifest are valid; returns the exit status of the command.
+
+    If it is to be ``strict``, they are not where there is anything to note.
+    """
     store = ManifestStore(config)
     store.load()
-    for note in (*config.notes, *((store.problem,) if store.problem else ())):
+    notes = (*config.notes, *((store.problem,) if store.problem else ()))
+    if strict and notes:
+        raise ConfigError("; ".join(notes))
+    for note in notes:
         print(f"note: {note}")
     print(f"configuration is valid; {len(store.manifest.versions)} executor versions")
     return 0
+
+
+def _help_of(item: Any) -> str:
+    """Return what ``--help`` says about a setting, with its default."""
+    text, default = str(item.metadata["help"]), item.default
+    if default in (None, ()):
+        default = "none"
+    elif isinstance(default, tuple):
+        default = ",".join(default)
+    elif isinstance(default, float):
+        default = f"{default:g}s"
+    return text if "(default" in text else f"{text} (default: {default})"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -15391,7 +15534,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     settings = argparse.ArgumentParser(add_help=False)
-    settings.add_argument("--config", metavar="FILE", help="YAML file with settings")
+    place = "config/genvm-manager.yaml in the root"
+    settings.add_argument("--config", metavar="FILE", help=f"settings as YAML (default: {place})")
     for item in attrs.fields(Config):
         if "kind" not in item.metadata:
             continue
@@ -15400,12 +15544,13 @@ def _parser() -> argparse.ArgumentParser:
         settings.add_argument(
             f"--{item.name.replace('_', '-')}",
             metavar=kind.metavar,
-            help=item.metadata["help"],
+            help=_help_of(item),
             **optional,
         )
     commands.add_parser("serve", parents=[settings], help="run the manager")
     commands.add_parser("manager", parents=[settings], help="the same, as genvm-modules names it")
-    commands.add_parser("check-config", parents=[settings], help="check the settings and exit")
+    check = commands.add_parser("check-config", parents=[settings], help="check the settings")
+    check.add_argument("--strict", action="store_true", help="fail where there is a note, too")
     for name in MODULE_KINDS:
         module = commands.add_parser(name, help=f"run the {name} module alone, without a manager")
         module.add_argument("--config", type=Path, help="its configuration, a YAML file")
@@ -15450,12 +15595,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = {name: text for name, text in options.items() if text is not None}
     try:
         if command == "practice-root":
-            make_practice_root(options["folder"].resolve())
+            folder = options["folder"].resolve()
+            make_practice_root(folder)
+            start = shlex.join([sys.executable, os.path.abspath(__file__), "serve", "--root"])
+            print(
+                f"made {folder}: a GenVM root with one version, {DEMO_VERSION}, which is the "
+                "practice executor (it runs small scripts, not contracts)\n"
+                f"start a manager on it: {start} {shlex.quote(str(folder))}"
+            )
             return 0
         if command in MODULE_KINDS:
             return run_module_alone(command, **options)
+        strict = flags.pop("strict", False)
         config = load_config(flags, os.environ)
-        return check_config(config) if command == "check-config" else serve(config)
+        return check_config(config, strict=strict) if command == "check-config" else serve(config)
     except ManagerError as error:
         print(f"genvm-manager: {error.message}", file=sys.stderr)
         return 1

@@ -102,8 +102,10 @@ def test_every_setting_is_a_flag_a_variable_and_a_key(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     help_text = capsys.readouterr().out
+    options = re.split(r"\n  (?=-)", help_text.partition("options:")[2])
     for name in SETTINGS:
-        assert f"--{name.replace('_', '-')}" in help_text
+        (option,) = (text for text in options if text.startswith(f"--{name.replace('_', '-')} "))
+        assert "(default" in option
         # A wrong value shows that the source is read at all.
         assert name.upper() in refused({}, {f"GENVM_MANAGER_{name.upper()}": "\0"})
 
@@ -359,16 +361,19 @@ def test_the_root_is_else_the_current_folder(
 
 
 def test_root_has_precedence_like_any_setting(tmp_path: Path) -> None:
-    environ = {"GENVMROOT": "/a", "GENVM_MANAGER_ROOT": "/b"}
-    assert load_config({}, environ).root == Path("/b")
+    other = tmp_path / "b"
+    other.mkdir()
+    environ = {"GENVMROOT": "/a", "GENVM_MANAGER_ROOT": str(other)}
+    assert load_config({}, environ).root == other
     assert load_config({"root": str(tmp_path)}, environ).root == tmp_path
-    assert load_config({}, environ).manifest_path == Path("/b/data/manifest.yaml")
+    assert load_config({}, environ).manifest_path == other / "data/manifest.yaml"
 
 
 def test_relative_paths_start_at_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "s").mkdir()
     config = load_config({"root": "r/../s", "socket": "x.sock"}, {})
     assert (config.root, config.socket) == (tmp_path / "s", tmp_path / "x.sock")
 

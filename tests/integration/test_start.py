@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -24,6 +27,7 @@ from .support import (
     PARENT,
     PROJECT,
     SOURCE,
+    WAIT,
     Daemon,
     Pending,
     Root,
@@ -51,6 +55,15 @@ def command(*words: str, cwd: Path = PROJECT, **environ: str) -> subprocess.Comp
         env={**clean, **environ},
         check=False,
     )
+
+
+TWISTD = Path(sys.executable).with_name("twistd")
+#: Stands in for Python's module, whose lines go to the one syslog of the machine.
+SYSLOG = """\
+LOG_PID = 1
+def openlog(prefix, options): print("opened", prefix, file=open({path!r}, "a"))
+def syslog(line): print(line, file=open({path!r}, "a"))
+"""
 
 
 def runs_an_execution(daemon: Daemon) -> None:
@@ -177,10 +190,9 @@ def test_twistd_in_the_background(root: Root) -> None:
     log, pidfile, marker = root.path / "m.log", root.path / "m.pid", f"{MARKER}={uuid.uuid4()}"
     settings = {"ROOT": root.path, "SOCKET": root.path / "m.sock", "LOG_FILE": log}
     environ = {f"GENVM_MANAGER_{name}": str(path) for name, path in settings.items()}
-    program = Path(sys.executable).with_name("twistd")
     try:
         subprocess.run(
-            [str(program), f"--pidfile={pidfile}", "-y", "twistd.tac"],
+            [str(TWISTD), f"--pidfile={pidfile}", "-y", "twistd.tac"],
             check=True,
             timeout=100,
             cwd=PROJECT,
@@ -209,6 +221,75 @@ def test_twistd_with_a_bad_configuration(root: Root) -> None:
         assert '"many"' in daemon.text + daemon.errors
     finally:
         daemon.close()
+
+
+@pytest.mark.parametrize("option", ["--logfile=m.log", "-lm.log", "--logfile=-", "--syslog"])
+def test_twistd_decides_where_the_log_goes(root: Root, tmp_path: Path, option: str) -> None:
+    """Its option wins over the setting; the format is ours."""
+    spoken, log = tmp_path / "syslog", tmp_path / "m.log"
+    (tmp_path / "syslog.py").write_text(SYSLOG.format(path=str(spoken)))
+    setting = tmp_path / "setting.log"
+    environ = {
+        "ROOT": str(root.path),
+        "SOCKET": str(root.path / "m.sock"),
+        "LOG_FILE": str(setting),
+    }
+    daemon = Daemon(
+        [str(TWISTD), "-noy", str(PROJECT / "twistd.tac"), "--prefix=node", option],
+        environ={
+            "PYTHONPATH": str(tmp_path),
+            **{f"GENVM_MANAGER_{name}": text for name, text in environ.items()},
+        },
+        cwd=tmp_path,
+    )
+    try:
+        if option == "--logfile=-":
+            daemon.wait_until_listening()
+            assert not log.exists()
+        else:
+            file = spoken if option == "--syslog" else log
+            eventually(lambda: file.exists() and '"listening"' in file.read_text())
+            assert daemon.text == ""
+            lines = file.read_text().splitlines()
+            if option == "--syslog":
+                assert lines.pop(0) == "opened node"
+            assert all(json.loads(line)["level"] for line in lines)
+        assert not setting.exists()
+    finally:
+        daemon.close()
+
+
+def in_the_background(
+    root: Root, *options: str, **settings: str
+) -> subprocess.CompletedProcess[str]:
+    """Let twistd go into the background; return what reaches whoever starts it."""
+    settings = {"ROOT": str(root.path), **settings}
+    environ = {f"GENVM_MANAGER_{name}": text for name, text in settings.items()}
+    return subprocess.run(
+        [str(TWISTD), f"--pidfile={root.path}/m.pid", *options, "-y", "twistd.tac"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=PROJECT,
+        env={**os.environ, **environ},
+    )
+
+
+def test_twistd_in_the_background_says_whole_why_it_does_not_start(root: Root) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        done = in_the_background(root, f"--logfile={root.path}/m.log", PORT=port)
+    assert done.returncode == 1
+    assert f"genvm-manager: cannot listen on 127.0.0.1:{port}: " in done.stderr
+    assert "choose another --port or --socket\n" in done.stderr
+    root.manifest.write_text("executor_versions:\n  v0.1.0: {available_after: soon}\n" + 50 * "#")
+    done = in_the_background(root, f"--logfile={root.path}/m.log", PORT="0")
+    assert done.returncode == 1
+    assert "genvm-manager: manifest.yaml:2: v0.1.0.available_after: " in done.stderr
+    done = in_the_background(root, "--logfile=-", PORT="0")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "--logfile=-: a daemon has no stdout" in done.stderr
 
 
 def test_twistd_with_a_port_in_use(root: Root) -> None:
@@ -525,6 +606,127 @@ def test_check_config(root: Root) -> None:
     done = command("check-config", "--root", str(root.path))
     assert (done.returncode, done.stderr) == (0, "")
     assert "configuration is valid; 1 executor versions" in done.stdout
+
+
+def test_strict_check_config_fails_where_there_is_a_note(root: Root) -> None:
+    path = root.path / "config" / "genvm-manager.yaml"
+    path.write_text("port: 4000\n")
+    done = command("check-config", "--strict", "--root", str(root.path))
+    assert (done.returncode, done.stderr) == (0, "")
+    path.write_text("threads: 4\n")
+    assert command("check-config", "--root", str(root.path)).returncode == 0
+    done = command("check-config", "--root", str(root.path), "--strict")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "threads has no effect" in done.stderr
+
+
+@pytest.mark.parametrize("subcommand", ["serve", "check-config"])
+@pytest.mark.parametrize("source", ["--root", "GENVM_MANAGER_ROOT", "GENVMROOT", "the file"])
+def test_a_root_that_is_named_must_exist(tmp_path: Path, subcommand: str, source: str) -> None:
+    gone, settings = tmp_path / "gone", tmp_path / "settings.yaml"
+    settings.write_text(f"root: {gone}\n" if source == "the file" else "")
+    words = [subcommand, "--config", str(settings)]
+    if source.startswith("GENVM"):
+        done = command(*words, cwd=PROJECT, **{source: str(gone)})
+    else:
+        done = command(*words, *(["--root", str(gone)] if source == "--root" else []))
+    assert (done.returncode, done.stdout) == (1, "")
+    origin = f"{settings}: root" if source == "the file" else source
+    assert f"{origin}: {gone} is not a folder; name " in done.stderr
+
+
+# --- first minutes ---
+
+
+@pytest.mark.parametrize("name", ["genvm_manager.py", "genvm-manager"])
+def test_an_older_python_is_told_in_one_sentence(tmp_path: Path, name: str) -> None:
+    """The file compiles there; the check is its first statement that needs more than that."""
+    ast.parse(SOURCE.read_text(), feature_version=(3, 8))
+    shutil.copy(SOURCE, tmp_path / name)
+    program = tmp_path / "older.py"
+    program.write_text(
+        "import runpy, sys\n"
+        "sys.version_info = (3, 10, 4, 'final', 0)\n"
+        f"sys.argv = [{name!r}, 'serve', '--root', 'a b']\n"
+        "sys.orig_argv = [sys.executable, *sys.argv]\n"
+        f"runpy.run_path({name!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "needs Python 3.11 or newer" in done.stderr
+    assert " is 3.10.4;" in done.stderr
+    assert done.stderr.endswith(f"uv run {tmp_path / name} serve --root 'a b'\n")
+
+
+def test_a_python_without_the_packages_is_told_in_one_sentence() -> None:
+    argv = [sys.executable, "-I", "-S", str(SOURCE), "check-config"]
+    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=100)
+    done = run(argv, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "needs OpenSSL, attrs, klein, " in done.stderr
+    assert done.stderr.endswith(f"uv run {SOURCE} check-config\n")
+    code = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); import genvm_manager"
+    done = run([sys.executable, "-I", "-S", "-c", code], check=False)
+    assert done.stderr.splitlines()[-1].startswith("ImportError: genvm-manager needs OpenSSL, ")
+
+
+def test_a_practice_root_says_what_it_is_and_what_to_do_next(tmp_path: Path) -> None:
+    folder = tmp_path / "a root"
+    done = command("practice-root", str(folder))
+    assert (done.returncode, done.stderr) == (0, "")
+    made, advice = done.stdout.splitlines()
+    assert made.startswith(f"made {folder}: ")
+    assert "practice executor" in made
+    daemon = Daemon([*shlex.split(advice.partition(": ")[2]), "--port", "0"])
+    try:
+        daemon.wait_until_listening()
+        runs_an_execution(daemon)
+    finally:
+        daemon.close()
+
+
+@pytest.mark.parametrize("listener", ["tcp", "unix"])
+def test_on_a_terminal_serve_says_where_it_listens_and_how_to_try_that(
+    root: Root, listener: str
+) -> None:
+    token = root.path / "token"
+    token.write_text("0123456789abcdef")
+    token.chmod(0o600)
+    listen = ["--port", "0"] if listener == "tcp" else ["--socket", str(root.path / "m.sock")]
+    argv = [sys.executable, str(SOURCE), "serve", "--root", str(root.path), *listen]
+    ours, theirs = os.openpty()
+    with open(ours, "rb", buffering=0) as terminal:
+        process = subprocess.Popen(
+            [*argv, "--auth-token-file", str(token)], stdout=subprocess.DEVNULL, stderr=theirs
+        )
+        os.close(theirs)
+        try:
+            line = terminal.read(4096).decode()
+            while "\n" not in line:
+                line += terminal.read(4096).decode()
+            said, _, advice = line.partition("; try: ")
+            assert said.startswith("listening on ")
+            assert "Ctrl-C" in said
+            done = subprocess.run(
+                ["sh", "-c", advice.strip()],
+                capture_output=True,
+                text=True,
+                timeout=100,
+                check=False,
+            )
+            assert json.loads(done.stdout)["executions"] == {}, done.stderr
+            process.send_signal(signal.SIGINT)
+            assert process.wait(WAIT) == 0
+        finally:
+            process.kill()
+            process.wait()
 
 
 def test_demo() -> None:
