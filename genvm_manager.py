@@ -127,6 +127,7 @@ def own_command(*words: str) -> list[str]:
 
     Python keeps the syntax tree of a script for as long as it runs and compiles it at each start,
     while what is imported comes from the bytecode cache: that saves 24 MiB and 0.2 s a process.
+    Twisted, which can do without TLS, is imported without it: see ``load_http``.
     """
     folder, name = os.path.split(os.path.abspath(__file__))
     module = name.removesuffix(".py")
@@ -134,7 +135,7 @@ def own_command(*words: str) -> list[str]:
     flags = ["-P"] if site.USER_SITE in sys.path else ["-s", "-P"]
     if not (name.endswith(".py") and module.isidentifier()):
         return [sys.executable, *flags, os.path.join(folder, name), *words]
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); sys.modules['OpenSSL'] = None; "
     code += f"from {module} import main; sys.exit(main())"
     return [sys.executable, *flags, "-c", code, folder, *words]
 
@@ -164,6 +165,9 @@ if __name__ == "__main__" and sys.executable and sys.orig_argv[1:] == sys.argv:
         os.environ[_STARTED_BY] = f"{os.getpid()}:{PARENT}"
         os.execv(sys.executable, command)
 
+#: Whether TLS is left out for now: 12 MiB and 0.1 s, which only who asks a server needs.
+IS_LEAN = sys.modules.get("OpenSSL", sys) is None
+
 import argparse
 import ast
 import base64
@@ -179,6 +183,7 @@ import functools
 import gc
 import hashlib
 import hmac
+import importlib
 import inspect
 import io
 import ipaddress
@@ -249,13 +254,11 @@ import attrs
 import hyperlink
 import idna
 import msgspec
-import treq
 import werkzeug.exceptions
 import yaml
 from attrs import Factory, define, field, frozen
 from klein import Klein
 from msgspec import Meta
-from OpenSSL.SSL import Error as SSLError
 from prometheus_client import (
     CollectorRegistry,
     Histogram,
@@ -272,9 +275,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from publicsuffixlist import PublicSuffixList
-from service_identity import VerificationError
-from treq.cookies import IndexableCookieJar
 from twisted.application.service import Application, IServiceCollection, Service
+from twisted.internet import endpoints
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.base import DelayedCall
 from twisted.internet.defer import (
@@ -293,7 +295,6 @@ from twisted.internet.endpoints import (
     TCP4ClientEndpoint,
     TCP6ClientEndpoint,
     connectProtocol,
-    wrapClientTLS,
 )
 from twisted.internet.error import (
     CannotListenError,
@@ -330,18 +331,6 @@ from twisted.protocols.basic import LineReceiver
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
-from twisted.web._newclient import HTTPClientParser
-from twisted.web.client import (
-    URI,
-    Agent,
-    BrowserLikePolicyForHTTPS,
-    GzipDecoder,
-    HostnameCachingHTTPSPolicy,
-    HTTPConnectionPool,
-    ProxyAgent,
-    ResponseDone,
-    ResponseNeverReceived,
-)
 from twisted.web.error import SchemeNotSupported
 from twisted.web.http import RESPONSES, HTTPChannel, PotentialDataLoss
 from twisted.web.http_headers import Headers
@@ -356,6 +345,9 @@ from wsproto.extensions import Extension
 from wsproto.frame_protocol import CloseReason, Opcode, ParseFailed, RsvBits
 from wsproto.utilities import ProtocolError
 from zope.interface import directlyProvides, implementer, providedBy
+
+if IS_LEAN:
+    del sys.modules["OpenSSL"]
 
 __version__ = "0.1.0"
 __all__ = ["Config", "ManagerService", "load_config", "main", "makeApplication", "makeService"]
@@ -666,6 +658,20 @@ class SharedLook(Generic[Value]):
             found.addCallbacks(looking.fire, lambda failure: looking.fail(failure.value))
             found.addBoth(lambda _: setattr(self, "_looking", None))
         return looking.wait()
+
+
+class Late(Generic[Value]):
+    """What is made in a thread when somebody first needs it."""
+
+    def __init__(self, reactor: Any, seconds: float, make: Callable[[], Value]) -> None:
+        self._making = SharedLook(reactor, seconds, make)
+        self.made: Value | None = None
+
+    async def get(self) -> Value:
+        """Return it; see ``SpareThreads.run`` for what is raised."""
+        if self.made is None:
+            self.made = await self._making.result()
+        return self.made
 
 
 def in_thread(
@@ -6353,10 +6359,27 @@ def _writes_json(writes: Sequence[tuple[bytes, bytes]]) -> Iterator[bytes]:
 HTTP_CONNECT_SECONDS = 60.0
 #: A line of a response's head, its end included. Twisted has no way to ask for more than 16 KiB.
 HEADER_LINE_BYTES = 64 * KIB
-HTTPClientParser.MAX_LENGTH = HEADER_LINE_BYTES - 1
+#: Seconds for the code of an HTTP client to come from a disk.
+LOAD_SECONDS = 60.0
 _GZIP = (b"gzip", b"x-gzip")
 #: Statuses without a body; to Twisted the length of these is 0, whatever was sent.
 _BODILESS = (204, 304)
+
+
+def load_http() -> Any:
+    """Import what speaks HTTP and TLS with servers; return how certificates are judged.
+
+    It takes 0.2 s the first time, so it is done in a thread; nothing at the top of this file does
+    it, since most managers and modules wait for a first request.
+    """
+    if IS_LEAN and "OpenSSL" not in sys.modules:
+        importlib.reload(endpoints)  # it knows TLS from now on
+    import treq  # noqa: F401
+    from twisted.web._newclient import HTTPClientParser
+    from twisted.web.client import BrowserLikePolicyForHTTPS
+
+    HTTPClientParser.MAX_LENGTH = HEADER_LINE_BYTES - 1
+    return BrowserLikePolicyForHTTPS()
 
 
 class HttpFailure(Exception):
@@ -6409,6 +6432,8 @@ class BodyReader(Protocol):
                 self.done.errback(_BadBody(f"longer than {self._limit} bytes"))
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
+        from twisted.web.client import ResponseDone
+
         if self.done.called:
             return
         if reason.check(ResponseDone, PotentialDataLoss):
@@ -6477,6 +6502,8 @@ async def reply_of(
     status = None
     try:
         response = await sent
+        from twisted.web.client import GzipDecoder
+
         status = response.code
         # treq's decoder has no limit for what a piece may become.
         raw, reader, unpacked = getattr(response, "original", response), BodyReader(limit), False
@@ -6516,7 +6543,7 @@ def connection_problem(error: BaseException) -> tuple[str, str]:
         return connection_problem(inner[0].value)
     if isinstance(error, DNSLookupError):
         return "dns", str(error)
-    if isinstance(error, (SSLError, VerificationError)):
+    if type(error).__module__.partition(".")[0] in ("OpenSSL", "service_identity"):
         return "tls", str(error) or type(error).__name__
     if isinstance(error, (ConnectTimeoutError, TCPTimedOutError)):
         return "timeout", str(error)
@@ -6689,9 +6716,8 @@ class ProxyEndpoint:
             self._reactor, proxy.host, proxy.port, HTTP_CONNECT_SECONDS
         )
         if proxy.is_tls:
-            policy = BrowserLikePolicyForHTTPS()
-            creator = policy.creatorForNetloc(proxy.host.encode(), proxy.port)
-            endpoint = wrapClientTLS(creator, endpoint)
+            creator = load_http().creatorForNetloc(proxy.host.encode(), proxy.port)
+            endpoint = endpoints.wrapClientTLS(creator, endpoint)
         factory = protocol_factory
         if self._place:
             lines = [f"CONNECT {self._place} HTTP/1.1", f"Host: {self._place}"]
@@ -6730,7 +6756,7 @@ class _TunnelEndpoints:
         host = uri.host.decode()
         place = f"[{host}]:{uri.port}" if ":" in host else f"{host}:{uri.port}"
         endpoint: Any = ProxyEndpoint(self._reactor, self._proxy, place)
-        return wrapClientTLS(self._tls.creatorForNetloc(uri.host, uri.port), endpoint)
+        return endpoints.wrapClientTLS(self._tls.creatorForNetloc(uri.host, uri.port), endpoint)
 
 
 def through_proxy(
@@ -6760,14 +6786,16 @@ class _RoutedAgent:
     """Sends requests directly, or through the proxy that the environment names for them."""
 
     _reactor: Any
-    _pool: HTTPConnectionPool
+    _pool: Any
     _tls: Any
     _direct: Any
     #: For http and for https. The pool keeps connections to a proxy by its agent's endpoint, but
     #: what leads through one by its target: they would serve when there is another proxy, or none.
-    _agents: dict[Proxy, tuple[ProxyAgent, Agent]] = field(factory=dict)
+    _agents: dict[Proxy, tuple[Any, Any]] = field(factory=dict)
 
     def request(self, method: bytes, uri: bytes, headers: Any = None, body: Any = None) -> Any:
+        from twisted.web.client import URI, Agent, HTTPConnectionPool, ProxyAgent
+
         asked = URI.fromBytes(uri)
         try:
             proxy = proxy_for(asked.scheme.decode(), asked.host.decode().strip("[]"), asked.port)
@@ -6777,9 +6805,9 @@ class _RoutedAgent:
             return self._direct.request(method, uri, headers, body)
         if proxy not in self._agents:
             plain = ProxyAgent(ProxyEndpoint(self._reactor, proxy), self._reactor, self._pool)
-            endpoints = _TunnelEndpoints(self._reactor, proxy, self._tls)
+            tunnels = _TunnelEndpoints(self._reactor, proxy, self._tls)
             one_each = HTTPConnectionPool(self._reactor, persistent=False)
-            tunnel = Agent.usingEndpointFactory(self._reactor, endpoints, one_each)
+            tunnel = Agent.usingEndpointFactory(self._reactor, tunnels, one_each)
             self._agents[proxy] = plain, tunnel
         plain, tunnel = self._agents[proxy]
         if asked.scheme == b"https":
@@ -6790,23 +6818,51 @@ class _RoutedAgent:
 # --- the client ---
 
 
+class _LateClient:
+    """treq's client, which is made for the first request."""
+
+    def __init__(self, reactor: Any, use_proxy: bool) -> None:
+        self._reactor = reactor
+        self._use_proxy = use_proxy
+        self._late = Late(reactor, LOAD_SECONDS, self._make)
+
+    def _make(self) -> tuple[Any, Any]:
+        policy = load_http()
+        from treq.client import HTTPClient
+        from treq.cookies import IndexableCookieJar
+        from twisted.web.client import Agent, HostnameCachingHTTPSPolicy, HTTPConnectionPool
+
+        tls, pool = HostnameCachingHTTPSPolicy(policy), HTTPConnectionPool(self._reactor)
+        agent: Any = Agent(self._reactor, tls, connectTimeout=HTTP_CONNECT_SECONDS, pool=pool)
+        if self._use_proxy:
+            agent = _RoutedAgent(self._reactor, pool, tls, agent)
+        refuse_all = DefaultCookiePolicy(allowed_domains=[])
+        return HTTPClient(agent, IndexableCookieJar(refuse_all)), pool
+
+    async def request(self, method: str, url: str, **options: Any) -> Any:
+        client, _ = await self._late.get()
+        return await client.request(method, url, **options)
+
+    async def close(self) -> None:
+        """Close the connections that are kept for further requests."""
+        if self._late.made is not None:
+            await self._late.made[1].closeCachedConnections()
+
+
 @frozen
 class HttpClient:
     """Asks services that the operator names, through one pool of connections."""
 
-    _http: treq.client.HTTPClient
+    _http: Any
 
     @classmethod
-    def create(
-        cls, reactor: Any, pool: HTTPConnectionPool, *, use_proxy: bool = True
-    ) -> HttpClient:
+    def create(cls, reactor: Any, *, use_proxy: bool = True) -> HttpClient:
         """Return a client that verifies certificates and keeps no cookies."""
-        tls = HostnameCachingHTTPSPolicy(cast(Any, BrowserLikePolicyForHTTPS()))
-        agent: Any = Agent(reactor, tls, connectTimeout=HTTP_CONNECT_SECONDS, pool=pool)
-        if use_proxy:
-            agent = _RoutedAgent(reactor, pool, tls, agent)
-        refuse_all = DefaultCookiePolicy(allowed_domains=[])
-        return cls(treq.client.HTTPClient(agent, IndexableCookieJar(refuse_all)))
+        return cls(_LateClient(reactor, use_proxy))
+
+    def close(self) -> Deferred[None]:
+        """Close the connections that are kept for further requests."""
+        return Deferred.fromCoroutine(self._http.close())
 
     async def exchange(
         self,
@@ -6830,6 +6886,8 @@ class HttpClient:
             try:
                 return without_proxy_secrets(await reply_of(sent, limit))
             except HttpFailure as failure:
+                from twisted.web.client import ResponseNeverReceived
+
                 error = failure.__cause__
                 if last or not isinstance(error, ResponseNeverReceived):
                     raise
@@ -11637,7 +11695,7 @@ class LlmService(ModuleService):
         settings = read_llm_settings(setup.config, allow_empty=setup.allow_empty_backends)
         for note in settings.notes:
             cls.log.warn("{text}", text=note)
-        http = HttpClient.create(reactor, HTTPConnectionPool(reactor))
+        http = HttpClient.create(reactor)
         return cls(settings, reactor, LlmClient(reactor, http), redactor)
 
     def statistics(self) -> dict[str, Any]:
@@ -12493,7 +12551,7 @@ class _TargetEndpoints:
         if self._target.scheme == "http":
             return self._endpoint
         host, port = self._target.host.encode(), self._target.port
-        return wrapClientTLS(self._tls.creatorForNetloc(host, port), self._endpoint)
+        return endpoints.wrapClientTLS(self._tls.creatorForNetloc(host, port), self._endpoint)
 
 
 @define(eq=False)
@@ -12502,7 +12560,10 @@ class WebClient:
 
     _reactor: Any
     _rules: UrlRules
-    _tls: BrowserLikePolicyForHTTPS = field(init=False, factory=BrowserLikePolicyForHTTPS)
+    _tls: Late[Any] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._tls = Late(self._reactor, LOAD_SECONDS, load_http)
 
     async def fetch(self, request: WebRequest, traffic: Traffic) -> WebResponse:
         """Return the response at the end of all redirects; raises ``RequestFailure``."""
@@ -12560,9 +12621,11 @@ class WebClient:
             headers.setRawHeaders(b"accept-encoding", [b"gzip"])
         if not headers.hasHeader(b"user-agent"):
             headers.setRawHeaders(b"user-agent", [f"genvm-manager/{__version__}".encode()])
-        endpoints = _TargetEndpoints(self._reactor, target, self._tls, traffic)
+        targets = _TargetEndpoints(self._reactor, target, await self._tls.get(), traffic)
+        from twisted.web.client import Agent, HTTPConnectionPool, ProxyAgent
+
         pool = HTTPConnectionPool(self._reactor, persistent=False)
-        agent = Agent.usingEndpointFactory(self._reactor, endpoints, pool)
+        agent = Agent.usingEndpointFactory(self._reactor, targets, pool)
         send: Callable[..., Deferred[Any]] = agent.request
         body = None if request.body is None else _Body(request.body)
         whole = traffic.limit
@@ -13658,7 +13721,7 @@ class WebService(ModuleService):
         for note in unknown_keys(setup.config, _WebEntry, *MODULE_KEYS):
             cls.log.warn("{text}", text=note)
         rules = settings.rules
-        http = HttpClient.create(reactor, HTTPConnectionPool(reactor))
+        http = HttpClient.create(reactor)
         signer = None if settings.signer is None else RequestSigner(settings.signer, http, reactor)
         renderer: ChromiumRenderer | WebdriverClient | None = None
         if settings.webdriver == LOCAL_CHROMIUM:
@@ -14897,8 +14960,7 @@ class Demo:
         self._reactor = reactor
         self._folder = folder
         self._say = say
-        pool = HTTPConnectionPool(reactor, persistent=False)
-        self._http = HttpClient.create(reactor, pool, use_proxy=False)
+        self._http = HttpClient.create(reactor, use_proxy=False)
         self._base = ""
 
     async def run(self) -> CalldataValue:
@@ -15077,9 +15139,9 @@ class ManagerService(Service):
         self.contracts = ContractOperations(
             config, reactor, self.manifest, self.spawner, variables, self.executions
         )
-        self._pool = HTTPConnectionPool(reactor)
         hide_proxies(observer.redactor)
-        client = LlmClient(reactor, HttpClient.create(reactor, self._pool))
+        self._http = HttpClient.create(reactor)
+        client = LlmClient(reactor, self._http)
         check = AvailabilityCheck(config, reactor, client, variables, observer.redactor)
         self.api = self._make_api(variables, check)
         token = None if config.auth_token_file is None else read_token(config.auth_token_file)
@@ -15292,7 +15354,7 @@ class ManagerService(Service):
             if call.active():
                 call.cancel()
         await self.contracts.close()
-        await self._pool.closeCachedConnections()
+        await self._http.close()
         self.executions.dispose()
         self.api.end_streams()
         if self._parent is not None:

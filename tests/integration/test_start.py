@@ -35,6 +35,7 @@ from .support import (
     children_of,
     command_of,
     eventually,
+    free_port,
     kill,
     processes_with,
     run_body,
@@ -104,6 +105,22 @@ def test_serve_over_tcp(start: Start) -> None:
     for record in daemon.records:
         assert {"time", "level", "message"} <= set(record)
     assert len(daemon.text.splitlines()) == len(daemon.records), "every line is JSON"
+
+
+def test_what_nobody_needs_yet_is_not_loaded(start: Start) -> None:
+    """TLS takes 12 MiB: it comes with the first server that is asked."""
+    daemon = start()
+
+    def has_tls() -> bool:
+        return "cryptography" in Path(f"/proc/{daemon.pid}/maps").read_text()
+
+    assert not has_tls()
+    config = {"provider": "openai-compatible", "key": "k", "model": "m"}
+    prompts = [{"user_message": "OK?", "temperature": 0.0, "max_tokens": 1}]
+    config["host"] = f"https://127.0.0.1:{free_port()}"
+    (found,) = daemon.post("/llm/check", {"configs": [config], "test_prompts": prompts})
+    assert found["error_kind"] == "connect"
+    assert has_tls()
 
 
 def test_serve_over_a_unix_socket(root: Root, start: Start) -> None:
