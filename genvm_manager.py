@@ -154,6 +154,8 @@ def open_standard_streams() -> None:
 
 if __name__ == "__main__":
     open_standard_streams()
+#: Whether TLS is left out for now: 12 MiB and 0.1 s, which only who asks a server needs.
+IS_LEAN = sys.modules.pop("OpenSSL", sys) is None
 if (_missing := what_is_missing()) is not None:
     if __name__ == "__main__":
         sys.exit(_missing)
@@ -165,8 +167,8 @@ if __name__ == "__main__" and sys.executable and sys.orig_argv[1:] == sys.argv:
         os.environ[_STARTED_BY] = f"{os.getpid()}:{PARENT}"
         os.execv(sys.executable, command)
 
-#: Whether TLS is left out for now: 12 MiB and 0.1 s, which only who asks a server needs.
-IS_LEAN = sys.modules.get("OpenSSL", sys) is None
+if IS_LEAN:
+    sys.modules["OpenSSL"] = None  # type: ignore[assignment]  # as own_command did, see there
 
 import argparse
 import ast
