@@ -58,6 +58,8 @@ The file has five parts, and each section uses only what stands above it:
    2.21 HTTP connections: limits.
    2.22 HTTP API: the routes that the reference has, and their kin.
    2.23 HTTP API: operation: probes, figures, lists, events.
+   2.24 HTTP API: script of the page: a client of the API that runs in browsers.
+   2.25 HTTP API: page: what a browser gets at GET /.
 3. Module processes:
    3.1  Module services: connections: WebSocket with bounds.
    3.2  Module services: runtime: setup, orders, statistics, the end.
@@ -9097,7 +9099,10 @@ def error_headers(error: ManagerError) -> dict[str, str]:
 
 @frozen
 class AccessPolicy:
-    """Who may make requests: holders of the token, and no web page of another site."""
+    """Who may make requests: holders of the token, and no web page of another site.
+
+    The manager's own page needs no token: nothing in it is secret, and it asks for one.
+    """
 
     token: str | None
     allowed_hosts: frozenset[str]
@@ -9108,12 +9113,12 @@ class AccessPolicy:
             return
         host = header_text(request, b"host")
         origin = header_text(request, b"origin")
-        if self.token is not None:
+        if self.token is not None and not wants_page(request):
             scheme, _, given = (header_text(request, b"authorization") or "").partition(" ")
             matches = hmac.compare_digest(given.strip().encode("latin-1"), self.token.encode())
             if scheme.lower() != "bearer" or not matches:
                 raise Unauthorized("send the manager's token: Authorization: Bearer <token>")
-        elif host is not None and not self._is_ours(host, request):
+        elif self.token is None and host is not None and not self._is_ours(host, request):
             raise CrossSiteRequest(
                 f"Host {shown(host)} is not this manager; "
                 f"if this is intended, add {shown(host_name(host))} to allowed_hosts"
@@ -9153,6 +9158,12 @@ def header_text(request: Request, name: bytes) -> str | None:
     """Return a header, byte by byte: what is not ASCII is still comparable."""
     value = request.getHeader(name)
     return None if value is None else value.decode("latin-1")
+
+
+def wants_page(request: Request) -> bool:
+    """Tell whether a request is a browser's for the manager's page."""
+    accepted = (header_text(request, b"accept") or "").lower()
+    return request.path == b"/" and request.method in {b"GET", b"HEAD"} and "text/html" in accepted
 
 
 @define(eq=False)
@@ -10040,6 +10051,10 @@ class ApiResource(Resource):
             return self._api.reply_error(request, error)
         except ManagerError as error:
             return self._api.reply_error(request, error)
+        return self.answer(request)
+
+    def answer(self, request: Request) -> Any:
+        """Answer a request that may be made."""
         return self._routes.render(cast(IRequest, request))
 
 
@@ -10464,6 +10479,567 @@ class OperatorApi(Api):
             await stream.run()
         finally:
             self._streams.remove(stream)
+
+
+# =============================================================================
+# 2.24 HTTP API: script of the page
+# =============================================================================
+#
+# Owns what the page does in a browser: a client of the API like any other, which
+# follows the events and asks for what they do not say. Never puts what the
+# manager says into markup.
+
+PAGE_SCRIPT: Final = r"""
+const SHOWN = 100;        // rows of a table
+const KEPT = 50_000;      // characters that are shown of a stream
+const RECORD = 2_000;     // characters that are shown of a record of a log
+const PLOTTED = 600_000, GAP = 70_000;  // milliseconds in all, and between points of a line
+const SILENCE = 35_000;   // milliseconds without a heartbeat, which comes every 15 s
+const LOOK = 10_000;      // milliseconds from one GET /status to the next when nothing happens
+let status = null;        // what GET /status answered last, and what events said since
+let runs = new Map();     // what waits or runs, by id
+let ends = new Map();     // what has ended, by id
+const trouble = { events: "connecting", status: "" };  // of the two sources, while there is some
+let skew = 0;             // milliseconds that the manager's clock is ahead of ours
+const token = sessionStorage.getItem("token") ?? "";
+
+const $ = (id) => document.getElementById(id);
+const now = () => Date.now() + skew;
+const figure = (number) => number.toLocaleString("en");
+const joined = (...texts) => texts.filter(Boolean).join(", ");
+const reason = (error) => error.isAnswer ? error.message : "the manager does not answer";
+const isWaiting = (run) => run.state === "waiting";
+const isLive = () => status && !isAsking && !trouble.events && !trouble.status;
+
+// What the manager says gets into the page by these two, as text.
+function put(element, text, kind = element.className) {
+  if (element.textContent !== (text ?? "")) element.textContent = text;
+  if (element.className !== kind) element.className = kind;
+}
+function make(tag, properties, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  return made.append(...children) ?? made;
+}
+const makeButton = (text, ariaLabel, onclick) => make("button", { ariaLabel, onclick }, text);
+
+function duration(ms) {
+  const s = Math.max(0, ms / 1000), whole = (unit) => Math.floor(s / unit);
+  if (s < 60) return `${s < 10 ? s.toFixed(1) : whole(1)} s`;
+  if (s < 3600) return `${whole(60)} min ${whole(1) % 60} s`;
+  if (s < 86_400) return `${whole(3600)} h ${whole(60) % 60} min`;
+  return `${whole(86_400)} d ${whole(3600) % 24} h`;
+}
+
+// --- asking the manager ---
+// Returns a response that is a success; where a token is needed, the page begins anew with it.
+async function call(method, path, { body, headers, signal } = {}) {
+  const bytes = String.fromCharCode(...new TextEncoder().encode(token));
+  const response = await fetch(path, {
+    method, signal, cache: "no-store", body: body && JSON.stringify(body),
+    headers: { ...headers, ...(token && { Authorization: `Bearer ${bytes}` }) },
+  });
+  const ahead = Date.parse(response.headers.get("date")) - Date.now();
+  if (Math.abs(ahead - skew) > 2000) skew = ahead;  // the header has whole seconds
+  if (response.ok) return response;
+  if (response.status === 401) return askToken();
+  const { error, advice } = await response.json();
+  throw Object.assign(new Error(error), { advice, isAnswer: true });
+}
+const read = async (...asked) => (await call(...asked)).json();
+
+// Yields kind, data and id of Server-Sent Events; calls `heard` whenever anything comes.
+async function* eventsOf(path, options, heard = () => {}) {
+  const { body } = await call("GET", path, options);
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let text = "", piece; !(piece = await reader.read()).done;) {
+    heard();
+    let start = 0, end = Math.max(0, text.length - 1);
+    text += piece.value;
+    while ((end = text.indexOf("\n\n", end)) >= 0) {
+      const lines = text.slice(start, end).split("\n");
+      const event = Object.fromEntries(lines.map((line) => line.split(/: (.*)/s, 2)));
+      if (event.data) yield [event.event, JSON.parse(event.data), event.id];
+      start = end += 2;
+    }
+    text = text.slice(start);
+  }
+}
+
+let isAsking = false;
+function askToken() {
+  if (!isAsking) $("sign-in").showModal();
+  isAsking = true;
+  put($("token-note"), token && "The manager refused that token. Check it and try again.");
+  changed();
+  return new Promise(() => {});
+}
+$("sign-in").onclose = () => $("sign-in").showModal();  // nothing goes without it
+$("token-form").onsubmit = (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("token", $("token").value.trim());
+  location.reload();
+};
+
+// --- what happens ---
+const happened = {
+  queued: (e, at) => runs.set(e.genvm_id, { state: "waiting", version: e.version, since: at }),
+  started: (e, at) => runs.set(e.genvm_id, { state: "running", version: e.version, since: at }),
+  failed: (e, at) => end(e.genvm_id, { ...e, cause: `not started: ${e.code}`, at }),
+  finished: (e, at) => end(e.genvm_id, { ...e, ran: e.ran_ms, at }),
+  permits: (e) => { status.permits.max = e.permits; },
+  drain: (e) => { status.draining = e.draining; },
+  module: (e) => Object.assign(status.modules[e.module], { state: e.state, last_error: e.error }),
+};
+const apply = ([kind, data]) => happened[kind]?.(data, Date.parse(data.time));
+const newestEnds = () => [...ends].sort((a, b) => b[1].at - a[1].at).slice(0, SHOWN);
+function end(id, entry) {
+  runs.delete(id);
+  ends.set(id, entry);
+  if (ends.size > 2 * SHOWN) ends = new Map(newestEnds());
+}
+
+let hearing = null;  // the attempt to hear events: how to end it, and when it heard something
+async function follow() {
+  for (let last, pause = 1000;; pause = Math.min(30_000, 2 * pause)) {
+    const attempt = hearing = Object.assign(new AbortController(), { at: performance.now() });
+    const options = { signal: attempt.signal, headers: last && { "Last-Event-ID": last } };
+    const heard = () => {
+      if (trouble.events) lookAgain();
+      [attempt.at, trouble.events, pause] = [performance.now(), "", 500];
+      changed();
+    };
+    try {
+      for await (const event of eventsOf("events", options, heard)) {
+        last = event[2] ?? last;
+        meanwhile?.push(event);
+        if (event[0] === "missed") lookAgain();
+        else if (status) apply(event);
+        lookAt = Math.min(lookAt, lookedAt + patience);
+      }
+      trouble.events = "the manager has closed the connection";
+    } catch (error) {
+      trouble.events = reason(error);
+    }
+    hearing = null;
+    changed();
+    await new Promise((resolve) => setTimeout(resolve, pause * (0.75 + Math.random() / 2)));
+  }
+}
+
+let meanwhile = null;          // events since GET /status was asked, until it is dealt with
+let lookAt = 0, lookedAt = 0;  // when to ask it, and when that was done last
+let patience = 1000;           // least time in between: more where it takes the manager long
+let isListDue = true;          // whether to ask for those that have ended, too
+const lookAgain = () => { [lookAt, isListDue] = [0, true]; };
+
+// Learns what events do not say: deadlines, permits in use, who has left the queue.
+async function look() {
+  const began = performance.now(), known = runs;
+  [lookAt, meanwhile] = [Infinity, []];
+  try {
+    const answer = await read("GET", "status", { signal: AbortSignal.timeout(30_000) });
+    if (status && status.version !== answer.version) location.reload();
+    if (status && status.boot_id !== answer.boot_id) ends.clear();
+    [status, runs] = [answer, new Map()];
+    for (const [key, entry] of Object.entries(answer.executions)) {
+      const id = Number(key), deadline = Date.parse(entry.strict_deadline);
+      const since = Date.parse(entry.started_at) || known.get(id)?.since;
+      if (!entry.has_result) runs.set(id, { ...entry, since, deadline });
+    }
+    meanwhile.forEach(apply);
+    if (isListDue) {
+      const { executions } = await read("GET", `genvm?state=finished&limit=${SHOWN}`);
+      for (const { id, version, result } of executions) {
+        const at = result.finished_at, ran = at - Date.parse(result.started_at);
+        if (!ends.has(id)) end(id, { ...result, version, at, ran });
+      }
+      $("level").value = (await read("GET", "log/level")).level;
+      isListDue = false;
+    }
+    trouble.status = "";
+  } catch (error) {
+    trouble.status = reason(error);
+  }
+  [meanwhile, lookedAt] = [null, performance.now()];
+  patience = Math.max(1000, 20 * (lookedAt - began));
+  lookAt = lookedAt + (lookAt < Infinity ? patience : Math.max(patience, LOOK));
+  changed();
+}
+
+// --- showing it ---
+let isDrawing = 0;
+function changed() {  // a hidden tab draws when it is seen again
+  isDrawing ||= requestAnimationFrame(() => { isDrawing = 0; draw(); });
+}
+
+// Gives an element a child for each item, which stays the same while its item is there.
+function fill(parent, items, build, refresh) {
+  const focused = document.activeElement, wanted = new Map(items);
+  const rows = parent.rowsByKey ??= new Map();
+  for (const [key, row] of rows) {
+    if (wanted.has(key)) continue;
+    if (row.contains(focused)) parent.closest("section").querySelector("h2").focus();
+    row.remove();
+    rows.delete(key);
+  }
+  items.forEach(([key, item], i) => {
+    if (!rows.has(key)) rows.set(key, build(key, item));
+    const row = rows.get(key);
+    if (parent.children[i] !== row) parent.insertBefore(row, parent.children[i] ?? null);
+    refresh(row, item);
+  });
+  if (parent.contains(focused)) focused.focus({ preventScroll: true });  // it may have moved
+}
+
+let freshAt = Date.now();
+function draw() {
+  const problem = isAsking ? "the token is needed" : trouble.events || trouble.status;
+  put($("link"), problem ? `Not live: ${problem}` : "Live", isLive() ? "good" : "bad");
+  if (isLive()) freshAt = Date.now();
+  put($("as-of"), `as of ${new Date(freshAt).toLocaleTimeString()}`);
+  document.body.classList.toggle("stale", !isLive());
+  if (!status) return;
+  const all = [...runs].sort((a, b) => b[0] - a[0]), ended = newestEnds();
+  const waiting = all.filter(([, run]) => isWaiting(run));
+  const running = all.filter(([, run]) => !isWaiting(run));
+  const { permits, draining } = status, since = performance.now() - lookedAt;
+  fill($("figures"), Object.entries({
+    Running: figure(running.length), Waiting: figure(waiting.length),
+    "Permits in use": `${figure(permits.in_use)} of ${figure(permits.max)}`,
+    "Longest wait": waiting.length ? duration(status.queue.oldest_wait_ms + since) : "none",
+    "Results not read": figure(status.unread), "Up for": duration(status.uptime_s * 1000 + since),
+    "New executions": draining ? "refused (draining)" : "accepted",
+  }), (name) => make("div", {}, make("dt", {}, name), make("dd")),
+  (row, text) => put(row.lastChild, text));
+  fill($("runs"), [...running, ...waiting].slice(0, SHOWN), buildRun, refreshRun);
+  put($("runs-more"), all.length > SHOWN ? `and ${figure(all.length - SHOWN)} more, which are older`
+    : all.length ? "" : "Nothing runs, and nothing waits.");
+  fill($("modules"), Object.entries(status.modules), buildModule, refreshModule);
+  fill($("ends"), ended, buildRow, refreshEnd);
+  put($("ends-more"), ended.length ? `the last ${SHOWN} at most; GET /genvm lists what is kept`
+    : "Nothing has ended lately.");
+  put($("version"), status.version);
+  put($("manifest"), status.manifest.problem);
+  put($("drain"), draining ? "Accept executions again" : "Drain");
+  if (field.dataset.known !== `${permits.max}`) field.value = field.dataset.known = permits.max;
+}
+
+function buildRow(id, { version }, ...buttons) {
+  const cell = () => make("td", {}, make("span"), make("small"));
+  const output = makeButton("Output", `Output of ${id}`, () => showOutput(id));
+  return make("tr", {}, make("td", {}, String(id), make("small", {}, version)), cell(), cell(),
+    make("td", {}, output, ...buttons));
+}
+function putCell(cell, text, small, kind = "") {
+  put(cell.firstChild, text, kind);
+  put(cell.lastChild, small);
+}
+function buildRun(id, run) {
+  const cancel = () => act(`Cancel execution ${id}`, "DELETE", `genvm/${id}`);
+  return buildRow(id, run, makeButton("Cancel", `Cancel ${id}`, cancel));
+}
+function refreshRun(row, { state, since, deadline }) {
+  const left = deadline - now();
+  putCell(row.cells[1], state, since ? `for ${duration(now() - since)}` : "");
+  putCell(row.cells[2], left > 0 ? `in ${duration(left)}` : deadline ? "is over" : "", "");
+}
+function outcome({ cause, exit_code: code, signal }) {
+  return joined(cause !== "exited" && cause, code != null && `exit code ${code}`,
+    signal != null && `signal ${signal}`);
+}
+function refreshEnd(row, end) {
+  const isGood = end.cause === "exited" && end.exit_code === 0;
+  putCell(row.cells[1], outcome(end), "", isGood ? "good" : "bad");
+  const ran = Number.isFinite(end.ran) ? duration(end.ran) : "never";
+  putCell(row.cells[2], ran, `${duration(now() - end.at)} ago`);
+}
+
+function buildModule(kind) {
+  const buttons = ["Start", "Stop", "Restart"].map((verb) => {
+    const what = `${verb} the ${kind} module`, path = `module/${verb.toLowerCase()}`;
+    return makeButton(verb, what, () => act(what, "POST", path, { module_type: kind }));
+  });
+  return make("div", {}, make("h3", {}, `${kind}: `, make("span")), make("p"), make("p"),
+    make("div", { className: "row" }, ...buttons));
+}
+function refreshModule(row, module) {
+  const [head, facts, error] = row.children, { state, address, generation, restarts } = module;
+  put(head.lastChild, state, { running: "good", failed: "bad" }[state] ?? "");
+  const since = Date.parse(module.since), waitsFor = module.waits_for;
+  put(facts, joined(since && `for ${duration(now() - since)}`, address && `at ${address}`,
+    generation && `generation ${generation}`, restarts && `${restarts} restarts`,
+    waitsFor && `waits for ${waitsFor}`), "faint");
+  put(error, module.last_error && `Last error: ${module.last_error}`, "bad");
+}
+
+const points = [];  // when that was known: how many ran, how many waited
+function plot() {
+  const at = performance.now(), waiting = [...runs.values()].filter(isWaiting).length;
+  if (isLive()) points.push({ at, running: runs.size - waiting, waiting });
+  while (points[0]?.at < at - PLOTTED) points.shift();
+  document.title = `${runs.size - waiting} running, ${waiting} waiting - GenVM Manager`;
+  for (const name of ["running", "waiting"]) {
+    const figures = points.map((point) => point[name]), most = Math.max(0, ...figures);
+    const steps = points.map((point, i) => {
+      const x = 600 * (1 - (at - point.at) / PLOTTED), y = 97 - 94 * point[name] / (most || 1);
+      return `${point.at - points[i - 1]?.at < GAP ? "L" : "M"}${x} ${y}`;
+    });
+    $(`${name}-line`).setAttribute("d", steps.join(""));
+    put($(`${name}-text`), `${name}, last 10 minutes: ${figure(Math.min(most, ...figures))} to ${
+      figure(most)}, now ${figure(figures.at(-1) ?? 0)}`);
+  }
+}
+
+// --- output ---
+let showing = new AbortController();
+async function showOutput(id) {
+  showing.abort();
+  const controller = showing = new AbortController(), parts = {};
+  for (const name of ["stdout", "stderr", "log"]) {
+    const pre = make("pre", { tabIndex: 0, ariaLabel: name, role: "region" });
+    parts[name] = { head: make("h3", {}, name, make("small")), pre, text: "", isCut: false };
+  }
+  let told = "It has not ended: what it writes appears here.", isDrawing = 0;
+  const drawParts = () => {
+    isDrawing = 0;
+    if (controller.signal.aborted) return;
+    put($("output-note"), told);
+    for (const { head, pre, text, isCut } of Object.values(parts)) {
+      put(pre, text);
+      put(head.lastChild, isCut ? `: the end; GET /genvm/${id} has what is kept` : "");
+    }
+  };
+  const add = (part, text) => {
+    part.isCut ||= part.text.length + text.length > KEPT;
+    part.text = (part.text + text).slice(-KEPT);
+  };
+  put($("output-head"), `Output of ${id}`);
+  $("streams").replaceChildren(...Object.values(parts).flatMap(({ head, pre }) => [head, pre]));
+  $("output").showModal();
+  drawParts();
+  try {
+    for await (const [kind, data] of eventsOf(`genvm/${id}/events`, controller)) {
+      if (kind === "log") add(parts.log, `${JSON.stringify(data).slice(0, RECORD)}\n`);
+      else if (kind === "missed") parts[data.stream].isCut = true;
+      else if (kind === "finished") told = `It has ended: ${outcome(data)}`;
+      else add(parts[kind], data.text);
+      isDrawing ||= requestAnimationFrame(drawParts);
+    }
+  } catch (error) {
+    told = reason(error);
+  }
+  drawParts();
+}
+$("close-output").onclick = () => $("output").close();
+$("output").onclose = () => $("output").open || showing.abort();
+
+// --- acting ---
+// Does something if whoever is asked says so, and shows how it went.
+async function act(what, method, path, body, more = "") {
+  put($("question"), `${what}?${more}`);
+  put($("yes"), what);
+  $("ask").returnValue = "";
+  $("ask").showModal();
+  // The event comes later than the end: by then another question may be open.
+  await new Promise((resolve) => { $("ask").onclose = () => $("ask").open || resolve(); });
+  let notice = "", problem = "";
+  if ($("ask").returnValue === "yes") {
+    put($("notice"), `${what}: asked for`);
+    lookAt = 0;
+    try {
+      notice = `${what}: ${(await read(method, path, { body })).result.replaceAll("_", " ")}`;
+    } catch (error) {
+      problem = `${what}: ${reason(error)}${error.advice ? `\n${error.advice}` : ""}`;
+    }
+  }
+  put($("notice"), notice);
+  put($("problem"), problem);
+  lookAgain();
+}
+$("yes").onclick = () => $("ask").close("yes");
+$("no").onclick = () => $("ask").close();
+
+function setPermits(permits) {
+  act(`Set permits to ${permits ?? "what memory allows"}`, "POST", "permits", { permits });
+}
+const field = $("permits");
+$("set-permits").onclick = () => field.reportValidity() && setPermits(field.valueAsNumber);
+$("free-permits").onclick = () => setPermits(null);
+$("set-level").onclick = () => {
+  const level = $("level").value;
+  act(`Set log level to ${level}`, "POST", "log/level", { level });
+};
+$("drain").onclick = () => status?.draining ? act("Accept executions again", "POST", "undrain")
+  : act("Drain", "POST", "drain", null, " New executions are refused; the others go on.");
+
+// --- time ---
+function tick() {
+  if (performance.now() >= lookAt && !meanwhile && !document.hidden) look();
+  if (hearing && performance.now() - hearing.at > SILENCE) hearing.abort();
+  changed();
+}
+setInterval(() => { tick(); plot(); }, 1000);
+document.onvisibilitychange = tick;
+follow();
+tick();
+"""
+
+
+# =============================================================================
+# 2.25 HTTP API: page
+# =============================================================================
+#
+# Owns the page that a browser gets at ``GET /``: one document with its style, and
+# the headers that let it use nothing else. Uses its script and the API's answers.
+# Never knows what is going on: the page asks the API.
+
+_STYLE: Final = """
+:root {
+  color-scheme: light dark;
+  --back: light-dark(#f4f5f8, #14171c); --card: light-dark(#fff, #1d2129);
+  --text: light-dark(#1a1e26, #e4e8ef); --faint: light-dark(#59616f, #a0a9b8);
+  --line: light-dark(#d6dae1, #383f4c); --mark: light-dark(#0b5cc4, #7db4ff);
+  --good: light-dark(#0a6b4b, #4fd1a1); --bad: light-dark(#b3261e, #ff9087);
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 0 1rem 1rem; max-width: 72rem; background: var(--back);
+  color: var(--text); font: 1rem/1.45 system-ui, sans-serif; }
+header, dl, .pair, .row { display: flex; flex-wrap: wrap; gap: .5rem 2rem; align-items: baseline; }
+header { margin: 1rem 0; gap: 0 1rem; } .row { gap: .5rem; }
+h1, h2, h3, dd { margin: 0; font-size: 1.2rem; }
+h3 { font-size: 1rem; }
+p, pre, dl { margin: 0 0 .5rem; overflow-wrap: anywhere; }
+small, dt, th, figcaption, .faint { color: var(--faint); font-size: .875rem; font-weight: normal; }
+section, #notice, #problem { margin: 0 0 1rem; padding: .75rem 1rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: .5rem; }
+#problem { border-color: var(--bad); white-space: pre-line; }
+.good { color: var(--good); } .bad { color: var(--bad); }
+.stale section { border-style: dashed; filter: grayscale(1); }
+p:empty, body:not(.stale) #as-of { display: none; }
+.pair > * { flex: 1 1 18rem; margin: .5rem 0 0; min-width: 0; }
+svg { display: block; width: 100%; height: 5rem; border-bottom: 1px solid var(--line); }
+path { fill: none; stroke: var(--mark); stroke-width: 2; vector-effect: non-scaling-stroke; }
+table { width: 100%; border-collapse: collapse; }
+table, dd { font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .75rem .35rem 0; text-align: left; vertical-align: top; }
+td { border-top: 1px solid var(--line); }
+:is(th, td):last-child { text-align: right; padding-right: 0; }
+td small { display: block; }
+button, input, select { font: inherit; color: inherit; min-height: 2.25rem; padding: .2rem .75rem;
+  border: 1px solid var(--faint); border-radius: .35rem; background: var(--card); }
+button:hover { border-color: var(--mark); cursor: pointer; }
+td button { margin: 0 0 .25rem .35rem; }
+input[type="number"] { width: 7rem; }
+:focus-visible { outline: .2rem solid var(--mark); outline-offset: .1rem; }
+dialog { width: min(56rem, 94vw); max-height: 92vh; color: inherit; background: var(--card);
+  border: 1px solid var(--faint); border-radius: .5rem; }
+dialog:has(.row) { max-width: 30rem; }
+pre { padding: .5rem; max-height: 28vh; min-height: 2rem; overflow: auto; background: var(--back);
+  white-space: pre-wrap; font-size: .875rem; }
+@media (max-width: 40rem) {
+  body, section { padding: .5rem; }
+  table { font-size: .875rem; }
+  td button { display: block; width: 100%; padding: 0 .5rem; margin: 0 0 .25rem; }
+}
+"""
+
+_PAGE: Final = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>GenVM Manager</title><link rel="icon" href="data:,">
+<style></style>
+<header>
+  <h1>GenVM Manager <small id="version"></small></h1>
+  <p id="link" role="status">Not live: connecting</p><p id="as-of" class="faint"></p>
+</header>
+<main>
+  <p id="problem" role="alert"></p><p id="notice" role="status"></p>
+  <section aria-label="Overview">
+    <p id="manifest" class="bad"></p><dl id="figures"></dl><div class="pair">
+      <figure><svg viewBox="0 0 600 100" preserveAspectRatio="none" aria-hidden="true">
+        <path id="running-line"/></svg><figcaption id="running-text"></figcaption></figure>
+      <figure><svg viewBox="0 0 600 100" preserveAspectRatio="none" aria-hidden="true">
+        <path id="waiting-line"/></svg><figcaption id="waiting-text"></figcaption></figure>
+    </div>
+  </section>
+  <section aria-labelledby="runs-head">
+    <h2 id="runs-head" tabindex="-1">Running and waiting</h2>
+    <table aria-labelledby="runs-head">
+      <thead><tr><th>Execution<th>State<th>Deadline<th>Actions</thead><tbody id="runs"></tbody>
+    </table><p id="runs-more" class="faint"></p>
+  </section>
+  <section><h2>Controls</h2>
+    <div class="pair">
+      <div class="row"><label for="permits">Permits (0 pauses)</label>
+        <input id="permits" type="number" min="0" max="1000000" required>
+        <button id="set-permits">Set permits</button>
+        <button id="free-permits">By memory</button></div>
+      <div class="row"><label for="level">Log level</label>
+        <select id="level"><option>trace<option>debug<option>info<option>warn<option>error</select>
+        <button id="set-level">Set log level</button><button id="drain">Drain</button></div>
+    </div>
+  </section>
+  <section><h2>Modules</h2><div id="modules" class="pair"></div></section>
+  <section aria-labelledby="ends-head">
+    <h2 id="ends-head" tabindex="-1">Recent ends</h2>
+    <table aria-labelledby="ends-head">
+      <thead><tr><th>Execution<th>Outcome<th>Ran<th>Actions</thead><tbody id="ends"></tbody>
+    </table><p id="ends-more" class="faint"></p>
+  </section>
+</main>
+<dialog id="ask" aria-labelledby="question">
+  <p id="question"></p>
+  <div class="row"><button id="no" autofocus>Leave it</button><button id="yes"></button></div>
+</dialog>
+<dialog id="output" aria-labelledby="output-head">
+  <h2 id="output-head" tabindex="-1" autofocus></h2><p id="output-note" role="status"></p>
+  <div id="streams"></div><button id="close-output">Close</button>
+</dialog>
+<dialog id="sign-in" aria-labelledby="sign-in-head">
+  <h2 id="sign-in-head">This manager asks for its token</h2>
+  <p id="token-note" role="alert" class="bad"></p>
+  <form id="token-form" class="row"><label for="token">Token, kept in this tab only</label>
+    <input id="token" type="password" autocomplete="off" required><button>Use it</button></form>
+</dialog>
+<script type="module"></script>
+"""
+
+
+@functools.cache
+def _page() -> tuple[bytes, dict[str, str]]:
+    """Return the page and its headers; made when somebody first looks at it."""
+    texts = {"style": _STYLE, "script": PAGE_SCRIPT}
+    page, sources = _PAGE, []
+    for tag, text in texts.items():
+        page = page.replace(f"</{tag}>", f"{text}</{tag}>")
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        sources.append(f"{tag}-src 'sha256-{digest}'; ")
+    policy = (
+        f"default-src 'none'; {''.join(sources)}connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    return page.encode(), {
+        "content-type": "text/html; charset=utf-8",
+        "content-security-policy": policy,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",
+        "vary": "accept",
+    }
+
+
+class PageResource(ApiResource):
+    """The root of the site: the page for a browser, else the API."""
+
+    def answer(self, request: Request) -> Any:
+        """Answer a request that may be made."""
+        if not wants_page(request):
+            return super().answer(request)
+        cast(ApiRequest, request).route = "/"
+        page, headers = _page()
+        for name, value in headers.items():
+            request.setHeader(name, value)
+        return page
 
 
 ###############################################################################
@@ -15151,7 +15727,7 @@ class ManagerService(Service):
             observer.redactor.keep("token", (token,))
         hosts = frozenset(name.lower() for name in config.allowed_hosts)
         policy = AccessPolicy(token, hosts)
-        self.site = ApiSite(ApiResource(self.api, policy), reactor, config, policy)
+        self.site = ApiSite(PageResource(self.api, policy), reactor, config, policy)
         self.site.answered = self.api.note_answer
         self._ports: list[Any] = []
         self._parent: ParentWatch | None = None
