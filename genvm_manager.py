@@ -4116,6 +4116,9 @@ class ParentWatch:
 #: Seconds between looks at orphans that were killed but are not reaped yet, and at all others.
 ORPHAN_RETRY_SECONDS = 0.02
 ORPHAN_POLL_SECONDS = 1.0
+#: A look takes 1 ms with a thousand children: the next one waits so many times as long, at most
+#: so many seconds.
+ORPHAN_PAUSE, ORPHAN_PAUSE_SECONDS = 50, 0.1
 #: Seconds for an orphan without the marker to tidy up, as the guardian would let it.
 ORPHAN_GRACE_SECONDS = 0.7
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -4234,6 +4237,36 @@ class ChildProcess(Process):
     processReaderFactory = PipeReader
 
 
+class Reaper:
+    """Finds the children that have ended, by asking the kernel which they are.
+
+    Twisted asks for each child that it knows whenever one ends. For all of ours, this stands in its
+    table instead.
+    """
+
+    def __init__(self) -> None:
+        self.processes: dict[int, LeanProcess] = {}
+        table: dict[Any, Any] = reapProcessHandlers
+        table[self] = self
+
+    def take(self, process: LeanProcess) -> None:
+        """Look for the end of a process, if Twisted has not seen it yet."""
+        if process.pid is not None and reapProcessHandlers.pop(process.pid, None) is not None:
+            self.processes[process.pid] = process
+
+    def reapProcess(self) -> None:
+        """One or more children have ended."""
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        with contextlib.suppress(ChildProcessError):
+            while (found := os.waitid(os.P_ALL, 0, flags)) is not None:
+                if found.si_pid not in self.processes:
+                    # Somebody else's, such as an orphan, stands before others until it is reaped.
+                    for process in [*self.processes.values()]:
+                        process.reapProcess()
+                    return
+                self.processes[found.si_pid].reapProcess()
+
+
 class LeanProcess(ChildProcess):
     """A process that is spawned without looking at every descriptor and signal of ours.
 
@@ -4242,6 +4275,19 @@ class LeanProcess(ChildProcess):
     descriptors lie above those of a child. Should Twisted rename the hook below, its own way is
     taken, which is slower and no worse.
     """
+
+    def __init__(self, reaper: Reaper, *arguments: Any, **options: Any) -> None:
+        self._reaper = reaper
+        ChildProcess.__init__(self, *arguments, **options)
+        reaper.take(self)
+
+    def reapProcess(self) -> None:
+        """Look whether it has ended; Twisted then takes it from its own table."""
+        pid = cast(int, self.pid)
+        if self._reaper.processes.pop(pid, None) is not None:
+            reapProcessHandlers[pid] = self
+        ChildProcess.reapProcess(self)
+        self._reaper.take(self)
 
     def _trySpawnInsteadOfFork(
         self,
@@ -4309,7 +4355,8 @@ class Spawner:
     def __init__(self, reactor: Any, boot_id: str, *, owns_process: bool) -> None:
         self._reactor = reactor
         self._owns_process = owns_process
-        self._process = LeanProcess if owns_process else ChildProcess
+        self._reaper = reaper = Reaper() if owns_process else None
+        self._process = functools.partial(LeanProcess, reaper) if reaper else ChildProcess
         self._devnull: int | None = None
         self._reserved: list[int] = []
         self._guardian: Guardian | None = None
@@ -4319,6 +4366,7 @@ class Spawner:
         self._sweep_call: DelayedCall | None = None
         self._orphans: dict[int, Orphan] = {}
         self._orphan_grace = ORPHAN_GRACE_SECONDS
+        self._sweep_pause = 0.0
         self._orphans_ended: Event[None] | None = None
         self._afters: dict[int, Callable[[], object]] = {}
         self._siblings = ""
@@ -4438,14 +4486,14 @@ class Spawner:
         if after is not None:
             self._afters[number] = after
         if child.exited:
-            self._sweep_within(0)
+            self._sweep_within(self._sweep_pause)
         else:
             self._children[number] = child
             self._sweep_within(ORPHAN_POLL_SECONDS)
 
     def _forget(self, number: int) -> None:
         self._children.pop(number, None)
-        self._sweep_within(0)
+        self._sweep_within(self._sweep_pause)
 
     def _sweep_within(self, seconds: float) -> None:
         """Look for orphans soon."""
@@ -4458,20 +4506,21 @@ class Spawner:
 
     def _call_afters(self) -> None:
         """Tell whose child is gone with all that came from it."""
-        owners = set(self._children).union(*(orphan.owners for orphan in self._orphans.values()))
-        for number in self._afters.keys() - owners:
+        owners = set[int]().union(*(orphan.owners for orphan in self._orphans.values()))
+        for number in [n for n in self._afters if n not in self._children and n not in owners]:
             self._afters.pop(number)()
 
     def _sweep(self) -> None:
         """Reap orphans that ended, and kill those whose owner has ended."""
-        self._sweep_call = None
+        self._sweep_call, begin = None, self._reactor.seconds()
         try:
             with open(self._siblings, "rb", buffering=0) as file:
                 ours = file.readall().split()
         except OSError:
             ours = []
-        # Twisted knows every process that was started on purpose.
-        pids = set(map(int, ours)).difference(reapProcessHandlers)
+        # These are all that were started on purpose.
+        known = self._reaper.processes if self._reaper is not None else ()
+        pids = set(map(int, ours)).difference(reapProcessHandlers, known)
         self._orphans = {pid: self._orphans.get(pid) or self._orphan(pid) for pid in pids}
         ending = False
         for pid, orphan in list(self._orphans.items()):
@@ -4486,6 +4535,8 @@ class Spawner:
         if not self._orphans and self._orphans_ended is not None:
             self._orphans_ended.fire(None)
         self._call_afters()
+        took = self._reactor.seconds() - begin
+        self._sweep_pause = min(ORPHAN_PAUSE * took, ORPHAN_PAUSE_SECONDS)
         if self._orphans or self._children:
             ending = ending or self._orphans_ended is not None or not self._children
             self._sweep_within(ORPHAN_RETRY_SECONDS if ending else ORPHAN_POLL_SECONDS)
