@@ -41,25 +41,27 @@ The file has five parts, and each section uses only what stands above it:
    2.4  Child processes: output, killing, the end.
    2.5  Guardian: nothing outlives a manager that is killed.
    2.6  Spawning: starting and reaping children; nothing is left behind.
-   2.7  Execution records: one each, with its output and result.
-   2.8  Executions: from request to the end of retention.
-   2.9  Host state: a contract's storage, calldata and rights in memory.
-   2.10 Embedded host: the host's side of the protocol that executors speak.
-   2.11 Contract operations: version, deployment writes, schema.
-   2.12 Outgoing HTTP: a response, with limits.
-   2.13 Outgoing HTTP: proxies and client.
-   2.14 LLM providers: how each kind of provider is asked, and what it answers.
-   2.15 LLM client: the exchange with a provider, and what went wrong.
-   2.16 Availability check: every configuration with every prompt.
-   2.17 Module processes: setup, address, and what one process says.
-   2.18 Modules: the LLM and Web modules over time.
-   2.19 Events and metrics: what the manager tells of itself.
-   2.20 HTTP answers and access: errors as JSON, who may ask.
-   2.21 HTTP connections: limits.
-   2.22 HTTP API: the routes that the reference has, and their kin.
-   2.23 HTTP API: operation: probes, figures, lists, events.
-   2.24 HTTP API: script of the page: a client of the API that runs in browsers.
-   2.25 HTTP API: page: what a browser gets at GET /.
+   2.7  Execution requests: what clients ask to run, and what they hear of it.
+   2.8  Execution records: one each, with its output and result.
+   2.9  Executions: from request to the end of retention.
+   2.10 Host state: a contract's storage, calldata and rights in memory.
+   2.11 Embedded host: the host's side of the protocol that executors speak.
+   2.12 Contract operations: version, deployment writes, schema.
+   2.13 Outgoing HTTP: a response, with limits.
+   2.14 Outgoing HTTP: proxies and client.
+   2.15 LLM providers: how each kind of provider is asked, and what it answers.
+   2.16 LLM client: the exchange with a provider, and what went wrong.
+   2.17 Availability check: every configuration with every prompt.
+   2.18 Module processes: setup, address, and what one process says.
+   2.19 Modules: the LLM and Web modules over time.
+   2.20 Events and metrics: what the manager tells of itself.
+   2.21 HTTP answers and access: errors as JSON, who may ask.
+   2.22 HTTP connections: limits.
+   2.23 HTTP API: answers: their classes.
+   2.24 HTTP API: the routes that the reference has, and their kin.
+   2.25 HTTP API: operation: probes, figures, lists, events.
+   2.26 HTTP API: script of the page: a client of the API that runs in browsers.
+   2.27 HTTP API: page: what a browser gets at GET /.
 3. Module processes:
    3.1  Module services: connections: WebSocket with bounds.
    3.2  Module services: runtime: setup, orders, statistics, the end.
@@ -262,7 +264,7 @@ import werkzeug.exceptions
 import yaml
 from attrs import Factory, define, field, frozen
 from klein import Klein
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 from prometheus_client import (
     CollectorRegistry,
     Histogram,
@@ -392,7 +394,7 @@ __all__ = ["Config", "ManagerService", "load_config", "main", "makeApplication",
 #
 # Owns every error that a client or an operator can meet, each with a stable
 # code. Uses nothing but the standard library. Never knows an HTTP status: the
-# table that maps codes to statuses is in section 2.20.
+# table that maps codes to statuses is in section 2.21.
 
 
 class ManagerError(Exception):
@@ -4602,26 +4604,46 @@ def _spawn_error(error: OSError, program: str) -> SpawnFailed:
 
 
 # =============================================================================
-# 2.7 Execution records
+# 2.7 Execution requests
 # =============================================================================
 #
-# Owns what one execution is: the request, the states, the captured output,
-# the result as JSON. Uses permits and children. Never starts or ends one.
+# Owns what clients ask to run and what they hear of it, as classes: the
+# request, states, results, events; and the forms of times and ids in answers.
+# Uses text. Never starts or ends anything.
 
 EXTRA_ARGUMENTS_MAX = 4096
-LOG_MAX_RECORDS = 10_000
-LOG_MAX_BYTES = 16 * MIB
-LOG_LINE_MAX_BYTES = 6 * MIB
-#: A line with more members is kept as text: reading them would hold the reactor.
-LOG_LINE_MAX_MEMBERS = 50_000
-#: What is kept of the stderr of a run whose output nobody asked for.
-UNREAD_STDERR_BYTES = 2000
-#: The same for a line that goes to the manager's log, where each member is looked at for secrets.
-FORWARDED_MEMBERS = 1000
-#: The last two digits of an id are for the number of the manager, should several share a machine.
-ID_STEP = 100
-#: Ids count tenths of milliseconds since 2025 at first, and stay below 2**53 until the year 2310.
-ID_EPOCH = 1_735_689_600
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """An answer, or a part of one: its JSON has the fields in their order.
+
+    Where ``tag_field`` is ``result``, the answer begins with that member.
+    """
+
+
+def about(text: str, *examples: object) -> Meta:
+    """Return what a field means, for the documentation of the API."""
+    return Meta(description=text, examples=[*examples] or None)
+
+
+#: Forms of values in answers; the documentation shows a title beside what the field means.
+Instant = Annotated[
+    str,
+    Meta(
+        title="RFC 3339 text, UTC",
+        extra_json_schema={"format": "date-time"},
+        examples=["2025-06-01T12:00:00.000Z"],
+    ),
+]
+EpochMilliseconds = Annotated[
+    int, Meta(title="milliseconds since 1970-01-01 UTC", examples=[1748779200000])
+]
+Milliseconds = Annotated[float, Meta(title="milliseconds", ge=0)]
+Count = Annotated[int, Meta(ge=0)]
+OutputName = Literal["stdout", "stderr", "genvm_log"]
+GenvmId = Annotated[
+    int, Meta(description="The id of the execution.", ge=0, examples=[445672800001200])
+]
 
 
 class HostAddress(str):
@@ -4718,20 +4740,6 @@ class RunRequest:
         ]
 
 
-def executor_program(root: Path, version: str) -> str:
-    """Return the path of an executor."""
-    return f"{root}/executor/{version}/bin/genvm"
-
-
-def execution_ids(start: float) -> Iterator[int]:
-    """Yield the ids of a manager that starts at ``start``, in seconds since the epoch.
-
-    None was used by an earlier start, since no manager starts 10,000 executions a second, unless
-    the clock was set back in between to the very moment of that start.
-    """
-    return itertools.count(max(1, round((start - ID_EPOCH) * 10_000)) * ID_STEP, ID_STEP)
-
-
 class State(enum.Enum):
     """Where an execution stands; ``TRANSITIONS`` says what may follow."""
 
@@ -4758,6 +4766,132 @@ class Cause(enum.Enum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     SHUTDOWN = "shutdown"
+
+
+class ExecutionOutcome(Reply, frozen=True, kw_only=True):
+    """How an execution ended, without its output."""
+
+    finished_at: Annotated[EpochMilliseconds, about("When it ended.")]
+    exit_code: Annotated[int | None, about("Null where a signal ended it, or it never ran.", 0)]
+    signal: Annotated[int | None, about("The number of the signal that ended it.", None)]
+    cause: Cause
+    started_at: Annotated[Instant | None, about("When its process was started.")]
+    version: Annotated[str, about("The executor that ran it.", "v0.2.3")]
+    truncated: Annotated[
+        list[OutputName], about("The outputs of which only the last part is kept.")
+    ]
+
+
+class ExecutionResult(ExecutionOutcome, frozen=True, kw_only=True):
+    """How an execution ended, with its output as far as ``capture_output`` asked for it."""
+
+    stdout: Annotated[str, about("What it wrote, as UTF-8 text.", "hello\n")]
+    stderr: Annotated[str, about("What it wrote, as UTF-8 text.", "")]
+    genvm_log: Annotated[
+        list[dict[str, Any]],
+        about(
+            "Its log records as the executor wrote them: `level` is always there. The manager adds "
+            "no time; what an executor says of time is in its own form.",
+            [{"level": "info", "message": "started"}],
+        ),
+    ]
+
+
+class ExecutionSummary(Reply, frozen=True, kw_only=True):
+    """An execution in a list."""
+
+    state: State
+    version: Annotated[str, about("The executor that runs it.", "v0.2.3")]
+    is_sync: Annotated[bool, about("True holds one permit, false two.")]
+    started_at: Annotated[Instant | None, about("When its process was started.")]
+    strict_deadline: Annotated[Instant | None, about("When it is told to end.")]
+    has_result: Annotated[bool, about("Whether `GET /genvm/{genvm_id}` has its result.")]
+    result: ExecutionOutcome | None
+
+
+class Happening(Reply, frozen=True, kw_only=True):
+    """What an event of ``GET /events`` tells; ``kind`` is its name."""
+
+    kind: ClassVar[str]
+    time: Annotated[Instant, about("When it happened.")]
+
+
+class QueuedEvent(Happening, frozen=True, kw_only=True):
+    """An execution waits for permits."""
+
+    kind = "queued"
+    genvm_id: GenvmId
+    version: str
+    permits: Annotated[int, about("How many it needs.")]
+
+
+class StartedEvent(Happening, frozen=True, kw_only=True):
+    """The process of an execution was started."""
+
+    kind = "started"
+    genvm_id: GenvmId
+    version: str
+    waited_ms: Annotated[Milliseconds, about("From the request to the start.")]
+    spawn_ms: Annotated[Milliseconds, about("The start itself.")]
+
+
+class FailedEvent(Happening, frozen=True, kw_only=True):
+    """The process of an execution could not be started."""
+
+    kind = "failed"
+    genvm_id: GenvmId
+    version: str
+    code: Annotated[str, about("The code of the error.", "spawn_failed")]
+
+
+class FinishedEvent(Happening, frozen=True, kw_only=True):
+    """An execution has ended, and its result can be read."""
+
+    kind = "finished"
+    genvm_id: GenvmId
+    version: str
+    cause: Cause
+    exit_code: int | None
+    signal: int | None
+    ran_ms: Annotated[Milliseconds | None, about("From the start to the end of its output.")]
+    captured_bytes: Annotated[Count, about("Output that the result has.")]
+    dropped_bytes: Annotated[Count, about("Output beyond what the result keeps.")]
+
+
+# =============================================================================
+# 2.8 Execution records
+# =============================================================================
+#
+# Owns what one execution is: its state, the captured output, the result as
+# JSON. Uses requests, permits and children. Never starts or ends one.
+
+LOG_MAX_RECORDS = 10_000
+LOG_MAX_BYTES = 16 * MIB
+LOG_LINE_MAX_BYTES = 6 * MIB
+#: A line with more members is kept as text: reading them would hold the reactor.
+LOG_LINE_MAX_MEMBERS = 50_000
+#: What is kept of the stderr of a run whose output nobody asked for.
+UNREAD_STDERR_BYTES = 2000
+#: The same for a line that goes to the manager's log, where each member is looked at for secrets.
+FORWARDED_MEMBERS = 1000
+#: The last two digits of an id are for the number of the manager, should several share a machine.
+ID_STEP = 100
+#: Ids count tenths of milliseconds since 2025 at first, and stay below 2**53 until the year 2310.
+ID_EPOCH = 1_735_689_600
+
+
+def executor_program(root: Path, version: str) -> str:
+    """Return the path of an executor."""
+    return f"{root}/executor/{version}/bin/genvm"
+
+
+def execution_ids(start: float) -> Iterator[int]:
+    """Yield the ids of a manager that starts at ``start``, in seconds since the epoch.
+
+    None was used by an earlier start, since no manager starts 10,000 executions a second, unless
+    the clock was set back in between to the very moment of that start.
+    """
+    return itertools.count(max(1, round((start - ID_EPOCH) * 10_000)) * ID_STEP, ID_STEP)
 
 
 @define(eq=False)
@@ -4910,9 +5044,9 @@ class Capture:
         return self.records.dropped + sum(t.seen - t.size for t in self.tails.values())
 
     @property
-    def truncated(self) -> list[str]:
+    def truncated(self) -> list[OutputName]:
         """Names of what was cut."""
-        cut = {
+        cut: dict[OutputName, bool] = {
             "stdout": self.tails[STDOUT].truncated,
             "stderr": self.tails[STDERR].truncated,
             "genvm_log": self.records.truncated,
@@ -5007,22 +5141,22 @@ class Execution:
         """Return the entry of ``GET /status``."""
         if self.summary:
             return self.summary
-        entry = {
-            "state": self.state.value,
-            "version": self.version,
-            "is_sync": self.request.is_sync,
-            "started_at": None if self.started_at is None else timestamp_of(self.started_at),
-            "strict_deadline": None if self.deadline is None else timestamp_of(self.deadline),
-            "has_result": self.state is State.FINISHED,
-            "result": self.outcome() if self.state is State.FINISHED else None,
-        }
+        entry = ExecutionSummary(
+            state=self.state,
+            version=self.version,
+            is_sync=self.request.is_sync,
+            started_at=None if self.started_at is None else timestamp_of(self.started_at),
+            strict_deadline=None if self.deadline is None else timestamp_of(self.deadline),
+            has_result=self.state is State.FINISHED,
+            result=self.outcome() if self.state is State.FINISHED else None,
+        )
         text = json_of(entry)
         if self.state is State.FINISHED:
             self.summary = text
         return text
 
     def result_pieces(self) -> Iterator[bytes]:
-        """Yield the JSON of ``status`` in ``GET /genvm/{id}``; ``null`` before the end."""
+        """Yield the JSON of an ``ExecutionResult``; ``null`` before the end."""
         if self.state is not State.FINISHED:
             yield b"null"
             return
@@ -5030,18 +5164,18 @@ class Execution:
         yield from (NO_CAPTURE,) if self.capture is None else self.capture.json_pieces()
         yield b"}"
 
-    def outcome(self) -> dict[str, object]:
+    def outcome(self) -> ExecutionOutcome:
         """Return the result of a finished execution, without its output."""
         assert self.cause is not None and self.finished_at is not None
-        return {
-            "finished_at": int(self.finished_at * 1000),
-            "exit_code": None if self.exit is None else self.exit.code,
-            "signal": None if self.exit is None else self.exit.signal,
-            "cause": self.cause.value,
-            "started_at": None if self.started_at is None else timestamp_of(self.started_at),
-            "version": self.version,
-            "truncated": [] if self.capture is None else self.capture.truncated,
-        }
+        return ExecutionOutcome(
+            finished_at=int(self.finished_at * 1000),
+            exit_code=None if self.exit is None else self.exit.code,
+            signal=None if self.exit is None else self.exit.signal,
+            cause=self.cause,
+            started_at=None if self.started_at is None else timestamp_of(self.started_at),
+            version=self.version,
+            truncated=[] if self.capture is None else self.capture.truncated,
+        )
 
 
 class LogForwarder:
@@ -5094,7 +5228,7 @@ class LogForwarder:
 
 
 # =============================================================================
-# 2.8 Executions
+# 2.9 Executions
 # =============================================================================
 #
 # Owns every execution from its request to the end of its retention: the
@@ -5351,7 +5485,7 @@ class Executions:
         execution.place.addCallback(self._admitted, execution)
         execution.place.addErrback(lambda failure: failure.trap(CancelledError))
         if execution.lease is None:
-            self._tell("queued", genvm_id=genvm_id, version=version, permits=weight)
+            self._tell(QueuedEvent, genvm_id=genvm_id, version=version, permits=weight)
         return execution
 
     def _withdraw(self, execution: Execution) -> None:
@@ -5432,7 +5566,9 @@ class Executions:
             self._release(execution)
             reason = f"executor {execution.version} cannot be started: {error.message}"
             self.log.error("{text}", text=reason, genvm_id=execution.id, program=program)
-            self._tell("failed", genvm_id=execution.id, version=execution.version, code=error.code)
+            self._tell(
+                FailedEvent, genvm_id=execution.id, version=execution.version, code=error.code
+            )
             execution.started.fail(type(error)(reason))
         else:
             if self._log_enabled("debug"):
@@ -5440,7 +5576,7 @@ class Executions:
                     "execution started", genvm_id=execution.id, version=execution.version
                 )
             self._tell(
-                "started",
+                StartedEvent,
                 genvm_id=execution.id,
                 version=execution.version,
                 waited_ms=_milliseconds(waited),
@@ -5511,10 +5647,10 @@ class Executions:
     def _tell_end(self, execution: Execution) -> None:
         exit_, capture, began = execution.exit, execution.capture, execution.began
         self._tell(
-            "finished",
+            FinishedEvent,
             genvm_id=execution.id,
             version=execution.version,
-            cause=cast(Cause, execution.cause).value,
+            cause=execution.cause,
             exit_code=None if exit_ is None else exit_.code,
             signal=None if exit_ is None else exit_.signal,
             ran_ms=None if began is None else _milliseconds(execution.over - began),
@@ -5585,7 +5721,7 @@ class Executions:
 
 
 # =============================================================================
-# 2.9 Host state
+# 2.10 Host state
 # =============================================================================
 #
 # Owns what a host knows of one run: the contract's storage in memory, its
@@ -5819,7 +5955,7 @@ FIXED_ANSWERS: Final = {
 
 
 # =============================================================================
-# 2.10 Embedded host
+# 2.11 Embedded host
 # =============================================================================
 #
 # Owns the server side of the host protocol: requests
@@ -6132,7 +6268,7 @@ class HostFactory(ServerFactory[HostProtocol]):
 
 
 # =============================================================================
-# 2.11 Contract operations
+# 2.12 Contract operations
 # =============================================================================
 #
 # Owns what clients ask about a contract's code: its major version, the writes
@@ -6431,7 +6567,7 @@ def _writes_json(writes: Sequence[tuple[bytes, bytes]]) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 2.12 Outgoing HTTP
+# 2.13 Outgoing HTTP
 # =============================================================================
 #
 # Owns the one way in which a response is received: its body with a limit of size,
@@ -6639,7 +6775,7 @@ def connection_problem(error: BaseException) -> tuple[str, str]:
 
 
 # =============================================================================
-# 2.13 Outgoing HTTP: proxies and client
+# 2.14 Outgoing HTTP: proxies and client
 # =============================================================================
 #
 # Owns the way through the proxies that the environment names, their secrets, and
@@ -6979,7 +7115,7 @@ class HttpClient:
 
 
 # =============================================================================
-# 2.14 LLM providers
+# 2.15 LLM providers
 # =============================================================================
 #
 # Owns how a language model is asked: the requests and answers of each kind of
@@ -7374,7 +7510,7 @@ def provider_named(name: str) -> Provider:
 
 
 # =============================================================================
-# 2.15 LLM client
+# 2.16 LLM client
 # =============================================================================
 #
 # Owns the exchange with a provider, its limits of time and size, and what went
@@ -7542,7 +7678,7 @@ def _provider_message(text: str) -> str:
 
 
 # =============================================================================
-# 2.16 Availability check
+# 2.17 Availability check
 # =============================================================================
 #
 # Owns the check of provider configurations: every configuration with every
@@ -7614,9 +7750,22 @@ class TestPrompt:
         )
 
 
+class CheckResult(Reply, frozen=True, kw_only=True):
+    """Whether one configuration answers one prompt."""
+
+    config_index: Annotated[Count, about("The place of the configuration in `configs`.")]
+    prompt_index: Annotated[Count, about("The place of the prompt in `test_prompts`.")]
+    available: bool
+    error: Annotated[str | None, about("What is wrong, and what to do.", None)]
+    response: Annotated[str | None, about("The text of the model.", "OK")]
+    latency_ms: Annotated[Milliseconds, about("How long it took; 0 if it was not asked.")]
+    usage: Usage | None
+    error_kind: ErrorKind | None
+    http_status: Annotated[int | None, about("What the provider answered.", 200)]
+
+
 CheckedBackend: TypeAlias = tuple[Backend, int | None]  # with its time limit in milliseconds
 CheckedPrompt: TypeAlias = tuple[Prompt, int | None]
-CheckResult: TypeAlias = dict[str, Any]
 
 
 class AvailabilityCheck:
@@ -7686,24 +7835,26 @@ class AvailabilityCheck:
         prompts: list[CheckedPrompt | CheckResult],
         report: Callable[[CheckResult], object],
     ) -> list[CheckResult]:
-        results: list[CheckResult] = []
-        waiting: deque[tuple[CheckResult, CheckedBackend, CheckedPrompt]] = deque()
-        for (config, backend), (number, prompt) in itertools.product(
-            enumerate(backends), enumerate(prompts)
-        ):
-            result: CheckResult = {"config_index": config, "prompt_index": number}
-            if isinstance(backend, dict):
-                result |= backend
-            elif isinstance(prompt, dict):
-                result |= prompt
+        results: dict[int, CheckResult] = {}
+        waiting: deque[tuple[int, CheckedBackend, CheckedPrompt]] = deque()
+
+        def note(place: int, result: CheckResult) -> None:
+            config, prompt = divmod(place, len(prompts))
+            results[place] = msgspec.structs.replace(
+                result, config_index=config, prompt_index=prompt
+            )
+            report(results[place])
+
+        for place, (backend, prompt) in enumerate(itertools.product(backends, prompts)):
+            if isinstance(backend, CheckResult):
+                note(place, backend)
+            elif isinstance(prompt, CheckResult):
+                note(place, prompt)
             else:
-                waiting.append((result, backend, prompt))
-            if "available" in result:
-                report(result)
-            results.append(result)
+                waiting.append((place, backend, prompt))
         if waiting:
-            await self._ask_all(waiting, report)
-        return results
+            await self._ask_all(waiting, note)
+        return [result for _, result in sorted(results.items())]
 
     def _read_one(self, result: Value) -> Value:
         self._one_reader.release()
@@ -7711,10 +7862,10 @@ class AvailabilityCheck:
 
     async def _ask_all(
         self,
-        waiting: deque[tuple[CheckResult, CheckedBackend, CheckedPrompt]],
-        report: Callable[[CheckResult], object],
+        waiting: deque[tuple[int, CheckedBackend, CheckedPrompt]],
+        note: Callable[[int, CheckResult], object],
     ) -> None:
-        """Complete the results of pairs; one that waits is asked as soon as there is a slot."""
+        """Note the results of pairs; one that waits is asked as soon as there is a slot."""
         left = len(waiting)
         done: Event[None] = Event()
         pending: set[Deferred[Any]] = set()
@@ -7733,9 +7884,9 @@ class AvailabilityCheck:
                 try:
                     await until(self._turn())
                     if waiting:
-                        result, backend, prompt = waiting.popleft()
-                        result |= await until(Deferred.fromCoroutine(self._ask(backend, prompt)))
-                        report(result)
+                        place, backend, prompt = waiting.popleft()
+                        asked = Deferred.fromCoroutine(self._ask(backend, prompt))
+                        note(place, await until(asked))
                         left -= 1
                 finally:
                     slots.release()
@@ -7820,20 +7971,22 @@ class AvailabilityCheck:
         latency_ms = round((self._reactor.seconds() - start) * 1000)
         scrub = self._redactor.scrub
         if isinstance(answer, ProviderError):
-            return {**_failed_check(answer, scrub), "latency_ms": latency_ms}
+            return _failed_check(answer, scrub, latency_ms)
         text = str(answer.value)
         response = scrub(text[:CHECK_RESPONSE_CHARACTERS])
         if len(text) > CHECK_RESPONSE_CHARACTERS:
             response = response[: -len(target.key) or None] + "…"  # the end may be half a key
-        return {
-            "available": True,
-            "error": None,
-            "response": response,
-            "latency_ms": latency_ms,
-            "usage": attrs.asdict(answer.usage),
-            "error_kind": None,
-            "http_status": 200,
-        }
+        return CheckResult(
+            config_index=0,  # its place is filled in later
+            prompt_index=0,
+            available=True,
+            error=None,
+            response=response,
+            latency_ms=latency_ms,
+            usage=answer.usage,
+            error_kind=None,
+            http_status=200,
+        )
 
 
 def _is_large(body: CheckBody) -> bool:
@@ -7876,23 +8029,27 @@ def _read_prompt(data: dict[str, Any], path: str) -> CheckedPrompt:
     return found.prompt(), found.timeout_ms
 
 
-def _failed_check(problem: ProviderError, scrub: Callable[[str], str]) -> CheckResult:
+def _failed_check(
+    problem: ProviderError, scrub: Callable[[str], str], latency_ms: int = 0
+) -> CheckResult:
     # Masked before it is cut: half a key is a secret too.
     text = scrub(problem.message)
     limit = PROVIDER_MESSAGE_CHARACTERS + len(ADVICE.get(problem.kind, "")) + 20
-    return {
-        "available": False,
-        "error": text if len(text) <= limit else text[:limit] + "…",
-        "response": None,
-        "latency_ms": 0,
-        "usage": None,
-        "error_kind": problem.kind.value,
-        "http_status": problem.status,
-    }
+    return CheckResult(
+        config_index=0,  # its place is filled in later
+        prompt_index=0,
+        available=False,
+        error=text if len(text) <= limit else text[:limit] + "…",
+        response=None,
+        latency_ms=latency_ms,
+        usage=None,
+        error_kind=problem.kind,
+        http_status=problem.status,
+    )
 
 
 # =============================================================================
-# 2.17 Module processes
+# 2.18 Module processes
 # =============================================================================
 #
 # Owns what one process of a module is: its setup, its address, what it says.
@@ -7965,6 +8122,32 @@ MODULE_TRANSITIONS: dict[ModuleState, frozenset[ModuleState]] = {
     ModuleState.STOPPING: frozenset((ModuleState.STOPPED,)),
     ModuleState.FAILED: frozenset(ModuleState) - {ModuleState.RUNNING, ModuleState.FAILED},
 }
+
+
+class ModuleStatus(Reply, frozen=True, kw_only=True):
+    """Where a module stands, and its process."""
+
+    state: ModuleState
+    pid: Annotated[int | None, about("The process that serves.")]
+    generation: Annotated[Count, about("The process that serves, counted; 0 while none does.")]
+    address: Annotated[str | None, about("Where it listens.", "127.0.0.1:3031")]
+    restarts: Annotated[Count, about("Processes that died and were replaced.")]
+    since: Annotated[Instant | None, about("Since when it is in this state.")]
+    last_error: Annotated[str | None, about("Why it does not run, or died.", None)]
+    waits_for: Annotated[str | None, about("How a start or restart goes on.", None)]
+    draining: Annotated[Count, about("Earlier processes that still end their connections.")]
+    stats: Annotated[
+        dict[str, Any], about("What the process that serves has counted; times in milliseconds.")
+    ]
+
+
+class ModuleEvent(Happening, frozen=True, kw_only=True):
+    """A module is in another state."""
+
+    kind = "module"
+    module: Literal["llm", "web"]
+    state: ModuleState
+    error: Annotated[str | None, about("Its last error.")]
 
 
 @frozen
@@ -8263,7 +8446,7 @@ async def see_if_ready(reactor: Any, generation: Generation, setup: ModuleSetup)
 
 
 # =============================================================================
-# 2.18 Modules
+# 2.19 Modules
 # =============================================================================
 #
 # Owns the LLM and Web modules over time: states, generations, readiness,
@@ -8363,21 +8546,25 @@ class Module:
         """What the process that serves has counted."""
         return {} if self._current is None else self._current.stats
 
-    def status(self) -> dict[str, object]:
+    @property
+    def generation(self) -> int:
+        """The number of the process that serves; 0 while none does."""
+        return 0 if self._current is None else self._current.number
+
+    def status(self) -> ModuleStatus:
         """Return what ``GET /status`` shows."""
-        current = self._current
-        return {
-            "state": self.state.value,
-            "pid": None if current is None else current.pid,
-            "generation": 0 if current is None else current.number,
-            "address": self.address,
-            "restarts": self.restarts,
-            "since": None if self.since is None else timestamp_of(self.since),
-            "last_error": self.last_error,
-            "waits_for": self._progress(),
-            "draining": len(self._alive - {current, self._starting}),
-            "stats": self.statistics,
-        }
+        return ModuleStatus(
+            state=self.state,
+            pid=None if self._current is None else self._current.pid,
+            generation=self.generation,
+            address=self.address,
+            restarts=self.restarts,
+            since=None if self.since is None else timestamp_of(self.since),
+            last_error=self.last_error,
+            waits_for=self._progress(),
+            draining=len(self._alive - {self._current, self._starting}),
+            stats=self.statistics,
+        )
 
     def _progress(self) -> str | None:
         """Return what a start or restart waits for."""
@@ -8740,7 +8927,7 @@ class Module:
         if state is not self.state:
             assert state in MODULE_TRANSITIONS[self.state], f"{self.state} -> {state}"
             self.state, self.since = state, self._now()
-            self._tell("module", module=self.kind, state=state.value, error=self.last_error)
+            self._tell(ModuleEvent, module=self.kind, state=state, error=self.last_error)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -8748,7 +8935,7 @@ class Module:
 
 
 # =============================================================================
-# 2.19 Events and metrics
+# 2.20 Events and metrics
 # =============================================================================
 #
 # Owns what the manager tells of itself as it goes: numbered events for those
@@ -8770,13 +8957,32 @@ def event_text(kind: str, data: bytes, event_id: str | None = None) -> bytes:
     return b"%sevent: %s\ndata: %s\n\n" % (head, kind.encode(), data.replace(b"\r", b" "))
 
 
+class MissedEvents(Reply, frozen=True, kw_only=True):
+    """The data of ``missed`` in ``GET /events``: events between are not kept any more."""
+
+    reason: str
+
+
+class OutputText(Reply, frozen=True, kw_only=True):
+    """The data of ``stdout`` and ``stderr``: what an execution wrote since the last such event."""
+
+    text: str
+
+
+class MissedOutput(Reply, frozen=True, kw_only=True):
+    """The data of ``missed`` in the events of an execution: what is not kept any more."""
+
+    stream: Literal["stdout", "stderr", "log"]
+    bytes: Annotated[Count | UnsetType, about("How much of a stream is missing.")] = UNSET
+    records: Annotated[Count | UnsetType, about("How many log records are missing.")] = UNSET
+
+
 @define(eq=False)
 class ManagerEvent:
-    """Something that happened: its number, counted from 1, its kind and its JSON members."""
+    """Something that happened: its number, counted from 1, and what it is."""
 
     number: int
-    kind: str
-    members: Mapping[str, object]
+    told: Happening
     id: str
     _wire: bytes = b""
 
@@ -8784,7 +8990,7 @@ class ManagerEvent:
     def text(self) -> bytes:
         """How it goes over the wire: encoded for the first who follows, the same for all others."""
         if not self._wire:
-            self._wire = event_text(self.kind, json_of(self.members), self.id)
+            self._wire = event_text(self.told.kind, json_of(self.told), self.id)
         return self._wire
 
 
@@ -8801,11 +9007,11 @@ class EventFeed:
         self.count = 0
         self.followers: dict[Callable[[ManagerEvent], object], None] = {}
 
-    def tell(self, kind: str, /, **members: object) -> None:
+    def tell(self, kind: type[Happening], /, **fields: Any) -> None:
         """Something happened now."""
         self.count += 1
-        members = {"time": timestamp_of(self._now()), **members}
-        event = ManagerEvent(self.count, kind, members, f"{self._boot}-{self.count}")
+        told = kind(time=timestamp_of(self._now()), **fields)
+        event = ManagerEvent(self.count, told, f"{self._boot}-{self.count}")
         self._kept.append(event)
         for follower in [*self.followers]:
             follower(event)
@@ -8845,8 +9051,8 @@ class FeedReader:
         feed = self._feed
         if self._missed or self._last < feed.oldest - 1:
             self._missed, self._last = False, max(self._last, feed.oldest - 1)
-            reason = "earlier events are not kept any more; ask GET /status"
-            return event_text("missed", json_of({"reason": reason}))
+            missed = MissedEvents(reason="earlier events are not kept any more; ask GET /status")
+            return event_text("missed", json_of(missed))
         event = feed.get(self._last + 1)
         if event is None:
             return None
@@ -8882,32 +9088,30 @@ class OutputReader:
         return found
 
     def _next_text(self, capture: Capture) -> tuple[str, bytes] | None:
-        for fd, name in ((STDOUT, "stdout"), (STDERR, "stderr")):
+        names: tuple[Literal["stdout", "stderr"], ...] = ("stdout", "stderr")
+        for fd, name in zip((STDOUT, STDERR), names, strict=True):
             tail, at = capture.tails[fd], self._read[fd]
             oldest = tail.seen - tail.size
             if at < oldest:
                 self._read[fd] = oldest
                 self._decoders[fd].reset()
-                return _missed(name, bytes=oldest - at)
+                return "missed", json_of(MissedOutput(stream=name, bytes=oldest - at))
             piece = tail.read(at, PIECE_BYTES)
             self._read[fd] += len(piece)
             is_over = not piece and self._execution.state is State.FINISHED
             if text := self._decoders[fd].decode(piece, is_over):
-                return name, json_of({"text": text})
+                return name, json_of(OutputText(text=text))
         return None
 
     def _next_record(self, capture: Capture) -> tuple[str, bytes] | None:
         records, number = capture.records, self._records
         if number < records.first:
             self._records = records.first
-            return _missed("log", records=records.first - number)
+            missed = MissedOutput(stream="log", records=records.first - number)
+            return "missed", json_of(missed)
         record = records.read(number)
         self._records += bool(record)
         return ("log", record) if record else None
-
-
-def _missed(stream: str, **count: int) -> tuple[str, bytes]:
-    return "missed", json_of({"stream": stream, **count})
 
 
 class Metrics:
@@ -8996,18 +9200,18 @@ class Metrics:
 
     def note_event(self, event: ManagerEvent) -> None:
         """Count what happened; a follower of the events."""
-        members = cast(Mapping[str, Any], event.members)
-        if event.kind == "started":
-            self._waits.observe(members["waited_ms"] / 1000)
-            self._spawns.observe(members["spawn_ms"] / 1000)
-        elif event.kind == "failed":
-            self._failures.labels(members["code"]).inc()
-        elif event.kind == "finished":
-            self._ends_of(members["cause"], members["version"]).inc()
-            self._captured.inc(members["captured_bytes"])
-            self._dropped.inc(members["dropped_bytes"])
-            if members["ran_ms"] is not None:
-                self._runs.observe(members["ran_ms"] / 1000)
+        told = event.told
+        if isinstance(told, StartedEvent):
+            self._waits.observe(told.waited_ms / 1000)
+            self._spawns.observe(told.spawn_ms / 1000)
+        elif isinstance(told, FailedEvent):
+            self._failures.labels(told.code).inc()
+        elif isinstance(told, FinishedEvent):
+            self._ends_of(told.cause.value, told.version).inc()
+            self._captured.inc(told.captured_bytes)
+            self._dropped.inc(told.dropped_bytes)
+            if told.ran_ms is not None:
+                self._runs.observe(told.ran_ms / 1000)
 
     def collect(self) -> Iterator[Metric]:
         """Yield what is read when it is asked for; see ``Collector``."""
@@ -9041,7 +9245,7 @@ class Metrics:
         for kind, module in self._modules.items():
             for each in ModuleState:
                 state.add_metric([kind, each.value], each is module.state)
-            generation.add_metric([kind], cast(int, module.status()["generation"]))
+            generation.add_metric([kind], module.generation)
             restarts.add_metric([kind], module.restarts)
         yield from (state, generation, restarts)
         yield from _llm_metrics(self._modules["llm"].statistics)
@@ -9096,7 +9300,7 @@ def _web_metrics(statistics: Mapping[str, Any]) -> Iterator[Metric]:
 
 
 # =============================================================================
-# 2.20 HTTP answers and access
+# 2.21 HTTP answers and access
 # =============================================================================
 #
 # Owns how answers leave, and to whom: status codes, errors as JSON, large
@@ -9144,26 +9348,34 @@ DEFAULT_GRACE_MS = 30_000
 #: What anybody may ask: those who watch machines have no token, and the answer tells little.
 PROBES = (b"/livez", b"/readyz")
 LEAST_GRACE_MS = 100
-Answer = dict[str, Any] | list[Any] | bytes | None
+Answer = Reply | list[CheckResult] | bytes | None
 
 
-def error_body(error: ManagerError, request_id: str) -> bytes:
-    """Return the JSON that describes an error to a client."""
-    body: dict[str, object] = {
-        "error": error.prefix + error.message,
-        "code": error.code,
-        "retryable": error.retryable,
-    }
-    if error.advice is not None:
-        body["advice"] = error.advice
-    if error.genvm_id is not None:
-        body["genvm_id"] = error.genvm_id
-    if isinstance(error, ExecutionNotFound):
-        body["status"] = None
-    if isinstance(error, NotReady):
-        body["reasons"] = error.reasons
-    body["request_id"] = request_id
-    return json_of(body)
+class ErrorAnswer(Reply, frozen=True, kw_only=True):
+    """What went wrong, and what to do."""
+
+    error: Annotated[str, about("For people.", "permits: expected an integer, got true")]
+    code: Annotated[str, about("Stable, for programs.", "invalid_request")]
+    retryable: Annotated[bool, about("Whether the same request can succeed later.", False)]
+    advice: Annotated[str | UnsetType, about("What to do, where `error` is just the code.")] = UNSET
+    genvm_id: Annotated[int | UnsetType, about("The execution that is concerned.")] = UNSET
+    status: Annotated[UnsetType | None, about("Of an execution that is not known.")] = UNSET
+    reasons: Annotated[list[str] | UnsetType, about("What is missing: `not_ready`.")] = UNSET
+    request_id: Annotated[str, about("As in `X-Request-Id` and in the log.")]
+
+
+def error_answer(error: ManagerError, request_id: str) -> ErrorAnswer:
+    """Return what describes an error to a client."""
+    return ErrorAnswer(
+        error=error.prefix + error.message,
+        code=error.code,
+        retryable=error.retryable,
+        advice=UNSET if error.advice is None else error.advice,
+        genvm_id=UNSET if error.genvm_id is None else error.genvm_id,
+        status=None if isinstance(error, ExecutionNotFound) else UNSET,
+        reasons=error.reasons if isinstance(error, NotReady) else UNSET,
+        request_id=request_id,
+    )
 
 
 def status_of_error(error: ManagerError, style: str) -> int:
@@ -9285,7 +9497,7 @@ class PieceProducer:
 
 
 # =============================================================================
-# 2.21 HTTP connections
+# 2.22 HTTP connections
 # =============================================================================
 #
 # Owns how requests arrive: connections, and their limits of size, time and
@@ -9463,7 +9675,7 @@ class ApiChannel(HTTPChannel):
         request_id = request_id or self.site.new_request_id()
         peer = self.host or "unix socket"
         self.site.note_refusal(status, error.code, peer, request_id)
-        body = error_body(error, request_id)
+        body = json_of(error_answer(error, request_id))
         given = {**error_headers(error), "X-Request-Id": request_id}
         headers = "".join(f"{name}: {value}\r\n" for name, value in given.items())
         head = (
@@ -9728,7 +9940,256 @@ class ApiSite(Site):
 
 
 # =============================================================================
-# 2.22 HTTP API
+# 2.23 HTTP API: answers
+# =============================================================================
+#
+# Owns the classes of what the routes answer, as far as it is not made further
+# up. Uses the classes of executions, checks and modules. Never fills one in.
+
+FreePermits = Annotated[Count, about("Permits that are free.")]
+UsedPermits = Annotated[int, about("Permits that executions hold.")]
+LogLevel = Annotated[str, about("`trace`, `debug`, `info`, `warn` or `error`.", "info")]
+
+
+class PermitCounts(Reply, frozen=True, kw_only=True):
+    """Permits in ``GET /status``."""
+
+    max: Annotated[Count, about("Permits in all.")]
+    current: FreePermits
+    in_use: UsedPermits
+    waiting: Annotated[Count, about("Executions that wait for permits.")]
+
+
+class QueueStatus(Reply, frozen=True, kw_only=True):
+    """What waits for permits."""
+
+    length: Count
+    oldest_wait_ms: Annotated[Milliseconds, about("How long the first one has waited.")]
+
+
+class ManifestStatus(Reply, frozen=True, kw_only=True):
+    """What is known of the executors."""
+
+    versions: Annotated[Count, about("Executors that the manifest lists.")]
+    problem: Annotated[str | None, about("What is wrong with the manifest.", None)]
+
+
+class ManagerStatus(Reply, frozen=True, kw_only=True):
+    """What is going on."""
+
+    llm_module: ModuleState
+    web_module: ModuleState
+    permits: PermitCounts
+    queue: QueueStatus
+    modules: Annotated[dict[str, ModuleStatus], about("By `llm` and `web`.")]
+    manifest: ManifestStatus
+    version: Annotated[str, about("The version of the manager.")]
+    boot_id: Annotated[str, about("New at every start of the manager.")]
+    uptime_s: Annotated[float, Meta(title="seconds"), about("How long the manager runs.")]
+    draining: Annotated[bool, about("Whether new executions are refused.")]
+    unread: Annotated[Count, about("Results that nobody has read yet.")]
+    executions: Annotated[
+        dict[str, ExecutionSummary],
+        about("By id: those that go on, and finished ones until their result is read."),
+    ]
+
+
+class RunStarted(Reply, frozen=True, kw_only=True, tag_field="result", tag="started"):
+    """The process of an execution exists."""
+
+    id: GenvmId
+
+
+class ExecutionAnswer(Reply, frozen=True, kw_only=True):
+    """The result of an execution."""
+
+    genvm_id: GenvmId
+    status: Annotated[ExecutionResult | None, about("Null until it has ended.")]
+
+
+class ShutdownCompleted(
+    Reply, frozen=True, kw_only=True, tag_field="result", tag="shutdown_completed"
+):
+    """The execution has ended."""
+
+    genvm_id: GenvmId
+
+
+class DrainAnswer(Reply, frozen=True, kw_only=True):
+    """Whether new executions are accepted; ``drained`` where nothing runs or waits to be read."""
+
+    result: Literal["draining", "drained", "accepting"]
+
+
+class ContractSchema(Reply, frozen=True, kw_only=True):
+    """What a contract says of itself."""
+
+    schema: Annotated[str, about("As the contract's code returns it.", "{}")]
+
+
+class DetectedVersion(Reply, frozen=True, kw_only=True):
+    """Which executors run a contract."""
+
+    specified_major: Annotated[Count, about("The major version.", 0)]
+
+
+class DeploymentWrites(Reply, frozen=True, kw_only=True):
+    """What has to stand in the storage of a contract."""
+
+    writes: Annotated[
+        list[tuple[str, str]],
+        about("Pairs of key and value, in base64.", [["AAAAAA==", "CAAAAA=="]]),
+    ]
+
+
+class PermitsAnswer(Reply, frozen=True, kw_only=True):
+    """How many executions may run."""
+
+    permits: Annotated[Count, about("Permits in all.")]
+    available: FreePermits
+    in_use: UsedPermits
+    waiting: Annotated[Count, about("Executions that wait for permits.")]
+
+
+class PermitsSet(Reply, frozen=True, kw_only=True, tag_field="result", tag="permits_set"):
+    """As many permits there are now."""
+
+    permits: Count
+
+
+class ModuleStarted(Reply, frozen=True, kw_only=True, tag_field="result", tag="module_started"):
+    """The module accepts connections."""
+
+
+class ModuleStopped(Reply, frozen=True, kw_only=True):
+    """The module's port is free."""
+
+    result: Literal["module_stopped", "module_not_running"]
+
+
+class ModuleRestarted(Reply, frozen=True, kw_only=True, tag_field="result", tag="module_restarted"):
+    """The module runs with the configuration that was asked for."""
+
+    changed: Annotated[bool, about("False where it had this configuration before.")]
+    generation: Annotated[Count, about("The process that serves, counted.")]
+
+
+class LogLevelAnswer(Reply, frozen=True, kw_only=True):
+    """What is logged."""
+
+    level: LogLevel
+
+
+class LogLevelSet(Reply, frozen=True, kw_only=True, tag_field="result", tag="log_level_set"):
+    """What is logged from now on."""
+
+    level: LogLevel
+
+
+class ManifestReloaded(
+    Reply, frozen=True, kw_only=True, tag_field="result", tag="manifest_reloaded"
+):
+    """The manifest was read again."""
+
+
+class VariableSet(Reply, frozen=True, kw_only=True, tag_field="result", tag="env_var_set"):
+    """A variable has its value."""
+
+    key: str
+    note: Annotated[str | UnsetType, about("That executors and modules do not get it.")] = UNSET
+
+
+class VariableName(Reply, frozen=True, kw_only=True):
+    """A variable that was set."""
+
+    key: str
+    passed_on: Annotated[bool, about("Whether executors and modules get it.")]
+
+
+class VariableNames(Reply, frozen=True, kw_only=True):
+    """The variables that were set; never what they hold."""
+
+    variables: list[VariableName]
+
+
+class EndpointSummary(Reply, frozen=True, kw_only=True):
+    """An endpoint of this API."""
+
+    method: str
+    path: Annotated[str, about("Where an id is `{genvm_id}`.", "/genvm/{genvm_id}")]
+    what: Annotated[str, about("What it does.")]
+
+
+class EndpointList(Reply, frozen=True, kw_only=True, tag_field="name", tag="genvm-manager"):
+    """The endpoints that there are."""
+
+    version: Annotated[str, about("The version of the manager.")]
+    endpoints: list[EndpointSummary]
+
+
+class Alive(Reply, frozen=True, kw_only=True, tag_field="result", tag="alive"):
+    """The event loop turns."""
+
+
+class Ready(Reply, frozen=True, kw_only=True, tag_field="result", tag="ready"):
+    """Executions can be run here."""
+
+
+class SelectedPeriod(Reply, frozen=True, kw_only=True):
+    """Deployment times that select a version."""
+
+    begin: Instant
+    end: Annotated[Instant | None, about("Null where it lasts.")]
+
+
+class InstalledVersion(Reply, frozen=True, kw_only=True):
+    """An executor version: its program, and the deployment times that select it."""
+
+    version: Annotated[str, about("Its name in the manifest.", "v0.2.3")]
+    major: Count
+    available_after: Instant
+    program: Annotated[str, about("The path of its program.")]
+    found: Annotated[bool, about("Whether the program is there.")]
+    executable: bool
+    selected: list[SelectedPeriod]
+
+
+class VersionList(Reply, frozen=True, kw_only=True):
+    """The executors that the manifest lists."""
+
+    reroute_to: Annotated[str | None, about("The folder that takes the place of all.", None)]
+    versions: list[InstalledVersion]
+
+
+class ListedExecution(ExecutionSummary, frozen=True, kw_only=True):
+    """An execution in ``GET /genvm``."""
+
+    id: GenvmId
+
+
+class ExecutionPage(Reply, frozen=True, kw_only=True):
+    """Executions, newest first."""
+
+    executions: list[ListedExecution]
+    next: Annotated[int | None, about("The `before` of the next page; null on the last.")]
+
+
+class PermitsEvent(Happening, frozen=True, kw_only=True):
+    """There are other permits now."""
+
+    kind = "permits"
+    permits: Count
+
+
+class DrainEvent(Happening, frozen=True, kw_only=True):
+    """New executions are refused, or accepted again."""
+
+    kind = "drain"
+    draining: bool
+
+
+# =============================================================================
+# 2.24 HTTP API
 # =============================================================================
 #
 # Owns the routes: the path, the form of the body, the call, the answer. The
@@ -9831,31 +10292,31 @@ class Api:
     @api_endpoint(app, "GET", "/status")
     async def status(self, request: Request) -> Answer:
         """Answer what is going on; never waits for anything."""
-        head = {
-            **{f"{kind}_module": module.state.value for kind, module in self._modules.items()},
-            "permits": {
-                "max": self._gate.limit,
-                "current": self._gate.available,
-                "in_use": self._gate.in_use,
-                "waiting": self._gate.queue_length,
-            },
-            "queue": {
-                "length": self._gate.queue_length,
-                "oldest_wait_ms": int(self._gate.oldest_wait * 1000),
-            },
-            "modules": {kind: module.status() for kind, module in self._modules.items()},
-            "manifest": {
-                "versions": len(self._manifest.manifest.versions),
-                "problem": self._manifest.problem,
-            },
-            "version": __version__,
-            "boot_id": self._boot_id,
-            "uptime_s": round(self._reactor.seconds() - self._started, 3),
-            "draining": self._executions.draining,
-            "unread": self._executions.unread,
-        }
         entries = (b'"%d":%s' % (e.id, e.summary_json()) for e in self._executions.listed())
-        return json_of(head)[:-1] + b',"executions":{' + b",".join(entries) + b"}}"
+        return ManagerStatus(
+            llm_module=self._modules["llm"].state,
+            web_module=self._modules["web"].state,
+            permits=PermitCounts(
+                max=self._gate.limit,
+                current=self._gate.available,
+                in_use=self._gate.in_use,
+                waiting=self._gate.queue_length,
+            ),
+            queue=QueueStatus(
+                length=self._gate.queue_length,
+                oldest_wait_ms=int(self._gate.oldest_wait * 1000),
+            ),
+            modules={kind: module.status() for kind, module in self._modules.items()},
+            manifest=ManifestStatus(
+                versions=len(self._manifest.manifest.versions), problem=self._manifest.problem
+            ),
+            version=__version__,
+            boot_id=self._boot_id,
+            uptime_s=round(self._reactor.seconds() - self._started, 3),
+            draining=self._executions.draining,
+            unread=self._executions.unread,
+            executions=cast(Any, msgspec.Raw(b"{" + b",".join(entries) + b"}")),
+        )
 
     # --- executions ---
 
@@ -9865,7 +10326,7 @@ class Api:
         execution = await self._executions.run(
             body, header_text(request, b"idempotency-key") or None
         )
-        return {"result": "started", "id": execution.id}
+        return RunStarted(id=execution.id)
 
     @api_endpoint(app, "GET", "/genvm/<int:genvm_id>")
     async def result(self, request: Request, genvm_id: int) -> Answer:
@@ -9888,7 +10349,7 @@ class Api:
         # Clients that mean "at once" say 20 ms and expect the end that an executor can report.
         grace_ms = max(grace_ms, LEAST_GRACE_MS) if grace_ms else 0
         await self._executions.stop(genvm_id, grace_ms / 1000)
-        return {"result": "shutdown_completed", "genvm_id": genvm_id}
+        return ShutdownCompleted(genvm_id=genvm_id)
 
     @api_endpoint(app, "POST", "/drain")
     async def drain(self, request: Request) -> Answer:
@@ -9900,18 +10361,18 @@ class Api:
         self._set_draining(request, True)
         settled = seconds > 0 and await self._executions.settles_within(seconds)
         if not self._executions.draining:
-            return {"result": "accepting"}  # somebody changed their mind
-        return {"result": "drained" if settled else "draining"}
+            return DrainAnswer(result="accepting")  # somebody changed their mind
+        return DrainAnswer(result="drained" if settled else "draining")
 
     @api_endpoint(app, "POST", "/undrain")
     async def undrain(self, request: Request) -> Answer:
         """Accept executions again."""
         self._set_draining(request, False)
-        return {"result": "accepting"}
+        return DrainAnswer(result="accepting")
 
     def _set_draining(self, request: Request, draining: bool) -> None:
         self._executions.draining = draining
-        self._tell("drain", draining=draining)
+        self._tell(DrainEvent, draining=draining)
         self.note_change(request, "draining" if draining else "accepting executions again")
 
     # --- contracts ---
@@ -9927,9 +10388,8 @@ class Api:
     async def detect_version(self, request: Request) -> Answer:
         """Answer the major version that a contract asks for."""
         moment = deployment_timestamp(request)
-        return {
-            "specified_major": await self._contracts.major(await self.read_body(request), moment)
-        }
+        code = await self.read_body(request)
+        return DetectedVersion(specified_major=await self._contracts.major(code, moment))
 
     @api_endpoint(app, "POST", "/contract/pre-deploy-writes")
     async def pre_deploy_writes(self, request: Request) -> Answer:
@@ -9943,21 +10403,21 @@ class Api:
     @api_endpoint(app, "GET", "/permits")
     async def permits(self, request: Request) -> Answer:
         """Answer how many executions may run; ``permits`` is the total."""
-        return {
-            "permits": self._gate.limit,
-            "available": self._gate.available,
-            "in_use": self._gate.in_use,
-            "waiting": self._gate.queue_length,
-        }
+        return PermitsAnswer(
+            permits=self._gate.limit,
+            available=self._gate.available,
+            in_use=self._gate.in_use,
+            waiting=self._gate.queue_length,
+        )
 
     @api_endpoint(app, "POST", "/permits", PermitsBody)
     async def set_permits(self, request: Request, body: PermitsBody) -> Answer:
         """Change how many executions may run."""
         permits = automatic_permits() if body.permits is None else body.permits
         self._gate.resize(permits)
-        self._tell("permits", permits=permits)
+        self._tell(PermitsEvent, permits=permits)
         self.note_change(request, "permits set", permits=permits)
-        return {"result": "permits_set", "permits": permits}
+        return PermitsSet(permits=permits)
 
     # --- modules ---
 
@@ -9967,23 +10427,22 @@ class Api:
         module = self._modules[body.module_type]
         await module.start(body.config, body.allow_empty_backends)
         self.note_change(request, "module started", module=body.module_type)
-        return {"result": "module_started"}
+        return ModuleStarted()
 
     @api_endpoint(app, "POST", "/module/stop", ModuleStopBody)
     async def stop_module(self, request: Request, body: ModuleStopBody) -> Answer:
         """Stop a module."""
         was_running = await self._modules[body.module_type].stop()
         self.note_change(request, "module stopped", module=body.module_type)
-        return {"result": "module_stopped" if was_running else "module_not_running"}
+        return ModuleStopped(result="module_stopped" if was_running else "module_not_running")
 
     @api_endpoint(app, "POST", "/module/restart", ModuleBody)
     async def restart_module(self, request: Request, body: ModuleBody) -> Answer:
         """Give a module another configuration without refusing a connection."""
         module = self._modules[body.module_type]
         changed = await module.restart(body.config, body.allow_empty_backends)
-        generation = module.status()["generation"]
         self.note_change(request, "module restarted", module=body.module_type, changed=changed)
-        return {"result": "module_restarted", "changed": changed, "generation": generation}
+        return ModuleRestarted(changed=changed, generation=module.generation)
 
     # --- models ---
 
@@ -9993,7 +10452,7 @@ class Api:
         if LINES_TYPE not in (header_text(request, b"accept") or "").lower():
             return await self._check.check(body)
         request.setHeader("content-type", LINES_TYPE)
-        await self._check.check(body, lambda r: request.write(json.dumps(r).encode() + b"\n"))
+        await self._check.check(body, lambda result: request.write(json_of(result) + b"\n"))
         return None
 
     # --- configuration ---
@@ -10009,14 +10468,14 @@ class Api:
             module.set_log_level(self._observer.level)
         if not was_enabled:
             self.note_change(request, "log level set", to=body.level)
-        return {"result": "log_level_set", "level": self._observer.level}
+        return LogLevelSet(level=self._observer.level)
 
     @api_endpoint(app, "POST", "/manifest/reload")
     async def reload_manifest(self, request: Request) -> Answer:
         """Read the manifest again; a bad one changes nothing."""
         await self._manifest.reload(self._reactor)
         self.note_change(request, "manifest reloaded as asked")
-        return {"result": "manifest_reloaded"}
+        return ManifestReloaded()
 
     @api_endpoint(app, "POST", "/env", VariableBody)
     async def set_variable(self, request: Request, body: VariableBody) -> Answer:
@@ -10027,7 +10486,7 @@ class Api:
         # Children that were started before have the earlier values.
         self._observer.redactor.keep(("env", key), self._variables.values_of(key) if named else ())
         self.note_change(request, "environment variable set", key=key)
-        return {"result": "env_var_set", "key": key} | ({} if note is None else {"note": note})
+        return VariableSet(key=key, note=UNSET if note is None else note)
 
     # --- reading and writing ---
 
@@ -10119,7 +10578,7 @@ class Api:
             cast(ApiRequest, request),
         )
         request.channel.site.note_refusal(status, error.code, request.peer, request_id)
-        return self.reply(request, status, error_body(error, request_id))
+        return self.reply(request, status, error_answer(error, request_id))
 
     def note_change(self, request: Request, text: str, **fields: object) -> None:
         """Log what somebody has changed, and who it was."""
@@ -10203,7 +10662,7 @@ def wait_seconds(request: Request) -> float:
 
 
 # =============================================================================
-# 2.23 HTTP API: operation
+# 2.25 HTTP API: operation
 # =============================================================================
 #
 # Owns the routes by which operators watch the manager: probes, metrics, events,
@@ -10317,19 +10776,6 @@ class EventStream:
         self._close()
 
 
-@frozen
-class InstalledVersion:
-    """An executor version: its program, and the deployment times that select it."""
-
-    version: str
-    major: int
-    available_after: datetime
-    program: str
-    found: bool
-    executable: bool
-    selected: list[Period]
-
-
 def look_at_executors(root: Path, manifest: Manifest) -> list[InstalledVersion]:
     """Return what the manifest lists, and which of it is installed; may wait for a disk."""
     selected = manifest.selections()
@@ -10338,13 +10784,19 @@ def look_at_executors(root: Path, manifest: Manifest) -> list[InstalledVersion]:
         program = executor_program(root, version.key)
         looked.append(
             InstalledVersion(
-                version.key,
-                version.major,
-                version.available_after,
-                program,
-                os.path.exists(program),
-                os.access(program, os.X_OK),
-                selected.get(version.key, []),
+                version=version.key,
+                major=version.major,
+                available_after=format_timestamp(version.available_after),
+                program=program,
+                found=os.path.exists(program),
+                executable=os.access(program, os.X_OK),
+                selected=[
+                    SelectedPeriod(
+                        begin=format_timestamp(period.begin),
+                        end=None if period.end is None else format_timestamp(period.end),
+                    )
+                    for period in selected.get(version.key, [])
+                ],
             )
         )
     return looked
@@ -10422,19 +10874,16 @@ class OperatorApi(Api):
     @api_endpoint(Api.app, "GET", "/")
     async def endpoints(self, request: Request) -> Answer:
         """Answer which endpoints there are."""
-        return {
-            "name": "genvm-manager",
-            "version": __version__,
-            "endpoints": [
-                {"method": method, "path": path, "what": inspect.getdoc(handler)}
-                for method, path, handler in api_endpoints()
-            ],
-        }
+        listed = [
+            EndpointSummary(method=method, path=path, what=inspect.getdoc(handler) or "")
+            for method, path, handler in api_endpoints()
+        ]
+        return EndpointList(version=__version__, endpoints=listed)
 
     @api_endpoint(Api.app, "GET", "/livez")
     async def livez(self, request: Request) -> Answer:
         """Answer that the event loop turns."""
-        return {"result": "alive"}
+        return Alive()
 
     @api_endpoint(Api.app, "GET", "/readyz")
     async def readyz(self, request: Request) -> Answer:
@@ -10442,7 +10891,7 @@ class OperatorApi(Api):
         reasons = await self._reasons()
         if reasons:
             raise NotReady(reasons)
-        return {"result": "ready"}
+        return Ready()
 
     async def _reasons(self) -> list[str]:
         reasons = ["draining: no new executions are accepted"] * self._executions.draining
@@ -10492,19 +10941,18 @@ class OperatorApi(Api):
             raise ResourcesExhausted(
                 f"the executors' folder does not answer within {FILE_SECONDS:g} s"
             ) from None
-        answer = {"reroute_to": self._config.reroute_to, "versions": found}
-        return msgspec.json.encode(answer, enc_hook=format_timestamp)
+        return VersionList(reroute_to=self._config.reroute_to, versions=found)
 
     @api_endpoint(Api.app, "GET", "/log/level")
     async def get_log_level(self, request: Request) -> Answer:
         """Answer what is logged."""
-        return {"level": self._observer.level}
+        return LogLevelAnswer(level=self._observer.level)
 
     @api_endpoint(Api.app, "GET", "/env")
     async def variables(self, request: Request) -> Answer:
         """Answer which variables ``POST /env`` set; never what they hold."""
-        names = self._variables.names()
-        return {"variables": [{"key": key, "passed_on": given} for key, given in names.items()]}
+        names = self._variables.names().items()
+        return VariableNames(variables=[VariableName(key=key, passed_on=on) for key, on in names])
 
     @api_endpoint(Api.app, "GET", "/genvm")
     async def list_executions(self, request: Request) -> Answer:
@@ -10580,7 +11028,7 @@ class OperatorApi(Api):
 
 
 # =============================================================================
-# 2.24 HTTP API: script of the page
+# 2.26 HTTP API: script of the page
 # =============================================================================
 #
 # Owns what the page does in a browser: a client of the API like any other, which
@@ -10984,7 +11432,7 @@ tick();
 
 
 # =============================================================================
-# 2.25 HTTP API: page
+# 2.27 HTTP API: page
 # =============================================================================
 #
 # Owns the page that a browser gets at ``GET /``: one document with its style, and

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from genvm_manager import (
     EVENTS_KEPT,
     Config,
+    DrainEvent,
     EventFeed,
     FeedReader,
+    Happening,
     LogObserver,
     ManagerEvent,
     Metrics,
     Module,
     ModuleState,
     OutputReader,
+    PermitsEvent,
     Spawner,
     Variables,
 )
@@ -29,6 +33,21 @@ def feed() -> EventFeed:
     return EventFeed("0123456789abcdef", now=lambda: 0.0)
 
 
+def named(kind: str) -> type[Happening]:
+    """Return the class of events of a kind."""
+    return cast(
+        type[Happening],
+        msgspec.defstruct(
+            kind, [], bases=(Happening,), namespace={"kind": kind}, frozen=True, kw_only=True
+        ),
+    )
+
+
+def plain(event: ManagerEvent) -> Any:
+    """Return the data of an event as a client reads it."""
+    return json.loads(event.text.partition(b"data: ")[2])
+
+
 # --- events ---
 
 
@@ -36,10 +55,10 @@ def test_events_are_numbered_and_reach_every_follower() -> None:
     events = feed()
     seen: list[ManagerEvent] = []
     events.followers[seen.append] = None
-    events.tell("drain", draining=True)
-    events.tell("permits", permits=3)
-    assert [(event.number, event.kind) for event in seen] == [(1, "drain"), (2, "permits")]
-    assert seen[1].members == {"time": "1970-01-01T00:00:00.000Z", "permits": 3}
+    events.tell(DrainEvent, draining=True)
+    events.tell(PermitsEvent, permits=3)
+    assert [(event.number, event.told.kind) for event in seen] == [(1, "drain"), (2, "permits")]
+    assert plain(seen[1]) == {"time": "1970-01-01T00:00:00.000Z", "permits": 3}
     assert seen[1].text.startswith(b"id: 01234567-2\nevent: permits\ndata: {")
 
 
@@ -48,13 +67,13 @@ def test_a_follower_may_leave_while_an_event_is_told() -> None:
     seen: list[str] = []
 
     def once(event: ManagerEvent) -> None:
-        seen.append(event.kind)
+        seen.append(event.told.kind)
         del events.followers[once]
 
     events.followers[once] = None
     events.followers[lambda event: seen.append("other")] = None
-    events.tell("a")
-    events.tell("b")
+    events.tell(named("a"))
+    events.tell(named("b"))
     assert seen == ["a", "other", "other"]
 
 
@@ -70,10 +89,10 @@ def read(reader: FeedReader) -> list[tuple[str, str]]:
 def test_who_comes_back_gets_what_it_has_missed() -> None:
     events = feed()
     for kind in "abc":
-        events.tell(kind)
+        events.tell(named(kind))
     reader = FeedReader(events, "01234567-1")
     assert read(reader) == [("b", "01234567-2"), ("c", "01234567-3")]
-    events.tell("d")
+    events.tell(named("d"))
     assert read(reader) == [("d", "01234567-4")]
     assert read(FeedReader(events, "01234567-4")) == []
     assert read(FeedReader(events, None)) == []
@@ -85,7 +104,7 @@ def test_who_comes_back_gets_what_it_has_missed() -> None:
 def test_who_names_what_is_not_kept_is_told_so(last: str) -> None:
     events = feed()
     for kind in "abc":
-        events.tell(kind)
+        events.tell(named(kind))
     assert [kind for kind, _ in read(FeedReader(events, last))] == ["missed", "a", "b", "c"]
 
 
@@ -93,7 +112,7 @@ def test_the_oldest_events_go() -> None:
     events = feed()
     late = FeedReader(events, None)
     for _ in range(EVENTS_KEPT + 5):
-        events.tell("e")
+        events.tell(named("e"))
     found = read(FeedReader(events, "01234567-5"))
     assert (found[0], len(found)) == (("e", "01234567-6"), EVENTS_KEPT)
     found = read(FeedReader(events, "01234567-4"))
@@ -115,11 +134,10 @@ def test_the_life_of_an_execution() -> None:
     world.clock.advance(2)
     process.write(STDOUT, b"out")
     process.end()
-    kinds = [(event.kind, event.members["genvm_id"]) for event in seen]
+    kinds = [(event.told.kind, plain(event)["genvm_id"]) for event in seen]
     assert kinds == [("started", 1), ("queued", 2), ("started", 2), ("finished", 1)]
-    assert seen[2].members["waited_ms"] == 2000
-    end = dict(seen[3].members)
-    assert json.loads(json.dumps(end)) == {
+    assert plain(seen[2])["waited_ms"] == 2000
+    assert plain(seen[3]) == {
         "time": "1970-01-01T00:00:00.000Z",
         "genvm_id": 1,
         "version": "v0.2.3",
@@ -136,7 +154,9 @@ def test_an_executor_that_cannot_be_started() -> None:
     world, seen = world_with_events()
     world.spawner.problem = "not found"
     world.ask().addErrback(lambda failure: None)
-    assert [(event.kind, event.members["code"]) for event in seen] == [("failed", "spawn_failed")]
+    assert [(event.told.kind, plain(event)["code"]) for event in seen] == [
+        ("failed", "spawn_failed")
+    ]
 
 
 def test_text_is_whole_whatever_is_cut() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -1061,7 +1061,7 @@ def test_without_capture_the_log_goes_to_ours_and_the_result_is_empty() -> None:
 # --- log records ---
 
 
-def records_of(data: bytes, step: int = 1 << 16) -> tuple[list[Any], list[str]]:
+def records_of(data: bytes, step: int = 1 << 16) -> tuple[list[Any], Sequence[str]]:
     capture = Capture(1000)
     for at in range(0, len(data), step):
         capture.add(LOG, data[at : at + step])

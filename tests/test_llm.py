@@ -73,6 +73,7 @@ from genvm_manager import (
     Variables,
     __version__,
     connection_problem,
+    json_of,
     parse_json,
     provider_named,
     provider_url,
@@ -1158,7 +1159,7 @@ class Checked:
         """What the check says, which must be over."""
         (outcome,) = self.outcome
         assert isinstance(outcome, list), outcome
-        return outcome
+        return [json.loads(json_of(result)) for result in outcome]
 
     def answer(self, index: int) -> None:
         """Let a model answer, and the next ones be asked."""

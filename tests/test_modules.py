@@ -221,34 +221,34 @@ def test_a_new_configuration_begins_to_count_anew(supervised: Supervised) -> Non
 
 def test_one_that_starts_does_not_drain(supervised: Supervised) -> None:
     supervised.start()
-    assert supervised.module.status()["draining"] == 0
+    assert supervised.module.status().draining == 0
     supervised.newest.get_ready()
     old = supervised.newest
     supervised.restart(name="new")
-    assert supervised.module.status()["draining"] == 0
+    assert supervised.module.status().draining == 0
     supervised.newest.get_ready()
-    assert supervised.module.status()["draining"] == 1
+    assert supervised.module.status().draining == 1
     old.end()
-    assert supervised.module.status()["draining"] == 0
+    assert supervised.module.status().draining == 0
     supervised.finish()
 
 
 def test_a_start_that_takes_long_tells_what_it_waits_for(supervised: Supervised) -> None:
     """A busy machine may take most of a minute."""
-    assert supervised.module.status()["waits_for"] is None
+    assert supervised.module.status().waits_for is None
     started = supervised.start()
     supervised.newest.write(STDERR, b"one\nloading\n")
     supervised.reactor.advance(MODULE_READY_SECONDS - 0.5)
     assert started == []
     assert supervised.state == "starting"
-    assert supervised.module.status()["waits_for"] == (
+    assert supervised.module.status().waits_for == (
         "generation 1 to accept connections, for 59.5 s of 60; it said last: loading"
     )
     supervised.newest.get_ready()
     assert started == [None]
-    assert supervised.module.status()["waits_for"] is None
+    assert supervised.module.status().waits_for is None
     supervised.newest.end(1)
-    assert "the next attempt to start, in " in str(supervised.module.status()["waits_for"])
+    assert "the next attempt to start, in " in str(supervised.module.status().waits_for)
     supervised.finish()
 
 
