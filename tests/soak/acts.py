@@ -142,6 +142,33 @@ async def abandon(soak: Soak, rng: random.Random, name: str) -> None:
     await hang_up(soak.manager.address, data, rng.choice((0, 0.01, 0.1, 0.5)))
 
 
+async def follow(soak: Soak, rng: random.Random, name: str) -> None:
+    """Follow a run, or everything, and leave; follow it to its end, perhaps saying no more."""
+    plan = choose(rng, plans.ENDING, tag_of(name))
+    genvm_id = await soak.start(plan)
+    if genvm_id is None:
+        return
+    soak.is_new(genvm_id)
+    path = f"/genvm/{genvm_id}/events"
+    for _ in range(rng.randint(1, 5)):
+        data = encoded("GET", rng.choice((path, "/events")))
+        seconds = rng.choice((0.05, 0.5, 2))
+        await hang_up(soak.manager.address, data, seconds, reads=rng.randint(1, 100_000))
+    status = await soak.until_its_end(plan, genvm_id, "?wait=20s")
+    seen = b""
+    async with asyncio.timeout(LIMIT), connected(soak.manager.address) as (reader, writer):
+        writer.write(encoded("GET", path))
+        if rng.random() < 0.5:
+            writer.write_eof()
+        while b"event: finished" not in seen:
+            piece = await reader.read(65536)
+            if b" 404 " in (seen + piece)[:16] and soak.has_expired(status):
+                return
+            if not piece:
+                raise Problem(f"{path} ends with {seen[-200:]!r}")
+            seen = seen[-20:] + piece
+
+
 # --- other requests ---
 
 
@@ -294,7 +321,7 @@ async def contract(soak: Soak, rng: random.Random, name: str) -> None:
 
 
 CLIENT: dict[Act, float] = {
-    **{run: 45, cancel: 20, deadline: 10, idempotent: 5, abandon: 6, contract: 4},
+    **{run: 45, cancel: 20, deadline: 10, idempotent: 5, abandon: 6, contract: 4, follow: 5},
     **{check: 6, read_only: 4, bad: 8, hostile: 4, ask_module: 3},
 }
 """How often a client does what."""
