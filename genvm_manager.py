@@ -3792,6 +3792,7 @@ class Child(ProcessProtocol):
     pid: int = field(init=False, default=0)
     exited: bool = field(init=False, default=False)
     force_killed: bool = field(init=False, default=False)
+    _was_asked: bool = field(init=False, default=False)
 
     @property
     def has_ended(self) -> bool:
@@ -3804,11 +3805,15 @@ class Child(ProcessProtocol):
         return False
 
     def terminate(self, grace: float) -> None:
-        """Send SIGTERM now and SIGKILL after ``grace`` seconds; a shorter grace wins."""
+        """Send SIGTERM, but only once, and SIGKILL after ``grace`` seconds; a shorter grace wins.
+
+        Many programs take a second SIGTERM as an order to end at once, without tidying up.
+        """
         if self.exited:
             return
         kill_at = self._reactor.seconds() + grace
-        if grace > 0:
+        if grace > 0 and not self._was_asked:
+            self._was_asked = self.transport is not None
             self._signal("TERM")
         if self._kill_timer is not None and self._kill_timer.getTime() > kill_at:
             self._kill_timer.cancel()
