@@ -62,6 +62,7 @@ The file has five parts, and each section uses only what stands above it:
    2.25 HTTP API: operation: probes, figures, lists, events.
    2.26 HTTP API: script of the page: a client of the API that runs in browsers.
    2.27 HTTP API: page: what a browser gets at GET /.
+   2.28 Listeners: where requests come in, and what systemd hears.
 3. Module processes:
    3.1  Module services: connections: WebSocket with bounds.
    3.2  Module services: runtime: setup, orders, statistics, the end.
@@ -227,6 +228,7 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    MutableMapping,
     Sequence,
 )
 from collections.abc import Set as AbstractSet
@@ -282,7 +284,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from publicsuffixlist import PublicSuffixList
 from twisted.application.service import Application, IServiceCollection, Service
-from twisted.internet import endpoints
+from twisted.internet import endpoints, unix
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.base import DelayedCall
 from twisted.internet.defer import (
@@ -302,6 +304,7 @@ from twisted.internet.endpoints import (
     TCP6ClientEndpoint,
     connectProtocol,
 )
+from twisted.internet.endpoints import _parse as endpoint_parts
 from twisted.internet.error import (
     CannotListenError,
     ConnectError,
@@ -1744,6 +1747,38 @@ class ModuleCommands(dict[str, tuple[str, ...]]):
         return commands
 
 
+class Endpoint(str):
+    """Where to listen, as Twisted writes it: ``unix:/run/genvm.sock:mode=660``."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Return the endpoint string; raises ``ValueError``."""
+        text = Name.parse(value)
+        try:
+            places, options = endpoint_parts(str(text))
+        except RuntimeError:  # it ends with a backslash
+            places, options = [""], {}
+        kind, place = places[0], places[1].strip() if len(places) == 2 else None
+        is_port = place is not None and re.fullmatch("[0-9]{1,5}", place) and int(place) < 1 << 16
+        if not {
+            "systemd": place is None and bool(options),
+            "unix": bool(place),
+            "tcp": is_port,
+            "ssl": is_port and "privateKey" in options,
+        }.get(kind, False):
+            raise ValueError(
+                "expected tcp:PORT:interface=ADDRESS, ssl:PORT:privateKey=FILE:certKey=FILE, "
+                f"unix:PATH:mode=660 or systemd:domain=INET:index=0, got {shown(value)}"
+            )
+        return cls(text)
+
+    @property
+    def interface(self) -> str | None:
+        """The address of this machine that a port is to be at, empty for all; else ``None``."""
+        (kind, *_), options = endpoint_parts(str(self))
+        return options.get("interface", "") if kind in ("tcp", "ssl") else None
+
+
 @frozen
 class SettingKind:
     """How a setting is read: the type of its plain value, and how a flag's text becomes that."""
@@ -1792,6 +1827,7 @@ DETECTION = SettingKind(Literal["native", "executor"], "HOW")
 NAMES = SettingKind(tuple[Name, ...], "NAME,…", _plain_list)
 ARGUMENTS = SettingKind(tuple[ExtraArgument, ...], "ARGUMENT,…", _plain_list)
 KINDS = SettingKind(tuple[ModuleKind, ...], "KIND,…", _plain_list)
+ENDPOINTS = SettingKind(tuple[Endpoint, ...], "ENDPOINT,…", _plain_list)
 HOSTS = SettingKind(tuple[AllowedHost, ...], "NAME,…", _plain_list)
 VARIABLES = SettingKind(tuple[AllowedVariable, ...], "NAME,…", _plain_list)
 
@@ -1806,12 +1842,16 @@ class Config:
 
     Each one is a flag (``--queue-limit``), an environment variable (``GENVM_MANAGER_QUEUE_LIMIT``)
     and a key of the YAML file (``queue_limit``). ``notes`` are sentences for the log about what
-    was accepted without effect; ``explicit_manifest`` tells that the manifest must exist.
+    was accepted without effect; ``explicit_manifest`` tells that the manifest must exist;
+    ``reread`` reads it all again, without looking at other files.
     """
 
     host: str = _setting(TEXT, "127.0.0.1", "address to listen on")
     port: int | None = _setting(PORT, None, "port to listen on (default 3999; 0 = any free one)")
     socket: Path | None = _setting(PATH, None, "unix socket to listen on, instead of a port")
+    listen: tuple[Endpoint, ...] = _setting(
+        ENDPOINTS, (), "further places to listen at, as Twisted endpoint strings, instead of a port"
+    )
     root: Path = _setting(
         PATH,
         Path("."),
@@ -1868,6 +1908,25 @@ class Config:
     allow_unauthenticated: bool = _setting(FLAG, False, "listen beyond loopback without a token")
     notes: tuple[str, ...] = field(default=())
     explicit_manifest: bool = field(default=False)
+    reread: Callable[[], Config] = field(
+        default=Factory(lambda self: lambda: self, takes_self=True), eq=False, repr=False
+    )
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """All places to listen at; unix sockets are the last."""
+        found = list(self.listen)
+        if self.port is not None or not (self.socket or self.listen):
+            port = DEFAULT_PORT if self.port is None else self.port
+            found.insert(0, Endpoint(f"tcp:{port}:interface={_quoted(self.host)}"))
+        if self.socket is not None:
+            found.append(Endpoint(f"unix:{_quoted(str(self.socket))}"))
+        return tuple(sorted(found, key=lambda endpoint: endpoint.startswith("unix")))
+
+
+def _quoted(argument: str) -> str:
+    """Return a text as an endpoint string has it."""
+    return re.sub(r"([\\:=])", r"\\\1", argument)
 
 
 DEFAULT_PORT = 3999
@@ -1906,11 +1965,13 @@ def load_config(
     environ: Mapping[str, str],
     *,
     file: Path | None = None,
+    alone: bool = False,
 ) -> Config:
     """Return the settings in force: flags over environment over file over defaults.
 
     ``flags`` and ``environ`` hold texts; ``flags`` may name the YAML file as ``config``. Raises
-    ``ConfigError`` naming source, key and reason of everything that is wrong.
+    ``ConfigError`` naming source, key and reason of everything that is wrong. ``alone`` is for
+    settings that need not fit together, nor to what they name.
     """
     notes: list[str] = []
     problems: list[str] = []
@@ -1956,8 +2017,10 @@ def load_config(
     explicit = "manifest_path" in given
     given.setdefault("manifest_path", root / "data" / "manifest.yaml")
     typed = cast(dict[str, Any], given)  # each value was parsed by its setting's kind
-    config = Config(**typed, notes=tuple(notes), explicit_manifest=explicit)
-    _check_together(config, origins)
+    reread = functools.partial(load_config, flags, environ, file=file, alone=True)
+    config = Config(**typed, notes=tuple(notes), explicit_manifest=explicit, reread=reread)
+    if not alone:
+        _check_together(config, origins)
     return config
 
 
@@ -2018,28 +2081,22 @@ def _check_together(config: Config, origins: Mapping[str, str]) -> None:
             refuse("reroute_to", f"{folder} is not a directory")
     if config.auth_token_file is not None:
         try:
-            token = read_token(config.auth_token_file)
+            good_token(config.auth_token_file)
         except ConfigError as error:
             refuse("auth_token_file", error.message.removeprefix("auth_token_file: "))
-        place, quoted = config.auth_token_file, shlex.quote(str(config.auth_token_file))
-        if len(token) < TOKEN_MIN_CHARACTERS:
-            command = f'printf %s "$(openssl rand -hex 32)" > {quoted}'
-            reason = f"has {len(token)} characters, fewer than {TOKEN_MIN_CHARACTERS}"
-            refuse("auth_token_file", f"{place}: the token {reason}; run: {command}")
-        if stat.S_IMODE(place.stat().st_mode) & TOKEN_MODE_REFUSED:
-            refuse("auth_token_file", f"{place}: others can read it; run: chmod 600 {quoted}")
-    listens_on_port = config.socket is None or config.port is not None
-    if (
-        listens_on_port
-        and not is_loopback(config.host)
-        and config.auth_token_file is None
-        and not config.allow_unauthenticated
-    ):
-        refuse(
-            "host",
-            f"{config.host} is reachable from other machines; set auth_token_file, or pass "
-            "--allow-unauthenticated if everybody who can reach it may run contracts",
-        )
+    for endpoint in config.endpoints:
+        if endpoint.interface is not None and (reason := why_closed(config, endpoint.interface)):
+            refuse("listen" if endpoint in config.listen else "host", reason)
+
+
+def why_closed(config: Config, host: str) -> str | None:
+    """Return why the manager may not listen at an address, if so; an empty one is all of them."""
+    if is_loopback(host) or config.auth_token_file is not None or config.allow_unauthenticated:
+        return None
+    return (
+        f"{host or 'every address'} is reachable from other machines; set auth_token_file, or pass "
+        "--allow-unauthenticated if everybody who can reach it may run contracts"
+    )
 
 
 @functools.lru_cache(maxsize=64)  # asked for each request
@@ -2059,6 +2116,21 @@ def read_token(path: Path) -> str:
         raise ConfigError(f"auth_token_file: {path} cannot be read: {error}") from None
     if not token:
         raise ConfigError(f"auth_token_file: {path} is empty")
+    return token
+
+
+def good_token(path: Path) -> str:
+    """Return the Bearer token in a file; raises ``ConfigError`` also where it guards nothing."""
+    token, quoted = read_token(path), shlex.quote(str(path))
+    problem = None
+    if len(token) < TOKEN_MIN_CHARACTERS:
+        command = f'printf %s "$(openssl rand -hex 32)" > {quoted}'
+        reason = f"has {len(token)} characters, fewer than {TOKEN_MIN_CHARACTERS}"
+        problem = f"the token {reason}; run: {command}"
+    elif stat.S_IMODE(path.stat().st_mode) & TOKEN_MODE_REFUSED:
+        problem = f"others can read it; run: chmod 600 {quoted}"
+    if problem is not None:
+        raise ConfigError(f"auth_token_file: {path}: {problem}")
     return token
 
 
@@ -9401,7 +9473,7 @@ def error_headers(error: ManagerError) -> dict[str, str]:
     return headers
 
 
-@frozen
+@define
 class AccessPolicy:
     """Who may make requests: holders of the token, and no web page of another site.
 
@@ -9672,6 +9744,8 @@ class ApiChannel(HTTPChannel):
         # A thousand requests may have come in one packet: others get their turn in between.
         self.paused = self._receiving and bool(self.persistent)
         HTTPChannel.requestDone(self, request)
+        if not self.persistent and self.isSecure():
+            self.setTimeout(RECEIVE_SECONDS)  # TLS waits for the client to close its side
 
     def refuse(self, status: int, error: ManagerError, request_id: str = "") -> None:
         """Answer before the request is complete, read and forget the rest for a while, close."""
@@ -9699,7 +9773,10 @@ class ApiChannel(HTTPChannel):
 
     def _close(self) -> None:
         self._linger = None
-        self.loseConnection()
+        if self._refused:
+            self.transport.abortConnection()  # TLS would wait for the client to close its side
+        else:
+            self.loseConnection()
 
     def _respondToBadRequestAndDisconnect(self) -> None:
         # Twisted's own answer has no body, which clients that parse every body cannot read.
@@ -9884,6 +9961,10 @@ class ApiSite(Site):
         """How many connections there may be in all."""
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return min(self._most, max(FEW_CONNECTIONS, descriptors * 3 // 4))
+
+    def acceptableProtocols(self) -> list[bytes]:
+        """Return what is offered over TLS: not HTTP/2, for which Twisted has another channel."""
+        return [b"http/1.1"]
 
     def room_of(self, count: int) -> int:
         """Return how many connections may be accepted, up to ``count``; see the reactor."""
@@ -11591,6 +11672,204 @@ class PageResource(ApiResource):
         for name, value in headers.items():
             request.setHeader(name, value)
         return page
+
+
+# =============================================================================
+# 2.28 Listeners
+# =============================================================================
+#
+# Owns where requests come in, and what systemd hears of us where it has
+# started us. Uses settings. Never knows what is served.
+
+#: Connections that may wait to be accepted.
+BACKLOG = 1024
+#: Where Twisted's defaults are not ours: a unix socket would let everybody in, and its lock is not
+#: safe against others of us.
+DEFAULTS = {"backlog": BACKLOG, "mode": 600, "lockfile": 0}
+#: Seconds to wait for another manager that starts on the same unix socket.
+LOCK_SECONDS = 10.0
+#: Seconds to wait for room in the socket of systemd.
+NOTIFY_SECONDS = 0.1
+
+
+class LentUnixPort(unix.Port):
+    """A unix socket of systemd's: who may use its file, and its end, are none of our business."""
+
+    _shouldShutdown = False
+
+    def __init__(self, fileName: object, *arguments: Any, **options: Any) -> None:
+        super().__init__(b"\0", *arguments, **options)  # as if it had no file
+
+
+@define(eq=False)
+class Listener:
+    """A place where requests come in, as long as it is open."""
+
+    port: Any
+    _secured: Callable[[], tuple[Any, ...]] | None = None
+
+    @classmethod
+    def open(cls, reactor: Any, endpoint: Endpoint, site: Site) -> Self:
+        """Listen; raises ``ConfigError`` with what to do."""
+        (kind, *places), _ = endpoint_parts(str(endpoint))
+        try:
+            if kind == "ssl":
+                secured = functools.partial(_secured, endpoint, site)
+                return cls(reactor.listenTCP(*secured()), secured)
+            with _alone_at(Path(places[0])) if kind == "unix" else contextlib.nullcontext():
+                return cls(_listen(reactor, endpoint, site))
+        except CannotListenError as error:
+            at_port = isinstance(error.port, int)
+            place = f"{error.interface or '*'}:{error.port}" if at_port else places[0]
+            raise ConfigError(
+                f"cannot listen on {place}: {error.socketError}; "
+                "stop what uses it, or choose another --port, --socket or --listen"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"{endpoint} cannot be used: {error.strerror}") from None
+
+    @property
+    def address(self) -> str:
+        """Where it is: ``host:port``, ``https://host:port`` or ``unix://path``."""
+        place = self.port.getHost()
+        if isinstance(place, UNIXAddress):
+            return f"unix://{os.fsdecode(place.name or b'')}"
+        secure = "https://" if self._secured is not None else ""
+        host = f"[{place.host}]" if ":" in place.host else place.host
+        return f"{secure}{host}:{place.port}"
+
+    def read_certificate(self) -> None:
+        """Read key and certificate anew, for connections to come; raises ``ConfigError``."""
+        if self._secured is not None:
+            _, self.port.factory, *_ = self._secured()
+
+
+@contextlib.contextmanager
+def _explaining(endpoint: Endpoint) -> Iterator[None]:
+    """Make a ``ConfigError`` of what Twisted raises about an endpoint."""
+    try:
+        yield
+        return
+    except (IndexError, KeyError):
+        reason = (
+            "systemd handed over no such socket; start the .socket unit that belongs to the "
+            "service, and name one of its sockets by index= or name="
+        )
+    except OSError as error:
+        reason = f"{error.filename} cannot be read: {error.strerror}"
+    except Exception as error:  # whatever Twisted and OpenSSL meet in a text and its files
+        reason = f"{error or type(error).__name__}; check its words, and that keys are PEM files"
+    raise ConfigError(f"listen: {endpoint}: {reason}")
+
+
+def _secured(endpoint: Endpoint, site: Site) -> tuple[Any, ...]:
+    """Return how to listen with TLS: the arguments of ``listenTCP``."""
+    load_http()  # ours is a reactor that may know nothing of TLS
+    from twisted.protocols.tls import TLSMemoryBIOFactory
+
+    (_, *places), options = endpoint_parts(str(endpoint))
+    with _explaining(endpoint):
+        (port, _, certificate), more = endpoints._parseSSL(None, *places, **options)
+        factory = TLSMemoryBIOFactory(certificate, False, cast(Any, site))
+        return port, factory, BACKLOG, more["interface"]
+
+
+def _listen(reactor: Any, endpoint: Endpoint, site: Site) -> Any:
+    """Return a port of an endpoint without TLS; raises what Twisted raises, or ``ConfigError``."""
+    (kind, *_), options = endpoint_parts(str(endpoint))
+    ours = {"tcp": ("backlog",), "unix": DEFAULTS}.get(kind, ())
+    text = ":".join((endpoint, *(f"{k}={DEFAULTS[k]}" for k in ours if k not in options)))
+    with _explaining(endpoint):
+        target: Any = endpoints.serverFromString(reactor, text)
+    is_lent = isinstance(target, endpoints.AdoptedStreamServerEndpoint)
+    if is_lent:
+        with socket.socket(fileno=os.dup(target.fileno)) as lent:
+            lent.setblocking(False)
+            target.addressFamily = lent.family
+    if is_lent and target.addressFamily == socket.AF_UNIX:
+        port = LentUnixPort._fromListeningDescriptor(reactor, target.fileno, site)
+        port.startListening()
+        os.close(target.fileno)
+    else:
+        outcome: list[Any] = []
+        target.listen(site).addBoth(outcome.append)
+        port = outcome[0]
+        if isinstance(port, Failure):
+            port.raiseException()
+    if is_lent:
+        port.socket.listen(BACKLOG)
+    return port
+
+
+@contextlib.contextmanager
+def _alone_at(path: Path) -> Iterator[None]:
+    """Make a socket that only our user can reach at first; a dead one is replaced."""
+    previous = os.umask(0o177)
+    try:
+        # Of several managers that start at once, one looks and replaces at a time.
+        with _folder_lock(path.parent):
+            _remove_dead_socket(path)
+            yield
+    finally:
+        os.umask(previous)
+
+
+@contextlib.contextmanager
+def _folder_lock(folder: Path) -> Iterator[None]:
+    """Be the only one who holds the lock of a folder; raises ``OSError``, also after a while."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    deadline = time.monotonic() + LOCK_SECONDS
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise OSError(errno.EBUSY, "its folder is locked by another process") from None
+                time.sleep(0.01)  # there is no reactor yet
+        yield
+    finally:
+        os.close(fd)
+
+
+def _remove_dead_socket(path: Path) -> None:
+    """Remove a socket at which nobody listens; raises ``OSError``."""
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
+
+
+@frozen
+class Systemd:
+    """Tells what has started us how we are, as sd_notify(3) has it; that nobody hears is no harm.
+
+    ``watchdog`` is how many seconds may lie between two signs of life; 0 if none is expected.
+    """
+
+    _address: str = ""
+    watchdog: float = 0
+
+    @classmethod
+    def take(cls, environ: MutableMapping[str, str]) -> Self:
+        """Take what it left in the environment, which children are not to have."""
+        names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDNAMES")
+        address, microseconds, pid, _ = (environ.pop(name, "") for name in names)
+        ours = pid in ("", str(os.getpid())) and microseconds.isdecimal()
+        if address.startswith("@"):
+            address = "\0" + address[1:]
+        return cls(address, int(microseconds) / 1e6 if ours else 0)
+
+    def tell(self, *facts: str) -> None:
+        """Send assignments such as ``READY=1``."""
+        if self._address:
+            message, kind = "\n".join(facts).encode(errors="replace"), socket.SOCK_DGRAM
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as way:
+                way.settimeout(NOTIFY_SECONDS)
+                way.sendto(message, self._address)
 
 
 ###############################################################################
@@ -16205,15 +16484,13 @@ def run_demo() -> int:
 FAREWELL_SECONDS = 0.2
 #: Seconds that a shutdown may take if only clients that read slowly hold it up: some wait for 1 s.
 SHUTDOWN_SECONDS = 0.9
-#: Connections that may wait to be accepted.
-BACKLOG = 1024
 #: Seconds until a module that could not be started is tried again: at first, and at most.
 START_SECONDS, START_LONGEST_SECONDS = 1.0, 60.0
 DAEMON_LOG = "genvm-manager.log"
 #: Seconds after the second signal in which the process ends, whatever it does.
 LAST_SECONDS = 1.0
-#: Seconds to wait for another manager that starts on the same unix socket.
-LOCK_SECONDS = 10.0
+#: Seconds that our end may take beside ``shutdown_grace``, on a machine that is busy.
+STOPPING_SECONDS = 60.0
 THREADS = 32
 #: Blocks of so many bytes and more are mapped, and unmapped when they are freed.
 MMAP_THRESHOLD = 256 * KIB
@@ -16238,6 +16515,7 @@ class ManagerService(Service):
         self.observer = observer
         self._reactor = reactor
         self._owns_process = owns_process
+        self._systemd = Systemd.take(os.environ) if owns_process else Systemd()
         self.boot_id = secrets.token_hex(16)
         self.events = EventFeed(self.boot_id)
         self.manifest = ManifestStore(config)
@@ -16273,14 +16551,16 @@ class ManagerService(Service):
         client = LlmClient(reactor, self._http)
         check = AvailabilityCheck(config, reactor, client, variables, observer.redactor)
         self.api = self._make_api(variables, check)
-        token = None if config.auth_token_file is None else read_token(config.auth_token_file)
-        if token is not None:
-            observer.redactor.keep("token", (token,))
         hosts = frozenset(name.lower() for name in config.allowed_hosts)
-        policy = AccessPolicy(token, hosts)
+        self._policy = AccessPolicy(None, hosts)
+        if config.auth_token_file is not None:
+            self._use_token(read_token(config.auth_token_file))
+        policy = self._policy
         self.site = ApiSite(PageResource(self.api, policy), reactor, config, policy)
         self.site.answered = self.api.note_answer
-        self._ports: list[Any] = []
+        self._listeners: list[Listener] = []
+        self._watchdog = LoopingCall(self._show_life)
+        self._watchdog.clock = reactor
         self._parent: ParentWatch | None = None
         self._background: list[Deferred[None]] = []
         self._stopping: Deferred[None] | None = None
@@ -16310,43 +16590,25 @@ class ManagerService(Service):
 
     @property
     def addresses(self) -> list[str]:
-        """Where the manager listens: ``host:port`` or ``unix://path``."""
-        return [_address_text(port.getHost()) for port in self._ports]
+        """Where the manager listens: ``host:port``, ``https://host:port`` or ``unix://path``."""
+        return [listener.address for listener in self._listeners]
 
     def privilegedStartService(self) -> None:
         """Read the manifest and bind the listeners; raises ``ManagerError``."""
         self.manifest.load()
-        config = self.config
         try:
-            if config.socket is None or config.port is not None:
-                number = DEFAULT_PORT if config.port is None else config.port
-                port = self._reactor.listenTCP(number, self.site, BACKLOG, config.host)
-                self._ports.append(port)
-            # The last one: nothing that fails afterwards would leave a file behind.
-            if config.socket is not None:
-                self._ports.append(self._listen_unix(config.socket))
-            for port in self._ports:
-                accept_with_room(self._reactor, port, self.site.room_of)
-        except CannotListenError as error:
-            at_port = isinstance(error.port, int)
-            place = f"{config.host}:{error.port}" if at_port else config.socket
-            raise ConfigError(
-                f"cannot listen on {place}: {error.socketError}; "
-                "stop what uses it, or choose another --port or --socket"
-            ) from None
-
-    def _listen_unix(self, path: Path) -> Any:
-        """Listen on a socket that only our user can reach; a dead one is replaced."""
-        previous = os.umask(0o177)
-        try:
-            # Of several managers that start at once, one looks and replaces at a time.
-            with _folder_lock(path.parent):
-                _remove_dead_socket(path)
-                return self._reactor.listenUNIX(str(path), self.site, BACKLOG, mode=0o600)
-        except OSError as error:
-            raise ConfigError(f"socket: {path} cannot be used: {error.strerror}") from None
-        finally:
-            os.umask(previous)
+            for endpoint in self.config.endpoints:
+                listener = Listener.open(self._reactor, endpoint, self.site)
+                self._listeners.append(listener)
+                # Of a socket of systemd's it was not known before.
+                host = getattr(listener.port.getHost(), "host", "localhost")
+                if reason := why_closed(self.config, host):
+                    raise ConfigError(f"listen: {endpoint}: {reason}")
+                accept_with_room(self._reactor, listener.port, self.site.room_of)
+        except ManagerError:
+            for listener in self._listeners:  # at once: the reactor does not turn
+                listener.port.connectionLost(Failure(CONNECTION_DONE))
+            raise
 
     def startService(self) -> None:
         """Start serving."""
@@ -16406,6 +16668,7 @@ class ManagerService(Service):
         self._reactor.suggestThreadPoolSize(THREADS)
         # The reactor installs its own handlers when it starts: ours come after them.
         self._reactor.callWhenRunning(self._take_signals)
+        self._reactor.callWhenRunning(self._tell_ready)
 
     def _take_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -16433,11 +16696,63 @@ class ManagerService(Service):
             self._asked = True
             self._reactor.stop()
 
-    def _asked_to_reload(self) -> None:
-        def failed(failure: Failure) -> None:
-            self.log.error("{text}", text=failure.getErrorMessage())
+    def _tell_ready(self) -> None:
+        self._show_life("READY=1")
+        if self._systemd.watchdog and not self._watchdog.running:
+            self._watchdog.start(self._systemd.watchdog / 2)
 
-        Deferred.fromCoroutine(self.manifest.reload(self._reactor)).addErrback(failed)
+    def _show_life(self, fact: str = "WATCHDOG=1") -> None:
+        going_on = sum(1 for _ in self.executions.active())
+        draining = ", draining" if self.executions.draining else ""
+        places = ", ".join(self.addresses)
+        self._systemd.tell(fact, f"STATUS={going_on} executions{draining}; listening on {places}")
+
+    def _asked_to_reload(self) -> None:
+        Deferred.fromCoroutine(self._reload())
+
+    async def _reload(self) -> None:
+        """Read anew what may change while it runs; what is wrong stays as it was."""
+        self._systemd.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self.observer.reopen()
+        steps: list[tuple[str, Callable[[], Any], Callable[[Any], object]]] = [
+            ("settings", self.config.reread, self._use_settings),
+            ("token", self._read_token, self._use_token),
+            *(("certificate", item.read_certificate, unheard) for item in self._listeners),
+        ]
+        for what, read, use in steps:
+            try:
+                use(await FILE_THREADS.run(self._reactor, FILE_SECONDS, read))
+            except Exception as error:
+                late = isinstance(error, DeferredTimeout)
+                reason = f"not read within {FILE_SECONDS:g} s" if late else error
+                self.log.error("{text}", text=f"{what}: {reason}; nothing of it changes")
+        try:
+            await self.manifest.reload(self._reactor)
+        except Exception as error:
+            self.log.error("{text}", text=str(error))
+        self.log.info("reloaded")
+        if self._stopping is None:
+            self._tell_ready()
+
+    def _use_settings(self, config: Config) -> None:
+        self.observer.set_level(config.log_level)
+        for module in self.modules.values():
+            module.set_log_level(config.log_level)
+        old = self.config
+        changed = [name for name in SETTINGS if getattr(config, name) != getattr(old, name)]
+        if others := ", ".join(name for name in changed if name != "log_level"):
+            text = f"changed, and in force from the next start on: {others}"
+            self.log.warn("{text}", text=text)
+
+    def _read_token(self) -> str | None:
+        path = self.config.auth_token_file
+        return None if path is None else good_token(path)
+
+    def _use_token(self, token: str | None) -> None:
+        self._policy.token = token
+        if token is not None:
+            # An earlier one stays masked: it may be in use elsewhere.
+            self.observer.redactor.keep(("token", token), (token,))
 
     def _asked_to_reopen(self) -> None:
         self.observer.reopen()
@@ -16468,11 +16783,13 @@ class ManagerService(Service):
         begin = self._reactor.seconds()
         await maybeDeferred(Service.stopService, self)
         self.log.info("shutting down")
+        longest = self.config.shutdown_grace + STOPPING_SECONDS
+        self._systemd.tell("STOPPING=1", f"EXTEND_TIMEOUT_USEC={longest * 1e6:.0f}")
         for running in self._background:
             running.cancel()
         self.metrics.stop()
-        for port in self._ports:
-            await maybeDeferred(port.stopListening)
+        for listener in self._listeners:
+            await maybeDeferred(listener.port.stopListening)
         grace = self.config.shutdown_grace
         ending = [Deferred.fromCoroutine(m.close(grace)) for m in self.modules.values()]
         # What was written is read, but no flood of lines.
@@ -16517,47 +16834,11 @@ def _settle_memory() -> None:
     give_back_memory()
 
 
-@contextlib.contextmanager
-def _folder_lock(folder: Path) -> Iterator[None]:
-    """Be the only one who holds the lock of a folder; raises ``OSError``, also after a while."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    deadline = time.monotonic() + LOCK_SECONDS
-    try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise OSError(errno.EBUSY, "its folder is locked by another process") from None
-                time.sleep(0.01)  # there is no reactor yet
-        yield
-    finally:
-        os.close(fd)
-
-
-def _remove_dead_socket(path: Path) -> None:
-    """Remove a socket at which nobody listens; raises ``OSError``."""
-    if path.is_socket():
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(str(path))
-            except ConnectionRefusedError:
-                path.unlink()
-
-
 def _stdout_is_devnull() -> bool:
     try:
         return os.path.samestat(os.fstat(1), os.stat(os.devnull))
     except OSError:
         return True
-
-
-def _address_text(address: Any) -> str:
-    if isinstance(address, UNIXAddress):
-        return f"unix://{os.fsdecode(address.name or b'')}"
-    host = f"[{address.host}]" if ":" in address.host else address.host
-    return f"{host}:{address.port}"
 
 
 def makeService(config: Config, reactor: Any = None) -> ManagerService:

@@ -432,6 +432,29 @@ def test_loopback_needs_no_token(host: str, tmp_path: Path) -> None:
     assert load_config({"root": str(tmp_path), "host": host}, {}).host == host
 
 
+@pytest.mark.parametrize(
+    ("flags", "places"),
+    [
+        ({}, ["tcp:3999:interface=127.0.0.1"]),
+        ({"host": "::1", "port": "1"}, [r"tcp:1:interface=\:\:1"]),
+        ({"socket": "/run/a=b:c"}, [r"unix:/run/a\=b\:c"]),
+        ({"socket": "/s", "port": "0"}, ["tcp:0:interface=127.0.0.1", "unix:/s"]),
+        (
+            {"listen": "unix:/s,systemd:domain=UNIX:index=0"},
+            ["systemd:domain=UNIX:index=0", "unix:/s"],
+        ),
+        ({"listen": "tcp:1:interface=localhost"}, ["tcp:1:interface=localhost"]),
+        (
+            {"listen": "unix:/s", "port": "0", "socket": "/t"},
+            ["tcp:0:interface=127.0.0.1", "unix:/s", "unix:/t"],
+        ),
+    ],
+)
+def test_places_to_listen_at(flags: dict[str, str], places: list[str], tmp_path: Path) -> None:
+    """What a setting names takes the place of the port, unless that is named, too."""
+    assert [*load_config({"root": str(tmp_path), **flags}, {}).endpoints] == places
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.1", "node.example", "127.0.0.1.nip"])
 def test_anything_else_needs_a_token_or_an_explicit_flag(host: str, tmp_path: Path) -> None:
     flags = {"root": str(tmp_path), "host": host}

@@ -316,6 +316,7 @@ class Daemon:
         environ: Mapping[str, str] | None = None,
         cwd: Path = PROJECT,
         read_log: bool = True,
+        pass_fds: Iterable[int] = (),
     ) -> None:
         self.marker = f"{MARKER}={uuid.uuid4()}"
         self.records: list[dict[str, Any]] = []
@@ -330,6 +331,7 @@ class Daemon:
             stderr=self._stderr,
             env={**clean, **dict((self.marker.split("=", 1),)), **(environ or {})},
             cwd=cwd,
+            pass_fds=tuple(pass_fds),
         )
         self._ended = self._log_ended = False
         self._read_log = read_log
