@@ -11344,7 +11344,8 @@ function draw() {
   }), (name) => make("div", {}, make("dt", {}, name), make("dd")),
   (row, text) => put(row.lastChild, text));
   fill($("runs"), [...running, ...waiting].slice(0, SHOWN), buildRun, refreshRun);
-  put($("runs-more"), all.length > SHOWN ? `and ${figure(all.length - SHOWN)} more, which are older`
+  const more = all.length - SHOWN;
+  put($("runs-more"), more > 0 ? `and ${figure(more)} more: what runs comes first, and the newest`
     : all.length ? "" : "Nothing runs, and nothing waits.");
   fill($("modules"), Object.entries(status.modules), buildModule, refreshModule);
   fill($("ends"), ended, buildRow, refreshEnd);

@@ -252,6 +252,23 @@ async def test_output_as_it_comes(daemon: Daemon, shared_browser: Browser, tmp_p
 
 @in_chromium
 @async_test
+async def test_another_clock_than_the_manager_s(
+    daemon: Daemon, shared_browser: Browser, tmp_path: Path
+) -> None:
+    daemon.run(f"wait-file {tmp_path}/go", "exit 0", max_execution_minutes=2)
+    async with showing(shared_browser, daemon) as page:
+        slow = "const right = Date.now; Date.now = () => right.call(Date) - 7_200_000;"
+        await page.call("Page.addScriptToEvaluateOnNewDocument", source=slow)
+        await page.get("void (document.isOld = true)")
+        await page.call("Page.reload")
+        await page.until("!document.isOld && Date.now() < performance.timeOrigin")
+        await page.until("/for .*in 1 min/s.test(document.all.runs?.innerText)")
+        (tmp_path / "go").touch()
+        await page.until(r"/exit code 0.*\b[0-9.]+ s ago/s.test(document.all.ends.innerText)")
+
+
+@in_chromium
+@async_test
 async def test_the_token_is_asked_for_once(
     root: Root, start: Start, shared_browser: Browser
 ) -> None:
@@ -358,7 +375,7 @@ async def test_focus_and_many_rows(
         assert await page.get("document.activeElement.ariaLabel") == name
         assert await page.text("#runs-more") == ""
         more = [daemon.send("POST", "/genvm/run", body) for _ in range(20)]
-        await page.shows("#runs-more", "and 20 more, which are older")
+        await page.shows("#runs-more", "and 20 more: what runs comes first, and the newest")
         rows = await page.get(
             "[...document.all.runs.rows].map(row => row.cells[0].firstChild.data)"
         )
