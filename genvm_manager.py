@@ -82,7 +82,8 @@ The file has five parts, and each section uses only what stands above it:
    4.4  Demo: a host, a manager and a contract at work.
 5. Assembly:
    5.1  Service: the manager as a Twisted service; the only section that constructs.
-   5.2  Commands: what the command line does.
+   5.2  Doctor: what is wrong with an installation, and what to do.
+   5.3  Commands: what the command line does.
 """
 
 # ruff: noqa: E402 - what stands between the imports saves the rest of them
@@ -2134,16 +2135,25 @@ def good_token(path: Path) -> str:
     return token
 
 
+#: Bytes that an execution may need.
+PERMIT_BYTES = 4 * GIB
+
+
 def automatic_permits(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the permits that memory allows: (available to us + free swap) / 4 GiB, at least 2.
+    """Return the permits that memory allows: (available to us + free swap) / 4 GiB, at least 2."""
+    return max(2, available_memory(proc, cgroups) // PERMIT_BYTES)
+
+
+def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how many bytes of memory and swap we can still get; 0 if that cannot be read.
 
     What a control group (version 2 or 1) leaves us counts where it is less than what the machine
-    has. Where nothing can be read, the answer is 2.
+    has.
     """
     try:
         lines = (proc / "meminfo").read_text().splitlines()
     except OSError:
-        return 2
+        return 0
     fields = {line.split(":")[0]: int(line.split()[1]) * KIB for line in lines if ":" in line}
     memory, swap = fields.get("MemAvailable", 0), fields.get("SwapFree", 0)
     for folder in _control_groups(proc, cgroups):
@@ -2158,7 +2168,7 @@ def automatic_permits(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/
         if swap_limit is not None:
             swap_used = _cgroup_number(folder, "memory.swap.current") or 0
             swap = min(swap, max(0, swap_limit - swap_used))
-    return max(2, (memory + swap) // (4 * GIB))
+    return memory + swap
 
 
 def _control_groups(proc: Path, cgroups: Path) -> Iterator[Path]:
@@ -3256,15 +3266,20 @@ class ManifestStore:
         self._warn_of_newer()
 
     def _warn_of_newer(self) -> None:
-        newer = [v.key for v in self.manifest.versions if v.numbers > NEWEST_KNOWN]
-        if newer:
-            newest = "v" + ".".join(map(str, NEWEST_KNOWN))
-            text = (
-                f"{self.path.name} has {len(newer)} executors newer than {newest}, up to "
-                f"{newer[-1]}: this manager knows the arguments of older ones only, and runs of "
-                "those will fail"
-            )
+        if text := self.newer():
             self.log.warn("{text}", text=text)
+
+    def newer(self) -> str | None:
+        """Return a sentence about executors that are newer than what we know, if there are any."""
+        newer = [v.key for v in self.manifest.versions if v.numbers > NEWEST_KNOWN]
+        if not newer:
+            return None
+        newest = "v" + ".".join(map(str, NEWEST_KNOWN))
+        return (
+            f"{self.path.name} has {len(newer)} executors newer than {newest}, up to "
+            f"{newer[-1]}: this manager knows the arguments of older ones only, and runs of "
+            "those will fail"
+        )
 
     def resolve(self, major: int, moment: datetime) -> str:
         """Return the key of the executor directory for a major at a moment.
@@ -6395,6 +6410,56 @@ class _Answer:
         self.closed.fire(None)
 
 
+async def ask_executor(
+    config: Config,
+    reactor: Any,
+    spawner: Spawner,
+    variables: Variables,
+    version: str,
+    code: bytes,
+) -> str | None:
+    """Return a contract's version as an executor prints it; None if it refuses the code.
+
+    Raises ``DetectionFailed``, ``SpawnFailed``.
+    """
+    answer = _Answer()
+    program = executor_program(config.root, version)
+    try:
+        spawner.spawn(
+            answer,
+            [program, "parse-version-pattern"],
+            variables.for_executors,
+            pipes={STDOUT},
+            nulls={STDERR},
+            feeds={STDIN},
+            nice=config.executor_nice,
+        )
+    except SpawnFailed as error:
+        raise type(error)(f"executor {version} cannot be started: {error.message}") from None
+    child = cast(Child, answer.child)
+    child.feed(code)
+    try:
+        await answer.closed.wait().addTimeout(ASK_SECONDS, reactor)
+    except DeferredTimeout:
+        raise DetectionFailed(
+            f"executor {version} did not name a version within {ASK_SECONDS:g} s"
+        ) from None
+    finally:
+        if not child.exited:
+            child.kill()
+    if answer.status == ExitStatus(1, None):
+        return None
+    if answer.status != ExitStatus(0, None):
+        raise DetectionFailed(
+            f"executor {version} has no parse-version-pattern command ({answer.status}); "
+            "set version_detection to native"
+        )
+    try:
+        return answer.stdout.content.decode()
+    except UnicodeDecodeError:
+        return None
+
+
 @define(eq=False)
 class ContractOperations:
     """Answers questions about the code of a contract."""
@@ -6422,7 +6487,8 @@ class ContractOperations:
         newest = self._manifest.newest_major(moment)
         if self._config.version_detection == "executor":
             version = self._manifest.resolve(newest, moment)
-            return major_of(await self._asking.run(self._ask, code, version), newest)
+            asked = self._config, self._reactor, self._spawner, self._variables, version, code
+            return major_of(await self._asking.run(ask_executor, *asked), newest)
         if len(code) <= INLINE_CODE_BYTES:
             return stated_major(code, newest)
         await self._inspecting.acquire()
@@ -6442,45 +6508,6 @@ class ContractOperations:
                 await self.major(b"# v0.1.0\n", datetime.now(UTC))
             except ManagerError as error:
                 self._log.warn("version_detection: {reason}", reason=error.message)
-
-    async def _ask(self, code: bytes, version: str) -> str | None:
-        """Return a contract's version as an executor prints it; None if it refuses the code."""
-        answer = _Answer()
-        program = executor_program(self._config.root, version)
-        try:
-            self._spawner.spawn(
-                answer,
-                [program, "parse-version-pattern"],
-                self._variables.for_executors,
-                pipes={STDOUT},
-                nulls={STDERR},
-                feeds={STDIN},
-                nice=self._config.executor_nice,
-            )
-        except SpawnFailed as error:
-            raise type(error)(f"executor {version} cannot be started: {error.message}") from None
-        child = cast(Child, answer.child)
-        child.feed(code)
-        try:
-            await answer.closed.wait().addTimeout(ASK_SECONDS, self._reactor)
-        except DeferredTimeout:
-            raise DetectionFailed(
-                f"executor {version} did not name a version within {ASK_SECONDS:g} s"
-            ) from None
-        finally:
-            if not child.exited:
-                child.kill()
-        if answer.status == ExitStatus(1, None):
-            return None
-        if answer.status != ExitStatus(0, None):
-            raise DetectionFailed(
-                f"executor {version} has no parse-version-pattern command ({answer.status}); "
-                "set version_detection to native"
-            )
-        try:
-            return answer.stdout.content.decode()
-        except UnicodeDecodeError:
-            return None
 
     async def deployment_pieces(self, code: bytes, moment: datetime) -> Iterator[bytes]:
         """Return the JSON of the writes that deploy a contract, in small pieces.
@@ -14238,6 +14265,15 @@ def find_chromium() -> str | None:
     return next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
 
 
+def require_chromium() -> str:
+    """Return the path of a Chromium; raises ``ConfigError`` if there is none."""
+    program = find_chromium()
+    if program is None:
+        names = ", ".join(CHROMIUM_NAMES)
+        raise ConfigError(f"webdriver_host: no Chromium is installed; looked for {names}")
+    return program
+
+
 def children_of(pid: int) -> set[int]:
     """Return the children of a process, which may be gone."""
     found: set[int] = set()
@@ -14274,13 +14310,19 @@ def has_connection(pid: int, near: int, far: int) -> bool:
     ends = f" {address:08X}:{far:04X} {address:08X}:{near:04X} "
     rows = Path("/proc/self/net/tcp").read_text().splitlines()
     inodes = [row.split()[9] for row in rows if ends in row]
-    for process in family_of(pid) if inodes else ():
+    return bool(inodes) and holder_of(family_of(pid), inodes[:1]) is not None
+
+
+def holder_of(processes: Iterable[int], inodes: Iterable[str]) -> int | None:
+    """Return which of some processes has one of some sockets open, as far as we may see that."""
+    targets = {f"socket:[{inode}]" for inode in inodes}
+    for process in processes:
         with contextlib.suppress(OSError):
             for file in os.scandir(f"/proc/{process}/fd"):
                 with contextlib.suppress(OSError):
-                    if os.readlink(file.path) == f"socket:[{inodes[0]}]":
-                        return True
-    return False
+                    if os.readlink(file.path) in targets:
+                        return process
+    return None
 
 
 def kill_strays(known: Container[int] = (), homes: Iterable[str] = ()) -> bool:
@@ -14990,8 +15032,12 @@ class _WebEntry:
 
 @frozen
 class WebSettings:
-    """The configuration of the Web module; ``webdriver`` is a URL or ``chromium``, or none."""
+    """The configuration of the Web module; ``webdriver`` is a URL or ``chromium``, or none.
 
+    ``notes`` are sentences for the log about what was left out.
+    """
+
+    notes: tuple[str, ...]
     rules: UrlRules
     signer: Signer | None
     webdriver: str | None
@@ -15019,6 +15065,7 @@ def read_web_settings(config: AnyObject) -> WebSettings:
     is_external = webdriver is not None and webdriver != LOCAL_CHROMIUM
     render_seconds = WEBDRIVER_SECONDS if is_external else RENDER_SECONDS
     return WebSettings(
+        tuple(unknown_keys(config, _WebEntry, *MODULE_KEYS)),
         UrlRules(hosts, domains),
         _read_signer(entry),
         webdriver,
@@ -15127,7 +15174,7 @@ class WebService(ModuleService):
         hide_proxies(redactor)
         redactor.keep("configuration", secrets_in(setup.config))
         settings = read_web_settings(setup.config)
-        for note in unknown_keys(setup.config, _WebEntry, *MODULE_KEYS):
+        for note in settings.notes:
             cls.log.warn("{text}", text=note)
         rules = settings.rules
         http = HttpClient.create(reactor)
@@ -15145,10 +15192,7 @@ class WebService(ModuleService):
 
     @classmethod
     def _chromium(cls, settings: WebSettings, reactor: Any) -> ChromiumRenderer:
-        program = find_chromium()
-        if program is None:
-            names = ", ".join(CHROMIUM_NAMES)
-            raise ConfigError(f"webdriver_host: no Chromium is installed; looked for {names}")
+        program = require_chromium()
         if os.geteuid() == 0:
             cls.log.warn("Chromium has no sandbox when it runs as root; use another account")
         # The runtime leaves signals alone, and twisted learns of a child's end by this one.
@@ -16931,7 +16975,336 @@ def makeApplication(environ: Mapping[str, str] = os.environ) -> Any:
 
 
 # =============================================================================
-# 5.2 Commands
+# 5.2 Doctor
+# =============================================================================
+#
+# Owns what is wrong with an installation before a manager is started on it, and
+# what to do. Reads everything with what the manager itself would read it with.
+# Changes nothing, and asks no provider.
+
+#: Seconds for one look: a file may be a pipe that nobody writes, or lie on a dead disk.
+CHECK_SECONDS = 10.0
+#: Seconds for what listens at our address to say who it is, and those for which a clock is watched.
+WHO_SECONDS, CLOCK_SECONDS = 2.0, 0.2
+FINDING_LEVELS = ("ok", "note", "warning", "error")
+_TIME_ERROR = 5  # linux/timex.h
+_SUN_PATH_BYTES = 107
+_SHOWN_COMMAND = 300
+_REQUIREMENT = re.compile(r'#\s+"([\w.-]+)(?:\[\w+\])?>=([\d.]+)",')
+
+#: What a look finds: levels, and sentences that say what is wrong and what to do.
+Found = Iterator[tuple[str, str]]
+
+
+@frozen
+class Finding:
+    """What was found, how bad it is, and where."""
+
+    level: str
+    check: str
+    text: str
+
+
+def owner_of(port: int) -> str | None:
+    """Return who listens on a TCP port, as far as we may see that; None if nobody does."""
+    inodes = []
+    for name in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            rows = map(str.split, Path(f"/proc/net/{name}").read_text().splitlines())
+            inodes += [row[9] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")]
+    pid = holder_of([int(name) for name in os.listdir("/proc") if name.isdigit()], inodes)
+    if pid is None:
+        return (
+            "a process that this account cannot see (ss -lptn as root shows it)" if inodes else None
+        )
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")
+        return f"process {pid}, {shlex.join(words[:-1])[:_SHOWN_COMMAND]}"
+    return f"process {pid}"
+
+
+def manager_at(host: str, port: int, token: str) -> str | None:
+    """Return which manager answers at an address, if one does."""
+    from http.client import HTTPConnection, HTTPException
+
+    try:
+        with contextlib.closing(HTTPConnection(host, port, WHO_SECONDS)) as connection:
+            connection.request("GET", "/", headers={"Authorization": f"Bearer {token}"})
+            answer = msgspec.json.decode(connection.getresponse().read(MIB), type=AnyObject)
+    except (OSError, HTTPException, ValueError):
+        return None
+    if answer.get("code") == Unauthorized.code:
+        return "a manager that wants another token"
+    return f"a manager {answer['version']}" if answer.get("name") == "genvm-manager" else None
+
+
+@define(eq=False)
+class Doctor:
+    """Looks at what a manager with some settings would meet, in threads: any look may hang."""
+
+    _flags: Mapping[str, str]
+    _environ: Mapping[str, str]
+    _reactor: Any
+    _config: Config = field(init=False, factory=Config)
+    _store: ManifestStore = field(init=False)
+    _redactor: Redactor = field(init=False, factory=Redactor)
+    _threads: SpareThreads = field(init=False, factory=lambda: SpareThreads(100))
+
+    async def examine(self) -> list[Finding]:
+        """Return all that is found."""
+        hide_proxies(self._redactor)
+        named = self._flags.get("root") or self._environ.get(f"{ENVIRONMENT_PREFIX}ROOT")
+        root = Path(os.path.abspath(named or default_root(self._environ, Path(__file__))))
+        # If the settings are wrong, the rest is looked at as if there were none but the root.
+        self._config = Config(root=root, manifest_path=root / "data" / "manifest.yaml")
+        found = await self._look("settings", self._settings)
+        self._store = ManifestStore(self._config)
+        found += await self._look("manifest", self._manifest)
+        looks: dict[str, Callable[[], Found]] = {
+            **{f"{kind} module": functools.partial(self._module, kind) for kind in MODULE_KINDS},
+            "limits": self._limits,
+            "temporary folder": self._temporary,
+            "packages": self._packages,
+            "clock": self._clock,
+        }
+        looking = [self._versions(), *map(self._address, self._config.endpoints)]
+        looking += [self._look(name, look) for name, look in looks.items()]
+        for more in await gatherResults([Deferred.fromCoroutine(one) for one in looking]):
+            found += more
+        return found
+
+    async def _look(self, name: str, look: Callable[[], Found]) -> list[Finding]:
+        """Return what one look finds; whatever becomes of it, the others go on."""
+        found: list[tuple[str, str]] = []
+        try:
+            await self._threads.run(self._reactor, CHECK_SECONDS, lambda: found.extend(look()))
+        except DeferredTimeout:
+            reason = "what stands for a file is a pipe, or a disk or a name server is dead"
+            found.append(("error", f"no end within {CHECK_SECONDS:g} s: {reason}"))
+        except ManagerError as error:
+            found.append(("error", error.message))
+        except Exception as error:
+            found.append(("error", f"this cannot be looked at: {error!r}"))
+        return [Finding(level, name, self._redactor.scrub(text)) for level, text in [*found]]
+
+    def _settings(self) -> Found:
+        self._config = config = load_config(self._flags, self._environ)
+        for text in config.notes:
+            yield "note", text
+        log = config.log_file
+        if log is not None and not os.access(log if log.exists() else log.parent, os.W_OK):
+            yield "error", f"log_file: {log} cannot be written: give this account its folder"
+        if os.geteuid() == 0:
+            yield "note", "root may do what a service's account may not: look as that account"
+        yield "ok", f"the root is {config.root}"
+
+    def _manifest(self) -> Found:
+        self._store.load()
+        versions, now = self._store.manifest.versions, datetime.now(UTC)
+        if not versions and self._config.reroute_to is None:
+            problem = self._store.problem or "it has no versions: there are no executors to run"
+            yield "error", f"{problem}; install some, and name them in {self._store.path}"
+        if text := self._store.newer():
+            yield "warning", text
+        later = [str(version) for version in versions if version.available_after > now]
+        if later:
+            text = f"the clock is at {format_timestamp(now)}, before {', '.join(later)}"
+            yield "warning" if len(later) == len(versions) else "note", text
+        yield "ok", f"{len(versions)} executor versions"
+
+    async def _versions(self) -> list[Finding]:
+        """Look at each executor, and let those that are there do what detection asks of them."""
+        config, manifest = self._config, self._store.manifest
+        keys = (
+            [v.key for v in manifest.versions] if config.reroute_to is None else [config.reroute_to]
+        )
+        selected = manifest.selections()
+        installed: list[str] = []
+
+        def look() -> Found:
+            for key in keys:
+                program = executor_program(config.root, key)
+                if os.access(program, os.X_OK):
+                    installed.append(key)
+                elif os.path.exists(program):
+                    yield "error", f"{program} cannot be executed: chmod +x {shlex.quote(program)}"
+                else:
+                    text = f"{key}: {program} is not there: runs that need it fail; install it"
+                    yield "warning" if key in selected else "note", text
+            if keys and not installed:
+                yield "error", "no executor is installed: nothing can run"
+
+        found = await self._look("versions", look)
+        spawner = Spawner(self._reactor, secrets.token_hex(16), owns_process=True)
+        spawner.start()
+        asking = DeferredSemaphore(ASK_CONCURRENCY)
+        answers = [asking.run(self._ask, spawner, key) for key in installed]
+        for level, text in await gatherResults(answers):
+            found.append(Finding(level, "versions", text))
+        await spawner.end_orphans(0)
+        spawner.stop()
+        return found
+
+    async def _ask(self, spawner: Spawner, version: str) -> tuple[str, str]:
+        config = self._config
+        variables = Variables(config.root / "config", config.env_allow, config.executor_env)
+        program, code = executor_program(config.root, version), b"# v0.1.0\n"
+        advice = f"see what it says: echo '# v0.1.0' | {program} parse-version-pattern"
+        try:
+            if await ask_executor(config, self._reactor, spawner, variables, version, code):
+                return "ok", f"executor {version} answers"
+            return "error", f"executor {version} does not read a contract of v0.1.0: {advice}"
+        except ManagerError as error:
+            return "error", f"{error.message}; {advice}"
+
+    async def _address(self, endpoint: Endpoint) -> list[Finding]:
+        """Listen for a moment, as a manager would."""
+        (kind, *places), options = endpoint_parts(str(endpoint))
+        problem = ""
+        try:
+            if kind != "systemd":
+                listener = Listener.open(self._reactor, endpoint, Site(Resource()))
+                await maybeDeferred(listener.port.stopListening)
+        except ManagerError as error:
+            problem = error.message
+
+        def look() -> Found:
+            if kind == "systemd":
+                yield "note", f"{endpoint}: only a service of systemd's gets that"
+            elif not problem:
+                yield "ok", f"{endpoint} is free"
+            elif kind == "unix":
+                yield "note" if Path(places[0]).is_socket() else "error", problem
+            else:
+                host = options.get("interface") or "127.0.0.1"
+                yield from self._taken(host, int(places[0]), problem, "error")
+
+        return await self._look("address", look)
+
+    def _taken(self, host: str, port: int, problem: str, worst: str) -> Found:
+        """Say whose an address is; a manager that runs may be what the operator wants."""
+        token = self._config.auth_token_file
+        manager = manager_at(host, port, "" if token is None else read_token(token))
+        owner = owner_of(port) or ""
+        level = "note" if manager or "genvm" in owner else worst
+        who = ", ".join(filter(None, (manager, owner)))
+        yield level, f"{who} has {host}:{port}; {problem}" if who else problem
+
+    def _module(self, kind: str) -> Found:
+        config = self._config
+        path = config.root / "config" / f"genvm-module-{kind}.yaml"
+        worst = "error" if kind in config.start_modules else "warning"
+        if worst == "warning" and not path.exists():
+            yield "note", f"{path} is not there: POST /module/start has to bring a configuration"
+            return
+        try:
+            variables = Variables(config.root / "config")
+            data, texts = read_module_file(path), template_variables(config.root)
+            names = set(names_in(path.read_text("utf-8")))
+            if unset := sorted(name for name in names if not variables(name)):
+                yield "note", f"{path.name} uses what is not set here: {', '.join(unset)}"
+            data = expand_module_config(kind, data, texts, variables)
+            inserted = [variables(name) for name in names if SECRET_NAMES.search(name)]
+            self._redactor.keep(kind, (*secrets_in(data), *inserted))
+            data = cast(AnyObject, conceal(data, self._redactor.scrub))
+            setup = ModuleSetup.of(kind, data, False)
+            if command := module_command(config, kind):
+                if shutil.which(command[0]) is None:
+                    yield worst, f"{command[0]} is no program: install it, or set modules.{kind}"
+            else:
+                refuse_scripts(kind, data)
+                yield from (("warning", text) for text in self._read_module(kind, data))
+            try:
+                bind_listener(setup.host, setup.port).close()
+            except ModuleFailed as error:
+                yield from self._taken(setup.host, setup.port, error.message, worst)
+        except ManagerError as error:
+            yield worst, error.message
+
+    def _read_module(self, kind: str, data: AnyObject) -> Sequence[str]:
+        """Return notes on the configuration of a built-in module; raises ``ManagerError``."""
+        if kind == "llm":
+            return read_llm_settings(data, allow_empty=False).notes
+        settings = read_web_settings(data)
+        if settings.webdriver == LOCAL_CHROMIUM:
+            require_chromium()
+        return settings.notes
+
+    def _limits(self) -> Found:
+        fit = available_memory() // PERMIT_BYTES
+        permits = max(2, fit) if self._config.permits is None else self._config.permits
+        text = f"{permits} permits, and memory for {fit} executions of {PERMIT_BYTES // GIB} GiB"
+        if permits > fit:
+            yield "warning", f"{text}: the kernel may kill some; lower permits or add memory"
+        else:
+            yield "ok" if permits else "note", text
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if most * 3 // 4 < SPARE_CONNECTIONS:
+            text = f"{most} descriptors are few for {SPARE_CONNECTIONS} connections and executors"
+            yield "warning", f"{text}: raise the hard limit (LimitNOFILE=65536 in a unit)"
+
+    def _temporary(self) -> Found:
+        folder, advice = tempfile.gettempdir(), "or set TMPDIR to another folder"
+        if problem := temporary_problem():
+            yield "error", f"{problem}: make room, {advice}"
+        elif len(f"{folder}/genvm-readonly-12345678/host.sock") > _SUN_PATH_BYTES:
+            yield "error", f"{folder} is too long for a socket: use a link, {advice}"
+        else:
+            yield "ok", f"{folder} has {shutil.disk_usage(folder).free // MIB} MiB left"
+
+    def _packages(self) -> Found:
+        from importlib.metadata import PackageNotFoundError, version
+
+        found = [f"Python {sys.version.split()[0]}"]
+        for name, least in _REQUIREMENT.findall(Path(__file__).read_text("utf-8")[: 4 * KIB]):
+            try:
+                found.append(f"{name} {(there := version(name))}")
+            except PackageNotFoundError:
+                there = "0"
+            numbers = [[*map(int, re.findall(r"\d+", text)[:2])] for text in (there, least)]
+            if numbers[0] < numbers[1]:
+                text = f"{name} is not there" if there == "0" else f"{name} {there} is too old"
+                yield "error", f"{text}: pip install '{name}>={least}'"
+        yield "ok", ", ".join(found)
+
+    def _clock(self) -> Found:
+        now, written = time.time(), os.stat(__file__).st_mtime
+        offset = now - time.monotonic()
+        if now < written - 86_400:
+            yield "error", f"it is at {timestamp_of(now)}, before this program was written: set it"
+        if ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(KIB)) == _TIME_ERROR:
+            yield "note", "as far as the kernel knows, nothing keeps it right: see timedatectl"
+        time.sleep(CLOCK_SECONDS)
+        if abs(time.time() - time.monotonic() - offset) > 1:
+            yield "warning", "it jumped just now: let NTP alone set it"
+
+
+def run_doctor(flags: Mapping[str, str], *, as_json: bool) -> int:
+    """Say what is wrong and what to do; returns 2 if there are errors, 1 if warnings, else 0."""
+    reactor = own_reactor()
+    globalLogBeginner.beginLoggingTo([], redirectStandardIO=False)
+    found: list[Finding] = []
+
+    def start() -> None:
+        examining = Deferred.fromCoroutine(Doctor(flags, os.environ, reactor).examine())
+        examining.addCallback(found.extend)
+        examining.addErrback(lambda failure: print(failure.getTraceback(), file=sys.stderr))
+        examining.addBoth(lambda _: reactor.stop())
+
+    reactor.callWhenRunning(start)
+    reactor.run()
+    counts = Counter(finding.level for finding in found)
+    if as_json:
+        print(msgspec.json.encode(found).decode())
+    else:
+        for finding in found:
+            print(f"{finding.level:8} {finding.check}: {finding.text}")
+        print(", ".join(f"{counts[level]} {level}s" for level in FINDING_LEVELS[:0:-1]))
+    return 2 if counts["error"] or not found else 1 if counts["warning"] else 0
+
+
+# =============================================================================
+# 5.3 Commands
 # =============================================================================
 #
 # Owns the command line: which commands there are, what they take, how they end.
@@ -16962,7 +17335,7 @@ def serve(config: Config) -> int:
 
 def _tell_where(address: str, token: Path | None) -> None:
     """Tell a person at a terminal where the manager listens, and how to try that."""
-    words = ["curl", f"http://{address}/status"]
+    words = ["curl", f"{'' if '://' in address else 'http://'}{address}/status"]
     if address.startswith("unix://"):
         path = address.removeprefix("unix://")
         words = ["curl", "--unix-socket", path, "http://localhost/status"]
@@ -17022,6 +17395,8 @@ def _parser() -> argparse.ArgumentParser:
         )
     commands.add_parser("serve", parents=[settings], help="run the manager")
     commands.add_parser("manager", parents=[settings], help="the same, as genvm-modules names it")
+    doctor = commands.add_parser("doctor", parents=[settings], help="look for all that is wrong")
+    doctor.add_argument("--json", action="store_true", help="answer as JSON")
     check = commands.add_parser("check-config", parents=[settings], help="check the settings")
     check.add_argument("--strict", action="store_true", help="fail where there is a note, too")
     for name in MODULE_KINDS:
@@ -17079,6 +17454,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if command in MODULE_KINDS:
             return run_module_alone(command, **options)
+        if command == "doctor":
+            return run_doctor(flags, as_json=flags.pop("json"))
         strict = flags.pop("strict", False)
         config = load_config(flags, os.environ)
         return check_config(config, strict=strict) if command == "check-config" else serve(config)
