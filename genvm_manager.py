@@ -3733,8 +3733,11 @@ class LineSplitter:
         """Take the next bytes of the stream."""
         start = 0
         while (end := data.find(b"\n", start)) >= 0:
-            self._keep(data[start:end])
-            self._finish()
+            if self._line or end - start > self._limit:
+                self._keep(data[start:end])
+                self._finish()
+            else:
+                self._on_line(data[start:end], False)
             start = end + 1
         self._keep(data[start:])
 
@@ -3875,6 +3878,8 @@ class Child(ProcessProtocol):
     _listener: ChildListener
     _gone: Callable[[Child], None]
     turns: OutputTurns
+    #: Descriptors whose bytes cost the listener the same in large pieces, as lines do not.
+    whole: Container[int] = field(default=(), kw_only=True)
     _kill_timer: DelayedCall | None = field(init=False, default=None)
     _drain_timer: DelayedCall | None = field(init=False, default=None)
     pid: int = field(init=False, default=0)
@@ -4280,8 +4285,10 @@ class PipeReader(ProcessReader):
             if self.proc.proto.turns.cutting:
                 self._close(is_cut=True)
             elif self._at < len(self._data):
-                piece = self._data[self._at : self._at + self._step]
-                self._at += self._step
+                whole = self.name in self.proc.proto.whole
+                step = PIECE_BYTES if whole else self._step
+                piece = self._data[self._at : self._at + step]
+                self._at += step
                 try:
                     self.proc.childDataReceived(self.name, piece)
                 except Exception:  # nobody else would ever close this pipe
@@ -4545,20 +4552,23 @@ class Spawner:
         feeds: Iterable[int] = (),
         inherited: Mapping[int, int] | None = None,
         nice: int = 0,
+        whole: Container[int] = (),
         after: Callable[[], object] | None = None,
     ) -> None:
         """Start a process in our working directory.
 
         ``pipes`` are the descriptors of the child that we read, ``feeds`` those that we write,
         ``nulls`` those that are ``/dev/null``; ``inherited`` maps descriptors of the child to ours.
-        It is to be so much nicer than we are (see nice(2)). ``after`` is called once the process
-        and all that came from it are gone. Everything else comes through the listener, possibly
-        before this returns. Raises ``SpawnFailed``.
+        It is to be so much nicer than we are (see nice(2)). ``whole``: see ``Child``. ``after`` is
+        called once the process and all that came from it are gone. Everything else comes through
+        the listener, possibly before this returns. Raises ``SpawnFailed``.
         """
         if self._devnull is None:
             raise SpawnFailed("the manager is not running")
         number = next(self._numbers)
-        child = Child(self._reactor, listener, lambda _: self._forget(number), self._turns)
+        child = Child(
+            self._reactor, listener, lambda _: self._forget(number), self._turns, whole=whole
+        )
         descriptors: dict[int, int | str] = {
             **dict.fromkeys(nulls, self._devnull),
             **dict.fromkeys(pipes, "r"),
@@ -5002,7 +5012,8 @@ class LogRecords:
 
     def add(self, line: bytes, cut: bool) -> None:
         """Take a line of the log pipe."""
-        if not line.strip():
+        line = line.strip()
+        if not line:
             return
         text = None if cut else _record_text(line)
         cut = cut or text is None
@@ -5053,10 +5064,12 @@ _leveled = msgspec.json.Decoder(_LeveledRecord)
 def _record_text(line: bytes) -> bytes | None:
     """Return the JSON text of a log line's record; None if it is too long to be kept whole."""
     if line.count(b",") <= LOG_LINE_MAX_MEMBERS and not _HUGE_NUMBER.search(line):
-        with contextlib.suppress(ValueError, RecursionError):
+        try:
             _leveled.decode(line)
             line.decode()  # msgspec does not look at the characters of what it passes over
-            return line.strip()
+            return line
+        except (ValueError, RecursionError):
+            pass
     record = parse_log_line(line)
     if record is None:
         record = {"message": "genvm log", "line": line.decode("utf-8", "replace")}
@@ -5655,6 +5668,7 @@ class Executions:
                 pipes=pipes,
                 nulls=nulls,
                 nice=self._config.executor_nice,
+                whole=(STDOUT, STDERR),
             )
         except ManagerError as error:
             self._stop_deadline(execution)

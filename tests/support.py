@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, cast
 
 import pytest
@@ -209,6 +209,7 @@ class FakeSpawner:
         feeds: Iterable[int] = (),
         inherited: Mapping[int, int] | None = None,
         nice: int = 0,
+        whole: Container[int] = (),
         after: Callable[[], object] | None = None,
     ) -> None:
         """Start nothing, and never call ``after``; see ``Spawner.spawn``."""
