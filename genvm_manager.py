@@ -994,12 +994,13 @@ def format_timestamp(moment: datetime) -> str:
 
 def timestamp_of(seconds: float) -> str:
     """Return seconds since the epoch as RFC 3339 text in UTC with milliseconds."""
-    return _timestamp_of(round(seconds * 1_000_000) // 1000)
+    whole, milliseconds = divmod(round(seconds * 1_000_000) // 1000, 1000)
+    return f"{_second_of(whole)}.{milliseconds:03}Z"
 
 
-@functools.lru_cache(maxsize=4)  # many log lines are of the same moment
-def _timestamp_of(milliseconds: int) -> str:
-    return format_timestamp(datetime.fromtimestamp(milliseconds / 1000, UTC))
+@functools.lru_cache(maxsize=4)  # most are of this second
+def _second_of(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()[:-6]
 
 
 def parse_duration(value: object) -> float:
@@ -9950,6 +9951,10 @@ class ApiRequest(Request):
                 self.request_id,
             )
         )
+
+    def isSecure(self) -> bool:
+        """Return that there is no TLS here, which Twisted would find out twice a request."""
+        return False
 
     def getRequestHostname(self) -> bytes:
         """Return a constant: routes do not depend on ``Host``, which may hold anything."""
