@@ -1998,7 +1998,7 @@ def load_config(
                 given[name] = kind.parse(kind.from_text(text))
             except ValueError as error:
                 problems.append(f"{label}{_source_name(name, joiner)}: {error}")
-    origins: dict[str, str] = {}
+    origins = {"root": "environment variable GENVMROOT"} if environ.get("GENVMROOT") else {}
     root = cast(Path, given.get("root") or default_root(environ, file or Path(__file__)))
     path = Path(config_path) if config_path else root / "config" / "genvm-manager.yaml"
     if config_path or path.exists():
@@ -2006,7 +2006,7 @@ def load_config(
         notes += file_notes
         problems += file_problems
         given = {**found, **given}
-        origins = {name: f"{path}: {name}" for name in found}
+        origins |= {name: f"{path}: {name}" for name in found}
         root = cast(Path, given.get("root", root))
     else:
         notes.append(f"no configuration file at {path}: using the defaults")
@@ -2014,8 +2014,6 @@ def load_config(
         raise ConfigError("; ".join(problems))
     for label, texts, joiner in reversed(sources):
         origins |= {name: f"{label}{_source_name(name, joiner)}" for name in texts}
-    if environ.get("GENVMROOT"):
-        origins.setdefault("root", "environment variable GENVMROOT")
     given["root"] = root
     explicit = "manifest_path" in given
     given.setdefault("manifest_path", root / "data" / "manifest.yaml")

@@ -743,6 +743,7 @@ def test_the_file_alone_needs_nothing_but_the_listed_packages(tmp_path: Path) ->
         "before = set(sys.modules)\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
         "import genvm_manager\n"
+        "genvm_manager.load_http()\n"
         "print(json.dumps(sorted({name.partition('.')[0] for name in set(sys.modules) - before})))"
     )
     run = subprocess.run(

@@ -299,7 +299,7 @@ def test_twistd_in_the_background_says_whole_why_it_does_not_start(root: Root) -
         done = in_the_background(root, f"--logfile={root.path}/m.log", PORT=port)
     assert done.returncode == 1
     assert f"genvm-manager: cannot listen on 127.0.0.1:{port}: " in done.stderr
-    assert "choose another --port or --socket\n" in done.stderr
+    assert "choose another --port, --socket or --listen\n" in done.stderr
     root.manifest.write_text("executor_versions:\n  v0.1.0: {available_after: soon}\n" + 50 * "#")
     done = in_the_background(root, f"--logfile={root.path}/m.log", PORT="0")
     assert done.returncode == 1
