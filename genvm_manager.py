@@ -58,11 +58,12 @@ The file has five parts, and each section uses only what stands above it:
    2.21 HTTP answers and access: errors as JSON, who may ask.
    2.22 HTTP connections: limits.
    2.23 HTTP API: answers: their classes.
-   2.24 HTTP API: the routes that the reference has, and their kin.
-   2.25 HTTP API: operation: probes, figures, lists, events.
-   2.26 HTTP API: script of the page: a client of the API that runs in browsers.
-   2.27 HTTP API: page: what a browser gets at GET /.
-   2.28 Listeners: where requests come in, and what systemd hears.
+   2.24 HTTP API: endpoints: their records, and the documentation that is made of them.
+   2.25 HTTP API: the routes that the reference has, and their kin.
+   2.26 HTTP API: operation: probes, figures, lists, events.
+   2.27 HTTP API: script of the page: a client of the API that runs in browsers.
+   2.28 HTTP API: page: what a browser gets at GET /.
+   2.29 Listeners: where requests come in, and what systemd hears.
 3. Module processes:
    3.1  Module services: connections: WebSocket with bounds.
    3.2  Module services: runtime: setup, orders, statistics, the end.
@@ -1366,7 +1367,7 @@ def _problems(
             if item.name not in data:
                 if item.default is attrs.NOTHING:
                     found.append(f"{path}: required, but missing")
-            elif types[item.name] is not msgspec.Raw:
+            elif getattr(types[item.name], "__origin__", None) is not msgspec.Raw:
                 try:
                     msgspec.convert(data[item.name], types[item.name], dec_hook=_parse_special)
                 except msgspec.ValidationError as problem:
@@ -1643,6 +1644,8 @@ LEGACY_SETTINGS = ("threads", "blocking_threads", "log_disable")
 class LevelName(str):
     """The canonical name of a log level."""
 
+    form: ClassVar = {"type": "string", "enum": ["trace", "debug", "info", "warn", "error"]}
+
     @classmethod
     def parse(cls, value: object) -> Self:
         """Return a level; any letter case, ``warning`` means ``warn``. Raises ``ValueError``."""
@@ -1660,6 +1663,8 @@ Niceness = Annotated[int, Meta(ge=0, le=19)]
 
 class ModuleKind(str):
     """``llm`` or ``web``, in any letter case."""
+
+    form: ClassVar = {"type": "string", "enum": ["llm", "web"]}
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -4746,6 +4751,12 @@ EpochMilliseconds = Annotated[
 Milliseconds = Annotated[float, Meta(title="milliseconds", ge=0)]
 Count = Annotated[int, Meta(ge=0)]
 OutputName = Literal["stdout", "stderr", "genvm_log"]
+#: What the kernel passes on in one argument.
+ARGUMENT_FORM = {"pattern": "^[^\\x00]*$", "maxLength": ARGUMENT_MAX_BYTES // 4}
+#: Not one of those that the manager gives.
+Argument = Annotated[
+    str, Meta(extra_json_schema=ARGUMENT_FORM | {"pattern": "^([^-\\x00][^\\x00]*)?$"})
+]
 GenvmId = Annotated[
     int, Meta(description="The id of the execution.", ge=0, examples=[445672800001200])
 ]
@@ -4753,6 +4764,8 @@ GenvmId = Annotated[
 
 class HostAddress(str):
     """Where a host listens: ``unix://path`` or ``host:port``, as executors take it."""
+
+    form: ClassVar = {"type": "string", "pattern": r"^(unix://[^\x00]+|[^/\x00]+:[0-9]{1,5})$"}
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -4770,15 +4783,33 @@ class HostAddress(str):
 class RunRequest:
     """What a client asks to run; the fields are those of ``POST /genvm/run``."""
 
-    major: NonNegativeInt
-    message: msgspec.Raw
-    is_sync: bool
-    capture_output: bool
-    host_data: str
-    timestamp: Timestamp
-    host: HostAddress
-    max_execution_minutes: ExecutionMinutes = 20
-    extra_args: list[str] = field(factory=list)
+    major: Annotated[NonNegativeInt, about("The line of executors.", 0)]
+    message: Annotated[
+        msgspec.Raw,
+        Meta(
+            description="Passed on as it is.",
+            examples=[{"contract_address": "AAAAAAAAAAAAAAAAAAAAAAAAAAE=", "is_init": False}],
+            extra_json_schema={"type": "object"},
+        ),
+    ]
+    is_sync: Annotated[bool, about("True takes one permit, false two.", True)]
+    capture_output: Annotated[bool, about("Whether the result has the output and the log.", True)]
+    host_data: Annotated[
+        str,
+        Meta(extra_json_schema=ARGUMENT_FORM),
+        about(
+            "For the modules: JSON with the strings `node_address` and `tx_id`.",
+            '{"node_address": "0x", "tx_id": "0x"}',
+        ),
+    ]
+    timestamp: Annotated[Timestamp, about("Chooses the version.", "2025-06-01T00:00:00Z")]
+    host: Annotated[HostAddress, about("Where the host listens.", "unix:///tmp/host.sock")]
+    max_execution_minutes: Annotated[
+        ExecutionMinutes, about("Then it is told to end; more than 1440 counts as that.")
+    ] = 20
+    extra_args: Annotated[list[Argument], about("Further arguments for the executor.")] = field(
+        factory=list
+    )
 
     def __attrs_post_init__(self) -> None:
         """Keep the text of the message alone, not the whole body that it is a part of.
@@ -7369,8 +7400,7 @@ class Backend:
     timeout: float = LLM_SECONDS
 
 
-@frozen
-class Usage:
+class Usage(Reply, frozen=True):
     """Tokens as the provider counts them."""
 
     prompt_tokens: int | None = None
@@ -7818,8 +7848,22 @@ CHECK_RESPONSE_CHARACTERS = 64 * KIB
 class CheckBody:
     """Body of ``POST /llm/check``; each pair has its own errors, so the items are checked later."""
 
-    configs: list[AnyObject]
-    test_prompts: list[AnyObject]
+    configs: Annotated[
+        list[AnyObject],
+        about(
+            "Each with `host`, `provider`, `model`, and where wanted `key` and `timeout_ms`.",
+            [{"host": "http://127.0.0.1:9", "provider": "ollama", "model": "llama3"}],
+        ),
+    ]
+    test_prompts: Annotated[
+        list[AnyObject],
+        about(
+            "Each with `user_message`, and where wanted `system_message`, `temperature`, `images` "
+            "(base64, or arrays of bytes), `max_tokens`, `use_max_completion_tokens`, `seed`, "
+            "`timeout_ms`.",
+            [{"user_message": "Say OK"}],
+        ),
+    ]
 
 
 @frozen
@@ -7876,12 +7920,18 @@ class CheckResult(Reply, frozen=True, kw_only=True):
 
     config_index: Annotated[Count, about("The place of the configuration in `configs`.")]
     prompt_index: Annotated[Count, about("The place of the prompt in `test_prompts`.")]
-    available: bool
+    available: Annotated[bool, about("Whether there was an answer.", True)]
     error: Annotated[str | None, about("What is wrong, and what to do.", None)]
     response: Annotated[str | None, about("The text of the model.", "OK")]
     latency_ms: Annotated[Milliseconds, about("How long it took; 0 if it was not asked.")]
-    usage: Usage | None
-    error_kind: ErrorKind | None
+    usage: Annotated[
+        Usage | None,
+        about(
+            "Null where the provider was not reached.",
+            {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10},
+        ),
+    ]
+    error_kind: Annotated[ErrorKind | None, about("Why there was no answer.", None)]
     http_status: Annotated[int | None, about("What the provider answered.", 200)]
 
 
@@ -9475,14 +9525,14 @@ Answer = Reply | list[CheckResult] | bytes | None
 class ErrorAnswer(Reply, frozen=True, kw_only=True):
     """What went wrong, and what to do."""
 
-    error: Annotated[str, about("For people.", "permits: expected an integer, got true")]
-    code: Annotated[str, about("Stable, for programs.", "invalid_request")]
+    error: Annotated[str, about("For people.")]
+    code: Annotated[str, about("Stable, for programs.")]
     retryable: Annotated[bool, about("Whether the same request can succeed later.", False)]
     advice: Annotated[str | UnsetType, about("What to do, where `error` is just the code.")] = UNSET
     genvm_id: Annotated[int | UnsetType, about("The execution that is concerned.")] = UNSET
     status: Annotated[UnsetType | None, about("Of an execution that is not known.")] = UNSET
     reasons: Annotated[list[str] | UnsetType, about("What is missing: `not_ready`.")] = UNSET
-    request_id: Annotated[str, about("As in `X-Request-Id` and in the log.")]
+    request_id: Annotated[str, about("As in `X-Request-Id` and in the log.", "a4a282cf-10")]
 
 
 def error_answer(error: ManagerError, request_id: str) -> ErrorAnswer:
@@ -9499,10 +9549,10 @@ def error_answer(error: ManagerError, request_id: str) -> ErrorAnswer:
     )
 
 
-def status_of_error(error: ManagerError, style: str) -> int:
-    """Return the HTTP status of an error, as the setting ``error_status`` has it."""
+def status_of_error(error: type[ManagerError], style: str) -> int:
+    """Return the HTTP status of a class of errors, as the setting ``error_status`` has it."""
     codes = HTTP_STATUS_CODES if style == "http" else STATUS_CODES
-    return next((codes[kind] for kind in type(error).__mro__ if kind in codes), 500)
+    return next((codes[kind] for kind in error.__mro__ if kind in codes), 500)
 
 
 def error_headers(error: ManagerError) -> dict[str, str]:
@@ -9911,7 +9961,7 @@ class ApiRequest(Request):
     def _refuse(self, error: ManagerError) -> None:
         # Without this, Twisted would ask a client that waits for "100 Continue" to go on.
         self.requestHeaders.removeHeader(b"expect")
-        status = status_of_error(error, self.channel.site.error_status)
+        status = status_of_error(type(error), self.channel.site.error_status)
         self.channel.refuse(status, error, self.request_id)
 
     def _refuse_hosts(self, count: int) -> None:
@@ -10323,7 +10373,461 @@ class DrainEvent(Happening, frozen=True, kw_only=True):
 
 
 # =============================================================================
-# 2.24 HTTP API
+# 2.24 HTTP API: endpoints
+# =============================================================================
+#
+# Owns what an endpoint is, as a record: path, parameters, body, answers, errors.
+# The routes are made of it, and the API's documentation: OpenAPI, and a page to
+# read. Uses classes of answers and errors. Never knows what a handler does.
+
+JSON_FORM = "application/json"
+CODE_FORM = "application/octet-stream"
+EVENTS_FORM = "text/event-stream"
+CODE_EXAMPLE = '# v0.1.0\non schema\nreturn "{}"\n'
+
+
+@frozen
+class Parameter:
+    """A parameter of a request: what it means, its JSON Schema, and how it is read."""
+
+    name: str
+    what: str
+    schema: Mapping[str, Any]
+    parse: Callable[[str], Any] = str
+    default: Any = None
+    place: str = "query"
+    required: bool = False
+
+    def of(self, request: Request) -> Any:
+        """Return what a request has, or the default; raises ``InvalidRequest``."""
+        if self.place == "header":
+            text = header_text(request, self.name.lower().encode())
+        else:
+            values = (request.args or {}).get(self.name.encode())
+            text = values[-1].decode("utf-8", "replace") if values else None
+        if text is None and self.required:
+            raise InvalidRequest(f"{self.name}: required {self.place}, but missing")
+        try:
+            return self.default if text is None else self.parse(text)
+        except ValueError as error:
+            raise InvalidRequest(f"{self.name}: {error}") from None
+
+
+def whole_number(name: str, what: str, default: int, largest: int) -> Parameter:
+    """Return the query parameter for a number of at least 0; more counts as ``largest``."""
+
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit():
+            raise ValueError(f"expected an integer of at least 0, got {shown(text)}")
+        return largest if len(text) > len(str(largest)) else min(int(text), largest)
+
+    schema = {"type": "integer", "minimum": 0, "default": default}
+    return Parameter(name, f"{what} More than {largest} counts as that.", schema, parse, default)
+
+
+#: What each answer has beside its body.
+HEADERS = {
+    "X-Request-Id": {
+        "description": "Under it the log has the request; a proxy may have chosen it.",
+        "schema": {"type": "string"},
+    }
+}
+ID_PARAMETER = Parameter(
+    "genvm_id", "The id of an execution.", {"type": "integer", "minimum": 0}, place="path"
+)
+
+
+@frozen
+class ApiEndpoint:
+    """An endpoint: what it takes, and what it answers.
+
+    ``body`` is a class, or ``bytes`` for the code of a contract. ``forms`` are answers of other
+    types than JSON, with their class if they have one; ``events`` the data of events, by name.
+    """
+
+    name: str
+    method: str
+    path: str
+    what: str
+    answer: Any
+    body: Any
+    parameters: tuple[Parameter, ...]
+    errors: tuple[type[ManagerError], ...]
+    forms: Mapping[str, Any]
+    events: Mapping[str, Any]
+
+    @property
+    def kinds(self) -> list[Any]:
+        """The classes of what it takes and answers."""
+        kinds = (self.answer, self.body, *self.forms.values(), *self.events.values())
+        return [kind for kind in kinds if kind not in (None, bytes)]
+
+    @property
+    def all_errors(self) -> Iterator[type[ManagerError]]:
+        """Its own errors, and those that any endpoint of its kind has."""
+        yield from self.errors
+        if self.body is not None or self.parameters:
+            yield InvalidRequest
+        if self.body is not None:
+            yield from (UnsupportedEncoding, TemporaryFolderFailed)
+        if "{" in self.path:
+            yield EndpointNotFound  # the id is not a number
+        if self.path.encode() not in PROBES:
+            yield from (Unauthorized, CrossSiteRequest)
+        yield from (BodyTooLarge, ManagerError)
+
+
+#: Every endpoint, in the order of the code; routes are put here as they are made.
+API_ENDPOINTS: list[ApiEndpoint] = []
+
+
+class OpenApi:
+    """The OpenAPI document of endpoints, and what is made of it."""
+
+    def __init__(
+        self, endpoints: Sequence[ApiEndpoint], error_status: str, has_token: bool
+    ) -> None:
+        self._error_status = error_status
+        self._has_token = has_token
+        kinds = [*dict.fromkeys((ErrorAnswer, *(k for each in endpoints for k in each.kinds)))]
+        shapes, self._components = msgspec.json.schema_components(
+            kinds,
+            schema_hook=_form_of,
+            ref_template="#/components/schemas/{name}",
+        )
+        self._shapes = dict(zip(kinds, shapes, strict=True))
+        for component in self._components.values():
+            component.pop("title", None)
+            for member in component.get("properties", {}).values():
+                _tell_unit(member)
+        paths: dict[str, dict[str, Any]] = {}
+        for each in endpoints:
+            paths.setdefault(each.path, {})[each.method.lower()] = self._operation(each)
+        self.document: dict[str, Any] = {
+            "openapi": "3.1.0",
+            "info": {
+                "title": "GenVM Manager",
+                "version": __version__,
+                "description": "Runs GenVM executors for blockchain nodes.",
+            },
+            "paths": paths,
+            "components": {"schemas": self._components},
+        }
+        if has_token:
+            scheme = {"type": "http", "scheme": "bearer"}
+            self.document["components"]["securitySchemes"] = {"token": scheme}
+        self.json = json_of(self.document).replace(b"``", b"`")  # docstrings are not Markdown
+
+    def _operation(self, endpoint: ApiEndpoint) -> dict[str, Any]:
+        parameters = [ID_PARAMETER] * ("{" in endpoint.path) + [*endpoint.parameters]
+        operation: dict[str, Any] = {
+            "operationId": endpoint.name,
+            "summary": endpoint.what.partition("\n")[0],
+            "description": endpoint.what,
+            "parameters": [
+                {
+                    "name": each.name,
+                    "in": each.place,
+                    "description": each.what,
+                    "required": each.required or each.place == "path",
+                    "schema": each.schema,
+                }
+                for each in parameters
+            ],
+            "responses": {"200": self._success(endpoint), **self._failures(endpoint)},
+        }
+        if endpoint.body is bytes:
+            content: dict[str, Any] = {CODE_FORM: {"example": CODE_EXAMPLE}}
+            operation["requestBody"] = {"required": True, "content": content}
+        elif endpoint.body is not None:
+            content = {JSON_FORM: self._media(endpoint.body)}
+            operation["requestBody"] = {"required": True, "content": content}
+        if self._has_token and endpoint.path.encode() not in PROBES:
+            operation["security"] = [{"token": []}]
+        return operation
+
+    def _media(self, kind: Any) -> dict[str, Any]:
+        """Return what the content of a type is, with an example."""
+        shape = self._shapes[kind]
+        return {"schema": shape, "example": self.example(shape)}
+
+    def _success(self, endpoint: ApiEndpoint) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        if endpoint.answer is not None:
+            content[JSON_FORM] = self._media(endpoint.answer)
+        for form, kind in endpoint.forms.items():
+            content[form] = {"schema": {"type": "string"} if kind is None else self._shapes[kind]}
+        if endpoint.events:
+            told = {name: self._shapes[kind] for name, kind in endpoint.events.items()}
+            content[EVENTS_FORM] = {"schema": {"type": "string"}, "x-events": told}
+        return {"description": "It is done.", "headers": HEADERS, "content": content}
+
+    def _failures(self, endpoint: ApiEndpoint) -> dict[str, Any]:
+        """Return the answers that are errors by status; each lists what it may mean."""
+        by_status: dict[int, dict[str, str]] = {}
+        for kind in endpoint.all_errors:
+            if self._has_token or kind is not Unauthorized:
+                status = status_of_error(kind, self._error_status)
+                what = (inspect.getdoc(kind) or "").partition("\n")[0]
+                by_status.setdefault(status, {})[kind.code] = what
+        return {
+            str(status): {
+                "description": "\n".join(f"* `{c}`: {what}" for c, what in sorted(codes.items())),
+                "headers": HEADERS,
+                "content": {JSON_FORM: self._error(codes)},
+            }
+            for status, codes in sorted(by_status.items())
+        }
+
+    def _error(self, codes: Mapping[str, str]) -> dict[str, Any]:
+        shape = self._shapes[ErrorAnswer]
+        narrowed = {"allOf": [shape], "properties": {"code": {"enum": sorted(codes)}}}
+        code, what = min(codes.items())
+        return {
+            "schema": narrowed,
+            "example": {**self.example(shape), "error": what, "code": code},
+        }
+
+    def example(self, shape: Mapping[str, Any]) -> Any:
+        """Return a value of a schema, by the examples of its parts."""
+        if "examples" in shape:
+            return shape["examples"][0]
+        if "$ref" in shape:
+            return self.example(self._components[shape["$ref"].rpartition("/")[2]])
+        if "anyOf" in shape:
+            return self.example(shape["anyOf"][0])
+        if "enum" in shape:
+            return shape["enum"][0]
+        members = shape.get("properties", {})
+        named = [n for n in members if n in shape["required"] or "examples" in members[n]]
+        values: dict[str, Callable[[], Any]] = {
+            "object": lambda: {name: self.example(members[name]) for name in named},
+            "array": lambda: [self.example(shape["items"])] if shape.get("items") else [],
+            "string": str,
+            "integer": int,
+            "number": int,
+            "boolean": bool,
+        }
+        return values[shape["type"]]()
+
+
+_DOCS_STYLE: Final = """
+:root { color-scheme: light dark; }
+body { margin: 0 auto; padding: 0 1rem; max-width: 60rem; font: 1rem/1.5 system-ui, sans-serif; }
+section { margin-top: 2rem; border-top: 1px solid; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; } h3 { font-size: 1rem; margin-bottom: 0; }
+table { width: 100%; border-collapse: collapse; }
+td { padding: .2rem 1rem .2rem 0; vertical-align: top; border-top: 1px solid #8886; }
+pre { overflow-x: auto; padding: .5rem; border: 1px solid #8886; }
+"""
+
+
+def documentation_page(document: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
+    """Return what an OpenAPI document says as a page for people, and its headers."""
+    operations = [
+        (f"{method.upper()} {path}", operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    ]
+    links = (
+        f'<li><a href="#{o["operationId"]}">{_html(f"`{name}`")}</a>' for name, o in operations
+    )
+    classes = (
+        f'<section id="{name}"><h2>{name}</h2><p>{_html(shape.get("description", ""))}</p>'
+        f"{_table(_members(shape))}</section>"
+        for name, shape in document["components"]["schemas"].items()
+    )
+    body = "".join(
+        (
+            '<!doctype html><html lang="en"><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>GenVM Manager API</title><style>{_DOCS_STYLE}</style>",
+            f"<h1>GenVM Manager {__version__}</h1><p>The same for programs: ",
+            f'<a href="openapi.json">openapi.json</a>.</p><ul>{"".join(links)}</ul>',
+            *(_section(name, operation) for name, operation in operations),
+            *classes,
+        )
+    )
+    digest = base64.b64encode(hashlib.sha256(_DOCS_STYLE.encode()).digest()).decode()
+    policy = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    return body.encode(), {
+        "content-type": "text/html; charset=utf-8",
+        "content-security-policy": f"default-src 'none'; style-src 'sha256-{digest}'; {policy}",
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+    }
+
+
+def _section(name: str, operation: Mapping[str, Any]) -> str:
+    """Return what one operation does, takes and answers."""
+    parts = [f"<h2>{_html(f'`{name}`')}</h2><p>{_html(operation['description'])}</p>"]
+    taken = [(p["name"], p["schema"], p["description"]) for p in operation["parameters"]]
+    parts.append(_table(taken, "Parameters"))
+    if "requestBody" in operation:
+        parts.append(_contents("Body", operation["requestBody"]["content"]))
+    for status, response in operation["responses"].items():
+        if status == "200":
+            parts.append(_contents("Answer", response["content"]))
+        else:
+            codes = response["description"].split("\n")
+            items = "".join(f"<li>{_html(code.removeprefix('* '))}" for code in codes)
+            parts.append(f"<h3>Error {status}</h3><ul>{items}</ul>")
+    return f'<section id="{operation["operationId"]}">{"".join(parts)}</section>'
+
+
+def _contents(title: str, contents: Mapping[str, Any]) -> str:
+    parts = []
+    for form, content in contents.items():
+        parts.append(f"<h3>{title}: {form}</h3><p>{_type_text(content.get('schema', {}))}</p>")
+        told = content.get("x-events", {})
+        parts.append(_table([(name, shape, "") for name, shape in told.items()]))
+        if (example := content.get("example")) is not None:
+            text = example if isinstance(example, str) else json.dumps(example, indent=2)
+            parts.append(f"<pre>{_html(text)}</pre>")
+    return "".join(parts)
+
+
+def _members(shape: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+    members = shape.get("properties", {}).items()
+    return [(name, member, member.get("description", "")) for name, member in members]
+
+
+def _table(rows: Iterable[tuple[str, Any, str]], title: str = "") -> str:
+    cells = "".join(
+        f"<tr><td>{_html(f'`{name}`')}<td>{_type_text(shape)}<td>{_html(what)}"
+        for name, shape, what in rows
+    )
+    head = f"<h3>{title}</h3>" if title else ""
+    return f"{head}<table>{cells}</table>" if cells else ""
+
+
+def _type_text(shape: Mapping[str, Any]) -> str:
+    """Return what values a schema allows, in words."""
+    if "$ref" in shape:
+        name = shape["$ref"].rpartition("/")[2]
+        return f'<a href="#{name}">{name}</a>'
+    if "anyOf" in shape:
+        return " or ".join(map(_type_text, shape["anyOf"]))
+    if "enum" in shape:
+        return _html(" or ".join(f"`{value}`" for value in shape["enum"]))
+    if shape.get("items"):
+        return f"array of {_type_text(shape['items'])}"
+    return _html(shape.get("type", "bytes"))
+
+
+def _html(text: str) -> str:
+    """Return a text as HTML; what stands in backticks is code."""
+    text = text.replace("``", "`").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub("`([^`]*)`", r"<code>\1</code>", text)
+
+
+def _form_of(kind: Any) -> dict[str, Any]:
+    """Return the schema of a class of ours that stands for a string."""
+    if issubclass(kind, datetime):
+        return {"type": "string", "format": "date-time"}
+    return getattr(kind, "form", {"type": "string"})
+
+
+def _tell_unit(member: dict[str, Any]) -> None:
+    """Say the form of a value, which is its title, where people look for it."""
+    units = [part.pop("title") for part in (member, *member.get("anyOf", ())) if "title" in part]
+    if units:
+        member["description"] = f"{member.get('description', '')} ({units[0]})".strip()
+
+
+WAIT = Parameter(
+    "wait",
+    f"How long the answer may wait: seconds, or a number with the unit ms, s, m or h; more than "
+    f"{MAX_WAIT_SECONDS:g} s counts as that.",
+    {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m)?$", "examples": ["1s"]},
+    parse_duration,
+)
+WAIT_MS = whole_number("wait_ms", "The same in milliseconds.", 0, int(MAX_WAIT_SECONDS * 1000))
+GRACE = whole_number(
+    "wait_timeout_ms", "Milliseconds from SIGTERM to SIGKILL.", DEFAULT_GRACE_MS, MAX_GRACE_MS
+)
+IDEMPOTENCY_KEY = Parameter(
+    "Idempotency-Key",
+    "A retry with the key of an earlier request gets the id of that execution.",
+    {"type": "string"},
+    place="header",
+)
+DEPLOYED = Parameter(
+    "Deployment-Timestamp",
+    "When the contract was deployed; RFC 3339 text.",
+    {"type": "string", "format": "date-time", "examples": ["2025-06-01T00:00:00Z"]},
+    parse_timestamp,
+    place="header",
+    required=True,
+)
+#: What the start of an executor may raise.
+START_ERRORS = (VersionNotAvailable, SpawnFailed, ResourcesExhausted)
+CONTRACT_ERRORS = (*START_ERRORS, DetectionFailed)
+
+
+def wait_seconds(request: Request) -> float:
+    """Return how long a request for a result may wait: ``?wait=10s`` or ``?wait_ms=10000``."""
+    seconds: float | None = WAIT.of(request)
+    given: int = WAIT_MS.of(request)
+    return min(given / 1000 if seconds is None else seconds, MAX_WAIT_SECONDS)
+
+
+def api_endpoint(
+    app: Klein,
+    method: str,
+    path: str,
+    answer: Any,
+    *,
+    body: Any = None,
+    takes: Iterable[Parameter] = (),
+    errors: Iterable[type[ManagerError]] = (),
+    forms: Mapping[str, Any] | None = None,
+    events: Mapping[str, Any] | None = None,
+) -> Callable[[Callable[..., Awaitable[Answer]]], Callable[..., Any]]:
+    """Make a method the handler of a route, which is an ``ApiEndpoint`` too.
+
+    It gets the request, what stands in the path, and the body as an instance of its class unless
+    that is ``bytes``; what it returns is sent as JSON, and what it raises as an error in JSON.
+    """
+
+    def decorate(handler: Callable[..., Awaitable[Answer]]) -> Callable[..., Any]:
+        API_ENDPOINTS.append(
+            ApiEndpoint(
+                name=handler.__name__,
+                method=method,
+                path=re.sub("<.*?([a-z_]+)>", r"{\1}", path),
+                what=inspect.getdoc(handler) or "",
+                answer=answer,
+                body=body,
+                parameters=tuple(takes),
+                errors=tuple(errors),
+                forms=forms or {},
+                events=events or {},
+            )
+        )
+
+        @functools.wraps(handler)
+        async def route(api: Any, request: Request, **arguments: Any) -> bytes | None:
+            cast(ApiRequest, request).route = path
+            try:
+                if body not in (None, bytes):
+                    arguments["body"] = await api.read_json(request, body)
+                given = await handler(api, request, **arguments)
+                return cast(bytes | None, api.reply(request, 200, given))
+            except Exception as error:
+                is_gone = request.channel is None and isinstance(error, CancelledError)
+                answer: bytes | None = None if is_gone else api.reply_error(request, error)
+                error.__traceback__ = None  # where it was awaited, its frames hold the error
+                return answer
+
+        app.route(path, methods=[method])(route)
+        return route
+
+    return decorate
+
+
+# =============================================================================
+# 2.25 HTTP API
 # =============================================================================
 #
 # Owns the routes: the path, the form of the body, the call, the answer. The
@@ -10334,67 +10838,41 @@ class DrainEvent(Happening, frozen=True, kw_only=True):
 class PermitsBody:
     """Body of ``POST /permits``; null stands for what memory allows, as at the start."""
 
-    permits: Permits | None
+    permits: Annotated[Permits | None, about("Null is what memory allows now.", 8)]
 
 
 @frozen
 class LogLevelBody:
     """Body of ``POST /log/level``."""
 
-    level: LevelName
+    level: Annotated[LevelName, about("In any letter case.", "info")]
 
 
 @frozen
 class ModuleBody:
     """Body of ``POST /module/start`` and ``/module/restart``."""
 
-    module_type: ModuleKind
-    config: AnyObject | None = None
-    allow_empty_backends: bool = False
+    module_type: Annotated[ModuleKind, about("In any letter case.", "web")]
+    config: Annotated[
+        AnyObject | None,
+        about("Null is the module's file in `config/`.", {"bind_address": "127.0.0.1:0"}),
+    ] = None
+    allow_empty_backends: Annotated[bool, about("Start without a usable model (`llm`).")] = False
 
 
 @frozen
 class ModuleStopBody:
     """Body of ``POST /module/stop``."""
 
-    module_type: ModuleKind
+    module_type: Annotated[ModuleKind, about("In any letter case.", "web")]
 
 
 @frozen
 class VariableBody:
     """Body of ``POST /env``."""
 
-    key: str
-    value: SecretText
-
-
-def api_endpoint(
-    app: Klein, method: str, path: str, schema: type[Any] | None = None
-) -> Callable[[Callable[..., Awaitable[Answer]]], Callable[..., Any]]:
-    """Make a method the handler of a route.
-
-    It gets the request, what stands in the path, and the body as an instance of ``schema``; what
-    it returns is sent as JSON, and what it raises as an error in JSON.
-    """
-
-    def decorate(handler: Callable[..., Awaitable[Answer]]) -> Callable[..., Any]:
-        @functools.wraps(handler)
-        async def route(api: Api, request: Request, **arguments: Any) -> bytes | None:
-            cast(ApiRequest, request).route = path
-            try:
-                if schema is not None:
-                    arguments["body"] = await api.read_json(request, schema)
-                return api.reply(request, 200, await handler(api, request, **arguments))
-            except Exception as error:
-                is_gone = request.channel is None and isinstance(error, CancelledError)
-                answer = None if is_gone else api.reply_error(request, error)
-                error.__traceback__ = None  # where it was awaited, its frames hold the error
-                return answer
-
-        app.route(path, methods=[method])(route)
-        return route
-
-    return decorate
+    key: Annotated[str, about("The name of the variable.", "OPENAIKEY")]
+    value: Annotated[SecretText, about("Never shown again.", "sk-secret")]
 
 
 @define(eq=False, slots=False)  # Klein keeps something in it
@@ -10423,7 +10901,7 @@ class Api:
 
     # --- status ---
 
-    @api_endpoint(app, "GET", "/status")
+    @api_endpoint(app, "GET", "/status", ManagerStatus)
     async def status(self, request: Request) -> Answer:
         """Answer what is going on; never waits for anything."""
         entries = (b'"%d":%s' % (e.id, e.summary_json()) for e in self._executions.listed())
@@ -10454,15 +10932,28 @@ class Api:
 
     # --- executions ---
 
-    @api_endpoint(app, "POST", "/genvm/run", RunRequest)
+    @api_endpoint(
+        app,
+        "POST",
+        "/genvm/run",
+        RunStarted,
+        body=RunRequest,
+        takes=[IDEMPOTENCY_KEY],
+        errors=(*START_ERRORS, QueueFull, Draining, ExecutionCancelled),
+    )
     async def run(self, request: Request, body: RunRequest) -> Answer:
         """Start an execution."""
-        execution = await self._executions.run(
-            body, header_text(request, b"idempotency-key") or None
-        )
+        execution = await self._executions.run(body, IDEMPOTENCY_KEY.of(request) or None)
         return RunStarted(id=execution.id)
 
-    @api_endpoint(app, "GET", "/genvm/<int:genvm_id>")
+    @api_endpoint(
+        app,
+        "GET",
+        "/genvm/<int:genvm_id>",
+        ExecutionAnswer,
+        takes=[WAIT, WAIT_MS],
+        errors=[ExecutionNotFound],
+    )
     async def result(self, request: Request, genvm_id: int) -> Answer:
         """Answer the result of an execution, waiting for it if asked to."""
         execution = self._executions.get(genvm_id)
@@ -10476,16 +10967,23 @@ class Api:
             return b"".join(pieces)
         return await self.stream(request, pieces)
 
-    @api_endpoint(app, "DELETE", "/genvm/<int:genvm_id>")
+    @api_endpoint(
+        app,
+        "DELETE",
+        "/genvm/<int:genvm_id>",
+        ShutdownCompleted,
+        takes=[GRACE],
+        errors=[ExecutionNotFound, ShutdownTimeout],
+    )
     async def stop(self, request: Request, genvm_id: int) -> Answer:
         """End an execution."""
-        grace_ms = query_int(request, "wait_timeout_ms", DEFAULT_GRACE_MS, MAX_GRACE_MS)
+        grace_ms = GRACE.of(request)
         # Clients that mean "at once" say 20 ms and expect the end that an executor can report.
         grace_ms = max(grace_ms, LEAST_GRACE_MS) if grace_ms else 0
         await self._executions.stop(genvm_id, grace_ms / 1000)
         return ShutdownCompleted(genvm_id=genvm_id)
 
-    @api_endpoint(app, "POST", "/drain")
+    @api_endpoint(app, "POST", "/drain", DrainAnswer, takes=[WAIT, WAIT_MS])
     async def drain(self, request: Request) -> Answer:
         """Refuse new executions from now on and finish those that were accepted.
 
@@ -10498,7 +10996,7 @@ class Api:
             return DrainAnswer(result="accepting")  # somebody changed their mind
         return DrainAnswer(result="drained" if settled else "draining")
 
-    @api_endpoint(app, "POST", "/undrain")
+    @api_endpoint(app, "POST", "/undrain", DrainAnswer)
     async def undrain(self, request: Request) -> Answer:
         """Accept executions again."""
         self._set_draining(request, False)
@@ -10511,30 +11009,54 @@ class Api:
 
     # --- contracts ---
 
-    @api_endpoint(app, "POST", "/genvm/run/readonly")
+    @api_endpoint(
+        app,
+        "POST",
+        "/genvm/run/readonly",
+        ContractSchema,
+        body=bytes,
+        takes=[DEPLOYED],
+        errors=(*CONTRACT_ERRORS, ContractFailed, QueueFull, Draining, ExecutionCancelled),
+    )
     async def schema(self, request: Request) -> Answer:
         """Answer a contract's schema."""
-        moment = deployment_timestamp(request)
+        moment = DEPLOYED.of(request)
         code = await self.read_body(request)
         return await self.stream(request, await self._contracts.schema_pieces(code, moment))
 
-    @api_endpoint(app, "POST", "/contract/detect-version")
+    @api_endpoint(
+        app,
+        "POST",
+        "/contract/detect-version",
+        DetectedVersion,
+        body=bytes,
+        takes=[DEPLOYED],
+        errors=CONTRACT_ERRORS,
+    )
     async def detect_version(self, request: Request) -> Answer:
         """Answer the major version that a contract asks for."""
-        moment = deployment_timestamp(request)
+        moment = DEPLOYED.of(request)
         code = await self.read_body(request)
         return DetectedVersion(specified_major=await self._contracts.major(code, moment))
 
-    @api_endpoint(app, "POST", "/contract/pre-deploy-writes")
+    @api_endpoint(
+        app,
+        "POST",
+        "/contract/pre-deploy-writes",
+        DeploymentWrites,
+        body=bytes,
+        takes=[DEPLOYED],
+        errors=(*CONTRACT_ERRORS, UnsupportedMajor),
+    )
     async def pre_deploy_writes(self, request: Request) -> Answer:
         """Answer the storage writes that deploy a contract."""
-        moment = deployment_timestamp(request)
+        moment = DEPLOYED.of(request)
         code = await self.read_body(request)
         return await self.stream(request, await self._contracts.deployment_pieces(code, moment))
 
     # --- permits ---
 
-    @api_endpoint(app, "GET", "/permits")
+    @api_endpoint(app, "GET", "/permits", PermitsAnswer)
     async def permits(self, request: Request) -> Answer:
         """Answer how many executions may run; ``permits`` is the total."""
         return PermitsAnswer(
@@ -10544,7 +11066,7 @@ class Api:
             waiting=self._gate.queue_length,
         )
 
-    @api_endpoint(app, "POST", "/permits", PermitsBody)
+    @api_endpoint(app, "POST", "/permits", PermitsSet, body=PermitsBody)
     async def set_permits(self, request: Request, body: PermitsBody) -> Answer:
         """Change how many executions may run."""
         permits = automatic_permits() if body.permits is None else body.permits
@@ -10555,7 +11077,14 @@ class Api:
 
     # --- modules ---
 
-    @api_endpoint(app, "POST", "/module/start", ModuleBody)
+    @api_endpoint(
+        app,
+        "POST",
+        "/module/start",
+        ModuleStarted,
+        body=ModuleBody,
+        errors=[ModuleAlreadyRunning, ModuleFailed],
+    )
     async def start_module(self, request: Request, body: ModuleBody) -> Answer:
         """Start a module."""
         module = self._modules[body.module_type]
@@ -10563,14 +11092,21 @@ class Api:
         self.note_change(request, "module started", module=body.module_type)
         return ModuleStarted()
 
-    @api_endpoint(app, "POST", "/module/stop", ModuleStopBody)
+    @api_endpoint(app, "POST", "/module/stop", ModuleStopped, body=ModuleStopBody)
     async def stop_module(self, request: Request, body: ModuleStopBody) -> Answer:
         """Stop a module."""
         was_running = await self._modules[body.module_type].stop()
         self.note_change(request, "module stopped", module=body.module_type)
         return ModuleStopped(result="module_stopped" if was_running else "module_not_running")
 
-    @api_endpoint(app, "POST", "/module/restart", ModuleBody)
+    @api_endpoint(
+        app,
+        "POST",
+        "/module/restart",
+        ModuleRestarted,
+        body=ModuleBody,
+        errors=[ModuleAlreadyRunning, ModuleFailed],
+    )
     async def restart_module(self, request: Request, body: ModuleBody) -> Answer:
         """Give a module another configuration without refusing a connection."""
         module = self._modules[body.module_type]
@@ -10580,7 +11116,15 @@ class Api:
 
     # --- models ---
 
-    @api_endpoint(app, "POST", "/llm/check", CheckBody)
+    @api_endpoint(
+        app,
+        "POST",
+        "/llm/check",
+        list[CheckResult],
+        body=CheckBody,
+        errors=[ResourcesExhausted],
+        forms={LINES_TYPE: CheckResult},
+    )
     async def check_models(self, request: Request, body: CheckBody) -> Answer:
         """Answer which models are available; line by line, as it is known, if that is asked for."""
         if LINES_TYPE not in (header_text(request, b"accept") or "").lower():
@@ -10591,7 +11135,7 @@ class Api:
 
     # --- configuration ---
 
-    @api_endpoint(app, "POST", "/log/level", LogLevelBody)
+    @api_endpoint(app, "POST", "/log/level", LogLevelSet, body=LogLevelBody)
     async def log_level(self, request: Request, body: LogLevelBody) -> Answer:
         """Change what is logged."""
         was_enabled = self._observer.enabled("info")
@@ -10604,14 +11148,20 @@ class Api:
             self.note_change(request, "log level set", to=body.level)
         return LogLevelSet(level=self._observer.level)
 
-    @api_endpoint(app, "POST", "/manifest/reload")
+    @api_endpoint(
+        app,
+        "POST",
+        "/manifest/reload",
+        ManifestReloaded,
+        errors=[ManifestError, ResourcesExhausted],
+    )
     async def reload_manifest(self, request: Request) -> Answer:
         """Read the manifest again; a bad one changes nothing."""
         await self._manifest.reload(self._reactor)
         self.note_change(request, "manifest reloaded as asked")
         return ManifestReloaded()
 
-    @api_endpoint(app, "POST", "/env", VariableBody)
+    @api_endpoint(app, "POST", "/env", VariableSet, body=VariableBody, errors=[EnvironmentRefused])
     async def set_variable(self, request: Request, body: VariableBody) -> Answer:
         """Set a variable for templates, and for children if they may have it."""
         key = body.key
@@ -10708,7 +11258,7 @@ class Api:
             request.setHeader(name, value)
         error.message = self._observer.redactor.scrub(error.message)
         status, request = (
-            status_of_error(error, self._config.error_status),
+            status_of_error(type(error), self._config.error_status),
             cast(ApiRequest, request),
         )
         request.channel.site.note_refusal(status, error.code, request.peer, request_id)
@@ -10749,54 +11299,8 @@ class ApiResource(Resource):
         return self._routes.render(cast(IRequest, request))
 
 
-@contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Turn a ``ValueError`` into an error of the request that names the path."""
-    try:
-        yield
-    except ValueError as error:
-        raise InvalidRequest(f"{path}: {error}") from None
-
-
-def deployment_timestamp(request: Request) -> datetime:
-    """Return the header ``Deployment-Timestamp``; raises ``InvalidRequest``."""
-    text = header_text(request, b"deployment-timestamp")
-    if text is None:
-        raise InvalidRequest("Deployment-Timestamp: required header, but missing")
-    with _naming("Deployment-Timestamp"):
-        return parse_timestamp(text)
-
-
-def query_text(request: Request, name: str) -> str | None:
-    """Return the last value of a query parameter."""
-    values = request.args.get(name.encode()) if request.args else None
-    return values[-1].decode("utf-8", "replace") if values else None
-
-
-def query_int(request: Request, name: str, default: int, largest: int) -> int:
-    """Return a query parameter as a whole number; a larger one counts as ``largest``.
-
-    Raises ``InvalidRequest``.
-    """
-    text = query_text(request, name)
-    if text is None:
-        return default
-    if not text.isascii() or not text.isdigit():
-        raise InvalidRequest(f"{name}: expected an integer of at least 0, got {shown(text)}")
-    return largest if len(text) > len(str(largest)) else min(int(text), largest)
-
-
-def wait_seconds(request: Request) -> float:
-    """Return how long a request for a result may wait: ``?wait=10s`` or ``?wait_ms=10000``."""
-    text = query_text(request, "wait")
-    if text is None:
-        return query_int(request, "wait_ms", 0, int(MAX_WAIT_SECONDS * 1000)) / 1000
-    with _naming("wait"):
-        return min(parse_duration(text), MAX_WAIT_SECONDS)
-
-
 # =============================================================================
-# 2.25 HTTP API: operation
+# 2.26 HTTP API: operation
 # =============================================================================
 #
 # Owns the routes by which operators watch the manager: probes, metrics, events,
@@ -10950,14 +11454,24 @@ def temporary_problem() -> str | None:
     return None if os.access(folder, os.W_OK) else f"{folder} is not writable"
 
 
-def api_endpoints() -> list[tuple[str, str, Callable[..., Any]]]:
-    """Return method, path and handler of each endpoint; an id in a path is ``{genvm_id}``."""
-    app: Any = OperatorApi.app
-    return sorted(
-        (method, re.sub("<.*?([a-z_]+)>", r"{\1}", rule.rule), app.endpoints[rule.endpoint])
-        for rule in app.url_map.iter_rules()
-        for method in rule.methods - {"HEAD"}
-    )
+def _state_named(text: str) -> State:
+    """Return a state; raises ``ValueError``."""
+    if text not in (names := [each.value for each in State]):
+        raise ValueError(f"expected one of {', '.join(names)}, got {shown(text)}")
+    return State(text)
+
+
+STATE = Parameter(
+    "state",
+    "Only executions in this state.",
+    {"type": "string", "enum": [each.value for each in State]},
+    _state_named,
+)
+LIMIT = whole_number("limit", "How many at most, at least 1.", PAGE_ENTRIES, MAX_PAGE_ENTRIES)
+BEFORE = whole_number("before", "Only executions with smaller ids.", MAX_ID, MAX_ID)
+LAST_EVENT_ID = Parameter(
+    "Last-Event-ID", "The id of the last event that is known.", {"type": "string"}, place="header"
+)
 
 
 @define(eq=False, slots=False)  # Klein keeps something in it
@@ -10971,6 +11485,7 @@ class OperatorApi(Api):
     _streams: set[EventStream] = field(init=False, factory=set)
     _disks: SharedLook[list[str]] = field(init=False)
     _installed: SharedLook[list[InstalledVersion]] = field(init=False)
+    _documents: tuple[bytes, tuple[bytes, dict[str, str]]] | None = field(init=False, default=None)
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
@@ -11003,23 +11518,47 @@ class OperatorApi(Api):
         for stream in [*self._streams]:
             stream.end()
 
+    # --- documentation ---
+
+    @api_endpoint(Api.app, "GET", "/openapi.json", dict[str, Any])
+    async def openapi(self, request: Request) -> Answer:
+        """Answer this API as an OpenAPI document."""
+        return self._documentation()[0]
+
+    @api_endpoint(Api.app, "GET", "/docs", None, forms={"text/html": None})
+    async def docs(self, request: Request) -> Answer:
+        """Answer this API as a page to read."""
+        _, (page, headers) = self._documentation()
+        for name, value in {**headers, "content-length": str(len(page))}.items():
+            request.setHeader(name, value)
+        request.write(page)
+        return None
+
+    def _documentation(self) -> tuple[bytes, tuple[bytes, dict[str, str]]]:
+        """Return document and page, which are made when somebody asks for the first time."""
+        if self._documents is None:
+            has_token = self._config.auth_token_file is not None
+            made = OpenApi(API_ENDPOINTS, self._config.error_status, has_token)
+            self._documents = made.json, documentation_page(made.document)
+        return self._documents
+
     # --- probes and figures ---
 
-    @api_endpoint(Api.app, "GET", "/")
+    @api_endpoint(Api.app, "GET", "/", EndpointList)
     async def endpoints(self, request: Request) -> Answer:
         """Answer which endpoints there are."""
         listed = [
-            EndpointSummary(method=method, path=path, what=inspect.getdoc(handler) or "")
-            for method, path, handler in api_endpoints()
+            EndpointSummary(method=each.method, path=each.path, what=each.what)
+            for each in sorted(API_ENDPOINTS, key=lambda each: (each.method, each.path))
         ]
         return EndpointList(version=__version__, endpoints=listed)
 
-    @api_endpoint(Api.app, "GET", "/livez")
+    @api_endpoint(Api.app, "GET", "/livez", Alive)
     async def livez(self, request: Request) -> Answer:
         """Answer that the event loop turns."""
         return Alive()
 
-    @api_endpoint(Api.app, "GET", "/readyz")
+    @api_endpoint(Api.app, "GET", "/readyz", Ready, errors=[NotReady])
     async def readyz(self, request: Request) -> Answer:
         """Answer that executions can be run here; 503 with the reasons otherwise."""
         reasons = await self._reasons()
@@ -11055,7 +11594,7 @@ class OperatorApi(Api):
             reasons.append("no executor is installed: see GET /versions")
         return reasons
 
-    @api_endpoint(Api.app, "GET", "/metrics")
+    @api_endpoint(Api.app, "GET", "/metrics", None, forms={"text/plain": None})
     async def metrics(self, request: Request) -> Answer:
         """Answer the figures in Prometheus' text format."""
         text = self._metrics.text()
@@ -11066,7 +11605,7 @@ class OperatorApi(Api):
 
     # --- lists ---
 
-    @api_endpoint(Api.app, "GET", "/versions")
+    @api_endpoint(Api.app, "GET", "/versions", VersionList, errors=[ResourcesExhausted])
     async def versions(self, request: Request) -> Answer:
         """Answer which executors there are, and which deployment times select them."""
         try:
@@ -11077,30 +11616,26 @@ class OperatorApi(Api):
             ) from None
         return VersionList(reroute_to=self._config.reroute_to, versions=found)
 
-    @api_endpoint(Api.app, "GET", "/log/level")
+    @api_endpoint(Api.app, "GET", "/log/level", LogLevelAnswer)
     async def get_log_level(self, request: Request) -> Answer:
         """Answer what is logged."""
         return LogLevelAnswer(level=self._observer.level)
 
-    @api_endpoint(Api.app, "GET", "/env")
+    @api_endpoint(Api.app, "GET", "/env", VariableNames)
     async def variables(self, request: Request) -> Answer:
         """Answer which variables ``POST /env`` set; never what they hold."""
         names = self._variables.names().items()
         return VariableNames(variables=[VariableName(key=key, passed_on=on) for key, on in names])
 
-    @api_endpoint(Api.app, "GET", "/genvm")
+    @api_endpoint(Api.app, "GET", "/genvm", ExecutionPage, takes=[STATE, LIMIT, BEFORE])
     async def list_executions(self, request: Request) -> Answer:
         """Answer the executions that are known, newest first, page by page."""
-        state = query_text(request, "state")
-        states = [each.value for each in State]
-        if state not in (None, *states):
-            raise InvalidRequest(f"state: expected one of {', '.join(states)}, got {shown(state)}")
-        limit = max(1, query_int(request, "limit", PAGE_ENTRIES, MAX_PAGE_ENTRIES))
-        before = query_int(request, "before", MAX_ID, MAX_ID)
+        state, before = STATE.of(request), BEFORE.of(request)
+        limit = max(1, LIMIT.of(request))
         found = (
             execution
             for execution in self._executions.newest_first()
-            if execution.id < before and state in (None, execution.state.value)
+            if execution.id < before and state in (None, execution.state)
         )
         page = [*itertools.islice(found, limit + 1)]
         entries = b",".join(
@@ -11112,10 +11647,21 @@ class OperatorApi(Api):
 
     # --- events ---
 
-    @api_endpoint(Api.app, "GET", "/events")
+    @api_endpoint(
+        Api.app,
+        "GET",
+        "/events",
+        None,
+        takes=[LAST_EVENT_ID],
+        errors=[ResourcesExhausted],
+        events={
+            "missed": MissedEvents,
+            **{kind.kind: kind for kind in Happening.__subclasses__()},
+        },
+    )
     async def events(self, request: Request) -> Answer:
         """Send what happens, as it happens."""
-        reader = FeedReader(self._events, header_text(request, b"last-event-id"))
+        reader = FeedReader(self._events, LAST_EVENT_ID.of(request))
         stream = EventStream(request, self._reactor, reader.next)
 
         def follow(_event: ManagerEvent) -> None:
@@ -11128,7 +11674,20 @@ class OperatorApi(Api):
             del self._events.followers[follow]
         return None
 
-    @api_endpoint(Api.app, "GET", "/genvm/<int:genvm_id>/events")
+    @api_endpoint(
+        Api.app,
+        "GET",
+        "/genvm/<int:genvm_id>/events",
+        None,
+        errors=[ExecutionNotFound, ResourcesExhausted],
+        events={
+            "stdout": OutputText,
+            "stderr": OutputText,
+            "log": dict[str, Any],
+            "missed": MissedOutput,
+            "finished": ExecutionOutcome,
+        },
+    )
     async def follow(self, request: Request, genvm_id: int) -> Answer:
         """Send what an execution writes, as it comes, and then its end."""
         execution = self._executions.get(genvm_id)
@@ -11162,7 +11721,7 @@ class OperatorApi(Api):
 
 
 # =============================================================================
-# 2.26 HTTP API: script of the page
+# 2.27 HTTP API: script of the page
 # =============================================================================
 #
 # Owns what the page does in a browser: a client of the API like any other, which
@@ -11567,7 +12126,7 @@ tick();
 
 
 # =============================================================================
-# 2.27 HTTP API: page
+# 2.28 HTTP API: page
 # =============================================================================
 #
 # Owns the page that a browser gets at ``GET /``: one document with its style, and
@@ -11724,7 +12283,7 @@ class PageResource(ApiResource):
 
 
 # =============================================================================
-# 2.28 Listeners
+# 2.29 Listeners
 # =============================================================================
 #
 # Owns where requests come in, and what systemd hears of us where it has

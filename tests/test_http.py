@@ -287,7 +287,7 @@ def test_every_error_has_a_stable_code_of_its_own() -> None:
 def test_only_documented_statuses_are_used() -> None:
     for kind in all_errors():
         error = kind.__new__(kind)
-        reference, http = status_of_error(error, "reference"), status_of_error(error, "http")
+        reference, http = (status_of_error(type(error), style) for style in ("reference", "http"))
         assert reference in {401, 403, 404, 405, 413, 415, 500, 503}
         assert http in {400, 401, 403, 404, 405, 409, 413, 415, 422, 429, 500, 503}
         assert reference in (http, 500) or kind is QueueFull

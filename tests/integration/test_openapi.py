@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import http.client
 import json
+import re
 from typing import Any
 
 import msgspec
+import pytest
+from openapi_spec_validator import validate
 
 import genvm_manager
 from genvm_manager import (
+    API_ENDPOINTS,
     CheckResult,
     ContractSchema,
     DeploymentWrites,
@@ -42,7 +49,7 @@ from genvm_manager import (
 )
 
 from .conftest import Start
-from .support import TIMESTAMP, Root, run_body
+from .support import TIMESTAMP, WAIT, Root, run_body
 from .test_operation import following
 
 MOMENT = {"Deployment-Timestamp": TIMESTAMP}
@@ -132,6 +139,8 @@ def test_every_event_is_of_its_class(root: Root, start: Start) -> None:
     seen = set()
     with following(daemon, "/events", {"Last-Event-ID": "other-1"}) as events:
         genvm_id = daemon.run("spam stdout 300000", "print-err x", "log info x", "sleep 60")
+        with following(daemon, f"/genvm/{genvm_id}/events") as written:
+            written.until("log")
         waiting = daemon.send("POST", "/genvm/run", run_body("exit 0", host_data="{}"))
         daemon.waiting(1)
         daemon.post("/permits", {"permits": 2})
@@ -164,3 +173,96 @@ def test_each_class_says_what_it_is() -> None:
     (_, schemas) = msgspec.json.schema_components(kinds)
     for name, schema in schemas.items():
         assert schema.get("description"), name
+
+
+# --- the document ---
+
+
+def test_the_document(start: Start) -> None:
+    document = start().get("/openapi.json")
+    validate(document)
+    assert "securitySchemes" not in document["components"]
+    described = {(m.upper(), path) for path, methods in document["paths"].items() for m in methods}
+    assert described == {(each.method, each.path) for each in API_ENDPOINTS}
+    run = document["paths"]["/genvm/run"]["post"]["responses"]
+    assert set(run) == {"200", "403", "413", "415", "500", "503"}
+    outcome = document["components"]["schemas"]["ExecutionOutcome"]["properties"]
+    assert outcome["finished_at"]["description"].endswith("(milliseconds since 1970-01-01 UTC)")
+    assert outcome["started_at"]["description"].endswith("(RFC 3339 text, UTC)")
+
+
+def test_the_document_tells_the_settings(root: Root, start: Start) -> None:
+    (root.path / "token").write_text("secret-token-of-a-test")
+    (root.path / "token").chmod(0o600)
+    flags = ("--auth-token-file", str(root.path / "token"), "--error-status", "http")
+    daemon = start(*flags)
+    assert daemon.request("GET", "/openapi.json").status == 401
+    headers = {"Authorization": "Bearer secret-token-of-a-test"}
+    document = daemon.request("GET", "/openapi.json", None, headers).json
+    validate(document)
+    run = document["paths"]["/genvm/run"]["post"]
+    assert run["security"] == [{"token": []}]
+    assert "security" not in document["paths"]["/livez"]["get"]
+    assert {"400", "401", "422", "429"} < set(run["responses"])
+    codes = run["responses"]["429"]["content"]["application/json"]["schema"]["properties"]["code"]
+    assert codes == {"enum": ["queue_full"]}
+
+
+def test_every_example_of_a_request_is_accepted(start: Start) -> None:
+    daemon = start("--permits", "8")
+    paths = daemon.get("/openapi.json")["paths"]
+    sent = 0
+    for path, methods in paths.items():
+        for method, operation in methods.items():
+            if "requestBody" in operation:
+                ((form, content),) = operation["requestBody"]["content"].items()
+                given = content["example"]
+                body = given.encode() if isinstance(given, str) else given
+                reply = daemon.request(method.upper(), path, body, {**MOMENT, "Content-Type": form})
+                assert reply.status == 200, (path, reply.raw)
+                sent += 1
+    assert sent == sum(each.body is not None for each in API_ENDPOINTS) >= 10
+
+
+@pytest.mark.parametrize("style", ["reference", "http"])
+def test_every_example_of_an_answer_is_of_its_class(style: str) -> None:
+    document = json.loads(genvm_manager.OpenApi(API_ENDPOINTS, style, True).json)
+    for each in API_ENDPOINTS:
+        responses = document["paths"][each.path][each.method.lower()]["responses"]
+        for status, response in responses.items():
+            kind = each.answer if status == "200" else ErrorAnswer
+            if kind is not None:
+                example = response["content"]["application/json"]["example"]
+                strictly(json.dumps(example).encode(), kind)
+
+
+# --- the page ---
+
+
+def test_the_page_to_read(start: Start) -> None:
+    daemon = start()
+    connection = http.client.HTTPConnection(daemon.address, timeout=WAIT)
+    connection.request("GET", "/docs")
+    response = connection.getresponse()
+    page = response.read().decode()
+    connection.close()
+    assert (response.status, response.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    policy = response.headers["Content-Security-Policy"]
+    (style,) = re.findall("<style>(.*?)</style>", page, re.S)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert policy.startswith(f"default-src 'none'; style-src 'sha256-{digest}'; ")
+    assert "<script" not in page and "://" not in re.sub("<pre>.*?</pre>", "", page, flags=re.S)
+    for each in API_ENDPOINTS:
+        assert f"<h2><code>{each.method} {each.path}</code></h2>" in page
+    for name in re.findall('href="#([^"]+)"', page):
+        assert f'<section id="{name}">' in page, name
+    assert page.count("<section") == page.count("</section>") > 70
+    assert (
+        "&lt;"
+        in genvm_manager.documentation_page(
+            {
+                "paths": {},
+                "components": {"schemas": {"A": {"description": "<b>&", "properties": {}}}},
+            }
+        )[0].decode()
+    )
