@@ -83,8 +83,10 @@ The file has five parts, and each section uses only what stands above it:
    4.4  Demo: a host, a manager and a contract at work.
 5. Assembly:
    5.1  Service: the manager as a Twisted service; the only section that constructs.
-   5.2  Doctor: what is wrong with an installation, and what to do.
-   5.3  Commands: what the command line does.
+   5.2  Client: how a command reaches managers that run, and how it ends.
+   5.3  Client commands: what each takes, asks and shows.
+   5.4  Doctor: what is wrong with an installation, and what to do.
+   5.5  Commands: what the command line does.
 """
 
 # ruff: noqa: E402 - what stands between the imports saves the rest of them
@@ -142,7 +144,9 @@ def own_command(*words: str) -> list[str]:
     flags = ["-P"] if site.USER_SITE in sys.path else ["-s", "-P"]
     if not (name.endswith(".py") and module.isidentifier()):
         return [sys.executable, *flags, os.path.join(folder, name), *words]
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); sys.modules['OpenSSL'] = None; "
+    # Until that is imported, Ctrl-C ends it without a word.
+    code = "import signal as s, sys; s.getsignal(2) == s.SIG_IGN or s.signal(2, s.SIG_DFL); "
+    code += "sys.path.insert(0, sys.argv.pop(1)); sys.modules['OpenSSL'] = None; "
     code += f"from {module} import main; sys.exit(main())"
     return [sys.executable, *flags, "-c", code, folder, *words]
 
@@ -305,6 +309,7 @@ from twisted.internet.endpoints import (
     HostnameEndpoint,
     TCP4ClientEndpoint,
     TCP6ClientEndpoint,
+    UNIXClientEndpoint,
     connectProtocol,
 )
 from twisted.internet.endpoints import _parse as endpoint_parts
@@ -2407,7 +2412,7 @@ _EVENT_FIELDS_LEFT_OUT = frozenset(
 
 #: Levels of a field's value that are shown as such.
 _DEEPEST_FIELD = 20
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def dropped_note(count: int) -> bytes:
@@ -2700,10 +2705,10 @@ class LogObserver:
         time_, level, message = record.pop("time"), record.pop("level"), record.pop("message")
         traceback = record.pop("traceback", None)
         details = "".join(f" {key}={shown(value, 200)}" for key, value in record.items())
-        line = _one_line(f"{time_} {level!s:<5} {message}{details}")
+        line = one_line(f"{time_} {level!s:<5} {message}{details}")
         if traceback:
             # Indented, so that no text of others passes for a line of ours.
-            line += "".join(f"\n    {_one_line(part)}" for part in str(traceback).splitlines())
+            line += "".join(f"\n    {one_line(part)}" for part in str(traceback).splitlines())
         return (line + "\n").encode("utf-8", "backslashreplace")
 
 
@@ -2735,9 +2740,14 @@ def _message(event: LogEvent) -> str:
     return text if event.get("log_format") == "{text}" and type(text) is str else formatEvent(event)
 
 
-def _one_line(text: str) -> str:
-    """Return text without what moves a terminal's cursor or ends a line."""
-    return _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+def one_line(text: str, keep: str = "") -> str:
+    """Return text without what moves a terminal's cursor, turns its text, or ends a line."""
+
+    def escaped(match: re.Match[str]) -> str:
+        found = match.group()
+        return found if found in keep else found.encode("unicode_escape").decode()
+
+    return _CONTROL.sub(escaped, text)
 
 
 def event_level(event: LogEvent) -> str:
@@ -8955,7 +8965,7 @@ class Module:
             else:
                 self._spawner.spawn(
                     generation,
-                    own_command("module", self.kind),
+                    own_command("module-process", self.kind),
                     self._variables.for_modules,
                     pipes={STDOUT, STDERR},
                     feeds={STDIN},
@@ -11345,7 +11355,8 @@ class EventStream:
         self._request.setHeader("cache-control", "no-store")
         self._request.setHeader("x-accel-buffering", "no")  # a proxy is not to wait for more
         if self._request.method == b"HEAD":
-            return succeed(None)
+            self._done.callback(None)
+            return self._done
         self._request.write(b": events\n\n")
         self._request.registerProducer(self, True)
         self._again(HEARTBEAT_SECONDS, self._heartbeat)
@@ -11364,6 +11375,8 @@ class EventStream:
 
     def _send(self) -> None:
         self._next = None
+        if self._done.called:
+            return
         batch = bytearray()
         while len(batch) < PIECE_BYTES and (piece := self._pull()) is not None:
             batch += piece
@@ -11469,6 +11482,22 @@ STATE = Parameter(
 )
 LIMIT = whole_number("limit", "How many at most, at least 1.", PAGE_ENTRIES, MAX_PAGE_ENTRIES)
 BEFORE = whole_number("before", "Only executions with smaller ids.", MAX_ID, MAX_ID)
+
+
+def _yes_or_no(text: str) -> bool:
+    """Return what true and false mean; raises ``ValueError``."""
+    if text not in ("true", "false"):
+        raise ValueError(f"expected true or false, got {shown(text)}")
+    return text == "true"
+
+
+FOLLOW = Parameter(
+    "follow",
+    "Whether it goes on until the end; false is only what is there now.",
+    {"type": "boolean", "default": True},
+    _yes_or_no,
+    True,
+)
 LAST_EVENT_ID = Parameter(
     "Last-Event-ID", "The id of the last event that is known.", {"type": "string"}, place="header"
 )
@@ -11679,6 +11708,7 @@ class OperatorApi(Api):
         "GET",
         "/genvm/<int:genvm_id>/events",
         None,
+        takes=[FOLLOW],
         errors=[ExecutionNotFound, ResourcesExhausted],
         events={
             "stdout": OutputText,
@@ -11690,6 +11720,7 @@ class OperatorApi(Api):
     )
     async def follow(self, request: Request, genvm_id: int) -> Answer:
         """Send what an execution writes, as it comes, and then its end."""
+        follow = FOLLOW.of(request)
         execution = self._executions.get(genvm_id)
         reader = OutputReader(execution)
 
@@ -11700,6 +11731,8 @@ class OperatorApi(Api):
             return None if found is None else event_text(*found)
 
         stream = EventStream(request, self._reactor, pull)
+        if not follow:
+            stream.end()
         execution.followers += (stream.wake,)
         ended = execution.ended.wait()
         ended.addCallbacks(lambda _: stream.wake(), lambda _: stream.end())  # or never started
@@ -17555,7 +17588,949 @@ def makeApplication(environ: Mapping[str, str] = os.environ) -> Any:
 
 
 # =============================================================================
-# 5.2 Doctor
+# 5.2 Client
+# =============================================================================
+#
+# Owns how a command reaches managers that run: where they listen, requests and
+# streams, what is shown of the answers, how it ends. Uses outgoing HTTP and the
+# answers' classes. Never constructs what serves.
+
+CLIENT_SERVER = f"http://127.0.0.1:{DEFAULT_PORT}"
+CLIENT_CONNECT_SECONDS = 10.0
+#: More than any result has, with each character escaped.
+CLIENT_ANSWER_BYTES = 256 * MIB
+#: Seconds between two lines that tell a terminal how far something is.
+PROGRESS_SECONDS = 1.0
+
+
+class Ending(IntEnum):
+    """How a client command ends: its exit status, and what that means."""
+
+    meaning: str
+
+    def __new__(cls, status: int, meaning: str) -> Self:
+        """Return a member whose value is the status."""
+        ending = int.__new__(cls, status)
+        ending._value_, ending.meaning = status, meaning
+        return ending
+
+    DONE = 0, "done"
+    REFUSED = 1, "the manager refuses, or cannot do it; it says why"
+    USAGE = 2, "wrong usage: an argument, a file, a body"
+    UNREACHABLE = 3, "no manager answers there, or it went away"
+    UNAUTHORIZED = 4, "the token is missing or wrong, or the manager has another name"
+    FAILED = 5, "an execution failed, or a model is not available"
+    ENDED = 6, "an execution was ended: by a client, its deadline, or with the manager"
+    LATE = 7, "not over within the time that was given"
+    INTERRUPTED = 130, "Ctrl-C; what was started goes on"
+    UNREAD = 141, "nobody reads the output any more, or it cannot be written"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a time as people read it: ``0:03:05``, ``1 day, 2:00:00``."""
+    return str(timedelta(seconds=max(0, round(seconds))))
+
+
+class ClientProblem(Exception):
+    """A command cannot go on; the text is for its user."""
+
+    def __init__(self, ending: Ending, text: str) -> None:
+        super().__init__(text)
+        self.ending = ending
+
+
+@frozen
+class Place:
+    """Where a manager listens: what requests begin with, and its unix socket if it has one."""
+
+    name: str
+    base: str
+    socket: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the place; raises ``ConfigError`` for what is none."""
+        if text.startswith("unix:///"):
+            return cls(text, "http://localhost", text.removeprefix("unix://"))
+        url = text if "://" in text else f"http://{text}"
+        with contextlib.suppress(ValueError):
+            parts = urlsplit(url.rstrip("/"))
+            more = "@" in parts.netloc or parts.path or parts.query or parts.fragment
+            if (
+                parts.scheme in ("http", "https")
+                and parts.hostname
+                and parts.port != 0
+                and not more
+            ):
+                return cls(text, f"{parts.scheme}://{parts.netloc}")
+        raise ConfigError(f"server: expected http://host:port or unix:///path, got {shown(text)}")
+
+
+# --- text for people ---
+
+
+def table_text(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as aligned columns."""
+    cells = [[one_line(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+
+
+def line_text(start: str, members: Mapping[str, object]) -> str:
+    """Return an event or a log record on one line."""
+    return one_line(start + "".join(f" {key}={shown(v, 200)}" for key, v in members.items()))
+
+
+def outcome_text(outcome: ExecutionOutcome) -> str:
+    """Return how an execution ended."""
+    if outcome.cause is not Cause.EXITED:
+        return str(outcome.cause.value)
+    return str(ExitStatus(outcome.exit_code, outcome.signal))
+
+
+def ending_of(outcome: ExecutionOutcome) -> Ending:
+    """Return the exit status that tells how an execution ended."""
+    if outcome.cause is not Cause.EXITED:
+        return Ending.ENDED
+    return Ending.DONE if outcome.exit_code == 0 else Ending.FAILED
+
+
+def progress_text(entry: ExecutionSummary, now: datetime) -> str:
+    """Return how far an execution is."""
+    if entry.result is not None:
+        return outcome_text(entry.result)
+    if entry.started_at is None or entry.strict_deadline is None:
+        return "waits for permits"
+    ran = duration_text((now - parse_timestamp(entry.started_at)).total_seconds())
+    left = duration_text((parse_timestamp(entry.strict_deadline) - now).total_seconds())
+    return f"for {ran}, deadline in {left}"
+
+
+def executions_text(entries: Iterable[ListedExecution], now: datetime) -> str:
+    """Return a list of executions as a table."""
+    rows = [("ID", "STATE", "VERSION", "PERMITS", "PROGRESS")]
+    for e in entries:
+        permits, progress = "1" if e.is_sync else "2", progress_text(e, now)
+        rows.append((str(e.id), e.state.value, e.version, permits, progress))
+    return table_text(rows)
+
+
+def module_text(module: ModuleStatus) -> str:
+    """Return how a module is."""
+    said = {"at": module.address, "waits for": module.waits_for, "last error:": module.last_error}
+    texts = [f"{word} {text}" for word, text in said.items() if text]
+    restarts = [f"restarted {module.restarts} times"] if module.restarts else []
+    return "; ".join((module.state.value, *texts, *restarts))
+
+
+def status_text(status: ManagerStatus) -> str:
+    """Return what goes on in a manager."""
+    permits, queue = status.permits, status.queue
+    states = Counter(entry.state.value for entry in status.executions.values())
+    waiting = f"{queue.length} waiting"
+    if queue.length:
+        waiting += f", the first for {duration_text(queue.oldest_wait_ms / 1000)}"
+    rows = [
+        ("manager", f"{status.version}, up for {duration_text(status.uptime_s)}"),
+        ("accepts", "nothing new: it drains" if status.draining else "executions"),
+        ("permits", f"{permits.in_use} of {permits.max} in use, {waiting}"),
+        ("executions", ", ".join(f"{n} {state}" for state, n in states.items()) or "none"),
+        ("results", f"{status.unread} not read yet"),
+        *((f"{kind} module", module_text(module)) for kind, module in status.modules.items()),
+        ("manifest", status.manifest.problem or f"{status.manifest.versions} versions"),
+    ]
+    return table_text(rows)
+
+
+# --- the manager, and where it is shown ---
+
+
+@implementer(IAgentEndpointFactory)
+@frozen
+class _SocketEndpoints:
+    """Leads each request to a unix socket, whatever its URL."""
+
+    _reactor: Any
+    _path: str
+
+    def endpointForURI(self, uri: Any) -> Any:
+        return UNIXClientEndpoint(self._reactor, self._path, CLIENT_CONNECT_SECONDS)
+
+
+class Screen:
+    """What a command shows: text, and on a terminal how far it is.
+
+    The text of others does not steer a terminal: there, control characters are escaped.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        describe: Callable[[str], str],
+        out: int = STDOUT,
+        err: int = STDERR,
+    ) -> None:
+        self.reactor = reactor
+        #: What is said at Ctrl-C.
+        self.farewell = ""
+        #: Returns how far the command is after some time.
+        self.describe = describe
+        self._out = out
+        self._streams = {STDOUT: LogStream(out), STDERR: LogStream(err)}
+        self._is_terminal = {STDOUT: os.isatty(out), STDERR: os.isatty(err)}
+        self._has_progress, self._at_line_start = False, True
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody wants to know how far it is."""
+        return self._is_terminal[STDERR]
+
+    def write(self, text: str, fd: int = STDOUT) -> None:
+        """Show text on stdout or stderr."""
+        self.progress("")
+        if text and self._is_terminal[fd]:
+            text = one_line(text, keep="\n\t")
+            self._at_line_start = text.endswith("\n")
+        self._put(text, fd)
+
+    def progress(self, text: str) -> None:
+        """Show how far it is, in place of what was said of that before, or remove that."""
+        if self._has_progress or (text and self._at_line_start):
+            self._has_progress = bool(text)
+            room = shutil.get_terminal_size().columns - 1
+            self._put(f"\r\x1b[K{one_line(text)[:room]}", STDERR)
+
+    def watch(self) -> None:
+        """Tell who watches how far it is, once a second from now on."""
+        begin = self.reactor.seconds()
+
+        def tell() -> None:
+            self.progress(self.describe(duration_text(self.reactor.seconds() - begin)))
+
+        if self.is_watched:
+            telling = LoopingCall(tell)
+            telling.clock = self.reactor
+            telling.start(PROGRESS_SECONDS, now=False)
+
+    def end_with_reader(self) -> None:
+        """End as soon as nobody reads stdout any more, though nothing may be written for long."""
+        watched = select.poll()
+        watched.register(self._out, 0)  # of its other end it tells in any case
+
+        def watch() -> None:
+            watched.poll()
+            os._exit(Ending.UNREAD)
+
+        if stat.S_ISFIFO(os.fstat(self._out).st_mode):
+            threading.Thread(target=watch, daemon=True).start()
+
+    def interrupt(self, *_: object) -> None:
+        """End at Ctrl-C."""
+        self.write(self.farewell, STDERR)
+        os._exit(Ending.INTERRUPTED)
+
+    def _put(self, text: str, fd: int) -> None:
+        try:
+            self._streams[fd].write(text.encode("utf-8", "replace"))
+        except OSError as error:
+            if fd == STDOUT and error.errno != errno.EPIPE:
+                self.write(f"genvm-manager: stdout: {error.strerror}\n", STDERR)
+            os._exit(Ending.UNREAD)
+
+
+class _LineReader(BodyReader):
+    """Gives out the lines of a body as they come."""
+
+    def __init__(self, on_line: Callable[[bytes, bool], object]) -> None:
+        super().__init__(0)
+        self._lines = LineSplitter(2 * LOG_MAX_BYTES, on_line)
+
+    def dataReceived(self, data: bytes) -> None:
+        self._lines.add(data)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._lines.end()
+        super().connectionLost(reason)
+
+
+@define
+class EventLines:
+    """Makes events, a kind and what it holds, of the lines of a stream as our manager sends it."""
+
+    _on_event: Callable[[str, dict[str, Any]], object]
+    last_id: str | None = None
+    _kind: str = ""
+
+    def take(self, line: bytes, _cut: bool) -> None:
+        """Take a line."""
+        name, _, value = line.decode("utf-8", "replace").partition(": ")
+        if name == "id":
+            self.last_id = value
+        elif name == "event":
+            self._kind = value
+        elif name == "data":
+            self._on_event(self._kind, json.loads(value))
+
+
+@define(eq=False)
+class RemoteManager:
+    """A manager that a command asks, and what is shown of its answers."""
+
+    place: Place
+    screen: Screen
+    options: argparse.Namespace
+    #: The answer that ``--json`` shows in the end.
+    document: object = None
+    _answer: Any = None
+    _rests: dict[int, str] = field(factory=lambda: {STDOUT: "", STDERR: ""})
+    _http: Any = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        tls = load_http()
+        from treq.client import HTTPClient
+        from twisted.web.client import Agent, HTTPConnectionPool
+
+        reactor = self.screen.reactor
+        pool = HTTPConnectionPool(reactor, persistent=False)
+        agent: Any = Agent(reactor, tls, connectTimeout=CLIENT_CONNECT_SECONDS, pool=pool)
+        if self.place.socket is not None:
+            sockets = _SocketEndpoints(reactor, self.place.socket)
+            agent = Agent.usingEndpointFactory(reactor, sockets, pool)
+        self._http = HTTPClient(agent)
+
+    # --- requests ---
+
+    async def ask(
+        self, method: str, path: str, schema: Any, body: object = None, **headers: str
+    ) -> Any:
+        """Return what the manager answers, as an instance of a class; raises ``ClientProblem``."""
+        reply = await self._whole(self._send(method, path, body, headers))
+        try:
+            self._answer = json.loads(reply.body)
+            return structure(self._answer, schema)
+        except (ValueError, RecursionError, InvalidRequest) as error:
+            text = f"it does not answer as a manager of version {__version__}: {error}"
+            raise ClientProblem(Ending.UNREACHABLE, text) from None
+
+    async def follow(
+        self,
+        method: str,
+        path: str,
+        on_line: Callable[[bytes, bool], object],
+        body: object = None,
+        **headers: str,
+    ) -> None:
+        """Call a function with each line of an answer as it comes; raises ``ClientProblem``."""
+        try:
+            response = await self._send(method, path, body, headers)
+            if response.code != 200:
+                await self._whole(succeed(response))
+            reader = _LineReader(on_line)
+            response.deliverBody(reader)
+            await reader.done
+        except ClientProblem:
+            raise
+        except Exception as error:
+            raise _lost(error) from None
+
+    def _send(self, method: str, path: str, body: object, more: Mapping[str, str]) -> Any:
+        headers = {"Content-Type": JSON_TYPE}
+        headers |= {name.replace("_", "-"): value for name, value in more.items()}
+        if self.options.token is not None:
+            headers["Authorization"] = f"Bearer {self.options.token}"
+        data = body if body is None or isinstance(body, bytes) else json_of(body)
+        options: dict[str, Any] = {"headers": headers, "data": data, "unbuffered": True}
+        url = self.place.base + path
+        return maybeDeferred(self._http.request, method, url, allow_redirects=False, **options)
+
+    async def _whole(self, sent: Awaitable[Any]) -> HttpReply:
+        try:
+            reply = await reply_of(sent, CLIENT_ANSWER_BYTES)
+        except HttpFailure as failure:
+            raise _lost(failure.__cause__ or failure) from None
+        if reply.status == 200:
+            return reply
+        try:
+            document = json.loads(reply.body)
+            told = structure(document, ErrorAnswer)
+        except (ValueError, RecursionError, InvalidRequest):
+            text = f"what answers there is no GenVM manager (status {reply.status})"
+            raise ClientProblem(Ending.UNREACHABLE, text) from None
+        self.document = document
+        ending = Ending.UNAUTHORIZED if reply.status in (401, 403) else Ending.REFUSED
+        raise ClientProblem(ending, f"{told.error}: {told.advice}" if told.advice else told.error)
+
+    # --- what is shown ---
+
+    def show(self, text: str = "", document: object = None, fd: int = STDOUT) -> None:
+        """Show an answer: as text, which is its result by default, or as the JSON that came."""
+        if self.options.json:
+            self.document = self._answer if document is None else document
+        else:
+            self.write(f"{text or self._answer['result']}\n", fd)
+
+    def write(self, text: str, fd: int = STDOUT) -> None:
+        """Show text, and who says it where there are several."""
+        if len(self.options.server) > 1:
+            *lines, self._rests[fd] = (self._rests[fd] + text).split("\n")
+            text = "".join(f"{self.place.name}: {line}\n" for line in lines)
+        self.screen.write(text, fd)
+
+    def write_json(self, **members: object) -> None:
+        """Show one of many answers as JSON, in ASCII: no terminal finds an order in it."""
+        if len(self.options.server) > 1:
+            members = {"server": self.place.name, **members}
+        self.screen.write(json.dumps(members) + "\n")
+
+    async def carry_out(self, act: ClientAction) -> Ending:
+        """Do what a command asks for, and say what is wrong."""
+        try:
+            return await act(self) or Ending.DONE
+        except (ClientProblem, ManagerError) as problem:
+            self.screen.write(f"genvm-manager: {self.place.name}: {problem}\n", STDERR)
+            self.document = self.document or {"error": str(problem)}
+            return problem.ending if isinstance(problem, ClientProblem) else Ending.USAGE
+        finally:
+            for fd in (fd for fd, rest in self._rests.items() if rest):
+                self.write("\n", fd)
+
+
+#: What a command does; nothing it returns means that all is well.
+ClientAction: TypeAlias = Callable[[RemoteManager], Awaitable[Ending | None]]
+
+
+def _lost(error: BaseException) -> ClientProblem:
+    """Return what it means that there is no whole answer."""
+    _, detail = connection_problem(error)
+    text = f"no manager answers there: {detail} (--server and GENVM_SERVER say where one is)"
+    if getattr(error, "reasons", None):  # it was connected
+        text = f"the manager went away: {detail}"
+    return ClientProblem(Ending.UNREACHABLE, text)
+
+
+def run_client(act: ClientAction, options: argparse.Namespace) -> int:
+    """Do what a command asks for at each manager; returns its exit status."""
+    reactor = own_reactor()
+    screen = Screen(reactor, f"{options.command}: {{}}".format)
+    signal.signal(signal.SIGINT, screen.interrupt)
+    options.token = options.token or os.environ.get("GENVM_TOKEN", "").strip() or None
+    named = os.environ.get("GENVM_SERVER", "").split() or [CLIENT_SERVER]
+    try:
+        options.server = options.server or [Place.parse(text) for text in named]
+    except ConfigError as error:
+        screen.write(f"genvm-manager: GENVM_SERVER: {error.message}\n", STDERR)
+        return Ending.USAGE
+    managers = [RemoteManager(place, screen, options) for place in options.server]
+    endings: list[Any] = []
+
+    def start() -> None:
+        screen.watch()
+        acts = [Deferred.fromCoroutine(manager.carry_out(act)) for manager in managers]
+        gatherResults(acts).addBoth(endings.append).addBoth(lambda _: reactor.stop())
+
+    reactor.callWhenRunning(start)
+    reactor.run(installSignalHandlers=False)
+    found = endings[0]
+    if isinstance(found, Failure):
+        found.raiseException()
+    screen.progress("")
+    documents = {manager.place.name: manager.document for manager in managers}
+    if options.json and any(document is not None for document in documents.values()):
+        document = documents if len(managers) > 1 else managers[0].document
+        screen.write(json.dumps(document) + "\n")
+    return next((ending for ending in found if ending), Ending.DONE)
+
+
+# =============================================================================
+# 5.3 Client commands
+# =============================================================================
+#
+# Owns what each client command takes, asks and shows. Uses the client and the
+# classes of the HTTP API. Never knows how a manager is reached.
+
+CHECK_PROMPT = "Respond with exactly two letters 'OK' and nothing else"
+#: Seconds until a stream of events that was lost is asked for again.
+RECONNECT_SECONDS = 1.0
+
+
+# --- commands, and what they take ---
+
+
+@frozen
+class ClientCommand:
+    """A command: what it is for, what it does, what it takes."""
+
+    text: str
+    act: ClientAction
+    arguments: tuple[tuple[str, dict[str, Any]], ...]
+
+
+CLIENT_COMMANDS: dict[str, ClientCommand] = {}
+
+
+def _takes(names: str, text: str, **options: Any) -> tuple[str, dict[str, Any]]:
+    return names, {"help": text, **options}
+
+
+def _offer(name: str, text: str, *arguments: Any) -> Callable[[ClientAction], ClientAction]:
+    def add(act: ClientAction) -> ClientAction:
+        CLIENT_COMMANDS[name] = ClientCommand(text, act, arguments)
+        return act
+
+    return add
+
+
+def _read_by(parse: Callable[[str], Value]) -> Callable[[str], Value]:
+    """Return a type of arguments that says in our words what is wrong with one."""
+
+    def read(text: str) -> Value:
+        try:
+            return parse(text)
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
+        except (ValueError, ManagerError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
+def _content(path: str) -> bytes:
+    return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+
+
+def _mapping(path: str) -> AnyObject:
+    return structure(read_yaml(Path(path)), AnyObject)
+
+
+_FLAG: dict[str, Any] = {"action": "store_true"}
+_CHOICE: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+_FILE: dict[str, Any] = {"type": _read_by(_content), "metavar": "FILE"}
+_YAML: dict[str, Any] = {"type": _read_by(_mapping), "metavar": "FILE"}
+_TIME: dict[str, Any] = {"type": _read_by(parse_duration), "metavar": "TIME"}
+_ID = _takes("id", "of an execution, as run and ps tell it", metavar="ID", type=int)
+_LOG = _takes("--log", "its log, too, on stderr", **_FLAG)
+_BODY = _takes("body", "file with the body of the request, - for stdin", nargs="?", **_FILE)
+
+
+# --- executions ---
+
+
+@_offer("status", "show what goes on: permits, queue, executions, modules")
+async def _status(manager: RemoteManager) -> None:
+    manager.show(status_text(await manager.ask("GET", "/status", ManagerStatus)))
+
+
+@_offer(
+    "ps",
+    "list executions that go on, newest first",
+    _takes("--all", "finished ones, too", **_FLAG),
+    _takes("--state", "those in this state only", choices=[state.value for state in State]),
+)
+async def _ps(manager: RemoteManager) -> None:
+    options, before, found = manager.options, MAX_ID, []
+    query = f"&state={options.state}" if options.state else ""
+    while before is not None:
+        path = f"/genvm?limit={MAX_PAGE_ENTRIES}&before={before}{query}"
+        page = await manager.ask("GET", path, ExecutionPage)
+        found += page.executions
+        before = page.next
+    if not (options.all or options.state):
+        found = [entry for entry in found if entry.state is not State.FINISHED]
+    text = executions_text(found, datetime.now(UTC))
+    manager.show(text, {"executions": msgspec.to_builtins(found)})
+
+
+def _run_body(options: argparse.Namespace) -> bytes:
+    """Return the body of a run: what was given, with flags in place of its fields."""
+    names = [item.name for item in attrs.fields(RunRequest)]
+    flags = {name: value for name in names if (value := getattr(options, name)) is not None}
+    usual = {"major": 0, "is_sync": False, "capture_output": True, "host_data": NOBODY}
+    usual["timestamp"] = timestamp_of(time.time())
+    data: bytes = json_of(usual) if options.body is None else options.body
+    if flags:
+        data = json_of(parse_json(data, AnyObject) | flags)
+    parse_json(data, RunRequest)  # which the manager does, too: what is wrong is told at once
+    return data
+
+
+@_offer(
+    "run",
+    "start an execution, from a file or from flags, and show its id",
+    _BODY,
+    _takes("--major", "the executor line (default 0)", type=int, metavar="N"),
+    _takes("--message", "its message, JSON", type=_read_by(msgspec.Raw), metavar="JSON"),
+    _takes("--host", "where the host listens: unix://path or host:port"),
+    _takes("--host-data", f"for the modules (default {NOBODY})", metavar="TEXT"),
+    _takes("--timestamp", "chooses the version (default: now)", metavar="TIME"),
+    _takes("--sync", "one permit, not two (default: no)", dest="is_sync", **_CHOICE),
+    _takes("--capture", "keep its output (default: yes)", dest="capture_output", **_CHOICE),
+    _takes("--max-execution-minutes", "its deadline (default 20)", type=float, metavar="N"),
+    _takes("--extra-arg", "for the executor", dest="extra_args", action="append", metavar="ARG"),
+    _takes("--idempotency-key", "a second try with it starts nothing", metavar="KEY"),
+    _takes("--wait", "show its output, and wait for its end", **_FLAG),
+    _LOG,
+)
+async def _run(manager: RemoteManager) -> Ending:
+    options = manager.options
+    body, key = _run_body(options), options.idempotency_key
+    headers = {} if key is None else {"Idempotency_Key": key}
+    manager.screen.describe = "not started for {}".format
+    started = await manager.ask("POST", "/genvm/run", RunStarted, body, **headers)
+    if not options.wait:
+        manager.show(str(started.id))
+        return Ending.DONE
+    await _watch(manager, started.id)
+    if not options.json:
+        await _show_output(manager, started.id, follow=True)
+    outcome = await _end_of(manager, started.id, math.inf)
+    manager.show(f"execution {started.id}: {outcome_text(outcome)}", fd=STDERR)
+    return ending_of(outcome)
+
+
+async def _watch(manager: RemoteManager, genvm_id: int) -> None:
+    """Let a terminal be told how far an execution is."""
+    screen = manager.screen
+    screen.farewell = f"execution {genvm_id} goes on; genvm-manager stop {genvm_id} ends it\n"
+    if screen.is_watched:
+        path = f"/genvm?limit=1&before={genvm_id + 1}"
+        entries = (await manager.ask("GET", path, ExecutionPage)).executions
+        if entries and entries[0].id == genvm_id:
+            screen.describe = lambda _: progress_text(entries[0], datetime.now(UTC))
+
+
+async def _poll(
+    manager: RemoteManager,
+    method: str,
+    path: str,
+    schema: Any,
+    seconds: float,
+    is_over: Callable[[Any], bool],
+) -> Any:
+    """Return what the manager answers once something is over, or after some seconds."""
+    clock = manager.screen.reactor
+    deadline = clock.seconds() + seconds
+    while True:
+        left = max(0.0, min(deadline - clock.seconds(), MAX_WAIT_SECONDS))
+        answer = await manager.ask(method, f"{path}?wait_ms={math.ceil(left * 1000)}", schema)
+        if is_over(answer) or clock.seconds() >= deadline:
+            return answer
+
+
+async def _end_of(manager: RemoteManager, genvm_id: int, seconds: float) -> ExecutionOutcome:
+    """Return how an execution ended, waiting for that for some seconds."""
+    path = f"/genvm/{genvm_id}"
+    answer = await _poll(manager, "GET", path, ExecutionAnswer, seconds, lambda a: bool(a.status))
+    if answer.status is None:
+        raise ClientProblem(Ending.LATE, f"execution {genvm_id} has not ended yet")
+    return cast(ExecutionOutcome, answer.status)
+
+
+@_offer(
+    "wait",
+    "wait for the end of an execution, and show how it ended",
+    _ID,
+    _takes("--timeout", "for so long, such as 90s (default: for ever)", default=math.inf, **_TIME),
+)
+async def _wait(manager: RemoteManager) -> Ending:
+    await _watch(manager, manager.options.id)
+    outcome = await _end_of(manager, manager.options.id, manager.options.timeout)
+    manager.show(outcome_text(outcome))
+    return ending_of(outcome)
+
+
+@_offer(
+    "stop",
+    "end an execution",
+    _ID,
+    _takes("--grace", "from SIGTERM to SIGKILL (default 30s)", default=30.0, **_TIME),
+)
+async def _stop(manager: RemoteManager) -> None:
+    genvm_id, grace = manager.options.id, manager.options.grace
+    path = f"/genvm/{genvm_id}?wait_timeout_ms={round(grace * 1000)}"
+    manager.screen.describe = f"told to end, {{}} of {duration_text(grace)}".format
+    await manager.ask("DELETE", path, ShutdownCompleted)
+    manager.show(f"execution {genvm_id} has ended")
+
+
+async def _show_output(manager: RemoteManager, genvm_id: int, *, follow: bool) -> None:
+    """Show what an execution writes: its output on ours, its log on stderr if asked for."""
+    options, last = manager.options, ""
+
+    def show(kind: str, data: dict[str, Any]) -> None:
+        nonlocal last
+        last = kind
+        if options.json:
+            manager.write_json(event=kind, data=data)
+        elif kind in ("stdout", "stderr"):
+            manager.write(data["text"], STDOUT if kind == "stdout" else STDERR)
+        elif kind == "log" and options.log:
+            start = f"{data.pop('level', '')} {data.pop('message', '')}"
+            manager.write(line_text(start, data) + "\n", STDERR)
+        elif kind == "missed":
+            manager.write(line_text("not kept any more:", data) + "\n", STDERR)
+
+    path = f"/genvm/{genvm_id}/events" + ("" if follow else "?follow=false")
+    await manager.follow("GET", path, EventLines(show).take)
+    if follow and last != "finished":
+        raise ClientProblem(Ending.UNREACHABLE, "the manager went away before the end")
+
+
+@_offer(
+    "logs",
+    "show what an execution wrote to stdout and stderr, on our own",
+    _ID,
+    _takes("-f --follow", "go on until it ends", **_FLAG),
+    _LOG,
+)
+async def _logs(manager: RemoteManager) -> None:
+    manager.screen.describe = lambda _: ""
+    manager.screen.end_with_reader()
+    await _show_output(manager, manager.options.id, follow=manager.options.follow)
+
+
+# --- the manager ---
+
+
+@_offer(
+    "permits",
+    "show how many executions may run, or set that",
+    _takes("count", "a number, or auto: by memory", nargs="?", metavar="N"),
+)
+async def _permits(manager: RemoteManager) -> None:
+    if (text := manager.options.count) is not None:
+        body = {"permits": None if text == "auto" else PERMITS.from_text(text)}
+        await manager.ask("POST", "/permits", PermitsSet, structure(body, PermitsBody))
+    found = await manager.ask("GET", "/permits", PermitsAnswer)
+    use = f"{found.in_use} in use, {found.available} available, {found.waiting} executions wait"
+    manager.show(f"{found.permits} permits: {use}")
+
+
+@_offer(
+    "drain",
+    "refuse new executions, and let the others end",
+    _takes(
+        "--wait", "until all is over and read, or for so long", nargs="?", const=math.inf, **_TIME
+    ),
+)
+async def _drain(manager: RemoteManager) -> Ending:
+    seconds = manager.options.wait
+    answer = await _poll(
+        manager, "POST", "/drain", DrainAnswer, seconds or 0, lambda a: a.result != "draining"
+    )
+    result = answer.result
+    manager.show()
+    if result == "accepting":
+        raise ClientProblem(Ending.REFUSED, "somebody lets it accept executions again")
+    return Ending.LATE if seconds and result == "draining" else Ending.DONE
+
+
+@_offer("undrain", "accept executions again")
+async def _undrain(manager: RemoteManager) -> None:
+    await manager.ask("POST", "/undrain", DrainAnswer)
+    manager.show()
+
+
+@_offer(
+    "module",
+    "start, stop or restart a module, or show how it is",
+    _takes("action", "what to do", choices=("start", "stop", "restart", "status")),
+    _takes("kind", "which one; without it, the status of both", nargs="?", choices=MODULE_KINDS),
+    _takes("--config", "YAML or JSON (default: the file in the manager's config/)", **_YAML),
+    _takes("--allow-empty-backends", "start without any model", **_FLAG),
+)
+async def _module(manager: RemoteManager) -> None:
+    options, kind = manager.options, manager.options.kind
+    if options.action == "status":
+        modules = (await manager.ask("GET", "/status", ManagerStatus)).modules
+        chosen = {name: module for name, module in modules.items() if kind in (None, name)}
+        text = table_text([(name, module_text(module)) for name, module in chosen.items()])
+        manager.show(text, msgspec.to_builtins(chosen))
+        return
+    if kind is None:
+        raise ClientProblem(Ending.USAGE, f"module {options.action}: say which, llm or web")
+    body: object = ModuleBody(kind, options.config, options.allow_empty_backends)
+    await manager.ask("POST", f"/module/{options.action}", AnyObject, body)
+    manager.show()
+
+
+def _checks(options: argparse.Namespace) -> Iterator[tuple[CheckBody, list[str]]]:
+    """Yield what to check, and the names of the models; raises ``ManagerError``."""
+    if options.body is not None:
+        body = parse_json(options.body, CheckBody)
+        yield body, [f"{c.get('provider')}/{c.get('model')}" for c in body.configs]
+        return
+    if options.module_config is None:
+        raise ConfigError("give a file with the request, or --module-config")
+    backends = read_llm_settings(options.module_config, allow_empty=False).backends
+    # Whether a model wants another name for the length of its answers is said with the prompt.
+    for is_other in (False, True):
+        models = [m for b in backends for m in b if m.use_max_completion_tokens is is_other]
+        configs = [attrs.asdict(m.backend) for m in models]
+        prompt = {"user_message": options.prompt, "use_max_completion_tokens": is_other}
+        if models:
+            yield CheckBody(configs, [prompt]), [m.name for m in models]
+
+
+@_offer(
+    "llm-check",
+    "see whether models answer, each as soon as it is known",
+    _BODY,
+    _takes("--module-config", "all models in a configuration of the LLM module", **_YAML),
+    _takes("--prompt", "what they are asked then", default=CHECK_PROMPT, metavar="TEXT"),
+)
+async def _llm_check(manager: RemoteManager) -> Ending:
+    checks = [*_checks(manager.options)]
+    total = sum(len(body.configs) * len(body.test_prompts) for body, _ in checks)
+    available: list[bool] = []
+
+    def show(names: list[str], line: bytes, _cut: bool) -> None:
+        document = json.loads(line)
+        result = structure(document, CheckResult)
+        name, number = names[result.config_index], result.prompt_index
+        word, said = ("ok", result.response) if result.available else ("FAILED", result.error)
+        if manager.options.json:
+            manager.write_json(model=name, **document)
+        else:
+            text = f"{word:<6}  {name}, prompt {number}, {result.latency_ms:g} ms: {said}"
+            manager.write(one_line(text) + "\n")
+        available.append(result.available)
+
+    manager.screen.describe = lambda t: f"{len(available)} of {total} checks done, {t}"
+    for body, names in checks:
+        take = functools.partial(show, names)
+        await manager.follow("POST", "/llm/check", take, body, Accept=LINES_TYPE)
+    if len(available) < total:
+        raise ClientProblem(Ending.UNREACHABLE, "the manager went away before the end")
+    return Ending.DONE if all(available) else Ending.FAILED
+
+
+def _variable_value(options: argparse.Namespace) -> str:
+    """Return the value of a variable: it is never an argument, which others could read."""
+    if options.from_environment:
+        if options.name not in os.environ:
+            raise ConfigError(f"{options.name} is not in the environment of this command")
+        return os.environ[options.name]
+    if options.value is None and sys.stdin.isatty():
+        raise ConfigError("its value comes from stdin, which shows it here: use --file, or a pipe")
+    if options.value is None:
+        options.value = _content("-")  # kept for other managers that get it
+    return str(options.value.decode("utf-8", "surrogateescape").removesuffix("\n"))
+
+
+@_offer(
+    "env",
+    "set a variable of the manager, or list those that were set",
+    _takes("name", "its value comes from stdin", nargs="?", metavar="NAME"),
+    _takes("--file", "or from a file", dest="value", **_FILE),
+    _takes("--from-environment", "or from our environment", **_FLAG),
+)
+async def _env(manager: RemoteManager) -> None:
+    options = manager.options
+    if options.name is not None:
+        body = VariableBody(options.name, SecretText(_variable_value(options)))
+        done = await manager.ask("POST", "/env", VariableSet, body)
+        manager.show(f"{done.key} is set" + (f"; {done.note}" if done.note else ""))
+        return
+    found = (await manager.ask("GET", "/env", VariableNames)).variables
+    notes = {True: "passed on to executors and modules", False: "for templates only"}
+    rows = [(variable.key, notes[variable.passed_on]) for variable in found]
+    manager.show(table_text(rows) if rows else "none was set")
+
+
+@_offer("reload", "read the manifest again")
+async def _reload(manager: RemoteManager) -> None:
+    await manager.ask("POST", "/manifest/reload", ManifestReloaded)
+    manager.show()
+
+
+@_offer(
+    "log-level",
+    "show what the manager logs, or set that",
+    _takes("level", "trace, debug, info, warn or error", nargs="?", type=_read_by(LevelName.parse)),
+)
+async def _log_level(manager: RemoteManager) -> None:
+    level = manager.options.level
+    body = None if level is None else LogLevelBody(level)
+    method = "GET" if level is None else "POST"
+    manager.show((await manager.ask(method, "/log/level", LogLevelAnswer, body)).level)
+
+
+@_offer(
+    "events",
+    "show what happens, as it happens, also after a restart of the manager",
+    _takes("--after", "begin after this event (default: with the next)", metavar="ID"),
+    _takes("--reconnect", "try again for so long (default 30s)", default=30.0, **_TIME),
+)
+async def _follow_events(manager: RemoteManager) -> None:
+    options, clock = manager.options, manager.screen.reactor
+    lost: float | None = -math.inf  # since when it is not there
+    manager.screen.end_with_reader()
+    manager.screen.describe = lambda _: "" if lost is None else "asking again"
+
+    def show(kind: str, data: dict[str, Any]) -> None:
+        if options.json:
+            manager.write_json(event=kind, id=lines.last_id, data=data)
+        else:
+            manager.write(line_text(f"{data.pop('time', '-')} {kind}", data) + "\n")
+
+    def take(line: bytes, cut: bool) -> None:
+        nonlocal lost
+        lost = None
+        lines.take(line, cut)
+
+    lines = EventLines(show, options.after)
+    while True:
+        headers = {} if lines.last_id is None else {"Last_Event_ID": lines.last_id}
+        problem = ClientProblem(Ending.UNREACHABLE, "the manager went away")
+        try:
+            await manager.follow("GET", "/events", take, **headers)
+        except ClientProblem as found:
+            problem = found
+        lost = clock.seconds() if lost is None else lost
+        too_long = clock.seconds() - lost >= options.reconnect
+        if problem.ending is not Ending.UNREACHABLE or too_long:
+            raise problem
+        await deferLater(clock, RECONNECT_SECONDS)
+
+
+# --- the command line ---
+
+
+def add_client_commands(commands: Any) -> None:
+    """Add the commands to those of a parser."""
+    common = argparse.ArgumentParser(add_help=False)
+    where = f"http://host:port or unix:///path (default: GENVM_SERVER, else {CLIENT_SERVER})"
+    common.add_argument(
+        "--server",
+        action="append",
+        type=_read_by(Place.parse),
+        metavar="URL",
+        help=f"where the manager listens, several times for several: {where}",
+    )
+    common.add_argument(
+        "--token-file",
+        dest="token",
+        type=_read_by(lambda path: read_token(Path(path))),
+        metavar="FILE",
+        help="file with its token (default: GENVM_TOKEN, which has the token itself)",
+    )
+    common.add_argument("--json", help="show JSON, for programs", **_FLAG)
+    statuses = "\n".join(f"  {ending.value:>3}  {ending.meaning}" for ending in Ending)
+    for name, command in CLIENT_COMMANDS.items():
+        parser = commands.add_parser(
+            name,
+            parents=[common],
+            help=command.text,
+            description=f"{command.text[0].upper()}{command.text[1:]}.",
+            epilog=f"exit status:\n{statuses}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for names, options in command.arguments:
+            parser.add_argument(*names.split(), **options)
+
+
+# =============================================================================
+# 5.4 Doctor
 # =============================================================================
 #
 # Owns what is wrong with an installation before a manager is started on it, and
@@ -17884,7 +18859,7 @@ def run_doctor(flags: Mapping[str, str], *, as_json: bool) -> int:
 
 
 # =============================================================================
-# 5.3 Commands
+# 5.5 Commands
 # =============================================================================
 #
 # Owns the command line: which commands there are, what they take, how they end.
@@ -17988,6 +18963,7 @@ def _parser() -> argparse.ArgumentParser:
     root = commands.add_parser("practice-root", help="make a GenVM root to try the manager with")
     root.add_argument("folder", type=Path)
     commands.add_parser("executor", add_help=False, help="the practice executor (not GenVM)")
+    add_client_commands(commands)
     return parser
 
 
@@ -18012,11 +18988,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
+    if not CLIENT_COMMANDS.keys() & words[:1] and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if words[:1] == ["executor"]:
         return run_practice_executor(words[1:])
-    if words[:1] == ["module"]:
+    if words[:1] == ["module-process"]:
         return run_module_service("".join(words[1:2]))
-    options = vars(_parser().parse_args(words))
+    parsed = _parser().parse_args(words)
+    if parsed.command in CLIENT_COMMANDS:
+        return run_client(CLIENT_COMMANDS[parsed.command].act, parsed)
+    options = vars(parsed)
     command = options.pop("command")
     if command == "demo":
         return run_demo()

@@ -49,6 +49,8 @@ from .support import (
     timed,
 )
 
+#: How the manager starts it.
+PROCESS = ("module-process", "llm")
 KEY = "sk-a/very+secret-key-of-forty-characters"
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 
@@ -179,7 +181,7 @@ def provider() -> Iterator[Provider]:
 
 
 class ModuleProcess:
-    """``genvm_manager.py module llm``, with the manager's ends of its pipes."""
+    """``genvm_manager.py module-process llm``, with the manager's ends of its pipes."""
 
     def __init__(
         self, config: object, *, listener: socket.socket | None = None, **setup: object
@@ -195,7 +197,7 @@ class ModuleProcess:
             "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
         )
         self.process = subprocess.Popen(
-            [sys.executable, "-ISc", code, str(made.fileno()), str(SOURCE), "module", "llm"],
+            [sys.executable, "-ISc", code, str(made.fileno()), str(SOURCE), *PROCESS],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -853,7 +855,7 @@ def test_empty_backends_are_allowed_on_request(start: Start) -> None:
 def test_a_line_that_is_no_setup_and_none_at_all() -> None:
     for line, status in ((b"no JSON\n", 1), (b'{"config": 1}\n', 1), (b"half a li", 0), (b"", 0)):
         ended = subprocess.run(
-            [sys.executable, str(SOURCE), "module", "llm"],
+            [sys.executable, str(SOURCE), *PROCESS],
             input=line,
             capture_output=True,
             timeout=WAIT,

@@ -419,7 +419,23 @@ def test_a_head_of_events_has_an_end(start: Start) -> None:
         connection.request("HEAD", path)
         response = connection.getresponse()
         assert (response.status, response.read()) == (200, b"")
+    daemon.request("DELETE", f"/genvm/{genvm_id}")
+    connection.request("HEAD", f"/genvm/{genvm_id}/events")
+    assert connection.getresponse().read() == b"", "of one that has ended, too"
     connection.close()
+    assert daemon.stop() == 0
+    assert "critical" not in {record["level"] for record in daemon.records}
+
+
+def test_what_a_run_has_written_until_now(start: Start) -> None:
+    daemon = start()
+    genvm_id = daemon.run("print now", "sleep 60")
+    path = f"/genvm/{genvm_id}/events?follow="
+    with following(daemon, f"/genvm/{genvm_id}/events") as events:
+        events.until("stdout")
+    with following(daemon, f"{path}false") as events:
+        assert ("stdout", {"text": "now\n"}) in [*events], "it ends, while the run goes on"
+    assert "follow: expected true or false" in daemon.request("GET", f"{path}no").json["error"]
     daemon.request("DELETE", f"/genvm/{genvm_id}")
 
 

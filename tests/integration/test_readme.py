@@ -15,7 +15,16 @@ import pytest
 import yaml
 from attrs import frozen
 
-from genvm_manager import API_ENDPOINTS, SETTINGS, Api, ManagerError, load_config, parse_manifest
+from genvm_manager import (
+    API_ENDPOINTS,
+    CLIENT_COMMANDS,
+    SETTINGS,
+    Api,
+    Ending,
+    ManagerError,
+    load_config,
+    parse_manifest,
+)
 
 from .support import PROJECT, SOURCE, Daemon, Root
 
@@ -159,6 +168,20 @@ def test_every_error_is_listed() -> None:
     inside = {"config_invalid", "calldata_invalid", "host_protocol_error", "provider_error"}
     listed = set(re.findall(r"`([a-z_]+)`", TEXT))
     assert codes_of(ManagerError) - inside <= listed
+
+
+def test_the_commands_and_exit_statuses_of_the_client() -> None:
+    section = TEXT.partition("### From the terminal\n")[2].partition("\n### ")[0]
+    commands, statuses = re.findall(r"^\|[-|]+\|\n((?:\|.*\n)+)", section, re.M)
+    named = re.findall(
+        r"`([a-z-]+)( [^`]*)?`", "".join(row.split(" | ")[0] for row in commands.splitlines())
+    )
+    assert {name for name, _ in named} == {*CLIENT_COMMANDS}
+    for name, rest in named:
+        takes = {word for words, _ in CLIENT_COMMANDS[name].arguments for word in words.split()}
+        assert {*re.findall(r"--?[a-z-]+", rest)} <= takes
+    rows = [[cell.strip() for cell in row.split("|")[1:3]] for row in statuses.splitlines()]
+    assert rows == [[str(ending.value), ending.meaning] for ending in Ending]
 
 
 def test_every_test_that_is_named_exists() -> None:

@@ -46,13 +46,13 @@ def getaddrinfo(host, port, *rest, **options):
         for ip in table[name]
     ]
 socket.getaddrinfo = getaddrinfo
-sys.argv = [sys.argv[2], "module", "web"]
+sys.argv = [sys.argv[2], "module-process", "web"]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 class WebModule(ModuleProcess):
-    """``genvm_manager.py module web``, with the manager's ends of its pipes.
+    """``genvm_manager.py module-process web``, with the manager's ends of its pipes.
 
     ``names`` holds the addresses of names under ``.test``; ``search.test`` is what names that are
     not absolute lead to. ``prefix`` is a command that starts the process.
