@@ -18988,6 +18988,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
+    # As Python has it, and Twisted wants it; see own_command. Client commands have their own way.
     if not CLIENT_COMMANDS.keys() & words[:1] and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if words[:1] == ["executor"]:
