@@ -9877,7 +9877,7 @@ class ApiChannel(HTTPChannel):
 
     def _close(self) -> None:
         self._linger = None
-        if self._refused:
+        if self._refused and self.isSecure():
             self.transport.abortConnection()  # TLS would wait for the client to close its side
         else:
             self.loseConnection()
