@@ -5272,7 +5272,7 @@ class Execution:
     def move(self, state: State) -> None:
         """Go to another state; only what ``TRANSITIONS`` allows happens."""
         assert state in TRANSITIONS[self.state], f"{self.state} -> {state}"
-        self.state = state
+        self.state, self.summary = state, b""
 
     @property
     def deadline(self) -> float | None:
@@ -5287,7 +5287,7 @@ class Execution:
         return self.child is not None and self.child.force_killed
 
     def summary_json(self) -> bytes:
-        """Return the entry of ``GET /status``."""
+        """Return the entry of ``GET /status``, which is the same until the state is another one."""
         if self.summary:
             return self.summary
         entry = ExecutionSummary(
@@ -5299,10 +5299,8 @@ class Execution:
             has_result=self.state is State.FINISHED,
             result=self.outcome() if self.state is State.FINISHED else None,
         )
-        text = json_of(entry)
-        if self.state is State.FINISHED:
-            self.summary = text
-        return text
+        self.summary = json_of(entry)
+        return self.summary
 
     def result_pieces(self) -> Iterator[bytes]:
         """Yield the JSON of an ``ExecutionResult``; ``null`` before the end."""
@@ -10011,7 +10009,7 @@ class ApiRequest(Request):
         )
 
     def isSecure(self) -> bool:
-        """Return that there is no TLS here, which Twisted would find out twice a request."""
+        """Return a constant: routes do not depend on TLS, which Twisted looks for each time."""
         return False
 
     def getRequestHostname(self) -> bytes:
