@@ -4761,8 +4761,8 @@ EpochMilliseconds = Annotated[
 Milliseconds = Annotated[float, Meta(title="milliseconds", ge=0)]
 Count = Annotated[int, Meta(ge=0)]
 OutputName = Literal["stdout", "stderr", "genvm_log"]
-#: What the kernel passes on in one argument.
-ARGUMENT_FORM = {"pattern": "^[^\\x00]*$", "maxLength": ARGUMENT_MAX_BYTES // 4}
+#: What the kernel passes on in one argument; the limit counts bytes of UTF-8.
+ARGUMENT_FORM = {"pattern": "^[^\\x00]*$", "maxLength": ARGUMENT_MAX_BYTES}
 #: Not one of those that the manager gives.
 Argument = Annotated[
     str, Meta(extra_json_schema=ARGUMENT_FORM | {"pattern": "^([^-\\x00][^\\x00]*)?$"})
@@ -10229,7 +10229,7 @@ class DeploymentWrites(Reply, frozen=True, kw_only=True):
     """What has to stand in the storage of a contract."""
 
     writes: Annotated[
-        list[tuple[str, str]],
+        list[Annotated[list[str], Meta(min_length=2, max_length=2)]],
         about("Pairs of key and value, in base64.", [["AAAAAA==", "CAAAAA=="]]),
     ]
 
