@@ -285,6 +285,7 @@ from prometheus_client import Counter as CounterMetric
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
+    InfoMetricFamily,
     Metric,
     SummaryMetricFamily,
 )
@@ -1664,6 +1665,7 @@ class LevelName(str):
 Permits = Annotated[int, Meta(ge=0, le=1_000_000)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Niceness = Annotated[int, Meta(ge=0, le=19)]
+Instance = Annotated[int, Meta(ge=0, le=99)]
 
 
 class ModuleKind(str):
@@ -1830,6 +1832,7 @@ COUNT = SettingKind(NonNegativeInt, "N", _plain_integer)
 PERMITS = SettingKind(Permits | None, "N", _plain_integer)
 PORT = SettingKind(Port, "PORT", _plain_integer)
 NICENESS = SettingKind(Niceness, "N", _plain_integer)
+INSTANCE = SettingKind(Instance, "N", _plain_integer)
 PATH = SettingKind(Path, "PATH")
 SECONDS = SettingKind(Duration, "DURATION")
 LEVEL = SettingKind(LevelName, "LEVEL")
@@ -1873,6 +1876,9 @@ class Config:
     )
     manifest_path: Path = _setting(
         PATH, Path("manifest.yaml"), "manifest (default: data/manifest.yaml in the root)"
+    )
+    instance: int = _setting(
+        INSTANCE, 0, "number of this manager behind an address of several: its ids modulo 100"
     )
     reroute_to: str | None = _setting(TEXT, None, "executor directory used for every version")
     die_with_parent: bool = _setting(FLAG, False, "shut down when the parent process ends")
@@ -5020,7 +5026,7 @@ LOG_LINE_MAX_MEMBERS = 50_000
 UNREAD_STDERR_BYTES = 2000
 #: The same for a line that goes to the manager's log, where each member is looked at for secrets.
 FORWARDED_MEMBERS = 1000
-#: The last two digits of an id are for the number of the manager, should several share a machine.
+#: The last two digits of an id are the ``instance`` of the manager that has it.
 ID_STEP = 100
 #: Ids count tenths of milliseconds since 2025 at first, and stay below 2**53 until the year 2310.
 ID_EPOCH = 1_735_689_600
@@ -5031,13 +5037,15 @@ def executor_program(root: Path, version: str) -> str:
     return f"{root}/executor/{version}/bin/genvm"
 
 
-def execution_ids(start: float) -> Iterator[int]:
+def execution_ids(start: float, instance: int = 0) -> Iterator[int]:
     """Yield the ids of a manager that starts at ``start``, in seconds since the epoch.
 
-    None was used by an earlier start, since no manager starts 10,000 executions a second, unless
-    the clock was set back in between to the very moment of that start.
+    Each is its ``instance`` modulo ``ID_STEP``, so no other instance has it. None was used by an
+    earlier start, since no manager starts 10,000 executions a second, unless the clock was set back
+    in between to the very moment of that start.
     """
-    return itertools.count(max(1, round((start - ID_EPOCH) * 10_000)) * ID_STEP, ID_STEP)
+    first = max(1, round((start - ID_EPOCH) * 10_000)) * ID_STEP
+    return itertools.count(first + instance, ID_STEP)
 
 
 @define(eq=False)
@@ -9307,8 +9315,10 @@ class Metrics:
         gate: PermitGate,
         executions: Executions,
         modules: Mapping[str, Module],
+        instance: int = 0,
     ) -> None:
         self._reactor = reactor
+        self._about = {"version": __version__, "instance": str(instance)}
         self._observer = observer
         self._gate = gate
         self._executions = executions
@@ -9395,6 +9405,7 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """Yield what is read when it is asked for; see ``Collector``."""
         gate, executions = self._gate, self._executions
+        yield InfoMetricFamily("genvm_manager", "Which manager this is.", self._about)
         yield _gauge("genvm_permits", "Permits in all.", gate.limit)
         yield _gauge("genvm_permits_in_use", "Permits that executions hold.", gate.in_use)
         yield _gauge("genvm_queue_length", "Executions that wait for permits.", gate.queue_length)
@@ -10176,6 +10187,7 @@ class ManagerStatus(Reply, frozen=True, kw_only=True):
     modules: Annotated[dict[str, ModuleStatus], about("By `llm` and `web`.")]
     manifest: ManifestStatus
     version: Annotated[str, about("The version of the manager.")]
+    instance: Annotated[Instance, about("The setting: the ids of executions modulo 100.")]
     boot_id: Annotated[str, about("New at every start of the manager.")]
     uptime_s: Annotated[float, Meta(title="seconds"), about("How long the manager runs.")]
     draining: Annotated[bool, about("Whether new executions are refused.")]
@@ -10931,6 +10943,7 @@ class Api:
                 versions=len(self._manifest.manifest.versions), problem=self._manifest.problem
             ),
             version=__version__,
+            instance=self._config.instance,
             boot_id=self._boot_id,
             uptime_s=round(self._reactor.seconds() - self._started, 3),
             draining=self._executions.draining,
@@ -11478,6 +11491,9 @@ STATE = Parameter(
     {"type": "string", "enum": [each.value for each in State]},
     _state_named,
 )
+FREE_PERMITS = whole_number(
+    "permits", "Permits that an execution could have at once.", 0, 1_000_000
+)
 LIMIT = whole_number("limit", "How many at most, at least 1.", PAGE_ENTRIES, MAX_PAGE_ENTRIES)
 BEFORE = whole_number("before", "Only executions with smaller ids.", MAX_ID, MAX_ID)
 
@@ -11585,10 +11601,19 @@ class OperatorApi(Api):
         """Answer that the event loop turns."""
         return Alive()
 
-    @api_endpoint(Api.app, "GET", "/readyz", Ready, errors=[NotReady])
+    @api_endpoint(Api.app, "GET", "/readyz", Ready, takes=[FREE_PERMITS], errors=[NotReady])
     async def readyz(self, request: Request) -> Answer:
-        """Answer that executions can be run here; 503 with the reasons otherwise."""
+        """Answer that executions can be run here; 503 with the reasons otherwise.
+
+        With ``permits=N`` it is a reason, too, that one with N permits would have to wait.
+        """
+        permits = FREE_PERMITS.of(request)
         reasons = await self._reasons()
+        if permits and self._gate.would_wait(permits):
+            reasons.append(
+                f"{permits} permits are not free: {self._gate.available} of {self._gate.limit} "
+                f"are, and {self._gate.queue_length} executions wait"
+            )
         if reasons:
             raise NotReady(reasons)
         return Ready()
@@ -17192,12 +17217,14 @@ class ManagerService(Service):
             self.manifest,
             self.spawner,
             variables,
-            execution_ids(time.time()),
+            execution_ids(time.time(), config.instance),
             modules_down=self._modules_down,
             log_enabled=observer.enabled,
             tell=self.events.tell,
         )
-        self.metrics = Metrics(reactor, observer, self.gate, self.executions, self.modules)
+        self.metrics = Metrics(
+            reactor, observer, self.gate, self.executions, self.modules, config.instance
+        )
         self.events.followers[self.metrics.note_event] = None
         self.contracts = ContractOperations(
             config, reactor, self.manifest, self.spawner, variables, self.executions

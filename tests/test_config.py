@@ -80,6 +80,7 @@ SOURCES: dict[str, tuple[tuple[str, object], tuple[str, object], tuple[str, obje
     "queue_limit": (("7", 7), ("8", 8), ("9", 9)),
     "queue_max_bytes": (("7", 7), ("8", 8), ("9", 9)),
     "executor_env": (("PATH, A*", ("PATH", "A*")), ("B", ("B",)), ("[D, E]", ("D", "E"))),
+    "instance": (("0", 0), ("7", 7), ("99", 99)),
     "executor_nice": (("0", 0), ("19", 19), ("10", 10)),
 }
 
@@ -153,6 +154,7 @@ def test_an_unknown_variable_of_ours_is_said_and_ignored(tmp_path: Path) -> None
         ("shutdown_grace: -1", "expected seconds or a duration"),
         ("queue_limit: many", "expected an integer, got"),
         ("executor_nice: 20", "expected an integer of at most 19, got 20"),
+        ("instance: 100", "expected an integer of at most 99, got 100"),
         ("host: ''", "expected a string that is not empty"),
         ("host: 127", "expected a string, got 127"),
         ("log_file: [a]", "expected a string"),

@@ -24,6 +24,7 @@ from genvm_manager import (
     PermitsEvent,
     Spawner,
     Variables,
+    __version__,
 )
 
 from .test_executions import LOG, MINUTE, STDERR, STDOUT, World
@@ -208,6 +209,8 @@ class Figures:
 
 def test_figures_of_executions() -> None:
     figures = Figures(permits=1, capture_max_bytes=10)
+    about = {"version": __version__, "instance": "0"}
+    assert figures.value("genvm_manager_info", **about) == 1
     _, process = figures.world.start()
     figures.world.ask()
     assert figures.value("genvm_permits") == figures.value("genvm_permits_in_use") == 1

@@ -140,12 +140,31 @@ def refused(asked: Deferred[Execution]) -> Any:
 # --- ids ---
 
 
-def test_ids_begin_with_the_time_and_leave_room_for_the_number_of_a_manager() -> None:
+def test_ids_begin_with_the_time_and_end_with_the_instance() -> None:
     first, second = itertools.islice(execution_ids(EPOCH), 2)
     assert (first % 100, second - first) == (0, 100)
     assert next(execution_ids(EPOCH + 0.1)) == first + 100 * 1000, "after 1000 runs in 0.1 s"
-    assert next(execution_ids(datetime(2310, 1, 1, tzinfo=UTC).timestamp())) < 2**53
     assert next(execution_ids(0.0)) == 100, "where the clock was never set"
+    for instance in (0, 7, 99):
+        some = itertools.islice(execution_ids(EPOCH, instance), 9)
+        assert {each % 100 for each in some} == {instance}
+        latest = datetime(2310, 1, 1, tzinfo=UTC).timestamp()
+        assert next(execution_ids(latest, instance)) < 2**53
+
+
+@given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 9), st.integers(1, 20)), max_size=20))
+def test_no_id_comes_twice_from_starts_within_a_millisecond(
+    starts: list[tuple[int, int, int]],
+) -> None:
+    moment, seen, newest = 0, set[int](), dict[int, int]()
+    for instance, count, tenths_of_ms in starts:
+        ids = execution_ids(EPOCH + moment / 10_000, instance)
+        for each in itertools.islice(ids, min(count, tenths_of_ms)):  # none is quicker
+            assert each not in seen
+            assert each > newest.get(instance, 0), "they grow"
+            seen.add(each)
+            newest[instance] = each
+        moment += tenths_of_ms
 
 
 # --- starting ---

@@ -424,7 +424,7 @@ def test_the_status_shows_everything(manager: Manager) -> None:
             "result",
         }
     assert [e["has_result"] for e in answer["executions"].values()] == [False, False, True]
-    assert (answer["draining"], answer["uptime_s"]) == (False, 2.5)
+    assert (answer["draining"], answer["uptime_s"], answer["instance"]) == (False, 2.5, 0)
     assert len(answer["boot_id"]) >= 16
 
 

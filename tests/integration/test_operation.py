@@ -124,6 +124,18 @@ def test_what_makes_it_not_ready(root: Root, start: Start) -> None:
     assert daemon.get("/livez") == {"result": "alive"}
 
 
+def test_ready_for_executions_of_so_many_permits(start: Start) -> None:
+    daemon = start("--permits", "3")
+    assert daemon.get("/readyz?permits=9") == {"result": "ready"}, "nobody needs more than there is"
+    daemon.run("sleep 60", is_sync=False)
+    assert daemon.get("/readyz?permits=1") == {"result": "ready"}
+    reply = daemon.request("GET", "/readyz?permits=2")
+    assert (reply.status, reply.json["retryable"]) == (503, True)
+    assert reply.json["reasons"] == ["2 permits are not free: 1 of 3 are, and 0 executions wait"]
+    assert daemon.get("/readyz") == {"result": "ready"}
+    assert daemon.request("GET", "/readyz?permits=x").json["code"] == "invalid_request"
+
+
 def test_a_module_that_should_run(root: Root, start: Start) -> None:
     daemon = start("--start-modules", "llm", environ={"KEY": "a-key-of-a-provider"})
     reasons = not_ready(daemon)
