@@ -282,7 +282,8 @@ def module(daemon: Daemon, kind: str, address: str) -> Iterator[int]:
     client = Client(daemon.address)
     started = {"module_type": kind, "config": module_config(kind, address)}
     client.ask(request("POST", "/module/start", started))
-    yield next(pid for pid in children_of(daemon.pid) if f"module {kind}" in command_of(pid))
+    name = f"module-process {kind}"
+    yield next(pid for pid in children_of(daemon.pid) if name in command_of(pid))
     client.ask(request("POST", "/module/stop", {"module_type": kind}))
     client.close()
 
