@@ -389,7 +389,7 @@ def _of_no_module(decorate: Any) -> Any:
 if not typing.TYPE_CHECKING:
     define, frozen = _of_no_module(define), _of_no_module(frozen)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Config", "ManagerService", "load_config", "main", "makeApplication", "makeService"]
 
 

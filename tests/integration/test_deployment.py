@@ -26,6 +26,8 @@ from typing import Any
 
 import pytest
 
+from genvm_manager import __version__
+
 from .conftest import Start, write_certificate
 from .support import PROJECT, SOURCE, Daemon, Root, eventually, run_body, shell
 
@@ -531,3 +533,16 @@ def test_the_container_has_what_it_needs(root: Root, tmp_path: Path) -> None:
         assert gone.returncode != 0
     finally:
         daemon.close()
+
+
+def test_one_version_everywhere() -> None:
+    changes = (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", changes, re.M)
+    assert released[0] == __version__
+    assert len({*released}) == len(released)
+    said = subprocess.run(
+        [sys.executable, str(SOURCE), "--version"], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.strip() == __version__
+    project = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'version = { attr = "genvm_manager.__version__" }' in project
