@@ -484,16 +484,23 @@ def test_the_units_are_what_systemd_understands(tmp_path: Path) -> None:
     assert exposure is not None and float(exposure[1]) <= 4.5
 
 
-def test_the_commands_of_the_unit_exist() -> None:
-    ours = re.findall(r"^Exec\w+=-?\S+/python \S+/genvm_manager.py (.*)$", TEXT, re.M)
-    assert {words.split()[0] for words in ours} == {"check-config", "serve"}
-    for words in ours:
-        subprocess.run(
-            [sys.executable, str(SOURCE), *words.split(), "--help"],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            timeout=60,
-        )
+def test_the_commands_of_the_unit(root: Root, start: Start) -> None:
+    """They do what the unit means, on a manager with the token that it gives it."""
+    token = root.path / "token"
+    token.write_text(TOKEN)
+    token.chmod(0o440)  # as systemd leaves it
+    found = re.findall(r"^(Exec\w+)=-?\S+/python \S+/genvm_manager.py (.*)$", TEXT, re.M)
+    commands = {name: words.split() for name, words in found}
+    assert commands["ExecStart"] == ["serve"]
+    assert commands["ExecStartPre"] == ["check-config"]
+    daemon = start("--auth-token-file", str(token))
+    words = [
+        word.replace("${CREDENTIALS_DIRECTORY}", str(root.path)) for word in commands["ExecStop"]
+    ]
+    draining = [sys.executable, str(SOURCE), *words, "--server", f"http://{daemon.address}"]
+    subprocess.run(draining, check=True, timeout=90, stdout=subprocess.DEVNULL)
+    reply = daemon.request("GET", "/status", headers={"Authorization": f"Bearer {TOKEN}"})
+    assert reply.json["draining"] is True
 
 
 def test_the_container_has_what_it_needs(root: Root, tmp_path: Path) -> None:
