@@ -25,7 +25,7 @@ import attrs
 
 from ..integration.support import Root, free_port
 from . import plans
-from .backends import Backends
+from .backends import MODEL, Backends
 from .client import LIMIT, Problem, Reply, request
 from .manager import Manager
 from .plans import Plan
@@ -167,6 +167,9 @@ class Soak:
                 await self.until_its_end(plan, await self._must_start(plan))
             except Problem as problem:
                 self._problem("warm-up", str(problem))
+        config = {"host": self.backends.live, "provider": "ollama", "model": MODEL, "key": "none"}
+        check = {"configs": [config], "test_prompts": [{"user_message": "Say OK"}]}
+        await self.must("POST", "/llm/check", check)  # loads the code of TLS
         await self._checkpoint("warm-up", first=True)
         self.memory["before"] = self.manager.memory()
 
