@@ -192,6 +192,7 @@ def test_the_status_of_a_manager() -> None:
             "manifest": {"versions": 0, "problem": "line 2: not YAML"},
             "version": "0.1.0",
             "boot_id": "0",
+            "instance": 0,
             "uptime_s": 3661.0,
             "draining": True,
             "unread": 1,
