@@ -11355,7 +11355,8 @@ class EventStream:
         self._request = request
         self._reactor = reactor
         self._pull = pull
-        self._is_paused = self._is_ending = False
+        self._is_paused = True  # until it runs, which may be refused
+        self._is_ending = False
         self._next: DelayedCall | None = None
         self._beat: DelayedCall | None = None
         self._done: Deferred[None] = Deferred()
@@ -11368,6 +11369,7 @@ class EventStream:
         if self._request.method == b"HEAD":
             self._done.callback(None)
             return self._done
+        self._is_paused = False
         self._request.write(b": events\n\n")
         self._request.registerProducer(self, True)
         self._again(HEARTBEAT_SECONDS, self._heartbeat)

@@ -591,6 +591,8 @@ def test_an_earlier_value_of_a_key_stays_secret(start: Start) -> None:
 def test_many_followers_hold_up_nobody(start: Start) -> None:
     """Each event is encoded once; beyond a number of followers the next one is refused."""
     daemon = start()
+    run = daemon.run("print out\\n")
+    daemon.result(run)
     for number in range(300):
         daemon.post("/permits", {"permits": 100 + number % 2})
     with contextlib.ExitStack() as streams:
@@ -605,5 +607,10 @@ def test_many_followers_hold_up_nobody(start: Start) -> None:
             assert peer.recv(15) == b"HTTP/1.1 200 OK"
         reply = daemon.request("GET", "/events")
         assert (reply.status, reply.json["code"]) == (503, "resources_exhausted")
+        reply = daemon.request("GET", f"/genvm/{run}/events")
+        assert (reply.status, reply.json["code"]) == (503, "resources_exhausted")
     with following(daemon, "/events", {"Last-Event-ID": "x-1"}) as events:
         assert next(iter(events))[0] == "missed"
+    daemon.stop()
+    # Who is refused is sent nothing afterwards, although there was something to send.
+    assert [r["message"] for r in daemon.records if r["level"] == "critical"] == []
