@@ -11267,7 +11267,7 @@ class Api:
         request.setResponseCode(status)
         request.setHeader("content-type", JSON_TYPE)
         request.setHeader("content-length", str(len(body)))
-        return body
+        return b"" if request.method == b"HEAD" else body  # Twisted logs a body that it drops
 
     def reply_error(self, request: Request, error: Exception) -> bytes | None:
         """Return an error as JSON; one that nobody foresaw is logged and not shown."""
@@ -12335,9 +12335,9 @@ class PageResource(ApiResource):
             return super().answer(request)
         cast(ApiRequest, request).route = "/"
         page, headers = _page()
-        for name, value in headers.items():
+        for name, value in {**headers, "content-length": str(len(page))}.items():
             request.setHeader(name, value)
-        return page
+        return b"" if request.method == b"HEAD" else page
 
 
 # =============================================================================
