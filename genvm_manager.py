@@ -9283,10 +9283,13 @@ class OutputReader:
                 self._read[fd] = oldest
                 self._decoders[fd].reset()
                 return "missed", json_of(MissedOutput(stream=name, bytes=oldest - at))
-            piece = tail.read(at, PIECE_BYTES)
-            self._read[fd] += len(piece)
-            is_over = not piece and self._execution.state is State.FINISHED
-            if text := self._decoders[fd].decode(piece, is_over):
+            text, piece = "", b" "
+            while piece and not text:  # a piece may be a part of a character
+                piece = tail.read(self._read[fd], PIECE_BYTES)
+                self._read[fd] += len(piece)
+                is_over = not piece and self._execution.state is State.FINISHED
+                text = self._decoders[fd].decode(piece, is_over)
+            if text:
                 return name, json_of(OutputText(text=text))
         return None
 

@@ -10,6 +10,7 @@ import pytest
 
 from genvm_manager import (
     EVENTS_KEPT,
+    PIECE_BYTES,
     Config,
     DrainEvent,
     EventFeed,
@@ -180,6 +181,18 @@ def test_text_is_whole_whatever_is_cut() -> None:
     assert reader.next() == ("stdout", '{"text":"\ufffd"}'.encode())
     assert (reader.next() or ("",))[0] == "finished"
     assert reader.next() is None
+
+
+def test_a_character_that_begins_at_the_end_of_what_is_kept_together() -> None:
+    """What follows it is told, too, although the piece before it has no text of its own."""
+    world = World()
+    execution, process = world.start()
+    reader = OutputReader(execution)
+    process.write(STDOUT, b"\xc3")
+    process.write(STDOUT, b"\xa4" + b"x" * (PIECE_BYTES - 1))
+    process.end()
+    assert reader.next() == ("stdout", '{"text":"ä%s"}'.encode() % (b"x" * (PIECE_BYTES - 1)))
+    assert (reader.next() or ("",))[0] == "finished"
 
 
 # --- metrics ---
