@@ -10492,7 +10492,7 @@ class ApiEndpoint:
         if self.body is not None or self.parameters:
             yield InvalidRequest
         if self.body is not None:
-            yield from (UnsupportedEncoding, TemporaryFolderFailed)
+            yield from (UnsupportedEncoding, TemporaryFolderFailed, ResourcesExhausted)
         if "{" in self.path:
             yield EndpointNotFound  # the id is not a number
         if self.path.encode() not in PROBES:
@@ -10762,7 +10762,11 @@ WAIT = Parameter(
     "wait",
     f"How long the answer may wait: seconds, or a number with the unit ms, s, m or h; more than "
     f"{MAX_WAIT_SECONDS:g} s counts as that.",
-    {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m)?$", "examples": ["1s"]},
+    {
+        "type": "string",
+        "pattern": r"^([0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m)?|[0-9]{1,8}h)$",
+        "examples": ["1s"],
+    },
     parse_duration,
 )
 WAIT_MS = whole_number("wait_ms", "The same in milliseconds.", 0, int(MAX_WAIT_SECONDS * 1000))

@@ -239,6 +239,16 @@ def test_every_example_of_an_answer_is_of_its_class(style: str) -> None:
 # --- the page ---
 
 
+def test_the_document_tells_hours_and_a_lack_of_threads() -> None:
+    paths = genvm_manager.OpenApi(API_ENDPOINTS, "reference", False).document["paths"]
+    wait = next(p for p in paths["/genvm/{genvm_id}"]["get"]["parameters"] if p["name"] == "wait")
+    for text in ("1h", "99999999h", "2m", "1.5s"):
+        assert re.fullmatch(wait["schema"]["pattern"], text)
+        assert genvm_manager.parse_duration(text) > 0
+    # A large body is read in a thread, which may not be had.
+    assert "`resources_exhausted`" in paths["/permits"]["post"]["responses"]["503"]["description"]
+
+
 def test_the_page_to_read(start: Start) -> None:
     daemon = start()
     connection = http.client.HTTPConnection(daemon.address, timeout=WAIT)
