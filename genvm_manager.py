@@ -18612,18 +18612,18 @@ def owner_of(port: int) -> str | None:
     return f"process {pid}"
 
 
-def manager_at(host: str, port: int, token: str) -> str | None:
-    """Return which manager answers at an address, if one does."""
+def manager_at(host: str, port: int) -> str | None:
+    """Return which manager answers at an address; not with a token, for it may be anybody."""
     from http.client import HTTPConnection, HTTPException
 
     try:
         with contextlib.closing(HTTPConnection(host, port, WHO_SECONDS)) as connection:
-            connection.request("GET", "/", headers={"Authorization": f"Bearer {token}"})
+            connection.request("GET", "/")
             answer = msgspec.json.decode(connection.getresponse().read(MIB), type=AnyObject)
     except (OSError, HTTPException, ValueError):
         return None
     if answer.get("code") == Unauthorized.code:
-        return "a manager that wants another token"
+        return "a manager that wants a token"
     return f"a manager {answer['version']}" if answer.get("name") == "genvm-manager" else None
 
 
@@ -18772,8 +18772,7 @@ class Doctor:
 
     def _taken(self, host: str, port: int, problem: str, worst: str) -> Found:
         """Say whose an address is; a manager that runs may be what the operator wants."""
-        token = self._config.auth_token_file
-        manager = manager_at(host, port, "" if token is None else read_token(token))
+        manager = manager_at(host, port)
         owner = owner_of(port) or ""
         level = "note" if manager or "genvm" in owner else worst
         who = ", ".join(filter(None, (manager, owner)))

@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from genvm_manager import __version__
-
 from .conftest import Start
 from .support import MARKER, SOURCE, VERSION, Root, processes_with
 
@@ -146,7 +144,7 @@ def test_beside_a_running_manager_and_with_secrets(root: Root, start: Start) -> 
         )
         (note,) = found["address"]
         assert note[0] == "note"
-        owner = f"a manager {__version__}, process {daemon.pid}, "
+        owner = f"a manager that wants a token, process {daemon.pid}, "
         assert note[1].startswith(owner)
         assert f" has 127.0.0.1:{port}; " in note[1]
         assert "choose another --port" in note[1]
@@ -155,8 +153,11 @@ def test_beside_a_running_manager_and_with_secrets(root: Root, start: Start) -> 
         assert SECRET not in str(found)
         web.pop("webdriver_host")
         (config / "genvm-module-web.yaml").write_text(json.dumps(web))
-        found = findings(*common, "--start-modules=llm,web")
-        assert has(found["address"], "note", "a manager that wants another token, process ")
+        found = findings(*common, "--start-modules=llm,web", "--auth-token-file", str(token))
+        # What listens there may be anybody: it is asked who it is, without the token.
+        request = other.accept()[0].recv(4096)
+        assert request.startswith(b"GET / ")
+        assert SECRET.encode() not in request
         assert has(found["llm module"], "note", "not set here: SOME_KEY")
         assert has(found["web module"], "warning", "odd: unknown key")
         owner = f"process {os.getpid()}, "
