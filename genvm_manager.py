@@ -18886,7 +18886,7 @@ def run_doctor(flags: Mapping[str, str], *, as_json: bool) -> int:
         print(msgspec.json.encode(found).decode())
     else:
         for finding in found:
-            print(f"{finding.level:8} {finding.check}: {finding.text}")
+            print(one_line(f"{finding.level:8} {finding.check}: {finding.text}"))
         print(", ".join(f"{counts[level]} {level}s" for level in FINDING_LEVELS[:0:-1]))
     return 2 if counts["error"] or not found else 1 if counts["warning"] else 0
 

@@ -215,3 +215,11 @@ def test_each_place_to_listen_at(root: Root, start: Start) -> None:
     found = findings("--root", str(root.path), "--socket", str(path))["address"]
     assert has(found, "note", f"cannot listen on {path}: ", "in use")
     assert path.exists()
+
+
+def test_what_others_wrote_does_not_steer_a_terminal(root: Root) -> None:
+    """Names of files and commands of other processes may hold anything."""
+    command = [sys.executable, str(SOURCE), "doctor", "--root", f"{root.path}/\x1b[2J"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert r"\x1b[2J" in done.stdout
+    assert "\x1b" not in done.stdout
