@@ -934,8 +934,7 @@ def own_reactor() -> Any:
 # =============================================================================
 #
 # Owns how text and plain data become typed values: timestamps, durations,
-# ${...} templates, JSON bodies, request schemas. Uses errors. Never touches
-# the reactor.
+# ${...} templates, JSON bodies, schemas. Uses errors. Never touches the reactor.
 
 TIMESTAMP = re.compile(
     r"(\d{4})-(\d{2})-(\d{2})[Tt ](\d{2}):(\d{2}):(\d{2})(?:\.(\d+))?([Zz]|[+-]\d{2}:\d{2})",
@@ -4239,8 +4238,7 @@ class ParentWatch:
 #: Seconds between looks at orphans that were killed but are not reaped yet, and at all others.
 ORPHAN_RETRY_SECONDS = 0.02
 ORPHAN_POLL_SECONDS = 1.0
-#: A look takes 1 ms with a thousand children: the next one waits so many times as long, at most
-#: so many seconds.
+#: The next look waits so many times as long as the last one took, at most so many seconds.
 ORPHAN_PAUSE, ORPHAN_PAUSE_SECONDS = 50, 0.1
 #: Seconds for an orphan without the marker to tidy up, as the guardian would let it.
 ORPHAN_GRACE_SECONDS = 0.7
