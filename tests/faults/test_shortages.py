@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import select
@@ -22,6 +23,15 @@ def descriptors_left(daemon: Daemon) -> int:
     """Return how many descriptors a daemon could still open."""
     soft, _ = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
     return soft - sum(int(name) < soft for name in os.listdir(f"/proc/{daemon.pid}/fd"))
+
+
+def sockets(daemon: Daemon) -> int:
+    """Return how many sockets a daemon has."""
+    found = 0
+    for name in os.listdir(f"/proc/{daemon.pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found += os.readlink(f"/proc/{daemon.pid}/fd/{name}").startswith("socket:")
+    return found
 
 
 def limit_descriptors(daemon: Daemon, count: int) -> None:
@@ -51,8 +61,9 @@ def test_without_descriptors_clients_wait_for_their_answer(root: Root, start: St
     socket_path = root.path / "socket"
     daemon = start("--socket", str(socket_path))
     daemon.get("/status")
+    eventually(lambda: sockets(daemon) == 2, what="its connection is closed, ports are left")
     limit_descriptors(daemon, 1 + max(map(int, os.listdir(f"/proc/{daemon.pid}/fd"))))
-    # They take what is left below the highest number, and what the first connection still had.
+    # They take what is left below the highest number; some wait with the others.
     spare = [daemon.connect() for _ in range(descriptors_left(daemon) + 2)]
     eventually(lambda: descriptors_left(daemon) == 0, what="no descriptor is left")
     local = socket.socket(socket.AF_UNIX)
