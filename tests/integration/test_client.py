@@ -440,6 +440,8 @@ def test_on_a_terminal(daemon: Daemon) -> None:
             assert select.select([ours], [], [], WAIT)[0], shown
             shown += os.read(ours, 65536)
         (entry,) = daemon.get("/genvm?state=running")["executions"]
+        written = ("logs", str(entry["id"]))
+        eventually(lambda: client(daemon, *written).stdout, what="it has said what steers")
         daemon.request("DELETE", f"/genvm/{entry['id']}")
         with contextlib.suppress(OSError):  # the other end is closed
             while piece := os.read(ours, 65536):
