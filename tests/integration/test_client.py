@@ -9,6 +9,7 @@ import pty
 import select
 import shlex
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
@@ -366,6 +367,22 @@ def test_the_manager_dies_in_the_middle(start: Start) -> None:
             done = end(process)
             assert done.returncode == 3
             assert "the manager went away" in done.stderr or process is wait
+
+
+def test_the_manager_dies_in_the_middle_of_a_line() -> None:
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def die() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(4096)
+                connection.sendall(head + b'40\r\nevent: stdout\ndata: {"text": "ab')
+
+        threading.Thread(target=die, daemon=True).start()
+        done = client(f"http://127.0.0.1:{listener.getsockname()[1]}", "logs", "1", "-f")
+    assert done.returncode == 3
+    assert "the manager went away" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_events_through_a_restart(root: Root, start: Start) -> None:
