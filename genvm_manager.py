@@ -17394,7 +17394,7 @@ class ManagerService(Service):
     def _show_life(self, fact: str = "WATCHDOG=1") -> None:
         going_on = sum(1 for _ in self.executions.active())
         draining = ", draining" if self.executions.draining else ""
-        places = ", ".join(self.addresses)
+        places = ", ".join(self.addresses) or "nothing"
         self._systemd.tell(fact, f"STATUS={going_on} executions{draining}; listening on {places}")
 
     def _asked_to_reload(self) -> None:
@@ -17478,8 +17478,8 @@ class ManagerService(Service):
         for running in self._background:
             running.cancel()
         self.metrics.stop()
-        for listener in self._listeners:
-            await maybeDeferred(listener.port.stopListening)
+        while self._listeners:  # what is closed has no address that could be shown
+            await maybeDeferred(self._listeners.pop().port.stopListening)
         grace = self.config.shutdown_grace
         ending = [Deferred.fromCoroutine(m.close(grace)) for m in self.modules.values()]
         # What was written is read, but no flood of lines.

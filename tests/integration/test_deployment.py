@@ -338,6 +338,23 @@ def test_what_systemd_hears(root: Root, ear: Ear) -> None:
         daemon.close()
 
 
+def test_signs_of_life_go_on_while_it_ends(root: Root, start: Start) -> None:
+    ear = Ear(f"{root.path}/notify")
+    with ear.socket:
+        environ = {**ear.environ, "WATCHDOG_USEC": "200000"}
+        daemon = start("--shutdown-grace", "60s", environ=environ)
+        runs = root.path / "runs"
+        daemon.run("ignore-sigterm", f"touch {runs}", "sleep 600")
+        eventually(runs.exists)
+        daemon.signal(signal.SIGTERM)
+        ear.until("STOPPING")
+        for _ in range(3):
+            assert ear.until("WATCHDOG")["STATUS"].endswith("; listening on nothing")
+        daemon.signal(signal.SIGTERM)  # the second one ends what is left
+        assert daemon.wait() == 0
+        assert not [record for record in daemon.records if record["level"] == "critical"]
+
+
 def test_a_watchdog_of_another_process_gets_no_signs_of_life(root: Root, start: Start) -> None:
     ear = Ear(f"{root.path}/notify")
     with ear.socket:
