@@ -6745,6 +6745,7 @@ HTTP_CONNECT_SECONDS = 60.0
 HEADER_LINE_BYTES = 64 * KIB
 #: Seconds for the code of an HTTP client to come from a disk.
 LOAD_SECONDS = 60.0
+_loading = threading.Lock()
 _GZIP = (b"gzip", b"x-gzip")
 #: Statuses without a body; to Twisted the length of these is 0, whatever was sent.
 _BODILESS = (204, 304)
@@ -6756,8 +6757,9 @@ def load_http() -> Any:
     It takes 0.2 s the first time, so it is done in a thread; nothing at the top of this file does
     it, since most managers and modules wait for a first request.
     """
-    if IS_LEAN and "OpenSSL" not in sys.modules:
-        importlib.reload(endpoints)  # it knows TLS from now on
+    with _loading:  # who comes second must not find half of it
+        if IS_LEAN and "OpenSSL" not in sys.modules:
+            importlib.reload(endpoints)  # it knows TLS from now on
     import treq  # noqa: F401
     from twisted.web._newclient import HTTPClientParser
     from twisted.web.client import BrowserLikePolicyForHTTPS
