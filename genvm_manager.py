@@ -9652,10 +9652,32 @@ def header_text(request: Request, name: bytes) -> str | None:
     return None if value is None else value.decode("latin-1")
 
 
+_QUALITY = re.compile(r"q\s*=\s*(0(?:\.\d*)?|1(?:\.0*)?)\s*", re.IGNORECASE)
+
+
+def prefers(request: Request, media: str) -> bool:
+    """Tell whether a request prefers a media type to JSON, by ``Accept`` (RFC 9110, 12.5.1).
+
+    The most specific range that covers a type gives its quality. Where both have the same quality,
+    the one that is named more exactly is preferred, then the one that is named first.
+    """
+    headers = request.requestHeaders.getRawHeaders(b"accept") or []
+    best = {media: (0.0, -1, 0), "application/json": (0.0, -1, 0)}
+    for place, text in enumerate(b",".join(headers).decode("latin-1").lower().split(",")):
+        span, *parameters = (part.strip() for part in text.split(";"))
+        found = next(filter(None, map(_QUALITY.fullmatch, parameters)), None)
+        for name, (_, known, _) in best.items():
+            ranges = ("*/*", f"{name.partition('/')[0]}/*", name)
+            if span in ranges and (exactness := ranges.index(span)) > known:
+                best[name] = (1.0 if found is None else float(found[1]), exactness, -place)
+    wanted, json_ = best.values()
+    return wanted[0] > 0 and wanted > json_
+
+
 def wants_page(request: Request) -> bool:
     """Tell whether a request is a browser's for the manager's page."""
-    accepted = (header_text(request, b"accept") or "").lower()
-    return request.path == b"/" and request.method in {b"GET", b"HEAD"} and "text/html" in accepted
+    is_read = request.path == b"/" and request.method in {b"GET", b"HEAD"}
+    return is_read and prefers(request, "text/html")
 
 
 @define(eq=False)
@@ -11155,7 +11177,7 @@ class Api:
     )
     async def check_models(self, request: Request, body: CheckBody) -> Answer:
         """Answer which models are available; line by line, as it is known, if that is asked for."""
-        if LINES_TYPE not in (header_text(request, b"accept") or "").lower():
+        if not prefers(request, LINES_TYPE):
             return await self._check.check(body)
         request.setHeader("content-type", LINES_TYPE)
         await self._check.check(body, lambda result: request.write(json_of(result) + b"\n"))
@@ -12329,12 +12351,17 @@ def _page() -> tuple[bytes, dict[str, str]]:
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
         "cache-control": "no-cache",
-        "vary": "accept",
     }
 
 
 class PageResource(ApiResource):
     """The root of the site: the page for a browser, else the API."""
+
+    def render(self, request: Request) -> Any:
+        """Answer a request; see ``IResource``."""
+        if request.path == b"/":
+            request.setHeader("vary", "accept")
+        return super().render(request)
 
     def answer(self, request: Request) -> Any:
         """Answer a request that may be made."""

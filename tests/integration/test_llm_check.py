@@ -936,4 +936,8 @@ def test_each_result_as_soon_as_it_is_known(checker: Checker) -> None:
     assert all(sorted(entry) == sorted(MEMBERS) for entry in found.values())
     reply = checker.daemon.request("POST", "/llm/check", {"configs": 1}, headers)
     assert (reply.status, reply.json["code"]) == (500, "invalid_request")
+    refused = {"Accept": "application/json, application/x-ndjson;q=0"}
+    one = {"configs": [{"host": 5}], "test_prompts": [prompt()]}
+    reply = checker.daemon.request("POST", "/llm/check", one, refused)
+    assert [entry["available"] for entry in reply.json] == [False]
     checker.search()

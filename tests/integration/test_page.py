@@ -93,10 +93,38 @@ def test_only_browsers_get_the_page(daemon: Daemon) -> None:
     }
     assert re.findall(rb"https?:|//[a-z]|innerHTML|insertAdjacent|eval\(", page) == []
     assert ask(daemon, BROWSERS, "HEAD")[1]["content-length"] == str(len(page))
+    assert headers["vary"] == "accept"
     for accept in ({}, {"Accept": "*/*"}, {"Accept": "application/json"}):
         assert json.loads(ask(daemon, accept)[2])["name"] == "genvm-manager"
     assert json.loads(ask(daemon, BROWSERS, path="/livez")[2]) == {"result": "alive"}
     assert ask(daemon, BROWSERS, "POST")[0] == 405
+
+
+@pytest.mark.parametrize(
+    ("accept", "gets_page"),
+    [
+        ("text/html", True),
+        ("TEXT/HTML; charset=utf-8", True),
+        ("text/*", True),
+        ("text/html, */*", True),
+        ("text/html;q=0.5, application/json;q=0.4", True),
+        ("text/html, application/json", True),
+        ("application/json, text/html", False),
+        ("application/json, text/html;q=0", False),
+        ("application/json;q=0.5, text/html;q=0.4", False),
+        ("application/json, text/plain, */*", False),
+        ("*/*, text/html;q=0", False),
+        ("text/*, text/html; Q = 0.000", False),
+        ("text/html;q=0", False),
+        ("application/json;q=0, text/html;q=0.001", True),
+        ("not-text/html, text/html-not", False),
+    ],
+)
+def test_which_of_page_and_json_is_preferred(daemon: Daemon, accept: str, gets_page: bool) -> None:
+    status, headers, _ = ask(daemon, {"Accept": accept})
+    assert (status, headers["vary"]) == (200, "accept")
+    kind = "text/html" if gets_page else "application/json"
+    assert headers["content-type"] == f"{kind}; charset=utf-8"
 
 
 def test_who_gets_the_page(daemon: Daemon, root: Root, start: Start) -> None:
