@@ -7225,6 +7225,10 @@ class _LateClient:
         refuse_all = DefaultCookiePolicy(allowed_domains=[])
         return HTTPClient(agent, IndexableCookieJar(refuse_all)), pool
 
+    async def ready(self) -> None:
+        """Make it, unless it is there; see ``Late.get``."""
+        await self._late.get()
+
     async def request(self, method: str, url: str, **options: Any) -> Any:
         client, _ = await self._late.get()
         return await client.request(method, url, **options)
@@ -7249,6 +7253,15 @@ class HttpClient:
     def close(self) -> Deferred[None]:
         """Close the connections that are kept for further requests."""
         return Deferred.fromCoroutine(self._http.close())
+
+    async def ready(self) -> None:
+        """Load what a request needs, which the first one would wait for; raises ``HttpFailure``."""
+        try:
+            await self._http.ready()
+        except CancelledError:
+            raise
+        except Exception as error:
+            raise HttpFailure(*connection_problem(error)) from error
 
     async def exchange(
         self,
@@ -7694,21 +7707,28 @@ class LlmClient:
     def ask(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> Deferred[LlmAnswer]:
         """Return the model's answer; raises ``ProviderError``.
 
-        The time limit covers everything from the name's resolution to the body's last byte.
-        Cancelling drops the connection.
+        The time limit covers everything from the name's resolution to the body's last byte, not
+        what the process has to load for its first request. Cancelling drops the connection.
         """
+        return Deferred.fromCoroutine(self._ask(backend, prompt, mode))
+
+    async def ready(self, url: str = "") -> None:
+        """Load what a request needs; raises ``ProviderError``, with the URL if it is known."""
         try:
-            provider, url = provider_of(backend)
-        except ProviderError as error:
-            return fail(error)
-        exchange = self._exchange(provider, backend, prompt, mode, url)
-        answer = Deferred.fromCoroutine(exchange)
+            await self._http.ready()
+        except HttpFailure as failure:
+            raise ProviderError(ErrorKind(failure.kind), str(failure), url=url) from None
+
+    async def _ask(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> LlmAnswer:
+        provider, url = provider_of(backend)
+        await self.ready(url)
+        answer = Deferred.fromCoroutine(self._exchange(provider, backend, prompt, mode, url))
 
         def too_late(_result: object, _seconds: float) -> Failure:
             detail = f"no complete answer within {backend.timeout:g} s"
             return Failure(ProviderError(ErrorKind.TIMEOUT, detail, url=url))
 
-        return answer.addTimeout(backend.timeout, self._reactor, too_late)
+        return await answer.addTimeout(backend.timeout, self._reactor, too_late)
 
     async def _exchange(
         self, provider: Provider, backend: Backend, prompt: Prompt, mode: AnswerMode, url: str
@@ -8142,11 +8162,13 @@ class AvailabilityCheck:
 
     async def _ask(self, backend: CheckedBackend, prompt: CheckedPrompt) -> CheckResult:
         """Return the result for one pair; only being cancelled makes it fail."""
-        start = self._reactor.seconds()
         target, limit_ms = backend[0], prompt[1] or backend[1] or LLM_SECONDS * 1000
         target = attrs.evolve(target, timeout=min(limit_ms, MAX_CHECK_MS) / 1000)
         answer: LlmAnswer | ProviderError
+        start = self._reactor.seconds()
         try:
+            await self._client.ready()
+            start = self._reactor.seconds()
             answer = await self._client.ask(target, prompt[0], AnswerMode.TEXT)
         except ProviderError as error:
             answer = error.with_traceback(None)  # it has this frame, which would keep it

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from OpenSSL import SSL
 from service_identity import VerificationError
 from treq.client import HTTPClient
-from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 from twisted.internet.error import (
     ConnectError,
     ConnectionDone,
@@ -69,6 +69,7 @@ from genvm_manager import (
     Prompt,
     ProviderError,
     Redactor,
+    ResourcesExhausted,
     Usage,
     Variables,
     __version__,
@@ -824,10 +825,15 @@ class FakeResponse:
 class FakeHttp:
     """An HTTP client that sends nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, loading: Deferred[None] | None = None) -> None:
+        self.loading = loading or succeed(None)
         self.requests: list[tuple[str, str, dict[str, Any]]] = []
         self.responses: list[Deferred[Any]] = []
         self.cancelled = 0
+
+    def ready(self) -> Deferred[None]:
+        """There is nothing to load, unless the test says so."""
+        return self.loading
 
     def request(self, method: str, url: str, **options: Any) -> Deferred[Any]:
         """See ``treq.client.HTTPClient``."""
@@ -844,9 +850,13 @@ class Exchange:
     """One question to a fake provider."""
 
     def __init__(
-        self, target: Backend | None = None, prompt: Prompt = PLAIN, mode: Any = AnswerMode.TEXT
+        self,
+        target: Backend | None = None,
+        prompt: Prompt = PLAIN,
+        mode: Any = AnswerMode.TEXT,
+        loading: Deferred[None] | None = None,
     ) -> None:
-        self.http = FakeHttp()
+        self.http = FakeHttp(loading)
         self.clock = ThreadlessReactor()
         self.result: list[Any] = []
         client = LlmClient(self.clock, HttpClient(cast(HTTPClient, self.http)))
@@ -941,6 +951,32 @@ def test_time_runs_out_before_there_is_a_connection() -> None:
     assert exchange.problem.kind is ErrorKind.TIMEOUT
     assert "5 s" in exchange.problem.message
     assert exchange.http.cancelled == 1
+
+
+def test_what_has_to_be_loaded_first_takes_none_of_the_time() -> None:
+    loading: Deferred[None] = Deferred()
+    exchange = Exchange(backend(timeout=5), loading=loading)
+    exchange.clock.advance(10)
+    assert (exchange.result, exchange.http.requests) == ([], [])
+    loading.callback(None)
+    assert len(exchange.http.requests) == 1
+    exchange.clock.advance(4.9)
+    assert exchange.result == []
+    exchange.clock.advance(0.2)
+    assert exchange.problem.kind is ErrorKind.TIMEOUT
+
+
+def test_what_cannot_be_loaded() -> None:
+    exchange = Exchange(backend(), loading=fail(ResourcesExhausted("no thread")))
+    assert "no thread" in exchange.problem.message
+    assert exchange.http.requests == []
+
+
+def test_a_question_is_withdrawn_while_it_has_to_wait_for_what_is_loaded() -> None:
+    exchange = Exchange(backend(), loading=Deferred())
+    exchange.waiting.cancel()
+    assert isinstance(exchange.error, CancelledError)
+    assert exchange.http.requests == []
 
 
 def test_time_runs_out_within_the_body() -> None:
@@ -1095,6 +1131,10 @@ class FakeClient:
         self.answers: list[Deferred[Any]] = []
         self.cancelled = 0
         self._at_once = at_once
+
+    def ready(self) -> Deferred[None]:
+        """There is nothing to load."""
+        return succeed(None)
 
     def ask(self, target: Backend, prompt: Prompt, mode: AnswerMode) -> Deferred[Any]:
         """See ``LlmClient``."""
