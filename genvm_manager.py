@@ -6760,7 +6760,7 @@ def load_http() -> Any:
     with _loading:  # who comes second must not find half of it
         if IS_LEAN and "OpenSSL" not in sys.modules:
             importlib.reload(endpoints)  # it knows TLS from now on
-    import treq  # noqa: F401
+    import treq  # noqa: F401  # loaded in this thread, for those who use it later
     from twisted.web._newclient import HTTPClientParser
     from twisted.web.client import BrowserLikePolicyForHTTPS
 

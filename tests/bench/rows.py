@@ -236,8 +236,7 @@ def status(stage: Stage) -> Iterator[Figure]:
                     (address, pid, plain),
                 ):
                     begin, used = time.perf_counter(), cpu_of(process)
-                    talk = lambda asked=asked: one_get(asked)  # noqa: E731
-                    rate = converse(place, 4, stage.seconds(), talk)
+                    rate = converse(place, 4, stage.seconds(), functools.partial(one_get, asked))
                     count = rate * (time.perf_counter() - begin)
                     rates[process].append(rate)
                     costs[process].append((cpu_of(process) - used) / count * 1000)

@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,11 @@ LLM_FILE = (
     "    provider: openai-compatible\n    key: ${ENV[KEY]}\n    models: {m: {}}\n"
 )
 WEB_CONFIG = {"bind_address": "127.0.0.1:0"}
+
+
+def says(message: str) -> Callable[[dict[str, Any]], bool]:
+    """Return what tells whether a record of the log has a message."""
+    return lambda record: bool(record["message"] == message)
 
 
 class Events:
@@ -522,7 +527,7 @@ def test_who_changed_what_stands_in_the_log(root: Root, start: Start) -> None:
         ("/module/stop", {"module_type": "llm"}, "module stopped"),
     ):
         daemon.post(path, body)
-        record = daemon.wait_log(lambda r, wanted=message: r["message"] == wanted)  # type: ignore[misc]
+        record = daemon.wait_log(says(message))
         assert record["peer"] == "127.0.0.1"
         assert record["request_id"] not in ("", "from-a-proxy:1")
     reply = daemon.request("GET", "/genvm/7", headers={"X-Request-Id": 'not "plain"'})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Mapping
 
 import attrs
 
@@ -29,14 +30,21 @@ def completed(genvm_id: int) -> dict[str, object]:
     return {"result": "shutdown_completed", "genvm_id": genvm_id}
 
 
+async def begin(
+    soak: Soak, rng: random.Random, name: str, kinds: Mapping[plans.Maker, int]
+) -> tuple[Plan, int] | None:
+    """Start a run of one of some kinds; return its plan and its id, unless it was refused."""
+    plan = choose(rng, kinds, tag_of(name))
+    genvm_id = await soak.start(plan)
+    return None if genvm_id is None else (plan, soak.is_new(genvm_id))
+
+
 async def run(soak: Soak, rng: random.Random, name: str) -> None:
     """Start a run and wait for its end."""
-    plan = choose(rng, plans.ENDING, tag_of(name))
     wait = rng.choice(("?wait=20s", "?wait=20s", "?wait_ms=300", ""))
-    genvm_id = await soak.start(plan)
-    if genvm_id is None:
+    if (begun := await begin(soak, rng, name, plans.ENDING)) is None:
         return
-    soak.is_new(genvm_id)
+    plan, genvm_id = begun
     if rng.random() < 0.2:
         data = encoded("GET", f"/genvm/{genvm_id}?wait=60s")
         await hang_up(soak.manager.address, data, rng.choice((0, 0.05, 0.3)))
@@ -65,11 +73,9 @@ async def _read_again(soak: Soak, rng: random.Random, genvm_id: int) -> None:
 
 async def cancel(soak: Soak, rng: random.Random, name: str) -> None:
     """Start a run, and end it from one or several sides."""
-    plan = choose(rng, plans.ENDED, tag_of(name))
-    genvm_id = await soak.start(plan)
-    if genvm_id is None:
+    if (begun := await begin(soak, rng, name, plans.ENDED)) is None:
         return
-    soak.is_new(genvm_id)
+    plan, genvm_id = begun
     await asyncio.sleep(rng.choice((0, 0.02, 0.1, 0.4, 1.0)))
     if rng.random() < 0.2:
         entry = (await soak.must("GET", "/status"))["executions"].get(str(genvm_id))
@@ -144,11 +150,9 @@ async def abandon(soak: Soak, rng: random.Random, name: str) -> None:
 
 async def follow(soak: Soak, rng: random.Random, name: str) -> None:
     """Follow a run, or everything, and leave; follow it to its end, perhaps saying no more."""
-    plan = choose(rng, plans.ENDING, tag_of(name))
-    genvm_id = await soak.start(plan)
-    if genvm_id is None:
+    if (begun := await begin(soak, rng, name, plans.ENDING)) is None:
         return
-    soak.is_new(genvm_id)
+    plan, genvm_id = begun
     path = f"/genvm/{genvm_id}/events"
     for _ in range(rng.randint(1, 5)):
         data = encoded("GET", rng.choice((path, "/events")))
