@@ -33,7 +33,7 @@ The file has five parts, and each section uses only what stands above it:
    1.7  Configuration: settings from flags, environment and file.
    1.8  Secrets: what is masked.
    1.9  Logging: JSON lines, levels, a writer that nobody waits for.
-   1.10 Calldata: the binary values that contracts exchange.
+   1.10 Calldata and code: the values that contracts exchange, the version that a text states.
 2. Manager:
    2.1  Versions and manifest: which executor a deployment time selects.
    2.2  Contracts: how a contract's code lies in storage, and which version it states.
@@ -182,7 +182,6 @@ if IS_LEAN:
     sys.modules["OpenSSL"] = None  # type: ignore[assignment]  # as own_command did, see there
 
 import argparse
-import ast
 import base64
 import binascii
 import codecs
@@ -405,8 +404,29 @@ __all__ = ["Config", "ManagerService", "load_config", "main", "makeApplication",
 # =============================================================================
 #
 # Owns every error that a client or an operator can meet, each with a stable
-# code. Uses nothing but the standard library. Never knows an HTTP status: the
-# table that maps codes to statuses is in section 2.21.
+# code, and what their messages call a value. Uses nothing but the standard library:
+# the practice executor carries this section under a bare Python. Never knows an HTTP
+# status: the table that maps codes to statuses is in section 2.21.
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+#: What users call the types of plain values.
+_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (bool, "true or false"),
+    ((int, float), "a number"),
+    (str, "a string"),
+    (dict, "an object"),
+    (list, "an array"),
+    (bytes, "bytes"),
+    (date, "a date"),
+)
+
+
+def kind_of(value: object) -> str:
+    """Return what a value of JSON, YAML or calldata is, for a message that must not show it."""
+    for types, name in _KINDS:
+        if isinstance(value, types):
+            return name
+    return "null" if value is None else f"a {type(value).__name__}"
 
 
 class ManagerError(Exception):
@@ -1070,26 +1090,6 @@ def shown(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-#: What users call the types of plain values.
-_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
-    (bool, "true or false"),
-    ((int, float), "a number"),
-    (str, "a string"),
-    (dict, "an object"),
-    (list, "an array"),
-    (bytes, "bytes"),
-    (date, "a date"),
-)
-
-
-def kind_of(value: object) -> str:
-    """Return what a value of JSON, YAML or calldata is, for a message that must not show it."""
-    for types, name in _KINDS:
-        if isinstance(value, types):
-            return name
-    return "null" if value is None else f"a {type(value).__name__}"
-
-
 def expand_template(text: str, variables: Mapping[str, str], variable: Callable[[str], str]) -> str:
     """Replace ``${NAME}`` and ``${ENV[NAME]}`` in one pass; inserted text is not expanded again.
 
@@ -1637,7 +1637,6 @@ class Variables:
 # Owns which settings there are: the form of each, its default, its help. Uses
 # text and schemas. Never knows where a value comes from.
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 LOG_LEVELS = {"trace": 5, "debug": 10, "info": 20, "warn": 30, "error": 40, "critical": 50}
 ENVIRONMENT_PREFIX = "GENVM_MANAGER_"
 MODULE_KINDS = ("llm", "web")
@@ -2767,13 +2766,14 @@ def event_level(event: LogEvent) -> str:
 
 
 # =============================================================================
-# 1.10 Calldata
+# 1.10 Calldata and code
 # =============================================================================
 #
 # Owns the binary value format that executors, hosts and modules exchange:
-# encoding and decoding, both without recursion and in linear time. Uses the
-# standard library and CalldataError. Never does I/O, and never imports attrs:
-# the practice executor carries this section under a bare Python.
+# encoding and decoding, both without recursion and in linear time; and what
+# executors, too, know of a contract's code: its slot, the version in a text. Uses
+# errors. Never does I/O, and never another package than the standard library: the
+# practice executor carries this section under a bare Python.
 
 
 CALLDATA_MAX_DEPTH: Final = 128
@@ -3074,6 +3074,43 @@ class _Decoder:
         return CalldataError(f"calldata, byte {offset}: {problem}")
 
 
+# --- code ---
+
+CODE_SLOT: Final = hashlib.sha3_256(bytes(32) + (1).to_bytes(4, "little")).digest()
+"""The storage slot that holds a contract's code."""
+
+DEFAULT_VERSION: Final = "v0.1.0"
+"""What a contract stands for that states no version: most of them."""
+
+#: What executors trim: the white space of Unicode, of which Python's own ``strip`` has more.
+SPACES: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
+#: Bytes that are decoded at once: other threads run in between.
+_TEXT_STEP: Final = 64 * KIB
+
+
+def text_version(code: bytes) -> str | None:
+    """Return the version that the first line of a text states; None if it is no contract."""
+    mark = next((mark for mark in (b"//", b"#", b"--") if code.startswith(mark)), None)
+    if mark is None or not _is_text(code):
+        return None
+    end = code.find(b"\n")
+    line = code[len(mark) : end if end >= 0 else len(code)].decode().strip(SPACES)
+    return line if line.startswith("v") else DEFAULT_VERSION
+
+
+def _is_text(code: bytes) -> bool:
+    """Tell whether bytes are UTF-8, in steps that let other threads run."""
+    pieces = (code[at : at + _TEXT_STEP] for at in range(0, len(code), _TEXT_STEP))
+    try:
+        for _ in codecs.iterdecode(pieces, "utf-8"):
+            pass
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 ###############################################################################
 # 2. Manager
 ###############################################################################
@@ -3355,9 +3392,6 @@ STORAGE_INDEX_LIMIT: Final = 1 << 32
 CODE_OFFSET: Final = 4
 """Where the code starts in its slot, after its length (u32le)."""
 
-CODE_SLOT: Final = hashlib.sha3_256(bytes(32) + (1).to_bytes(4, "little")).digest()
-"""The storage slot that holds a contract's code."""
-
 
 def require_code(code: bytes) -> None:
     """Raise ``InvalidRequest`` if there is no code."""
@@ -3390,14 +3424,7 @@ _WASM_VERSION_SECTION: Final = b"genvm.version"
 MAX_SECTIONS: Final = 10_000
 """Sections of a WebAssembly module that are looked at; real ones have some dozens."""
 
-DEFAULT_VERSION: Final = "v0.1.0"
-"""What a contract stands for that states no version: most of them."""
-
 _STATED_MAJOR: Final = re.compile(r"v?\+?([0-9]+)(?:\.|$)")
-#: What executors trim: the white space of Unicode, of which Python's own ``strip`` has more.
-_SPACES: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
-    map(chr, range(0x2000, 0x200B))
-)
 
 
 def stated_major(code: bytes, newest: int) -> int:
@@ -3414,7 +3441,7 @@ def major_of(version: str | None, newest: int) -> int:
     That is the number before the first dot (an unsigned one of 32 bits, which may have a ``v``, a
     plus and leading zeros), or ``newest`` where there is none.
     """
-    match = _STATED_MAJOR.match((version or "").strip(_SPACES))
+    match = _STATED_MAJOR.match((version or "").strip(SPACES))
     if match is None:
         return newest
     digits = match.group(1).lstrip("0") or "0"
@@ -3507,30 +3534,6 @@ def _uleb32(code: bytes, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return (value, at + index + 1) if value < 1 << 32 else (-1, at)
     return -1, at
-
-
-def text_version(code: bytes) -> str | None:
-    mark = next((mark for mark in (b"//", b"#", b"--") if code.startswith(mark)), None)
-    if mark is None or not _is_text(code):
-        return None
-    end = code.find(b"\n")
-    line = code[len(mark) : end if end >= 0 else len(code)].decode().strip(_SPACES)
-    return line if line.startswith("v") else DEFAULT_VERSION
-
-
-def _is_text(code: bytes) -> bool:
-    """Tell whether bytes are UTF-8, in steps that let other threads run."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        for at in range(0, len(code), _TEXT_STEP):
-            decoder.decode(code[at : at + _TEXT_STEP])
-        decoder.decode(b"", True)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-_TEXT_STEP: Final = 64 * KIB
 
 
 # =============================================================================
@@ -16883,8 +16886,8 @@ def _seconds(text: str) -> float:
 # 4.3 Practice executor: command line and installation
 # =============================================================================
 #
-# Owns the executor's command line, and how the executor
-# becomes a program of its own. Uses the sections above. Never starts one.
+# Owns the executor's command line, and how the executor becomes a program of its
+# own. Uses the sections above. Never starts one.
 
 
 _NOTICE: Final = "this is not GenVM: it interprets practice scripts"
@@ -16894,7 +16897,6 @@ _PRINTS: Final = ("result", "fingerprint", "stderr-full")
 _FLAGS: Final = ("--sync", "--debug-mode", "--allow-latest")
 _REQUIRED: Final = ("--host-data", "--host", "--message", "--cookie")
 _OPTIONAL: Final = ("--permissions", "--print")
-_SHEBANG_LIMIT: Final = 127
 
 
 def run_practice_executor(argv: Sequence[str]) -> int:
@@ -16960,60 +16962,33 @@ def _parse_command_line(argv: Sequence[str]) -> tuple[int, str, dict[str, str]]:
     return int(log_fd), command, found
 
 
+# --- installation ---
+
+_SHEBANG_LIMIT: Final = 127
+_SECTIONS: Final = ("1.1", "1.10", "4.1", "4.2", "4.3")
+"""What the executor is made of; of the last one, what stands above."""
+_IMPORTS: Final = """
+from __future__ import annotations
+import binascii, codecs, errno, hashlib, json, math, os
+import re, select, shlex, signal, socket, sys, time
+from datetime import date
+from typing import Any, cast
+"""
+
+
 def practice_executor_source() -> str:
     """Return the practice executor as a Python script that needs nothing but the interpreter.
 
-    It is cut out of this file: ``run_practice_executor``, every top-level definition that it
-    needs, directly or not, and their imports. So the script starts without what the rest imports.
+    It is cut out of this file by its banners, so it starts without what the rest imports.
     """
-    source = Path(__file__).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    homes: dict[str, ast.stmt] = {}
-    for node in ast.parse(source).body:
-        homes.update(dict.fromkeys(_defined_names(node), node))
-    names = ["run_practice_executor", "sys"]
-    parts: dict[int, str] = {}
-    for name in names:
-        home = homes.get(name)
-        if home is None:
-            continue
-        decorators: list[ast.expr] = getattr(home, "decorator_list", [])
-        start = min([home.lineno, *(item.lineno for item in decorators)])
-        parts[start] = "\n".join(lines[start - 1 : home.end_lineno])
-        if not isinstance(home, (ast.Import, ast.ImportFrom)):
-            names.extend(_needed_names(home) - set(names))
-    body = "\n\n".join(part for _, part in sorted(parts.items()))
+    text = Path(__file__).read_text(encoding="utf-8").partition("\n# --- installation ---\n")[0]
+    numbered = re.split(r"^# (\d\.\d+) .*\n# =+\n", text, flags=re.MULTILINE)
+    bodies = dict(zip(numbered[1::2], numbered[2::2], strict=True))
     return (
         "# The practice executor of GenVM Manager, written by it. This is not GenVM.\n"
-        f"from __future__ import annotations\n\n{body}\n"
+        f"{_IMPORTS}\n{''.join(bodies[number] for number in _SECTIONS)}\n"
         "sys.exit(run_practice_executor(sys.argv[1:]))\n"
     )
-
-
-def _defined_names(node: ast.stmt) -> list[str]:
-    """Return the names that a top-level statement binds."""
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-        return [node.name]
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return [alias.asname or alias.name.partition(".")[0] for alias in node.names]
-    if isinstance(node, (ast.Assign, ast.AnnAssign)):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        return [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
-    return []
-
-
-def _needed_names(node: ast.stmt) -> set[str]:
-    """Return the names that a statement takes from its module when it runs.
-
-    Annotations are not evaluated, and what is assigned anywhere inside counts as local.
-    """
-    inside = list(ast.walk(node))
-    hints = [getattr(part, field, None) for part in inside for field in ("annotation", "returns")]
-    unused = {id(part) for hint in hints if isinstance(hint, ast.AST) for part in ast.walk(hint)}
-    names = [part for part in inside if isinstance(part, ast.Name) and id(part) not in unused]
-    local = {part.id for part in names if isinstance(part.ctx, ast.Store)}
-    local.update(part.arg for part in inside if isinstance(part, ast.arg))
-    return {part.id for part in names} - local
 
 
 def install_practice_executor(root: Path, version: str) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import builtins
+import dis
 import hashlib
 import json
 import os
@@ -18,6 +20,7 @@ import venv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import pytest
@@ -239,11 +242,33 @@ def is_running(pid: int) -> bool:
 
 
 def test_the_script_needs_only_the_standard_library(executor: Path) -> None:
-    imports = re.findall(r"^(?:import|from) ([\w.]+)", practice_executor_source(), re.MULTILINE)
+    lines = re.findall(r"^(?:import|from) ([\w., ]+)", practice_executor_source(), re.MULTILINE)
+    imports = {name for line in lines for name in line.split(" import ")[0].split(", ")}
     assert "sys" in imports
-    assert set(imports) <= sys.stdlib_module_names
+    assert imports <= sys.stdlib_module_names
     assert executor.stat().st_mode & 0o777 == 0o755
     assert executor.parts[-4:] == ("executor", "v0.1.0", "bin", "genvm")
+
+
+def names_in(code: CodeType) -> tuple[set[str], set[str]]:
+    """Return the global names that code takes, and those that it makes."""
+    steps = [*dis.get_instructions(code)]
+    taken = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    made = {step.argval for step in steps if step.opname in ("STORE_NAME", "STORE_GLOBAL")}
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            more = names_in(inner)
+            taken |= more[0]
+            made |= more[1]
+    return taken, made
+
+
+def test_the_script_has_all_that_it_names() -> None:
+    taken, made = names_in(compile(practice_executor_source(), "genvm", "exec"))
+    assert {"os", "json", "select"} <= taken
+    assert taken - made - set(dir(builtins)) - {"__name__", "__annotations__"} == set()
+    imports = {name for name in made if name in sys.stdlib_module_names}
+    assert imports <= taken, "what is not needed is not imported"
 
 
 def test_asking_a_module_without_wsproto_says_what_to_install(
