@@ -223,6 +223,7 @@ import typing
 import unicodedata
 import zipfile
 import zlib
+from array import array
 from collections import Counter, deque
 from collections.abc import (
     AsyncIterator,
@@ -5050,10 +5051,29 @@ def execution_ids(start: float, instance: int = 0) -> Iterator[int]:
 
 
 @define(eq=False)
-class LogRecords:
-    """The last log records of an executor, each as the text of a JSON object."""
+class _RecordBlock:
+    """Records that follow each other, with a comma after each."""
 
-    _records: deque[bytes] = field(init=False, factory=deque)
+    text: bytearray = field(factory=bytearray)
+    ends: array[int] = field(factory=lambda: array("I"))
+
+    def start(self, index: int) -> int:
+        """Return where a record starts."""
+        return self.ends[index - 1] + 1 if index else 0
+
+
+@define(eq=False)
+class LogRecords:
+    """The last log records of an executor, each as the text of a JSON object.
+
+    They are kept in blocks: most are small, and what lies between thousands of small objects is
+    not given back to the system when these are gone.
+    """
+
+    _blocks: deque[_RecordBlock] = field(init=False, factory=deque)
+    _number: int = field(init=False, default=0)
+    #: How many records of the first block are forgotten.
+    _forgotten: int = field(init=False, default=0)
     size: int = field(init=False, default=0)
     dropped: int = field(init=False, default=0)
     first: int = field(init=False, default=0)
@@ -5068,34 +5088,56 @@ class LogRecords:
         cut = cut or text is None
         text = text or _line_text(line)
         self.truncated = self.truncated or cut
-        self._records.append(text)
+        if not self._blocks or len(self._blocks[-1].text) + len(text) > PIECE_BYTES:
+            self._blocks.append(_RecordBlock())
+        block = self._blocks[-1]
+        block.text += text
+        block.ends.append(len(block.text))
+        block.text += b","
         self.size += len(text)
-        while len(self._records) > LOG_MAX_RECORDS or self.size > LOG_MAX_BYTES:
-            length = len(self._records.popleft())
-            self.size -= length
-            self.dropped += length
-            self.first += 1
-            self.truncated = True
+        self._number += 1
+        while self._number > LOG_MAX_RECORDS or self.size > LOG_MAX_BYTES:
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        block, index = self._blocks[0], self._forgotten
+        length = block.ends[index] - block.start(index)
+        self.size -= length
+        self.dropped += length
+        self.first += 1
+        self._number -= 1
+        self.truncated = True
+        self._forgotten = index + 1
+        if self._forgotten == len(block.ends):
+            self._blocks.popleft()
+            self._forgotten = 0
 
     @property
     def memory(self) -> int:
         """Bytes that they take."""
-        return self.size + len(self._records) * (8 + sys.getsizeof(b""))
+        return sum(len(one.text) + one.ends.itemsize * len(one.ends) for one in self._blocks)
 
     def read(self, number: int) -> bytes:
         """Return a record by its number, counted from 0; nothing if there is none yet."""
-        at = number - self.first
-        return self._records[at] if at < len(self._records) else b""
+        after = self.first + self._number - number  # most readers want one of the last
+        for block in reversed(self._blocks):
+            if after <= len(block.ends):
+                index = len(block.ends) - after
+                known = after > 0
+                return bytes(block.text[block.start(index) : block.ends[index]]) if known else b""
+            after -= len(block.ends)
+        return b""
 
     def json_pieces(self) -> Iterator[bytes]:
         """Yield the JSON array of the records."""
-        separator = b"["
-        for record in self._records:
-            yield separator
-            for at in range(0, len(record), PIECE_BYTES):
-                yield record[at : at + PIECE_BYTES]
-            separator = b","
-        yield b"]" if self._records else b"[]"
+        yield b"["
+        start = self._blocks[0].start(self._forgotten) if self._blocks else 0
+        for number, block in enumerate(self._blocks, 1):
+            end = len(block.text) - (number == len(self._blocks))  # without the last comma
+            for at in range(start, end, PIECE_BYTES):
+                yield bytes(block.text[at : min(at + PIECE_BYTES, end)])
+            start = 0
+        yield b"]"
 
 
 @frozen

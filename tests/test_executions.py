@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import json
+import random
+import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +30,7 @@ from genvm_manager import (
     LOG_MAX_BYTES,
     LOG_MAX_RECORDS,
     MIB,
+    PIECE_BYTES,
     TRIM_LITTLE_SECONDS,
     Capture,
     Cause,
@@ -1185,6 +1190,39 @@ def test_the_bound_holds_for_what_grows_when_it_becomes_json(filling: bytes, is_
     assert len(kept) <= LOG_MAX_BYTES + 2
     assert records.truncated is is_cut
     assert is_cut or len(line.encode()) == LOG_LINE_MAX_BYTES, "what fits is kept whole"
+
+
+@pytest.mark.parametrize("sizes", [(20, 60), (3_000, 40_000), (1, 2 * PIECE_BYTES)])
+def test_records_are_what_the_last_lines_were(sizes: tuple[int, int]) -> None:
+    rng = random.Random(3)
+    records, model, size, seen = LogRecords(), deque[bytes](), 0, 0
+    for number in range(LOG_MAX_RECORDS + 2_000):
+        line = b'{"level":"info","n":"%s"}' % (b"%07d" % number * (rng.randint(*sizes) // 7))
+        records.add(line, False)
+        model.append(line)
+        seen, size = seen + len(line), size + len(line)
+        while len(model) > LOG_MAX_RECORDS or size > LOG_MAX_BYTES:
+            size -= len(model.popleft())
+        if number % 2999 == 7 or number == LOG_MAX_RECORDS:
+            known = range(records.first, records.first + len(model))
+            assert [records.read(n) for n in known] == [*model]
+            assert records.read(known.stop) == records.read(known.stop + 7) == b""
+            assert b"".join(records.json_pieces()) == b"[" + b",".join(model) + b"]"
+            assert records.size == size == seen - records.dropped
+            assert size <= records.memory <= size + 5 * len(model) + 3 * PIECE_BYTES
+    assert records.first + len(model) == LOG_MAX_RECORDS + 2_000
+    assert records.truncated
+
+
+def test_many_small_records_are_few_objects() -> None:
+    def blocks() -> int:
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    records, before = LogRecords(), blocks()
+    for _ in range(LOG_MAX_RECORDS):
+        records.add(b'{"level":"info","message":"some words about what happens"}', False)
+    assert blocks() - before < 200, "what lies between many small objects is not given back"
 
 
 def test_times_of_a_result_are_milliseconds_since_the_epoch() -> None:
