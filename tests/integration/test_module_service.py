@@ -35,6 +35,7 @@ from genvm_manager import (
     HANDSHAKE_SECONDS,
     MESSAGE_MAX_BYTES,
     encode_calldata,
+    own_command,
 )
 
 from .executor_client import HELLO, Client, ok, prompt
@@ -194,10 +195,10 @@ class ModuleProcess:
         code = (
             "import os, sys; fd = int(sys.argv[1]); os.dup2(fd, 3, inheritable=True)\n"
             "if fd != 3: os.close(fd)\n"
-            "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+            "os.execv(sys.argv[2], sys.argv[2:])"
         )
         self.process = subprocess.Popen(
-            [sys.executable, "-ISc", code, str(made.fileno()), str(SOURCE), *PROCESS],
+            [sys.executable, "-ISc", code, str(made.fileno()), *own_command(*PROCESS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from genvm_manager import main
+from genvm_manager import main, own_command
 
 from .conftest import Start
 from .support import (
@@ -96,15 +96,22 @@ def test_a_client_of_an_earlier_start_never_meets_the_run_of_another(
         daemon.wait()
 
 
-def test_serve_over_tcp(start: Start) -> None:
-    daemon = start()
-    assert daemon.address.startswith("127.0.0.1:")
-    runs_an_execution(daemon)
-    assert daemon.stop() == 0
-    assert daemon.errors == ""
-    for record in daemon.records:
-        assert {"time", "level", "message"} <= set(record)
-    assert len(daemon.text.splitlines()) == len(daemon.records), "every line is JSON"
+@pytest.mark.parametrize("begins", ["script", "command"])
+def test_serve_over_tcp(root: Root, begins: str) -> None:
+    words = ["serve", "--root", str(root.path), "--port", "0"]
+    argv = [sys.executable, str(SOURCE), *words] if begins == "script" else own_command(*words)
+    daemon = Daemon(argv)
+    try:
+        daemon.wait_until_listening()
+        assert daemon.address.startswith("127.0.0.1:")
+        runs_an_execution(daemon)
+        assert daemon.stop() == 0
+        assert daemon.errors == ""
+        for record in daemon.records:
+            assert {"time", "level", "message"} <= set(record)
+        assert len(daemon.text.splitlines()) == len(daemon.records), "every line is JSON"
+    finally:
+        daemon.close()
 
 
 def test_what_nobody_needs_yet_is_not_loaded(start: Start) -> None:

@@ -11,25 +11,26 @@ import socket
 import socketserver
 import ssl
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 from urllib.parse import urlsplit
 
+from genvm_manager import own_command
+
 from .executor_client import Client
-from .support import SOURCE
 from .test_module_service import ModuleProcess
 
 HELLO = {"cookie": "w1", "host_data": {"node_address": "0xaa", "tx_id": "0xbb", "zone": "eu"}}
 
 
-#: Starts a module with names that no name server knows; the real resolver answers for others.
+#: What stands before the code of a module that is to know names that no name server knows; the
+#: real resolver answers for others.
 _WITH_NAMES = """
-import json, os, runpy, socket, sys, time
-os.dup2(int(sys.argv[1]), 3, inheritable=True)
-if int(sys.argv[1]) != 3: os.close(int(sys.argv[1]))
-table, real = json.loads(sys.argv[3]), socket.getaddrinfo
+import json, os, socket, sys, time
+listener, table, real = int(sys.argv.pop(1)), json.loads(sys.argv.pop(1)), socket.getaddrinfo
+os.dup2(listener, 3, inheritable=True)
+if listener != 3: os.close(listener)
 def getaddrinfo(host, port, *rest, **options):
     name = str(host).removesuffix(".")
     if not name.endswith(".test"):
@@ -46,8 +47,6 @@ def getaddrinfo(host, port, *rest, **options):
         for ip in table[name]
     ]
 socket.getaddrinfo = getaddrinfo
-sys.argv = [sys.argv[2], "module-process", "web"]
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -72,9 +71,12 @@ class WebModule(ModuleProcess):
         self.events: list[dict[str, Any]] = []
         self.records: list[dict[str, Any]] = []
         self._changed = threading.Condition()
-        words = [str(listener.fileno()), str(SOURCE), json.dumps(dict(names or {}))]
+        command = own_command("module-process", "web")
+        code = command.index("-c") + 1
+        command[code] = _WITH_NAMES + command[code]
+        command[code + 1 : code + 1] = [str(listener.fileno()), json.dumps(dict(names or {}))]
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-c", _WITH_NAMES, *words],
+            [*prefix, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
