@@ -83,10 +83,11 @@ The file has five parts, and each section uses only what stands above it:
    4.4  Demo: a host, a manager and a contract at work.
 5. Assembly:
    5.1  Service: the manager as a Twisted service; the only section that constructs.
-   5.2  Client: how a command reaches managers that run, and how it ends.
-   5.3  Client commands: what each takes, asks and shows.
-   5.4  Doctor: what is wrong with an installation, and what to do.
-   5.5  Commands: what the command line does.
+   5.2  Client text: how a command ends, and what people read of answers.
+   5.3  Client: how a command reaches managers that run.
+   5.4  Client commands: what each takes, asks and shows.
+   5.5  Doctor: what is wrong with an installation, and what to do.
+   5.6  Commands: what the command line does.
 """
 
 # ruff: noqa: E402 - what stands between the imports saves the rest of them
@@ -231,6 +232,7 @@ from collections.abc import (
     Callable,
     Collection,
     Container,
+    Coroutine,
     Hashable,
     Iterable,
     Iterator,
@@ -17688,19 +17690,11 @@ def makeApplication(environ: Mapping[str, str] = os.environ) -> Any:
 
 
 # =============================================================================
-# 5.2 Client
+# 5.2 Client text
 # =============================================================================
 #
-# Owns how a command reaches managers that run: where they listen, requests and
-# streams, what is shown of the answers, how it ends. Uses outgoing HTTP and the
-# answers' classes. Never constructs what serves.
-
-CLIENT_SERVER = f"http://127.0.0.1:{DEFAULT_PORT}"
-CLIENT_CONNECT_SECONDS = 10.0
-#: More than any result has, with each character escaped.
-CLIENT_ANSWER_BYTES = 256 * MIB
-#: Seconds between two lines that tell a terminal how far something is.
-PROGRESS_SECONDS = 1.0
+# Owns how a client command ends, and what people read of a manager's answers.
+# Uses the answers' classes. Never knows how a manager is reached.
 
 
 class Ending(IntEnum):
@@ -17729,44 +17723,6 @@ class Ending(IntEnum):
 def duration_text(seconds: float) -> str:
     """Return a time as people read it: ``0:03:05``, ``1 day, 2:00:00``."""
     return str(timedelta(seconds=max(0, round(seconds))))
-
-
-class ClientProblem(Exception):
-    """A command cannot go on; the text is for its user."""
-
-    def __init__(self, ending: Ending, text: str) -> None:
-        super().__init__(text)
-        self.ending = ending
-
-
-@frozen
-class Place:
-    """Where a manager listens: what requests begin with, and its unix socket if it has one."""
-
-    name: str
-    base: str
-    socket: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Return the place; raises ``ConfigError`` for what is none."""
-        if text.startswith("unix:///"):
-            return cls(text, "http://localhost", text.removeprefix("unix://"))
-        url = text if "://" in text else f"http://{text}"
-        with contextlib.suppress(ValueError):
-            parts = urlsplit(url.rstrip("/"))
-            more = "@" in parts.netloc or parts.path or parts.query or parts.fragment
-            if (
-                parts.scheme in ("http", "https")
-                and parts.hostname
-                and parts.port != 0
-                and not more
-            ):
-                return cls(text, f"{parts.scheme}://{parts.netloc}")
-        raise ConfigError(f"server: expected http://host:port or unix:///path, got {shown(text)}")
-
-
-# --- text for people ---
 
 
 def table_text(rows: Sequence[Sequence[str]]) -> str:
@@ -17842,7 +17798,67 @@ def status_text(status: ManagerStatus) -> str:
     return table_text(rows)
 
 
-# --- the manager, and where it is shown ---
+# =============================================================================
+# 5.3 Client
+# =============================================================================
+#
+# Owns how a command reaches managers that run: where they listen, requests and
+# streams, how long it waits, where answers are shown. Uses outgoing HTTP and the
+# client's text. Never constructs what serves.
+
+CLIENT_SERVER = f"http://127.0.0.1:{DEFAULT_PORT}"
+CLIENT_CONNECT_SECONDS = 10.0
+#: More than any result has, with each character escaped.
+CLIENT_ANSWER_BYTES = 256 * MIB
+#: Seconds for a manager to answer, beside those for which the request itself waits.
+ANSWER_SECONDS = 30.0
+#: The same where the user has given a time for all of it.
+LAST_ANSWER_SECONDS = 5.0
+#: Seconds between two lines that tell a terminal how far something is.
+PROGRESS_SECONDS = 1.0
+
+
+class ClientProblem(Exception):
+    """A command cannot go on; the text is for its user."""
+
+    def __init__(self, ending: Ending, text: str) -> None:
+        super().__init__(text)
+        self.ending = ending
+
+
+class Unanswered(ClientProblem):
+    """A manager has not answered in time."""
+
+    def __init__(self, how: str) -> None:
+        why = "the manager is stopped or overloaded, or what listens there is not a manager"
+        super().__init__(Ending.UNREACHABLE, f"no answer {how}: {why}")
+
+
+@frozen
+class Place:
+    """Where a manager listens: what requests begin with, and its unix socket if it has one."""
+
+    name: str
+    base: str
+    socket: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the place; raises ``ConfigError`` for what is none."""
+        if text.startswith("unix:///"):
+            return cls(text, "http://localhost", text.removeprefix("unix://"))
+        url = text if "://" in text else f"http://{text}"
+        with contextlib.suppress(ValueError):
+            parts = urlsplit(url.rstrip("/"))
+            more = "@" in parts.netloc or parts.path or parts.query or parts.fragment
+            if (
+                parts.scheme in ("http", "https")
+                and parts.hostname
+                and parts.port != 0
+                and not more
+            ):
+                return cls(text, f"{parts.scheme}://{parts.netloc}")
+        raise ConfigError(f"server: expected http://host:port or unix:///path, got {shown(text)}")
 
 
 @implementer(IAgentEndpointFactory)
@@ -17871,8 +17887,8 @@ class Screen:
         err: int = STDERR,
     ) -> None:
         self.reactor = reactor
-        #: What is said at Ctrl-C.
-        self.farewell = ""
+        #: Returns what is said at Ctrl-C.
+        self.farewell: Callable[[], str] = str
         #: Returns how far the command is after some time.
         self.describe = describe
         self._out = out
@@ -17926,7 +17942,7 @@ class Screen:
 
     def interrupt(self, *_: object) -> None:
         """End at Ctrl-C."""
-        self.write(self.farewell, STDERR)
+        self.write(self.farewell(), STDERR)
         os._exit(Ending.INTERRUPTED)
 
     def _put(self, text: str, fd: int) -> None:
@@ -17975,6 +17991,10 @@ class RemoteManager:
     place: Place
     screen: Screen
     options: argparse.Namespace
+    #: Returns how far the command is here after some time.
+    describe: Callable[[str], str]
+    #: What goes on here after Ctrl-C; empty if nothing does.
+    farewell: str = ""
     #: The answer that ``--json`` shows in the end.
     document: object = None
     _answer: Any = None
@@ -17997,10 +18017,23 @@ class RemoteManager:
     # --- requests ---
 
     async def ask(
-        self, method: str, path: str, schema: Any, body: object = None, **headers: str
+        self,
+        method: str,
+        path: str,
+        schema: Any,
+        body: object = None,
+        *,
+        limit: float | None = ANSWER_SECONDS,
+        **headers: str,
     ) -> Any:
-        """Return what the manager answers, as an instance of a class; raises ``ClientProblem``."""
-        reply = await self._whole(self._send(method, path, body, headers))
+        """Return what the manager answers, as an instance of a class; raises ``ClientProblem``.
+
+        ``limit`` is how many seconds it has to begin; None if the manager itself decides that.
+        """
+        sent = self._send(method, path, body, headers)
+        if limit is not None:
+            sent.addTimeout(limit, self.screen.reactor, _raise_unanswered)
+        reply = await self._watched(self._whole(sent))
         try:
             self._answer = json.loads(reply.body)
             return structure(self._answer, schema)
@@ -18017,17 +18050,67 @@ class RemoteManager:
         **headers: str,
     ) -> None:
         """Call a function with each line of an answer as it comes; raises ``ClientProblem``."""
-        try:
+
+        async def read() -> None:
             response = await self._send(method, path, body, headers)
             if response.code != 200:
                 await self._whole(succeed(response))
             reader = _LineReader(on_line)
             response.deliverBody(reader)
             await reader.done
-        except ClientProblem:
-            raise
+
+        try:
+            await self._watched(read())
         except Exception as error:
             raise _lost(error) from None
+
+    async def poll(
+        self,
+        method: str,
+        path: str,
+        schema: Any,
+        seconds: float,
+        is_over: Callable[[Any], bool],
+    ) -> Any:
+        """Return what the manager answers once something is over, or after some seconds."""
+        clock = self.screen.reactor
+        deadline = clock.seconds() + seconds
+        while True:
+            left = max(0.0, deadline - clock.seconds())
+            wait = min(left, MAX_WAIT_SECONDS)
+            limit = min(wait + ANSWER_SECONDS, left + LAST_ANSWER_SECONDS)
+            asked = f"{path}?wait_ms={math.ceil(wait * 1000)}"
+            try:
+                answer = await self.ask(method, asked, schema, limit=limit)
+            except Unanswered as problem:
+                is_late = clock.seconds() >= deadline
+                ending = Ending.LATE if is_late else problem.ending
+                raise ClientProblem(ending, str(problem)) from None
+            if is_over(answer) or clock.seconds() >= deadline:
+                return answer
+
+    async def _watched(self, work: Coroutine[Any, Any, Value]) -> Value:
+        """Return the outcome of a request, which is cancelled once the manager hangs."""
+        doing = Deferred.fromCoroutine(work)
+        looking = Deferred.fromCoroutine(self._until_it_hangs())
+        looking.addCallbacks(lambda _: doing.cancel(), unheard)
+        try:
+            return await doing
+        finally:
+            looking.cancel()
+
+    async def _until_it_hangs(self) -> None:
+        clock = self.screen.reactor
+        while True:
+            await deferLater(clock, ANSWER_SECONDS)
+            asking = Deferred.fromCoroutine(reply_of(self._send("GET", "/livez", None, {}), MIB))
+            try:
+                await asking.addTimeout(ANSWER_SECONDS, clock)
+            except DeferredTimeout:
+                return
+            except HttpFailure as failure:
+                if failure.kind == "timeout":  # nor is there a connection
+                    return
 
     def _send(self, method: str, path: str, body: object, more: Mapping[str, str]) -> Any:
         headers = {"Content-Type": JSON_TYPE}
@@ -18042,7 +18125,7 @@ class RemoteManager:
     async def _whole(self, sent: Awaitable[Any]) -> HttpReply:
         try:
             reply = await reply_of(sent, CLIENT_ANSWER_BYTES)
-        except HttpFailure as failure:
+        except (HttpFailure, CancelledError) as failure:
             raise _lost(failure.__cause__ or failure) from None
         if reply.status == 200:
             return reply
@@ -18057,6 +18140,11 @@ class RemoteManager:
         raise ClientProblem(ending, f"{told.error}: {told.advice}" if told.advice else told.error)
 
     # --- what is shown ---
+
+    def progress(self, elapsed: str) -> str:
+        """Return how far the command is here, and where that is if there are several."""
+        text = self.describe(elapsed)
+        return f"{self.place.name}: {text}" if text and len(self.options.server) > 1 else text
 
     def show(self, text: str = "", document: object = None, fd: int = STDOUT) -> None:
         """Show an answer: as text, which is its result by default, or as the JSON that came."""
@@ -18097,6 +18185,10 @@ ClientAction: TypeAlias = Callable[[RemoteManager], Awaitable[Ending | None]]
 
 def _lost(error: BaseException) -> ClientProblem:
     """Return what it means that there is no whole answer."""
+    if isinstance(error, ClientProblem):
+        return error
+    if was_cancelled(error):
+        return Unanswered(f"to this, nor to GET /livez within {ANSWER_SECONDS:g} s")
     _, detail = connection_problem(error)
     text = f"no manager answers there: {detail} (--server and GENVM_SERVER say where one is)"
     if getattr(error, "reasons", None):  # it was connected
@@ -18104,19 +18196,27 @@ def _lost(error: BaseException) -> ClientProblem:
     return ClientProblem(Ending.UNREACHABLE, text)
 
 
+def _raise_unanswered(_: object, seconds: float) -> NoReturn:
+    raise Unanswered(f"within {seconds:g} s")
+
+
 def run_client(act: ClientAction, options: argparse.Namespace) -> int:
     """Do what a command asks for at each manager; returns its exit status."""
     reactor = own_reactor()
-    screen = Screen(reactor, f"{options.command}: {{}}".format)
+    managers: list[RemoteManager] = []
+    screen = Screen(reactor, lambda t: "; ".join(filter(None, (m.progress(t) for m in managers))))
+    screen.farewell = lambda: "".join(manager.farewell for manager in managers)
     signal.signal(signal.SIGINT, screen.interrupt)
     options.token = options.token or os.environ.get("GENVM_TOKEN", "").strip() or None
+    options.is_server_named = options.server is not None
     named = os.environ.get("GENVM_SERVER", "").split() or [CLIENT_SERVER]
     try:
         options.server = options.server or [Place.parse(text) for text in named]
     except ConfigError as error:
         screen.write(f"genvm-manager: GENVM_SERVER: {error.message}\n", STDERR)
         return Ending.USAGE
-    managers = [RemoteManager(place, screen, options) for place in options.server]
+    describe = f"{options.command}: {{}}".format
+    managers += [RemoteManager(place, screen, options, describe) for place in options.server]
     endings: list[Any] = []
 
     def start() -> None:
@@ -18138,7 +18238,7 @@ def run_client(act: ClientAction, options: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 5.3 Client commands
+# 5.4 Client commands
 # =============================================================================
 #
 # Owns what each client command takes, asks and shows. Uses the client and the
@@ -18270,8 +18370,8 @@ async def _run(manager: RemoteManager) -> Ending:
     options = manager.options
     body, key = _run_body(options), options.idempotency_key
     headers = {} if key is None else {"Idempotency_Key": key}
-    manager.screen.describe = "not started for {}".format
-    started = await manager.ask("POST", "/genvm/run", RunStarted, body, **headers)
+    manager.describe = "not started for {}".format
+    started = await manager.ask("POST", "/genvm/run", RunStarted, body, limit=None, **headers)
     if not options.wait:
         manager.show(str(started.id))
         return Ending.DONE
@@ -18284,38 +18384,24 @@ async def _run(manager: RemoteManager) -> Ending:
 
 
 async def _watch(manager: RemoteManager, genvm_id: int) -> None:
-    """Let a terminal be told how far an execution is."""
-    screen = manager.screen
-    screen.farewell = f"execution {genvm_id} goes on; genvm-manager stop {genvm_id} ends it\n"
-    if screen.is_watched:
+    """Let a terminal be told how far an execution is, and at Ctrl-C that it goes on."""
+    options, where = manager.options, ""
+    if options.is_server_named or len(options.server) > 1:
+        where = f" --server {shlex.quote(manager.place.name)}"
+    end = f"genvm-manager stop {genvm_id}{where} ends it"
+    manager.farewell = f"execution {genvm_id} goes on; {end}\n"
+    if manager.screen.is_watched:
         path = f"/genvm?limit=1&before={genvm_id + 1}"
         entries = (await manager.ask("GET", path, ExecutionPage)).executions
         if entries and entries[0].id == genvm_id:
-            screen.describe = lambda _: progress_text(entries[0], datetime.now(UTC))
-
-
-async def _poll(
-    manager: RemoteManager,
-    method: str,
-    path: str,
-    schema: Any,
-    seconds: float,
-    is_over: Callable[[Any], bool],
-) -> Any:
-    """Return what the manager answers once something is over, or after some seconds."""
-    clock = manager.screen.reactor
-    deadline = clock.seconds() + seconds
-    while True:
-        left = max(0.0, min(deadline - clock.seconds(), MAX_WAIT_SECONDS))
-        answer = await manager.ask(method, f"{path}?wait_ms={math.ceil(left * 1000)}", schema)
-        if is_over(answer) or clock.seconds() >= deadline:
-            return answer
+            manager.describe = lambda _: progress_text(entries[0], datetime.now(UTC))
 
 
 async def _end_of(manager: RemoteManager, genvm_id: int, seconds: float) -> ExecutionOutcome:
     """Return how an execution ended, waiting for that for some seconds."""
     path = f"/genvm/{genvm_id}"
-    answer = await _poll(manager, "GET", path, ExecutionAnswer, seconds, lambda a: bool(a.status))
+    answer = await manager.poll("GET", path, ExecutionAnswer, seconds, lambda a: bool(a.status))
+    manager.farewell = ""
     if answer.status is None:
         raise ClientProblem(Ending.LATE, f"execution {genvm_id} has not ended yet")
     return cast(ExecutionOutcome, answer.status)
@@ -18343,8 +18429,8 @@ async def _wait(manager: RemoteManager) -> Ending:
 async def _stop(manager: RemoteManager) -> None:
     genvm_id, grace = manager.options.id, manager.options.grace
     path = f"/genvm/{genvm_id}?wait_timeout_ms={round(grace * 1000)}"
-    manager.screen.describe = f"told to end, {{}} of {duration_text(grace)}".format
-    await manager.ask("DELETE", path, ShutdownCompleted)
+    manager.describe = f"told to end, {{}} of {duration_text(grace)}".format
+    await manager.ask("DELETE", path, ShutdownCompleted, limit=grace + ANSWER_SECONDS)
     manager.show(f"execution {genvm_id} has ended")
 
 
@@ -18379,7 +18465,7 @@ async def _show_output(manager: RemoteManager, genvm_id: int, *, follow: bool) -
     _LOG,
 )
 async def _logs(manager: RemoteManager) -> None:
-    manager.screen.describe = lambda _: ""
+    manager.describe = lambda _: ""
     manager.screen.end_with_reader()
     await _show_output(manager, manager.options.id, follow=manager.options.follow)
 
@@ -18409,15 +18495,18 @@ async def _permits(manager: RemoteManager) -> None:
     ),
 )
 async def _drain(manager: RemoteManager) -> Ending:
-    seconds = manager.options.wait
-    answer = await _poll(
-        manager, "POST", "/drain", DrainAnswer, seconds or 0, lambda a: a.result != "draining"
-    )
+    seconds, path = manager.options.wait, "/drain"
+    if seconds is None:
+        answer = await manager.ask("POST", path, DrainAnswer)
+    else:
+        answer = await manager.poll(
+            "POST", path, DrainAnswer, seconds, lambda a: a.result != "draining"
+        )
     result = answer.result
     manager.show()
     if result == "accepting":
         raise ClientProblem(Ending.REFUSED, "somebody lets it accept executions again")
-    return Ending.LATE if seconds and result == "draining" else Ending.DONE
+    return Ending.LATE if seconds is not None and result == "draining" else Ending.DONE
 
 
 @_offer("undrain", "accept executions again")
@@ -18445,7 +18534,7 @@ async def _module(manager: RemoteManager) -> None:
     if kind is None:
         raise ClientProblem(Ending.USAGE, f"module {options.action}: say which, llm or web")
     body: object = ModuleBody(kind, options.config, options.allow_empty_backends)
-    await manager.ask("POST", f"/module/{options.action}", AnyObject, body)
+    await manager.ask("POST", f"/module/{options.action}", AnyObject, body, limit=None)
     manager.show()
 
 
@@ -18491,7 +18580,7 @@ async def _llm_check(manager: RemoteManager) -> Ending:
             manager.write(one_line(text) + "\n")
         available.append(result.available)
 
-    manager.screen.describe = lambda t: f"{len(available)} of {total} checks done, {t}"
+    manager.describe = lambda t: f"{len(available)} of {total} checks done, {t}"
     for body, names in checks:
         take = functools.partial(show, names)
         await manager.follow("POST", "/llm/check", take, body, Accept=LINES_TYPE)
@@ -18535,7 +18624,7 @@ async def _env(manager: RemoteManager) -> None:
 
 @_offer("reload", "read the manifest again")
 async def _reload(manager: RemoteManager) -> None:
-    await manager.ask("POST", "/manifest/reload", ManifestReloaded)
+    await manager.ask("POST", "/manifest/reload", ManifestReloaded, limit=None)
     manager.show()
 
 
@@ -18561,7 +18650,7 @@ async def _follow_events(manager: RemoteManager) -> None:
     options, clock = manager.options, manager.screen.reactor
     lost: float | None = -math.inf  # since when it is not there
     manager.screen.end_with_reader()
-    manager.screen.describe = lambda _: "" if lost is None else "asking again"
+    manager.describe = lambda _: "" if lost is None else "asking again"
 
     def show(kind: str, data: dict[str, Any]) -> None:
         if options.json:
@@ -18626,7 +18715,7 @@ def add_client_commands(commands: Any) -> None:
 
 
 # =============================================================================
-# 5.4 Doctor
+# 5.5 Doctor
 # =============================================================================
 #
 # Owns what is wrong with an installation before a manager is started on it, and
@@ -18954,7 +19043,7 @@ def run_doctor(flags: Mapping[str, str], *, as_json: bool) -> int:
 
 
 # =============================================================================
-# 5.5 Commands
+# 5.6 Commands
 # =============================================================================
 #
 # Owns the command line: which commands there are, what they take, how they end.

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import pty
 import select
 import shutil
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.internet.task import Clock
+from twisted.python.failure import Failure
 
 from genvm_manager import (
     CLIENT_COMMANDS,
     Cause,
+    ClientProblem,
     ConfigError,
     Ending,
     EventLines,
@@ -24,6 +30,7 @@ from genvm_manager import (
     ListedExecution,
     ManagerStatus,
     Place,
+    RemoteManager,
     Screen,
     State,
     duration_text,
@@ -35,7 +42,7 @@ from genvm_manager import (
     status_text,
 )
 
-from .support import PATIENCE
+from .support import PATIENCE, async_test, real_reactor, soon
 
 STDOUT, STDERR = 1, 2
 NOW = datetime(2025, 6, 1, 12, 0, 30, tzinfo=UTC)
@@ -284,3 +291,177 @@ def test_progress_is_shown_once_a_second_and_removed() -> None:
         screen.write("end\n")
         room = shutil.get_terminal_size().columns - 1
         shown(ours, b"\r\x1b[K" + b"x" * room + b"\r\x1b[Kend\r\n")
+
+
+# --- a manager that hangs ---
+
+
+class OwnTime(Clock):
+    """The reactor with its sockets, but with the time of a test."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(real_reactor(), name)
+
+
+class Silent(Protocol):
+    """A connection to something that answers nothing by itself; it tells each request's path."""
+
+    transport: Any = None
+
+    def connectionMade(self) -> None:
+        self.lost: Deferred[None] = Deferred()
+        self.factory.connections.append(self)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.lost.callback(None)
+
+    def dataReceived(self, data: bytes) -> None:
+        asked, self.factory.asked = self.factory.asked, Deferred()
+        asked.callback((data.split()[1].decode(), self))
+
+    def say(self, text: bytes) -> None:
+        """Send something."""
+        self.transport.write(text)
+
+
+class SilentFactory(Factory):
+    """Makes such connections."""
+
+    protocol = Silent
+
+    def __init__(self) -> None:
+        self.asked: Deferred[tuple[str, Silent]] = Deferred()
+        self.connections: list[Silent] = []
+
+
+@contextlib.asynccontextmanager
+async def silent() -> AsyncIterator[tuple[RemoteManager, SilentFactory, OwnTime]]:
+    """A manager that accepts connections and does not answer, how a command sees it, and time."""
+    factory, clock = SilentFactory(), OwnTime()
+    port = real_reactor().listenTCP(0, factory, interface="127.0.0.1")
+    options = argparse.Namespace(token=None, server=[None], json=False)
+    place = Place.parse(f"127.0.0.1:{port.getHost().port}")
+    yield RemoteManager(place, Screen(clock, str), options, str), factory, clock
+    await port.stopListening()
+    for connection in factory.connections:
+        connection.transport.abortConnection()
+
+
+ALIVE = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+BEGINNING = b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n"
+
+
+async def problem_of(asking: Awaitable[object]) -> ClientProblem:
+    """Return what a request fails with."""
+    with pytest.raises(ClientProblem) as raised:
+        await asking
+    return raised.value
+
+
+@async_test
+async def test_a_manager_that_does_not_answer() -> None:
+    async with silent() as (manager, listener, clock):
+        asking = Deferred.fromCoroutine(manager.ask("GET", "/status", dict[str, Any]))
+        path, _ = await soon(listener.asked)
+        assert path == "/status"
+        clock.advance(29.9)
+        assert not asking.called
+        clock.advance(0.2)
+        problem = await problem_of(soon(asking))
+        assert problem.ending is Ending.UNREACHABLE
+        assert str(problem).startswith("no answer within 30 s: the manager is stopped or ")
+
+
+@async_test
+async def test_a_request_that_may_last_goes_on_for_as_long_as_the_manager_lives() -> None:
+    """A run may wait for permits for a day: only a manager that hangs ends that."""
+    async with silent() as (manager, listener, clock):
+        run = manager.ask("POST", "/genvm/run", dict[str, Any], {}, limit=None)
+        asking = Deferred.fromCoroutine(run)
+        await soon(listener.asked)
+        for _ in range(3):
+            clock.advance(30)
+            path, connection = await soon(listener.asked)
+            assert path == "/livez"
+            connection.say(ALIVE)
+            await soon(connection.lost)
+        clock.advance(30)
+        await soon(listener.asked)
+        assert not asking.called
+        clock.advance(30)
+        problem = await problem_of(soon(asking))
+        assert problem.ending is Ending.UNREACHABLE
+        assert str(problem).startswith("no answer to this, nor to GET /livez within 30 s: ")
+
+
+@async_test
+async def test_an_answer_that_has_begun_may_take_its_time() -> None:
+    async with silent() as (manager, listener, clock):
+        asking = Deferred.fromCoroutine(manager.ask("GET", "/status", dict[str, Any]))
+        _, connection = await soon(listener.asked)
+        connection.say(BEGINNING + b'{"a"')
+        later = Deferred.fromCoroutine(manager.ask("GET", "/later", dict[str, Any]))
+        _, other = await soon(listener.asked)
+        other.say(ALIVE)
+        await soon(later)  # what was said before has come, too
+        clock.advance(30)
+        path, probe = await soon(listener.asked)
+        assert path == "/livez"
+        probe.say(ALIVE)
+        connection.say(b": 1}")
+        assert await soon(asking) == {"a": 1}
+
+
+@async_test
+async def test_a_stream_that_goes_silent() -> None:
+    async with silent() as (manager, listener, clock):
+        lines: list[bytes] = []
+        first: Deferred[None] = Deferred()
+
+        def take(line: bytes, _cut: bool) -> None:
+            lines.append(line)
+            first.callback(None)
+
+        following = Deferred.fromCoroutine(manager.follow("GET", "/events", take))
+        _, connection = await soon(listener.asked)
+        connection.say(BEGINNING + b"one\n")
+        await soon(first)
+        clock.advance(30)
+        await soon(listener.asked)
+        clock.advance(30)
+        problem = await problem_of(soon(following))
+        assert problem.ending is Ending.UNREACHABLE
+        assert lines == [b"one"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "asked", "limit", "ending"),
+    [
+        (0, "0", 5, Ending.LATE),
+        (10, "10000", 15, Ending.LATE),
+        (100, "100000", 105, Ending.LATE),
+        (300, "120000", 150, Ending.UNREACHABLE),
+        (float("inf"), "120000", 150, Ending.UNREACHABLE),
+    ],
+)
+@async_test
+async def test_a_time_that_was_given_is_kept(
+    seconds: float, asked: str, limit: float, ending: Ending
+) -> None:
+    """A manager that hangs while it is waited for does not hold the command."""
+    async with silent() as (manager, listener, clock):
+        polling = manager.poll("GET", "/genvm/1", dict[str, Any], seconds, bool)
+        waiting = Deferred.fromCoroutine(polling)
+        path, _ = await soon(listener.asked)
+        assert path == f"/genvm/1?wait_ms={asked}"
+        for _ in range(30, int(limit), 30):  # to all other requests it answers
+            clock.advance(30)
+            assert (await soon(listener.asked))[0] == "/livez"
+            listener.connections[-1].say(ALIVE)
+            await soon(listener.connections[-1].lost)
+        clock.advance((limit % 30 or 30) - 0.1)
+        assert not waiting.called
+        clock.advance(0.2)
+        problem = await problem_of(soon(waiting))
+        assert problem.ending is ending
+        assert f"no answer within {limit} s" in str(problem)

@@ -185,8 +185,9 @@ def test_a_run_step_by_step(daemon: Daemon) -> None:
 def test_draining(daemon: Daemon) -> None:
     genvm_id = daemon.run("wait-file /nonexistent")
     assert client(daemon, "drain").stdout == "draining\n"
-    done = client(daemon, "drain", "--wait", "10ms")
-    assert (done.returncode, done.stdout) == (7, "draining\n")
+    for time in ("10ms", "0"):
+        done = client(daemon, "drain", "--wait", time)
+        assert (done.returncode, done.stdout) == (7, "draining\n")
     draining = begin(url(daemon), "drain", "--wait", "--json")
     daemon.request("DELETE", f"/genvm/{genvm_id}")
     daemon.result(genvm_id)
@@ -413,6 +414,33 @@ def test_control_c(daemon: Daemon) -> None:
     assert done.returncode == 130
     assert f"execution {genvm_id} goes on; genvm-manager stop {genvm_id} ends it\n" in done.stderr
     assert client(daemon, "stop", str(genvm_id)).returncode == 0
+
+
+def test_control_c_where_there_are_several(daemon: Daemon, start: Start) -> None:
+    """Each execution that goes on is named, with the command that ends it there."""
+    managers = [daemon, start()]
+    places = [word for each in managers for word in ("--server", url(each))]
+    words = flags("print hello", "sleep 600", timestamp=TIMESTAMP)
+    with started("", "run", *words, "--wait", *places) as run:
+        lines = {read_line(run), read_line(run)}
+        assert lines == {f"{url(each)}: hello\n" for each in managers}
+        run.send_signal(signal.SIGINT)
+        done = end(run)
+    assert done.returncode == 130
+    for each in managers:
+        (genvm_id,) = (e["id"] for e in each.get("/genvm?state=running")["executions"])
+        line = f"execution {genvm_id} goes on; genvm-manager stop {genvm_id} --server {url(each)}"
+        assert f"{line} ends it\n" in done.stderr
+        assert client(None, "stop", str(genvm_id), "--server", url(each)).returncode == 0
+
+
+def test_a_manager_that_accepts_and_never_answers() -> None:
+    """``wait`` keeps the time that it was given; see the units for the other commands."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        place = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        done = client(place, "wait", "1", "--timeout", "100ms")
+    assert (done.returncode, done.stdout) == (7, "")
+    assert "no answer within 5.1 s: the manager is stopped or overloaded" in done.stderr
 
 
 def test_control_c_while_the_file_is_imported(daemon: Daemon) -> None:
