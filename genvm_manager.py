@@ -645,13 +645,22 @@ class Event(Generic[Value]):
                 # Who waits raises the error: the frames in it would keep them and this event.
                 error.__traceback__ = None
 
+    def follow(self, operation: Deferred[Value]) -> None:
+        """Let the event happen, or fail, as an operation does."""
+        operation.addCallbacks(self.fire, lambda failure: self.fail(failure.value))
+
 
 def detached(operation: Deferred[Value]) -> Deferred[Value]:
     """Return a Deferred for the result of an operation that goes on if the caller is cancelled."""
     done: Event[Value] = Event()
     waiter = done.wait()
-    operation.addCallbacks(done.fire, lambda failure: done.fail(failure.value))
+    done.follow(operation)
     return waiter
+
+
+def no_thread(reason: object) -> ResourcesExhausted:
+    """Return what it means that there is no thread."""
+    return ResourcesExhausted(f"no thread is to be had ({reason}); try again later")
 
 
 @define(eq=False)
@@ -694,7 +703,7 @@ class SpareThreads:
                 raise RuntimeError(f"{self._busy} threads hang already")
             threading.Thread(target=run, name="spare", daemon=True).start()
         except RuntimeError as error:
-            return fail(ResourcesExhausted(f"no thread is to be had ({error}); try again later"))
+            return fail(no_thread(error))
         self._busy += 1
         return done.addTimeout(seconds, reactor)
 
@@ -718,7 +727,7 @@ class SharedLook(Generic[Value]):
         if looking is None:
             self._looking = looking = Event()
             found = self._threads.run(self._reactor, self._seconds, self._work)
-            found.addCallbacks(looking.fire, lambda failure: looking.fail(failure.value))
+            looking.follow(found)
             found.addBoth(lambda _: setattr(self, "_looking", None))
         return looking.wait()
 
@@ -759,7 +768,7 @@ def in_thread(
         working = deferToThreadPool(reactor, pool or reactor.getThreadPool(), attempt)
         return working.addCallback(outcome)
     except RuntimeError as error:
-        return fail(ResourcesExhausted(f"no thread is to be had ({error}); try again later"))
+        return fail(no_thread(error))
 
 
 # =============================================================================
@@ -1064,15 +1073,20 @@ class Concealed(str):
         return concealed
 
 
+def with_texts(value: object, change: Callable[[str], object]) -> object:
+    """Return plain data with what a function makes of each text in it; keys stay."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {k: with_texts(v, change) for k, v in value.items()}
+    if isinstance(value, list):
+        return [with_texts(item, change) for item in value]
+    return value
+
+
 def conceal(value: object, scrub: Callable[[str], str]) -> object:
     """Return plain data of which messages show only what is left of a text without secrets."""
-    if isinstance(value, str):
-        return Concealed.of(value, scrub(value))
-    if isinstance(value, dict):
-        return {k: conceal(v, scrub) for k, v in value.items()}
-    if isinstance(value, list):
-        return [conceal(item, scrub) for item in value]
-    return value
+    return with_texts(value, lambda text: Concealed.of(text, scrub(text)))
 
 
 def shown(value: object, limit: int = 60) -> str:
@@ -1117,13 +1131,7 @@ def expand_templates(
     value: object, variables: Mapping[str, str], variable: Callable[[str], str]
 ) -> object:
     """Return plain data with every text expanded; see ``expand_template``."""
-    if isinstance(value, str):
-        return expand_template(value, variables, variable)
-    if isinstance(value, dict):
-        return {k: expand_templates(v, variables, variable) for k, v in value.items()}
-    if isinstance(value, list):
-        return [expand_templates(item, variables, variable) for item in value]
-    return value
+    return with_texts(value, lambda text: expand_template(text, variables, variable))
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -2008,14 +2016,15 @@ def load_config(
         notes.append(f"environment variable {ENVIRONMENT_PREFIX}{name.upper()} is unknown: ignored")
         del from_environ[name]
     sources.append((f"environment variable {ENVIRONMENT_PREFIX}", from_environ, "_"))
+    origins: dict[str, str] = {}
     for label, texts, joiner in reversed(sources):
         for name, text in texts.items():
+            origins[name] = label + (name.upper() if joiner == "_" else name.replace("_", joiner))
             try:
                 kind = SETTINGS[name]
                 given[name] = kind.parse(kind.from_text(text))
             except ValueError as error:
-                problems.append(f"{label}{_source_name(name, joiner)}: {error}")
-    origins = {"root": "environment variable GENVMROOT"} if environ.get("GENVMROOT") else {}
+                problems.append(f"{origins[name]}: {error}")
     root = cast(Path, given.get("root") or default_root(environ, file or Path(__file__)))
     path = Path(config_path) if config_path else root / "config" / "genvm-manager.yaml"
     if config_path or path.exists():
@@ -2023,14 +2032,14 @@ def load_config(
         notes += file_notes
         problems += file_problems
         given = {**found, **given}
-        origins |= {name: f"{path}: {name}" for name in found}
+        origins = {name: f"{path}: {name}" for name in found} | origins
         root = cast(Path, given.get("root", root))
     else:
         notes.append(f"no configuration file at {path}: using the defaults")
     if problems:
         raise ConfigError("; ".join(problems))
-    for label, texts, joiner in reversed(sources):
-        origins |= {name: f"{label}{_source_name(name, joiner)}" for name in texts}
+    if environ.get("GENVMROOT"):
+        origins.setdefault("root", "environment variable GENVMROOT")
     given["root"] = root
     explicit = "manifest_path" in given
     given.setdefault("manifest_path", root / "data" / "manifest.yaml")
@@ -2040,11 +2049,6 @@ def load_config(
     if not alone:
         _check_together(config, origins)
     return config
-
-
-def _source_name(name: str, joiner: str) -> str:
-    """Return a setting's name as a flag or an environment variable has it."""
-    return name.upper() if joiner == "_" else name.replace("_", joiner)
 
 
 def _read_settings(
@@ -2422,7 +2426,7 @@ _DEEPEST_FIELD = 20
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
-def dropped_note(count: int) -> bytes:
+def _dropped_note(count: int) -> bytes:
     """Return the log line that tells how many lines were dropped."""
     record = {
         "time": timestamp_of(time.time()),
@@ -2528,11 +2532,9 @@ class LogWriter:
     def __init__(
         self,
         write: Callable[[bytes], object],
-        flush_seconds: float,
-        note: Callable[[int], bytes] | None = None,
+        flush_seconds: float = LOG_FLUSH_SECONDS,
     ) -> None:
         self._write = write
-        self._note = note or dropped_note
         self._flush_seconds = flush_seconds
         # Nobody who puts a line waits for the thread: a lock that both take would make each line
         # cost two changes of threads.
@@ -2572,7 +2574,7 @@ class LogWriter:
         self._lines.put(line)
 
     def stop(self) -> None:
-        """Write what waits, for a bounded time, and end."""
+        """Write what waits, for a bounded time, and end; later lines are written at once."""
         thread, self._thread = self._thread, None
         if thread is not None:
             self._lines.put(None)
@@ -2603,7 +2605,7 @@ class LogWriter:
         dropped = missed + self._failed - self._noted
         if dropped:
             before = self._failed
-            self._write_safely(self._note(dropped))
+            self._write_safely(_dropped_note(dropped))
             if self._failed == before:
                 self._noted += dropped
             else:
@@ -2619,7 +2621,7 @@ class LogWriter:
 
 @implementer(ILogObserver)
 class LogObserver:
-    """The one observer of the process: formats events and hands them to the writer."""
+    """The one observer of the process: formats events and hands them to its ``writer``."""
 
     def __init__(
         self, config: Config, write: Callable[[bytes], object] | None = None, *, fd: int = 1
@@ -2633,7 +2635,7 @@ class LogObserver:
         self._target: LogStream | LogFile = LogStream(fd)
         if config.log_file is not None:
             self._target = self._open_file(config.log_file)
-        self._writer = LogWriter(write or self._target.write, LOG_FLUSH_SECONDS)
+        self.writer = LogWriter(write or self._target.write)
 
     def _open_file(self, path: Path) -> LogFile:
         try:
@@ -2644,7 +2646,7 @@ class LogObserver:
     def use_file(self, path: Path) -> None:
         """Write to a rotated file from now on."""
         self._target = self._open_file(path)
-        self._writer = LogWriter(self._target.write, LOG_FLUSH_SECONDS)
+        self.writer = LogWriter(self._target.write)
 
     def reopen(self) -> None:
         """Open the log file anew: somebody moved it away."""
@@ -2658,19 +2660,6 @@ class LogObserver:
     def enabled(self, level: str) -> bool:
         """Tell whether events of a level pass, to save the work of making them."""
         return LOG_LEVELS[level] >= self._threshold
-
-    @property
-    def dropped_lines(self) -> int:
-        """Lines that could not be written, or waited for too long."""
-        return self._writer.dropped
-
-    def start(self) -> None:
-        """Write from a thread from now on."""
-        self._writer.start()
-
-    def stop(self) -> None:
-        """Write what waits and end the thread; later lines are written at once."""
-        self._writer.stop()
 
     def __call__(self, event: LogEvent) -> None:
         """Log one event; see ``ILogObserver``."""
@@ -2690,7 +2679,7 @@ class LogObserver:
                 record[key] = self._plain(value)
         if "log_failure" in event:
             record["traceback"] = scrub(event["log_failure"].getTraceback())
-        self._writer.put(self._line(record))
+        self.writer.put(self._line(record))
 
     def _plain(self, value: object, depth: int = 0) -> object:
         """Return a value as JSON can hold it, without secrets."""
@@ -9490,7 +9479,7 @@ class Metrics:
             states.add_metric([state.value], count)
         yield states
         lost = CounterMetricFamily("genvm_log_lines_dropped", "Lines that the log has not taken.")
-        lost.add_metric([], self._observer.dropped_lines)
+        lost.add_metric([], self._observer.writer.dropped)
         yield lost
         yield from self._of_modules()
 
@@ -13320,7 +13309,7 @@ def run_module_service(kind: str, alone: Alone | None = None) -> int:
 
     def end(status: int) -> None:
         service.close()
-        observer.stop()
+        observer.writer.stop()
         os._exit(status)  # at once: a thread may hang in a resolver
 
     try:
@@ -13338,7 +13327,7 @@ def run_module_service(kind: str, alone: Alone | None = None) -> int:
     except (ManagerError, ValueError) as error:
         ServiceRuntime.log.error("{text}", text=str(error))
         return 1
-    observer.start()
+    observer.writer.start()
     reactor.suggestThreadPoolSize(SERVICE_THREADS)
     signal.signal(signal.SIGTERM, lambda *_: reactor.callFromThread(runtime.drain))
     if alone is None:
@@ -17423,7 +17412,7 @@ class ManagerService(Service):
         if self.parent is not None and self.observer.has_stdout and _stdout_is_devnull():
             # twistd went into the background and took stdout with it: say things where they last.
             self.observer.use_file(Path(DAEMON_LOG).absolute())
-        self.observer.start()
+        self.observer.writer.start()
         # Names are resolved in these threads too, and a slow resolver must not hold up the rest.
         self._reactor.suggestThreadPoolSize(THREADS)
         # The reactor installs its own handlers when it starts: ours come after them.
@@ -17576,7 +17565,7 @@ class ManagerService(Service):
         self.spawner.stop()
         self.log.info("stopped")
         if self._owns_process:
-            self.observer.stop()
+            self.observer.writer.stop()
 
 
 def _settle_memory() -> None:
