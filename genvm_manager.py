@@ -9526,9 +9526,9 @@ def _llm_metrics(statistics: Mapping[str, Any]) -> Iterator[Metric]:
             requests.add_metric([*names, "success"], counts["requests"] - failed)
             for outcome, count in counts["errors"].items():
                 requests.add_metric([*names, outcome], count)
+            seconds.add_metric(names, counts["latency_count"], counts["latency_sum_ms"] / 1000)
             tokens.add_metric([*names, "prompt"], counts["prompt_tokens"])
             tokens.add_metric([*names, "completion"], counts["completion_tokens"])
-            seconds.add_metric(names, counts["latency_count"], counts["latency_sum_ms"] / 1000)
     yield from (requests, tokens, seconds)
 
 
@@ -10580,8 +10580,9 @@ class ApiEndpoint:
         yield from (BodyTooLarge, ManagerError)
 
 
-#: Every endpoint, in the order of the code; routes are put here as they are made.
+#: Every endpoint, in the order of the code, and Klein's route to it; ``api_endpoint`` makes both.
 API_ENDPOINTS: list[ApiEndpoint] = []
+ROUTES = Klein()
 
 
 class OpenApi:
@@ -10725,6 +10726,28 @@ pre { overflow-x: auto; padding: .5rem; border: 1px solid #8886; }
 """
 
 
+def html_document(page: str, *rules: str, **texts: str) -> tuple[bytes, dict[str, str]]:
+    """Return a page and its headers, which let it use what is in it and nothing else.
+
+    ``texts`` go into the elements of their names, ``style`` and ``script``; ``rules`` of a content
+    security policy allow more.
+    """
+    policy = ["default-src 'none'"]
+    for tag, text in texts.items():
+        page = page.replace(f"</{tag}>", f"{text}</{tag}>")
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        policy.append(f"{tag}-src 'sha256-{digest}'")
+    policy += [*rules, "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"]
+    data = page.encode()
+    return data, {
+        "content-type": "text/html; charset=utf-8",
+        "content-length": str(len(data)),
+        "content-security-policy": "; ".join(policy),
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+    }
+
+
 def documentation_page(document: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
     """Return what an OpenAPI document says as a page for people, and its headers."""
     operations = [
@@ -10744,21 +10767,14 @@ def documentation_page(document: Mapping[str, Any]) -> tuple[bytes, dict[str, st
         (
             '<!doctype html><html lang="en"><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>GenVM Manager API</title><style>{_DOCS_STYLE}</style>",
+            "<title>GenVM Manager API</title><style></style>",
             f"<h1>GenVM Manager {__version__}</h1><p>The same for programs: ",
             f'<a href="openapi.json">openapi.json</a>.</p><ul>{"".join(links)}</ul>',
             *(_section(name, operation) for name, operation in operations),
             *classes,
         )
     )
-    digest = base64.b64encode(hashlib.sha256(_DOCS_STYLE.encode()).digest()).decode()
-    policy = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    return body.encode(), {
-        "content-type": "text/html; charset=utf-8",
-        "content-security-policy": f"default-src 'none'; style-src 'sha256-{digest}'; {policy}",
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-    }
+    return html_document(body, style=_DOCS_STYLE)
 
 
 def _section(name: str, operation: Mapping[str, Any]) -> str:
@@ -10880,7 +10896,6 @@ def wait_seconds(request: Request) -> float:
 
 
 def api_endpoint(
-    app: Klein,
     method: str,
     path: str,
     answer: Any,
@@ -10927,7 +10942,7 @@ def api_endpoint(
                 error.__traceback__ = None  # where it was awaited, its frames hold the error
                 return answer
 
-        app.route(path, methods=[method])(route)
+        ROUTES.route(path, methods=[method])(route)
         return route
 
     return decorate
@@ -10937,8 +10952,8 @@ def api_endpoint(
 # 2.25 HTTP API
 # =============================================================================
 #
-# Owns the routes: the path, the form of the body, the call, the answer. The
-# only section that uses Klein. Never constructs what it serves.
+# Owns the routes: the path, the form of the body, the call, the answer. Uses
+# endpoints, and all that it serves. Never constructs that.
 
 
 @frozen
@@ -10956,22 +10971,21 @@ class LogLevelBody:
 
 
 @frozen
-class ModuleBody:
-    """Body of ``POST /module/start`` and ``/module/restart``."""
+class ModuleStopBody:
+    """Body of ``POST /module/stop``."""
 
     module_type: Annotated[ModuleKind, about("In any letter case.", "web")]
+
+
+@frozen
+class ModuleBody(ModuleStopBody):
+    """Body of ``POST /module/start`` and ``/module/restart``."""
+
     config: Annotated[
         AnyObject | None,
         about("Null is the module's file in `config/`.", {"bind_address": "127.0.0.1:0"}),
     ] = None
     allow_empty_backends: Annotated[bool, about("Start without a usable model (`llm`).")] = False
-
-
-@frozen
-class ModuleStopBody:
-    """Body of ``POST /module/stop``."""
-
-    module_type: Annotated[ModuleKind, about("In any letter case.", "web")]
 
 
 @frozen
@@ -10986,7 +11000,7 @@ class VariableBody:
 class Api:
     """The HTTP interface; each route is its path, its body, one call, its answer."""
 
-    app = Klein()
+    app = ROUTES
     log = Logger()
 
     _config: Config
@@ -11008,7 +11022,7 @@ class Api:
 
     # --- status ---
 
-    @api_endpoint(app, "GET", "/status", ManagerStatus)
+    @api_endpoint("GET", "/status", ManagerStatus)
     async def status(self, request: Request) -> Answer:
         """Answer what is going on; never waits for anything."""
         entries = (b'"%d":%s' % (e.id, e.summary_json()) for e in self._executions.listed())
@@ -11041,7 +11055,6 @@ class Api:
     # --- executions ---
 
     @api_endpoint(
-        app,
         "POST",
         "/genvm/run",
         RunStarted,
@@ -11055,7 +11068,6 @@ class Api:
         return RunStarted(id=execution.id)
 
     @api_endpoint(
-        app,
         "GET",
         "/genvm/<int:genvm_id>",
         ExecutionAnswer,
@@ -11076,7 +11088,6 @@ class Api:
         return await self.stream(request, pieces)
 
     @api_endpoint(
-        app,
         "DELETE",
         "/genvm/<int:genvm_id>",
         ShutdownCompleted,
@@ -11091,7 +11102,7 @@ class Api:
         await self._executions.stop(genvm_id, grace_ms / 1000)
         return ShutdownCompleted(genvm_id=genvm_id)
 
-    @api_endpoint(app, "POST", "/drain", DrainAnswer, takes=[WAIT, WAIT_MS])
+    @api_endpoint("POST", "/drain", DrainAnswer, takes=[WAIT, WAIT_MS])
     async def drain(self, request: Request) -> Answer:
         """Refuse new executions from now on and finish those that were accepted.
 
@@ -11104,7 +11115,7 @@ class Api:
             return DrainAnswer(result="accepting")  # somebody changed their mind
         return DrainAnswer(result="drained" if settled else "draining")
 
-    @api_endpoint(app, "POST", "/undrain", DrainAnswer)
+    @api_endpoint("POST", "/undrain", DrainAnswer)
     async def undrain(self, request: Request) -> Answer:
         """Accept executions again."""
         self._set_draining(request, False)
@@ -11118,7 +11129,6 @@ class Api:
     # --- contracts ---
 
     @api_endpoint(
-        app,
         "POST",
         "/genvm/run/readonly",
         ContractSchema,
@@ -11129,11 +11139,10 @@ class Api:
     async def schema(self, request: Request) -> Answer:
         """Answer a contract's schema."""
         moment = DEPLOYED.of(request)
-        code = await self.read_body(request)
+        code = await self._read(request, bytes)
         return await self.stream(request, await self._contracts.schema_pieces(code, moment))
 
     @api_endpoint(
-        app,
         "POST",
         "/contract/detect-version",
         DetectedVersion,
@@ -11144,11 +11153,10 @@ class Api:
     async def detect_version(self, request: Request) -> Answer:
         """Answer the major version that a contract asks for."""
         moment = DEPLOYED.of(request)
-        code = await self.read_body(request)
+        code = await self._read(request, bytes)
         return DetectedVersion(specified_major=await self._contracts.major(code, moment))
 
     @api_endpoint(
-        app,
         "POST",
         "/contract/pre-deploy-writes",
         DeploymentWrites,
@@ -11159,12 +11167,12 @@ class Api:
     async def pre_deploy_writes(self, request: Request) -> Answer:
         """Answer the storage writes that deploy a contract."""
         moment = DEPLOYED.of(request)
-        code = await self.read_body(request)
+        code = await self._read(request, bytes)
         return await self.stream(request, await self._contracts.deployment_pieces(code, moment))
 
     # --- permits ---
 
-    @api_endpoint(app, "GET", "/permits", PermitsAnswer)
+    @api_endpoint("GET", "/permits", PermitsAnswer)
     async def permits(self, request: Request) -> Answer:
         """Answer how many executions may run; ``permits`` is the total."""
         return PermitsAnswer(
@@ -11174,7 +11182,7 @@ class Api:
             waiting=self._gate.queue_length,
         )
 
-    @api_endpoint(app, "POST", "/permits", PermitsSet, body=PermitsBody)
+    @api_endpoint("POST", "/permits", PermitsSet, body=PermitsBody)
     async def set_permits(self, request: Request, body: PermitsBody) -> Answer:
         """Change how many executions may run."""
         permits = automatic_permits() if body.permits is None else body.permits
@@ -11186,7 +11194,6 @@ class Api:
     # --- modules ---
 
     @api_endpoint(
-        app,
         "POST",
         "/module/start",
         ModuleStarted,
@@ -11200,7 +11207,7 @@ class Api:
         self.note_change(request, "module started", module=body.module_type)
         return ModuleStarted()
 
-    @api_endpoint(app, "POST", "/module/stop", ModuleStopped, body=ModuleStopBody)
+    @api_endpoint("POST", "/module/stop", ModuleStopped, body=ModuleStopBody)
     async def stop_module(self, request: Request, body: ModuleStopBody) -> Answer:
         """Stop a module."""
         was_running = await self._modules[body.module_type].stop()
@@ -11208,7 +11215,6 @@ class Api:
         return ModuleStopped(result="module_stopped" if was_running else "module_not_running")
 
     @api_endpoint(
-        app,
         "POST",
         "/module/restart",
         ModuleRestarted,
@@ -11225,7 +11231,6 @@ class Api:
     # --- models ---
 
     @api_endpoint(
-        app,
         "POST",
         "/llm/check",
         list[CheckResult],
@@ -11243,7 +11248,7 @@ class Api:
 
     # --- configuration ---
 
-    @api_endpoint(app, "POST", "/log/level", LogLevelSet, body=LogLevelBody)
+    @api_endpoint("POST", "/log/level", LogLevelSet, body=LogLevelBody)
     async def log_level(self, request: Request, body: LogLevelBody) -> Answer:
         """Change what is logged."""
         was_enabled = self._observer.enabled("info")
@@ -11257,11 +11262,7 @@ class Api:
         return LogLevelSet(level=self._observer.level)
 
     @api_endpoint(
-        app,
-        "POST",
-        "/manifest/reload",
-        ManifestReloaded,
-        errors=[ManifestError, ResourcesExhausted],
+        "POST", "/manifest/reload", ManifestReloaded, errors=[ManifestError, ResourcesExhausted]
     )
     async def reload_manifest(self, request: Request) -> Answer:
         """Read the manifest again; a bad one changes nothing."""
@@ -11269,7 +11270,7 @@ class Api:
         self.note_change(request, "manifest reloaded as asked")
         return ManifestReloaded()
 
-    @api_endpoint(app, "POST", "/env", VariableSet, body=VariableBody, errors=[EnvironmentRefused])
+    @api_endpoint("POST", "/env", VariableSet, body=VariableBody, errors=[EnvironmentRefused])
     async def set_variable(self, request: Request, body: VariableBody) -> Answer:
         """Set a variable for templates, and for children if they may have it."""
         key = body.key
@@ -11298,10 +11299,6 @@ class Api:
 
         return await self._read(request, parse)
 
-    async def read_body(self, request: Request) -> bytes:
-        """Return a request's body."""
-        return await self._read(request, bytes)
-
     async def _read(self, request: Request, parse: Callable[[bytes], Value]) -> Value:
         """Return what is made of a request's body, in a thread if it is large."""
         encoding = header_text(request, b"content-encoding") or "identity"
@@ -11323,7 +11320,7 @@ class Api:
         request.content = None
         return await in_thread(self._reactor, read)
 
-    @app.handle_errors(HTTPException)
+    @ROUTES.handle_errors(HTTPException)
     def no_route(self, request: Request, failure: Failure) -> bytes | None:
         """Answer that no route takes the request."""
         problem = failure.value
@@ -11358,53 +11355,22 @@ class Api:
 
     def reply_error(self, request: Request, error: Exception) -> bytes | None:
         """Return an error as JSON; one that nobody foresaw is logged and not shown."""
-        request_id = cast(ApiRequest, request).request_id
+        asked = cast(ApiRequest, request)
+        request_id = asked.request_id
         if not isinstance(error, ManagerError):
             self.log.failure("a request failed unexpectedly", Failure(error), request_id=request_id)
             error = ManagerError(f"internal error; the log of the manager has it as {request_id}")
         for name, value in error_headers(error).items():
             request.setHeader(name, value)
         error.message = self._observer.redactor.scrub(error.message)
-        status, request = (
-            status_of_error(type(error), self._config.error_status),
-            cast(ApiRequest, request),
-        )
-        request.channel.site.note_refusal(status, error.code, request.peer, request_id)
+        status = status_of_error(type(error), self._config.error_status)
+        asked.channel.site.note_refusal(status, error.code, asked.peer, request_id)
         return self.reply(request, status, error_answer(error, request_id))
 
     def note_change(self, request: Request, text: str, **fields: object) -> None:
         """Log what somebody has changed, and who it was."""
         asked = cast(ApiRequest, request)
         self.log.info("{text}", text=text, **fields, peer=asked.peer, request_id=asked.request_id)
-
-
-class ApiResource(Resource):
-    """The root of the site: lets a request reach Klein if it may."""
-
-    isLeaf = True
-
-    def __init__(self, api: Api, policy: AccessPolicy) -> None:
-        Resource.__init__(self)
-        self._api = api
-        self._policy = policy
-        self._routes = api.app.resource()
-
-    def render(self, request: Request) -> Any:
-        """Answer a request; see ``IResource``."""
-        try:
-            if not cast(ApiRequest, request).is_admitted:
-                self._policy.check(request)
-            (request.method + b"".join(request.postpath or ())).decode()
-        except UnicodeDecodeError:
-            error = EndpointNotFound("no such endpoint: its path is not UTF-8")
-            return self._api.reply_error(request, error)
-        except ManagerError as error:
-            return self._api.reply_error(request, error)
-        return self.answer(request)
-
-    def answer(self, request: Request) -> Any:
-        """Answer a request that may be made."""
-        return self._routes.render(cast(IRequest, request))
 
 
 # =============================================================================
@@ -11652,16 +11618,16 @@ class OperatorApi(Api):
 
     # --- documentation ---
 
-    @api_endpoint(Api.app, "GET", "/openapi.json", dict[str, Any])
+    @api_endpoint("GET", "/openapi.json", dict[str, Any])
     async def openapi(self, request: Request) -> Answer:
         """Answer this API as an OpenAPI document."""
         return self._documentation()[0]
 
-    @api_endpoint(Api.app, "GET", "/docs", None, forms={"text/html": None})
+    @api_endpoint("GET", "/docs", None, forms={"text/html": None})
     async def docs(self, request: Request) -> Answer:
         """Answer this API as a page to read."""
         _, (page, headers) = self._documentation()
-        for name, value in {**headers, "content-length": str(len(page))}.items():
+        for name, value in headers.items():
             request.setHeader(name, value)
         request.write(page)
         return None
@@ -11676,7 +11642,7 @@ class OperatorApi(Api):
 
     # --- probes and figures ---
 
-    @api_endpoint(Api.app, "GET", "/", EndpointList)
+    @api_endpoint("GET", "/", EndpointList)
     async def endpoints(self, request: Request) -> Answer:
         """Answer which endpoints there are."""
         listed = [
@@ -11685,12 +11651,12 @@ class OperatorApi(Api):
         ]
         return EndpointList(version=__version__, endpoints=listed)
 
-    @api_endpoint(Api.app, "GET", "/livez", Alive)
+    @api_endpoint("GET", "/livez", Alive)
     async def livez(self, request: Request) -> Answer:
         """Answer that the event loop turns."""
         return Alive()
 
-    @api_endpoint(Api.app, "GET", "/readyz", Ready, takes=[FREE_PERMITS], errors=[NotReady])
+    @api_endpoint("GET", "/readyz", Ready, takes=[FREE_PERMITS], errors=[NotReady])
     async def readyz(self, request: Request) -> Answer:
         """Answer that executions can be run here; 503 with the reasons otherwise.
 
@@ -11735,7 +11701,7 @@ class OperatorApi(Api):
             reasons.append("no executor is installed: see GET /versions")
         return reasons
 
-    @api_endpoint(Api.app, "GET", "/metrics", None, forms={"text/plain": None})
+    @api_endpoint("GET", "/metrics", None, forms={"text/plain": None})
     async def metrics(self, request: Request) -> Answer:
         """Answer the figures in Prometheus' text format."""
         text = self._metrics.text()
@@ -11746,7 +11712,7 @@ class OperatorApi(Api):
 
     # --- lists ---
 
-    @api_endpoint(Api.app, "GET", "/versions", VersionList, errors=[ResourcesExhausted])
+    @api_endpoint("GET", "/versions", VersionList, errors=[ResourcesExhausted])
     async def versions(self, request: Request) -> Answer:
         """Answer which executors there are, and which deployment times select them."""
         try:
@@ -11757,18 +11723,18 @@ class OperatorApi(Api):
             ) from None
         return VersionList(reroute_to=self._config.reroute_to, versions=found)
 
-    @api_endpoint(Api.app, "GET", "/log/level", LogLevelAnswer)
+    @api_endpoint("GET", "/log/level", LogLevelAnswer)
     async def get_log_level(self, request: Request) -> Answer:
         """Answer what is logged."""
         return LogLevelAnswer(level=self._observer.level)
 
-    @api_endpoint(Api.app, "GET", "/env", VariableNames)
+    @api_endpoint("GET", "/env", VariableNames)
     async def variables(self, request: Request) -> Answer:
         """Answer which variables ``POST /env`` set; never what they hold."""
         names = self._variables.names().items()
         return VariableNames(variables=[VariableName(key=key, passed_on=on) for key, on in names])
 
-    @api_endpoint(Api.app, "GET", "/genvm", ExecutionPage, takes=[STATE, LIMIT, BEFORE])
+    @api_endpoint("GET", "/genvm", ExecutionPage, takes=[STATE, LIMIT, BEFORE])
     async def list_executions(self, request: Request) -> Answer:
         """Answer the executions that are known, newest first, page by page."""
         state, before = STATE.of(request), BEFORE.of(request)
@@ -11789,7 +11755,6 @@ class OperatorApi(Api):
     # --- events ---
 
     @api_endpoint(
-        Api.app,
         "GET",
         "/events",
         None,
@@ -11816,7 +11781,6 @@ class OperatorApi(Api):
         return None
 
     @api_endpoint(
-        Api.app,
         "GET",
         "/genvm/<int:genvm_id>/events",
         None,
@@ -12274,9 +12238,9 @@ tick();
 # 2.28 HTTP API: page
 # =============================================================================
 #
-# Owns the page that a browser gets at ``GET /``: one document with its style, and
-# the headers that let it use nothing else. Uses its script and the API's answers.
-# Never knows what is going on: the page asks the API.
+# Owns the root of the site, and the page that a browser gets there: one document with
+# its style. Uses its script, and the API for all other requests. Never knows what is
+# going on: the page asks the API.
 
 _STYLE: Final = """
 :root {
@@ -12392,42 +12356,47 @@ _PAGE: Final = """<!doctype html><html lang="en"><meta charset="utf-8">
 @functools.cache
 def _page() -> tuple[bytes, dict[str, str]]:
     """Return the page and its headers; made when somebody first looks at it."""
-    texts = {"style": _STYLE, "script": PAGE_SCRIPT}
-    page, sources = _PAGE, []
-    for tag, text in texts.items():
-        page = page.replace(f"</{tag}>", f"{text}</{tag}>")
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        sources.append(f"{tag}-src 'sha256-{digest}'; ")
-    policy = (
-        f"default-src 'none'; {''.join(sources)}connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'; trusted-types 'none'"
+    page, headers = html_document(
+        _PAGE,
+        "connect-src 'self'",
+        "img-src data:",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+        style=_STYLE,
+        script=PAGE_SCRIPT,
     )
-    return page.encode(), {
-        "content-type": "text/html; charset=utf-8",
-        "content-security-policy": policy,
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-        "cache-control": "no-cache",
-    }
+    return page, {**headers, "cache-control": "no-cache"}
 
 
-class PageResource(ApiResource):
-    """The root of the site: the page for a browser, else the API."""
+class RootResource(Resource):
+    """The root of the site: the page for a browser, else Klein, if the request may be made."""
+
+    isLeaf = True
+
+    def __init__(self, api: Api, policy: AccessPolicy) -> None:
+        Resource.__init__(self)
+        self._api = api
+        self._policy = policy
+        self._routes = api.app.resource()
 
     def render(self, request: Request) -> Any:
         """Answer a request; see ``IResource``."""
         if request.path == b"/":
             request.setHeader("vary", "accept")
-        return super().render(request)
-
-    def answer(self, request: Request) -> Any:
-        """Answer a request that may be made."""
+        try:
+            if not cast(ApiRequest, request).is_admitted:
+                self._policy.check(request)
+            (request.method + b"".join(request.postpath or ())).decode()
+        except UnicodeDecodeError:
+            error = EndpointNotFound("no such endpoint: its path is not UTF-8")
+            return self._api.reply_error(request, error)
+        except ManagerError as error:
+            return self._api.reply_error(request, error)
         if not wants_page(request):
-            return super().answer(request)
+            return self._routes.render(cast(IRequest, request))
         cast(ApiRequest, request).route = "/"
         page, headers = _page()
-        for name, value in {**headers, "content-length": str(len(page))}.items():
+        for name, value in headers.items():
             request.setHeader(name, value)
         return b"" if request.method == b"HEAD" else page
 
@@ -17305,7 +17274,7 @@ class ManagerService(Service):
         if config.auth_token_file is not None:
             self._use_token(read_token(config.auth_token_file))
         policy = self._policy
-        self.site = ApiSite(PageResource(self.api, policy), reactor, config, policy)
+        self.site = ApiSite(RootResource(self.api, policy), reactor, config, policy)
         self.site.answered = self.api.note_answer
         self._listeners: list[Listener] = []
         self._watchdog = LoopingCall(self._show_life)
