@@ -2171,10 +2171,7 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
     What a control group (version 2 or 1) leaves us counts where it is less than what the machine
     has.
     """
-    try:
-        lines = (proc / "meminfo").read_text().splitlines()
-    except OSError:
-        return 0
+    lines = _text_of(proc / "meminfo").splitlines()
     fields = {line.split(":")[0]: int(line.split()[1]) * KIB for line in lines if ":" in line}
     memory, swap = fields.get("MemAvailable", 0), fields.get("SwapFree", 0)
     for folder in _control_groups(proc, cgroups):
@@ -2192,13 +2189,17 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
     return memory + swap
 
 
+def _text_of(path: Path) -> str:
+    """Return what a file has; nothing where it cannot be read."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
 def _control_groups(proc: Path, cgroups: Path) -> Iterator[Path]:
     """Yield the control groups that hold this process, from the innermost outwards."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
+    for line in _text_of(proc / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -2212,19 +2213,13 @@ def _control_groups(proc: Path, cgroups: Path) -> Iterator[Path]:
 
 
 def _cgroup_number(folder: Path, name: str) -> int | None:
-    try:
-        text = (folder / name).read_text().strip()
-    except OSError:
-        return None
+    text = _text_of(folder / name).strip()
     return int(text) if text.isdigit() else None
 
 
 def _cgroup_stat(folder: Path, name: str) -> int:
     """Return one figure of ``memory.stat``: page cache that the kernel gives up on demand."""
-    try:
-        lines = (folder / "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
+    lines = _text_of(folder / "memory.stat").splitlines()
     return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
 
 
@@ -9246,7 +9241,7 @@ class EventFeed:
     """
 
     def __init__(self, boot_id: str, now: Callable[[], float] = time.time) -> None:
-        self._boot = boot_id[:8]
+        self.boot_id = boot_id
         self._now = now
         self._kept: deque[ManagerEvent] = deque(maxlen=EVENTS_KEPT)
         self.count = 0
@@ -9256,7 +9251,7 @@ class EventFeed:
         """Something happened now."""
         self.count += 1
         told = kind(time=timestamp_of(self._now()), **fields)
-        event = ManagerEvent(self.count, told, f"{self._boot}-{self.count}")
+        event = ManagerEvent(self.count, told, f"{self.boot_id[:8]}-{self.count}")
         self._kept.append(event)
         for follower in [*self.followers]:
             follower(event)
@@ -9276,7 +9271,9 @@ class EventFeed:
         They were if it is of another start of the manager, which is read from its first event on.
         """
         boot, _, digits = last_id.partition("-")
-        known = boot == self._boot and digits.isascii() and digits.isdigit() and len(digits) < 20
+        known = (
+            boot == self.boot_id[:8] and digits.isascii() and digits.isdigit() and len(digits) < 20
+        )
         number = int(digits) if known else 0
         return (number, False) if known and number <= self.count else (0, True)
 
@@ -11013,8 +11010,7 @@ class Api:
     _contracts: ContractOperations
     _check: AvailabilityCheck
     _modules: Mapping[str, Module]
-    _boot_id: str
-    _tell: Callable[..., object]
+    _events: EventFeed
     _started: float = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -11045,7 +11041,7 @@ class Api:
             ),
             version=__version__,
             instance=self._config.instance,
-            boot_id=self._boot_id,
+            boot_id=self._events.boot_id,
             uptime_s=round(self._reactor.seconds() - self._started, 3),
             draining=self._executions.draining,
             unread=self._executions.unread,
@@ -11123,7 +11119,7 @@ class Api:
 
     def _set_draining(self, request: Request, draining: bool) -> None:
         self._executions.draining = draining
-        self._tell(DrainEvent, draining=draining)
+        self._events.tell(DrainEvent, draining=draining)
         self.note_change(request, "draining" if draining else "accepting executions again")
 
     # --- contracts ---
@@ -11187,7 +11183,7 @@ class Api:
         """Change how many executions may run."""
         permits = automatic_permits() if body.permits is None else body.permits
         self._gate.resize(permits)
-        self._tell(PermitsEvent, permits=permits)
+        self._events.tell(PermitsEvent, permits=permits)
         self.note_change(request, "permits set", permits=permits)
         return PermitsSet(permits=permits)
 
@@ -11578,7 +11574,6 @@ class OperatorApi(Api):
 
     log = Logger()
 
-    _events: EventFeed
     _metrics: Metrics
     _streams: set[EventStream] = field(init=False, factory=set)
     _disks: SharedLook[list[str]] = field(init=False)
@@ -16031,9 +16026,9 @@ _RETURN, _USER_ERROR, _VM_ERROR = range(3)
 _FAREWELL_S: Final = 0.5
 """How long a cancelled executor tries to tell the host: the manager kills after 0.7 s."""
 _CONNECT_S: Final = 10.0
-_ANSWER_LIMIT: Final = 16 * 1024 * 1024
+_ANSWER_LIMIT: Final = 16 * MIB
 """What real executors take of a module."""
-MODULE_VALUE_LIMIT: Final = 64 * 1024 * 1024
+MODULE_VALUE_LIMIT: Final = 64 * MIB
 PRACTICE_POLL_S: Final = 0.01
 
 
@@ -16753,7 +16748,7 @@ class PracticeRun:
             "body": None,
             "sign": False,
         }
-        response = self._ask_web("Request", request, "response")
+        response = self._ask_module("GENVM_WEB_MODULE", {"Request": request}, "response")
         body = response.get("body") if isinstance(response, dict) else None
         self._last = body.decode("utf-8", "replace") if isinstance(body, bytes) else None
 
@@ -16761,7 +16756,7 @@ class PracticeRun:
         mode, _, url = rest.partition(" ")
         request: CalldataValue = {"mode": mode, "url": url.strip(), "wait_after_loaded": "0s"}
         member = "image" if mode == "screenshot" else "text"
-        self._last = self._ask_web("Render", request, member)
+        self._last = self._ask_module("GENVM_WEB_MODULE", {"Render": request}, member)
 
     def step_sleep(self, rest: str) -> None:
         self._cancellation.wait(deadline=time.monotonic() + _seconds(rest))
@@ -16807,9 +16802,6 @@ class PracticeRun:
         payload: CalldataValue = {"prompt": prompt, "response_format": form, "images": []}
         request: CalldataValue = {"payload": payload, "remaining_fuel_as_gen": 0}
         return self._ask_module("GENVM_LLM_MODULE", {"Prompt": request}, "data")
-
-    def _ask_web(self, name: str, request: CalldataValue, member: str) -> CalldataValue:
-        return self._ask_module("GENVM_WEB_MODULE", {name: request}, member)
 
     def _ask_module(self, variable: str, request: CalldataValue, member: str) -> CalldataValue:
         """Return a member of a module's answer; the first question makes the connection."""
@@ -17034,17 +17026,17 @@ on method greet
 DEMO_ACCOUNT = bytes(19) + b"\x01"
 
 
-def make_practice_root(root: Path, version: str = DEMO_VERSION) -> None:
+def make_practice_root(root: Path) -> None:
     """Make a GenVM root: a manifest with one version, and the practice executor for it.
 
     Raises ``ConfigError`` for the root of something else, and if the files cannot be written.
     """
     manifest = root / "data" / "manifest.yaml"
-    text = f'executor_versions: {{{version}: {{available_after: "2025-01-01T00:00:00Z"}}}}\n'
+    text = f'executor_versions: {{{DEMO_VERSION}: {{available_after: "2025-01-01T00:00:00Z"}}}}\n'
     try:
         if manifest.exists() and manifest.read_text(encoding="utf-8", errors="replace") != text:
             raise ConfigError(f"{root} is the root of other executors: give a new folder")
-        install_practice_executor(root, version)
+        install_practice_executor(root, DEMO_VERSION)
         manifest.parent.mkdir(exist_ok=True)
         manifest.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -17080,10 +17072,9 @@ class _DemoManager(ProcessProtocol):
 class Demo:
     """Deploys and calls a contract through a manager, printing each request and reply."""
 
-    def __init__(self, reactor: Any, folder: Path, say: Callable[[str], object] = print) -> None:
+    def __init__(self, reactor: Any, folder: Path) -> None:
         self._reactor = reactor
         self._folder = folder
-        self._say = say
         self._http = HttpClient.create(reactor, use_proxy=False)
         self._base = ""
 
@@ -17103,17 +17094,17 @@ class Demo:
                 await self._soon(manager.ended.wait())
 
     async def _deploy_and_call(self) -> CalldataValue:
-        self._say(f"The contract:\n\n{textwrap.indent(DEMO_CONTRACT, '    ')}")
+        print(f"The contract:\n\n{textwrap.indent(DEMO_CONTRACT, '    ')}")
         state = HostState(DEMO_ACCOUNT, b"", writable=True)
         state.deploy(deployment_writes(DEMO_CONTRACT.encode()))
-        self._say("1. Deploy it: the constructor gets the argument 'Hello'.")
+        print("1. Deploy it: the constructor gets the argument 'Hello'.")
         state.calldata = encode_calldata({"args": ["Hello"], "kwargs": {}})
         await self._execute(state, is_init=True)
-        self._say("2. Call its method 'greet' with name='world'.")
+        print("2. Call its method 'greet' with name='world'.")
         call: CalldataValue = {"method": "greet", "args": [], "kwargs": {"name": "world"}}
         state.calldata = encode_calldata(call)
         value = await self._execute(state, is_init=False)
-        self._say(f"The contract returned: {value!r}")
+        print(f"The contract returned: {value!r}")
         return value
 
     async def _execute(self, state: HostState, *, is_init: bool) -> CalldataValue:
@@ -17145,13 +17136,13 @@ class Demo:
         return decode_calldata(outcome.data)
 
     async def _request(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        self._say(f"   > {method} {path}")
+        print(f"   > {method} {path}")
         if body is not None:
-            self._say(f"   > {json.dumps(body)}")
+            print(f"   > {json.dumps(body)}")
         data = None if body is None else json.dumps(body).encode()
         asking = self._http.exchange(method, self._base + path, DEMO_ANSWER_BYTES, data=data)
         reply = await self._soon(Deferred.fromCoroutine(asking))
-        self._say(f"   < {reply.status} {reply.body.decode()}\n")
+        print(f"   < {reply.status} {reply.body.decode()}\n")
         answer: dict[str, Any] = json.loads(reply.body)
         if reply.status != 200:
             raise HostProtocolError(f"{method} {path} failed: {answer['error']}")
@@ -17232,12 +17223,11 @@ class ManagerService(Service):
         self._reactor = reactor
         self._owns_process = owns_process
         self._systemd = Systemd.take(os.environ) if owns_process else Systemd()
-        self.boot_id = secrets.token_hex(16)
-        self.events = EventFeed(self.boot_id)
+        self.events = EventFeed(secrets.token_hex(16))
         self.manifest = ManifestStore(config)
         permits = automatic_permits() if config.permits is None else config.permits
         self.gate = PermitGate(permits, reactor)
-        self.spawner = Spawner(reactor, self.boot_id, owns_process=owns_process)
+        self.spawner = Spawner(reactor, self.events.boot_id, owns_process=owns_process)
         variables = Variables(config.root / "config", config.env_allow, config.executor_env)
         self.modules = {
             kind: Module(
@@ -17296,8 +17286,6 @@ class ManagerService(Service):
             self.contracts,
             check,
             self.modules,
-            self.boot_id,
-            self.events.tell,
             self.events,
             self.metrics,
         )
