@@ -9880,11 +9880,6 @@ class ApiChannel(HTTPChannel):
         rest, self._rest = self._rest, b""
         self.dataReceived(rest)
 
-    def lineReceived(self, line: bytes) -> None:
-        """Take a line of a head, unless the request was refused."""
-        if not self._refused:
-            HTTPChannel.lineReceived(self, line)
-
     def headerReceived(self, line: bytes) -> bool:
         """Take a header; a length that cannot be a number of Python's is refused."""
         name, _, value = line.partition(b":")
@@ -9914,15 +9909,11 @@ class ApiChannel(HTTPChannel):
         """Refuse a line of a head that is longer than any may be."""
         self._respondToBadRequestAndDisconnect()
 
-    def rawDataReceived(self, data: bytes) -> None:
-        """Take a piece of a body, unless the request was refused."""
-        if not self._refused:
-            super().rawDataReceived(data)
-
     def allContentReceived(self) -> None:
-        """A request is here as a whole."""
-        self.answering = True
-        HTTPChannel.allContentReceived(self)
+        """A request is here as a whole; it may have been refused by what came with its end."""
+        if not self._refused:
+            self.answering = True
+            HTTPChannel.allContentReceived(self)
 
     def writeHeaders(self, version: bytes, code: bytes, reason: bytes, headers: Any) -> None:
         """Write the head of a response, in one piece."""
@@ -9959,7 +9950,7 @@ class ApiChannel(HTTPChannel):
                 "none", "any", "refused at its head", status, len(body), 0.0, peer, request_id
             )
         )
-        self._refused = True
+        self._refused = self.paused = True  # nothing more of what is here is parsed
         self.setTimeout(None)
         self.transport.writeSequence([head.encode(), body])
         self._linger = self.callLater(LINGER_SECONDS, self._close)

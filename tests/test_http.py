@@ -973,6 +973,24 @@ def test_a_body_without_a_length_is_refused_while_it_is_read(tmp_path: Path) -> 
     assert manager.reactor.getDelayedCalls() == []
 
 
+@pytest.mark.parametrize("rest", [b"", b"GET /permits HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+def test_a_body_that_is_refused_and_ends_in_one_packet_is_not_taken(
+    rest: bytes, tmp_path: Path
+) -> None:
+    manager = Manager(tmp_path, max_body_bytes=1000)
+    before = manager.request("GET", "/permits").json
+    connection = manager.connect()
+    connection.ask("POST", "/permits", b"", Content_Length=None, Transfer_Encoding="chunked")
+    parts = b'{"permits": 7}', b" " * 2000, b""
+    connection.send(b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + rest)
+    assert connection.response.json["code"] == "body_too_large"
+    assert manager.reactor.jobs == []
+    manager.reactor.advance(LINGER_SECONDS)
+    assert not connection.answered
+    assert connection.transport.disconnecting
+    assert manager.request("GET", "/permits").json == before
+
+
 def test_a_chunked_body_is_read(manager: Manager) -> None:
     connection = manager.connect()
     connection.ask("POST", "/permits", b"", Content_Length=None, Transfer_Encoding="chunked")
