@@ -940,19 +940,17 @@ def own_reactor() -> Any:
         return reactor
     reactor.seconds = time.monotonic
     reactor.installNameResolver(SpareResolver(reactor))
-    both = readers, writers = (
-        _Registrations(reactor.addReader, reactor.removeReader),
-        _Registrations(reactor.addWriter, reactor.removeWriter),
-    )
+    readers = _Registrations(reactor.addReader, reactor.removeReader)
+    writers = _Registrations(reactor.addWriter, reactor.removeWriter)
     reactor.addReader, reactor.removeReader = readers.add_later, readers.drop
     reactor.addWriter, reactor.removeWriter = writers.add_later, writers.drop
     dispatch = reactor.doIteration
 
     def do_iteration(delay: float | None) -> None:
-        if any(some.late for some in both):
+        if readers.late or writers.late:
             writers.write()
-            for some in both:
-                some.register()
+            readers.register()
+            writers.register()
             # What that has called may be due earlier.
             delay = reactor.timeout() if delay is None or delay > 0 else delay
         dispatch(delay)
