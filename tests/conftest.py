@@ -7,6 +7,7 @@ in its own order, since its tests may share a daemon.
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,10 @@ settings.register_profile(
     "patient", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("patient")
+
+# What is imported and collected stays until the end: looking for garbage in it, then and later,
+# takes as long as the rest of the collection.
+gc.disable()
 
 WORKERS = 4
 LONGEST = "test_chromium.py"
@@ -57,6 +62,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return path in alone, path.parent == TESTS, path.name != LONGEST
 
     items.sort(key=order)
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage from now on, in what comes from now on."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
