@@ -2001,7 +2001,7 @@ def load_config(
     """
     notes: list[str] = []
     problems: list[str] = []
-    given: dict[str, object] = {}
+    given: dict[str, Any] = {}  # as the kinds of settings have parsed them
     sources = [("flag --", {key: flags[key] for key in flags if key != "config"}, "-")]
     from_environ = {
         name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
@@ -2023,7 +2023,7 @@ def load_config(
                 given[name] = kind.parse(kind.from_text(text))
             except ValueError as error:
                 problems.append(f"{origins[name]}: {error}")
-    root = cast(Path, given.get("root") or default_root(environ, file or Path(__file__)))
+    root = given.get("root") or default_root(environ, file or Path(__file__))
     path = Path(config_path) if config_path else root / "config" / "genvm-manager.yaml"
     if config_path or path.exists():
         found, file_notes, file_problems = _read_settings(path, root, environ)
@@ -2031,7 +2031,7 @@ def load_config(
         problems += file_problems
         given = {**found, **given}
         origins = {name: f"{path}: {name}" for name in found} | origins
-        root = cast(Path, given.get("root", root))
+        root = given.get("root", root)
     else:
         notes.append(f"no configuration file at {path}: using the defaults")
     if problems:
@@ -2041,9 +2041,8 @@ def load_config(
     given["root"] = root
     explicit = "manifest_path" in given
     given.setdefault("manifest_path", root / "data" / "manifest.yaml")
-    typed = cast(dict[str, Any], given)  # each value was parsed by its setting's kind
     reread = functools.partial(load_config, flags, environ, file=file, alone=True)
-    config = Config(**typed, notes=tuple(notes), explicit_manifest=explicit, reread=reread)
+    config = Config(**given, notes=tuple(notes), explicit_manifest=explicit, reread=reread)
     if not alone:
         _check_together(config, origins)
     return config
