@@ -3669,8 +3669,12 @@ class ExitStatus:
         """Return the status in the reason that Twisted gives for the end of a process."""
         error = reason.value
         if isinstance(error, ProcessTerminated):
-            return cls(None if error.signal is not None else error.exitCode, error.signal)
-        return cls(0, None)
+            return _exit_status(None if error.signal is not None else error.exitCode, error.signal)
+        return _exit_status(0, None)
+
+
+#: There are few of them, and each finished execution has one.
+_exit_status = functools.lru_cache(maxsize=256)(ExitStatus)
 
 
 @define(eq=False)
@@ -3681,7 +3685,8 @@ class BoundedTail:
     """
 
     _limit: int
-    blocks: deque[bytearray] = field(init=False, factory=deque)
+    #: Not a deque, which takes 0.6 KiB while it is empty; what is moved is few pointers.
+    blocks: list[bytearray] = field(init=False, factory=list)
     size: int = field(init=False, default=0)
     seen: int = field(init=False, default=0)
     truncated: bool = field(init=False, default=False)
@@ -3700,7 +3705,7 @@ class BoundedTail:
             self.blocks.append(bytearray(data))
         self.size += len(data)
         while self.blocks and self.size - len(self.blocks[0]) >= self._limit:
-            self.size -= len(self.blocks.popleft())
+            self.size -= len(self.blocks.pop(0))
 
     def trim(self) -> None:
         """Cut what is kept to the limit."""
@@ -4825,12 +4830,6 @@ class RunRequest:
         object.__setattr__(self, "message", self.message.copy())
 
     @property
-    def size(self) -> int:
-        """Bytes of memory that its texts take."""
-        texts = (bytes(self.message), self.host_data, self.host, *self.extra_args)
-        return sum(map(sys.getsizeof, texts)) + 8 * len(texts)
-
-    @property
     def fingerprint(self) -> bytes:
         """What tells whether another request is the same."""
         values = attrs.asdict(self, recurse=False) | {
@@ -4838,11 +4837,6 @@ class RunRequest:
             "max_execution_minutes": float(self.max_execution_minutes),
         }
         return hashlib.sha256(repr(values).encode("utf-8", "surrogatepass")).digest()
-
-    def without_texts(self) -> RunRequest:
-        """Return what has to be known of it once its process has its arguments."""
-        empty = msgspec.Raw(b"{}")
-        return attrs.evolve(self, message=empty, host_data="", host=HostAddress(), extra_args=[])
 
     def arguments(self, cookie: str) -> list[str]:
         """Return the executor's command line without the program.
@@ -5053,7 +5047,7 @@ class LogRecords:
     not given back to the system when these are gone.
     """
 
-    _blocks: deque[_RecordBlock] = field(init=False, factory=deque)
+    _blocks: list[_RecordBlock] = field(init=False, factory=list)
     _number: int = field(init=False, default=0)
     #: How many records of the first block are forgotten.
     _forgotten: int = field(init=False, default=0)
@@ -5092,7 +5086,7 @@ class LogRecords:
         self.truncated = True
         self._forgotten = index + 1
         if self._forgotten == len(block.ends):
-            self._blocks.popleft()
+            del self._blocks[0]
             self._forgotten = 0
 
     @property
@@ -5208,6 +5202,7 @@ class Capture:
     def end(self) -> None:
         """Nothing follows."""
         self._lines.end()
+        del self._lines
         for tail in self.tails.values():
             tail.trim()
 
@@ -5270,28 +5265,39 @@ def _first_character(blocks: Iterable[bytearray]) -> int:
 NO_CAPTURE = b'"stdout":"","stderr":"","genvm_log":[]'
 
 
+#: What every execution that lies in the past has for its end: it would take memory in each.
+HAPPENED: Event[None] = Event()
+HAPPENED.fire(None)
+
+
 @define(eq=False)
 class Execution:
     """One execution; ``ended`` fires when it has a result.
 
-    ``request`` has its texts until the process is started; ``fingerprint`` is that of the whole.
+    It has ``arguments`` until its process is started; ``fingerprint`` is that of the request. Of
+    one that is finished only what can still be asked for is kept: there may be many.
     ``started_at`` and ``finished_at`` are seconds since the epoch, for people; ``began`` and
     ``over`` are the same moments by the reactor's clock, which nobody sets, as is ``asked``.
     """
 
     id: int
-    request: RunRequest
     version: str
+    arguments: Sequence[str]
+    is_sync: bool
+    capture_output: bool
+    max_minutes: float
     idempotency_key: str | None
     fingerprint: bytes
     started: Event[None] = field(factory=Event)
     ended: Event[None] = field(factory=Event)
     state: State = State.WAITING
     cause: Cause | None = None
-    place: Deferred[Lease] | None = None
+    place: Deferred[Any] | None = None
     lease: Lease | None = None
     child: Child | None = None
     exit: ExitStatus | None = None
+    #: Whether it had to be killed because it ignored a request to stop.
+    was_forced: bool = False
     capture: Capture | None = None
     deadline_timer: DelayedCall | None = None
     started_at: float | None = None
@@ -5303,6 +5309,20 @@ class Execution:
     #: Called when there is more output.
     followers: tuple[Callable[[], object], ...] = ()
 
+    @classmethod
+    def of(cls, request: RunRequest, genvm_id: int, version: str, key: str | None) -> Self:
+        """Return an execution that waits; raises ``InvalidRequest`` as ``arguments`` does."""
+        return cls(
+            genvm_id,
+            version,
+            request.arguments(str(genvm_id)),
+            request.is_sync,
+            request.capture_output,
+            request.max_execution_minutes,
+            key,
+            request.fingerprint if key else b"",
+        )
+
     def move(self, state: State) -> None:
         """Go to another state; only what ``TRANSITIONS`` allows happens."""
         assert state in TRANSITIONS[self.state], f"{self.state} -> {state}"
@@ -5313,12 +5333,17 @@ class Execution:
         """When the execution is killed, once it runs."""
         if self.started_at is None:
             return None
-        return self.started_at + self.request.max_execution_minutes * 60
+        return self.started_at + self.max_minutes * 60
 
     @property
-    def was_forced(self) -> bool:
-        """Whether it had to be killed because it ignored a request to stop."""
-        return self.child is not None and self.child.force_killed
+    def permits(self) -> int:
+        """How many permits it needs."""
+        return 1 if self.is_sync else 2
+
+    @property
+    def arguments_size(self) -> int:
+        """Bytes of memory that its arguments take."""
+        return sum(map(sys.getsizeof, self.arguments)) + 8 * len(self.arguments)
 
     def summary_json(self) -> bytes:
         """Return the entry of ``GET /status``, which is the same until the state is another one."""
@@ -5327,7 +5352,7 @@ class Execution:
         entry = ExecutionSummary(
             state=self.state,
             version=self.version,
-            is_sync=self.request.is_sync,
+            is_sync=self.is_sync,
             started_at=None if self.started_at is None else timestamp_of(self.started_at),
             strict_deadline=None if self.deadline is None else timestamp_of(self.deadline),
             has_result=self.state is State.FINISHED,
@@ -5647,8 +5672,8 @@ class Executions:
             raise Draining(f"the manager is {reason} and starts no new executions")
         version = self._manifest.resolve(request.major, request.timestamp)
         genvm_id = next(self._ids)
-        request.arguments(str(genvm_id))  # only to see that it can be passed on
-        weight, size = 1 if request.is_sync else 2, request.size
+        execution = Execution.of(request, genvm_id, version, key)
+        weight, size = execution.permits, execution.arguments_size
         length, config = self._gate.queue_length, self._config
         is_full = length >= config.queue_limit or self._queued + size > config.queue_max_bytes
         if is_full and self._gate.would_wait(weight):
@@ -5657,21 +5682,21 @@ class Executions:
                 f"one has {size}; try again later"
             )
         self._queued += size
-        execution = Execution(genvm_id, request, version, key, request.fingerprint if key else b"")
         execution.asked = self._reactor.seconds()
         self._records[execution.id] = execution
         if key is not None:
             self._by_key[key] = execution
-        execution.place = self._gate.reserve(weight)
-        execution.place.addCallback(self._admitted, execution)
-        execution.place.addErrback(lambda failure: failure.trap(CancelledError))
-        if execution.lease is None:
+        place: Deferred[Any] = self._gate.reserve(weight)
+        place.addCallback(self._admitted, execution)
+        place.addErrback(lambda failure: failure.trap(CancelledError))
+        if not place.called:
+            execution.place = place
             self._tell(QueuedEvent, genvm_id=genvm_id, version=version, permits=weight)
         return execution
 
     def _withdraw(self, execution: Execution) -> None:
         """Take a waiting execution off the queue."""
-        self._drop_texts(execution)
+        self._drop_arguments(execution)
         if execution.lease is None:
             assert execution.place is not None
             execution.place.cancel()
@@ -5679,10 +5704,10 @@ class Executions:
             self._ready.remove(execution)
             self._release(execution)
 
-    def _drop_texts(self, execution: Execution) -> None:
-        """Keep of a request only what is needed when it does not wait any more."""
-        self._queued -= execution.request.size
-        execution.request = execution.request.without_texts()
+    def _drop_arguments(self, execution: Execution) -> None:
+        """Forget what is not needed when an execution does not wait any more."""
+        self._queued -= execution.arguments_size
+        execution.arguments = ()
 
     def _forget(self, execution: Execution) -> None:
         """Drop a record; who waits for the end of one that never ran hears that it is gone."""
@@ -5698,7 +5723,7 @@ class Executions:
     # --- start ---
 
     def _admitted(self, lease: Lease, execution: Execution) -> None:
-        execution.lease = lease
+        execution.lease, execution.place = lease, None
         self._ready.append(execution)
         if self._pacer is None:
             self._start_next()
@@ -5711,14 +5736,14 @@ class Executions:
             self._spawn(self._ready.popleft())
 
     def _spawn(self, execution: Execution) -> None:
-        request = execution.request
-        self._drop_texts(execution)
         program = executor_program(self._config.root, execution.version)
-        if not request.is_sync and (down := self._modules_down()):
+        argv = [program, *execution.arguments]
+        self._drop_arguments(execution)
+        if not execution.is_sync and (down := self._modules_down()):
             text = f"started without modules that it may need: {', '.join(down)}"
             self.log.warn("{text}", text=text, genvm_id=execution.id)
         sink: Capture | LogForwarder
-        if request.capture_output:
+        if execution.capture_output:
             sink = execution.capture = Capture(self._config.capture_max_bytes)
             pipes, nulls = {STDOUT, STDERR, LOG_FD}, {STDIN}
         else:
@@ -5727,11 +5752,10 @@ class Executions:
         execution.move(State.RUNNING)
         execution.started_at, execution.began = self._now(), self._reactor.seconds()
         execution.deadline_timer = self._reactor.callLater(
-            request.max_execution_minutes * 60, self._deadline, execution
+            execution.max_minutes * 60, self._deadline, execution
         )
         waited = execution.began - execution.asked
         try:
-            argv = [program, *request.arguments(str(execution.id))]
             listener = _RunListener(self, execution, sink)
             self._spawner.spawn(
                 listener,
@@ -5764,7 +5788,8 @@ class Executions:
                 waited_ms=_milliseconds(waited),
                 spawn_ms=_milliseconds(self._reactor.seconds() - execution.began),
             )
-            execution.started.fire(None)
+            started, execution.started = execution.started, HAPPENED
+            started.fire(None)
 
     # --- end ---
 
@@ -5785,6 +5810,7 @@ class Executions:
     def process_exited(self, execution: Execution, status: ExitStatus) -> None:
         """The process is reaped: its permits are free from now on."""
         execution.exit = status
+        execution.was_forced = execution.child is not None and execution.child.force_killed
         execution.move(State.EXITED)
         self._stop_deadline(execution)
         self._release(execution)
@@ -5804,7 +5830,8 @@ class Executions:
         failed = execution.exit is not None and execution.exit.code != 0
         self._log_end(execution, {"stderr": unread} if failed and unread else {})
         self._tell_end(execution)
-        execution.ended.fire(None)
+        ended, execution.ended, execution.child = execution.ended, HAPPENED, None
+        ended.fire(None)
         self._check_all_ended()
 
     def _log_end(self, execution: Execution, details: Mapping[str, str]) -> None:
@@ -5821,7 +5848,7 @@ class Executions:
             signal=None if execution.exit is None else execution.exit.signal,
             ran_s=round(ran, 3),
             waited_s=round(waited, 3),
-            permits=1 if execution.request.is_sync else 2,
+            permits=execution.permits,
             idempotency_key=execution.idempotency_key,
             **details,
         )
@@ -5845,8 +5872,9 @@ class Executions:
             self._all_ended.fire(None)
 
     def _release(self, execution: Execution) -> None:
-        if execution.lease is not None:
-            execution.lease.release()
+        lease, execution.lease = execution.lease, None
+        if lease is not None:
+            lease.release()
 
     def _stop_deadline(self, execution: Execution) -> None:
         if execution.deadline_timer is not None:

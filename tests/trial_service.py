@@ -79,10 +79,11 @@ class ServiceTests(TestCase):
     def test_stopping_the_service_ends_its_runs(self) -> Any:
         _, started = yield self.request("POST", "/genvm/run", self.run_body("sleep 600"))
         execution = self.service.executions.get(started["id"])
-        assert execution.child is not None
-        self.assertFalse(execution.child.exited)
+        child = execution.child
+        assert child is not None
+        self.assertFalse(child.exited)
         yield self.service.stopService()
-        self.assertTrue(execution.child.exited)
+        self.assertTrue(child.exited)
         assert execution.cause is not None
         self.assertEqual(execution.cause.value, "shutdown")
 
