@@ -711,6 +711,39 @@ class SpareThreads:
 FILE_THREADS = SpareThreads(8)
 
 
+def in_time(path: object, work: Callable[[], Value]) -> Value:
+    """Return what ``work`` finds at a path, where a pipe or a dead disk may hold it for ever.
+
+    Raises what ``work`` raises, and ``OSError`` after ``FILE_SECONDS``. This is for the main thread
+    before its reactor runs; in another one the work is just done, and who started that limits it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    outcomes: queue.SimpleQueue[Callable[[], Value]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            found = work()
+            outcomes.put(lambda: found)
+        except BaseException as error:
+            outcomes.put(functools.partial(_raise, error))
+
+    try:
+        threading.Thread(target=run, name="spare", daemon=True).start()
+        outcome = outcomes.get(timeout=FILE_SECONDS)
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, str(error), str(path)) from None
+    except queue.Empty:
+        reason = "it is a pipe that nobody writes to or reads, or its disk does not answer"
+        text = f"no answer within {FILE_SECONDS:g} s: {reason}"
+        raise OSError(errno.ETIMEDOUT, text, str(path)) from None
+    return outcome()
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
+
+
 class SharedLook(Generic[Value]):
     """A look at something that may hang, in one thread for all who ask while it goes on."""
 
@@ -2053,7 +2086,7 @@ def _read_settings(
 ) -> tuple[dict[str, object], list[str], list[str]]:
     """Return (settings, notes, problems) of a YAML file."""
     try:
-        data = read_yaml(path)
+        data = in_time(path, lambda: read_yaml(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except ConfigError as error:
@@ -2087,16 +2120,23 @@ def _check_together(config: Config, origins: Mapping[str, str]) -> None:
     def refuse(name: str, reason: str) -> NoReturn:
         raise ConfigError(f"{origins.get(name, name)}: {reason}")
 
-    if "root" in origins and not config.root.is_dir():
+    def is_there(name: str, path: Path, look: Callable[[Path], bool]) -> bool:
+        try:
+            return in_time(path, lambda: look(path))
+        except OSError as error:
+            refuse(name, f"{path}: {error.strerror}")
+
+    if "root" in origins and not is_there("root", config.root, Path.is_dir):
         advice = "name the folder of a GenVM release, or make one to try this with practice-root"
         refuse("root", f"{config.root} is not a folder; {advice}")
-    if config.explicit_manifest and not config.manifest_path.exists():
-        refuse("manifest_path", f"{config.manifest_path} does not exist")
+    manifest = config.manifest_path
+    if config.explicit_manifest and not is_there("manifest_path", manifest, Path.exists):
+        refuse("manifest_path", f"{manifest} does not exist")
     if config.reroute_to is not None:
         folder = config.root / "executor" / config.reroute_to
         if config.reroute_to in {".", ".."} or set(config.reroute_to) & {"/", "\0"}:
             refuse("reroute_to", f"expected a folder's name, got {shown(config.reroute_to)}")
-        if not folder.is_dir():
+        if not is_there("reroute_to", folder, Path.is_dir):
             refuse("reroute_to", f"{folder} is not a directory")
     if config.auth_token_file is not None:
         try:
@@ -2130,9 +2170,10 @@ def is_loopback(host: str) -> bool:
 def read_token(path: Path) -> str:
     """Return the Bearer token in a file; raises ``ConfigError`` if there is none."""
     try:
-        token = path.read_text(encoding="utf-8").strip()
+        token = in_time(path, lambda: path.read_text(encoding="utf-8")).strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"auth_token_file: {path} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", error)
+        raise ConfigError(f"auth_token_file: {path} cannot be read: {reason}") from None
     if not token:
         raise ConfigError(f"auth_token_file: {path} is empty")
     return token
@@ -2630,10 +2671,11 @@ class LogObserver:
         self.writer = LogWriter(write or self._target.write)
 
     def _open_file(self, path: Path) -> LogFile:
+        bounds = (self._config.log_file_max_bytes, self._config.log_file_backups)
         try:
-            return LogFile(path, self._config.log_file_max_bytes, self._config.log_file_backups)
+            return in_time(path, lambda: LogFile(path, *bounds))
         except OSError as error:
-            raise ConfigError(f"log_file: {path} cannot be opened: {error}") from None
+            raise ConfigError(f"log_file: {path} cannot be opened: {error.strerror}") from None
 
     def use_file(self, path: Path) -> None:
         """Write to a rotated file from now on."""
@@ -2698,6 +2740,23 @@ class LogObserver:
             # Indented, so that no text of others passes for a line of ours.
             line += "".join(f"\n    {one_line(part)}" for part in str(traceback).splitlines())
         return (line + "\n").encode("utf-8", "backslashreplace")
+
+
+#: The exit status of a command whose output cannot be written: as if SIGPIPE had ended it.
+UNREAD_STATUS = 141
+
+
+def say(text: str) -> None:
+    """Print a line for the user of a command; where it cannot be written, the command ends."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            print(f"genvm-manager: stdout: {error.strerror}", file=sys.stderr)
+        # What is left of it is written at the end, and must not fail again.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise SystemExit(UNREAD_STATUS) from None
 
 
 class Seldom:
@@ -3346,10 +3405,7 @@ class ManifestStore:
 
     def _read(self) -> Manifest:
         try:
-            if not stat.S_ISREG(self.path.stat().st_mode):
-                raise ManifestError(f"{self.path.name}: cannot be read: it is not a file")
-            with self.path.open("rb") as file:
-                data = file.read(MANIFEST_MAX_BYTES + 1)
+            data = in_time(self.path, self._content)
             if len(data) > MANIFEST_MAX_BYTES:
                 raise ManifestError(f"{self.path.name}: larger than {MANIFEST_MAX_BYTES} bytes")
             return parse_manifest(data.decode("utf-8"), self.path.name)
@@ -3359,6 +3415,12 @@ class ManifestStore:
             raise ManifestError(f"{self.path.name}: cannot be read: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise ManifestError(f"{self.path.name}: not UTF-8 at byte {error.start}") from None
+
+    def _content(self) -> bytes:
+        if not stat.S_ISREG(self.path.stat().st_mode):
+            raise ManifestError(f"{self.path.name}: cannot be read: it is not a file")
+        with self.path.open("rb") as file:
+            return file.read(MANIFEST_MAX_BYTES + 1)
 
 
 # =============================================================================
@@ -8358,8 +8420,10 @@ def module_command(config: Config, kind: str) -> tuple[str, ...] | None:
         return config.modules[kind] or None
     program = config.root / "bin" / "genvm-modules"
     try:
+        if not stat.S_ISREG(program.stat().st_mode):
+            return None
         with program.open("rb") as file:
-            is_program = stat.S_ISREG(os.fstat(file.fileno()).st_mode) and file.read(4) == ELF_MARK
+            is_program = file.read(4) == ELF_MARK
     except OSError:
         return None
     if not is_program:
@@ -8486,7 +8550,7 @@ def split_address(text: object) -> tuple[str, int]:
 def read_module_file(path: Path) -> dict[str, Any]:
     """Return the configuration in a file; raises ``ModuleFailed``."""
     try:
-        data = read_yaml(path)
+        data = in_time(path, lambda: read_yaml(path))
     except OSError as error:
         raise ModuleFailed(
             f"no configuration: give one in the request, or write {path.name} into the folder "
@@ -12447,13 +12511,15 @@ class Listener:
     _secured: Callable[[], tuple[Any, ...]] | None = None
 
     @classmethod
-    def open(cls, reactor: Any, endpoint: Endpoint, site: Site) -> Self:
-        """Listen; raises ``ConfigError`` with what to do."""
+    def open(
+        cls, reactor: Any, endpoint: Endpoint, site: Site, tls: tuple[Any, ...] | None = None
+    ) -> Self:
+        """Listen; raises ``ConfigError`` with what to do. ``tls`` is what ``secured`` found."""
         (kind, *places), _ = endpoint_parts(str(endpoint))
         try:
             if kind == "ssl":
-                secured = functools.partial(_secured, endpoint, site)
-                return cls(reactor.listenTCP(*secured()), secured)
+                found = secured(endpoint, site) if tls is None else tls
+                return cls(reactor.listenTCP(*found), functools.partial(secured, endpoint, site))
             with _alone_at(Path(places[0])) if kind == "unix" else contextlib.nullcontext():
                 return cls(_listen(reactor, endpoint, site))
         except CannotListenError as error:
@@ -12500,14 +12566,21 @@ def _explaining(endpoint: Endpoint) -> Iterator[None]:
     raise ConfigError(f"listen: {endpoint}: {reason}")
 
 
-def _secured(endpoint: Endpoint, site: Site) -> tuple[Any, ...]:
-    """Return how to listen with TLS: the arguments of ``listenTCP``."""
+_TLS_FILES = ("certKey", "privateKey", "extraCertChain", "dhParameters")
+
+
+def secured(endpoint: Endpoint, site: Site) -> tuple[Any, ...]:
+    """Return how to listen with TLS: the arguments of ``listenTCP``; raises ``ConfigError``."""
     load_http()  # ours is a reactor that may know nothing of TLS
     from twisted.protocols.tls import TLSMemoryBIOFactory
 
     (_, *places), options = endpoint_parts(str(endpoint))
+    names = [options[name] for name in _TLS_FILES if name in options]
     with _explaining(endpoint):
-        (port, _, certificate), more = endpoints._parseSSL(None, *places, **options)
+        (port, _, certificate), more = in_time(
+            " or ".join(dict.fromkeys(names)),
+            lambda: endpoints._parseSSL(None, *places, **options),
+        )
         factory = TLSMemoryBIOFactory(certificate, False, cast(Any, site))
         return port, factory, BACKLOG, more["interface"]
 
@@ -17110,17 +17183,17 @@ class Demo:
                 await self._soon(manager.ended.wait())
 
     async def _deploy_and_call(self) -> CalldataValue:
-        print(f"The contract:\n\n{textwrap.indent(DEMO_CONTRACT, '    ')}")
+        say(f"The contract:\n\n{textwrap.indent(DEMO_CONTRACT, '    ')}")
         state = HostState(DEMO_ACCOUNT, b"", writable=True)
         state.deploy(deployment_writes(DEMO_CONTRACT.encode()))
-        print("1. Deploy it: the constructor gets the argument 'Hello'.")
+        say("1. Deploy it: the constructor gets the argument 'Hello'.")
         state.calldata = encode_calldata({"args": ["Hello"], "kwargs": {}})
         await self._execute(state, is_init=True)
-        print("2. Call its method 'greet' with name='world'.")
+        say("2. Call its method 'greet' with name='world'.")
         call: CalldataValue = {"method": "greet", "args": [], "kwargs": {"name": "world"}}
         state.calldata = encode_calldata(call)
         value = await self._execute(state, is_init=False)
-        print(f"The contract returned: {value!r}")
+        say(f"The contract returned: {value!r}")
         return value
 
     async def _execute(self, state: HostState, *, is_init: bool) -> CalldataValue:
@@ -17152,13 +17225,13 @@ class Demo:
         return decode_calldata(outcome.data)
 
     async def _request(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        print(f"   > {method} {path}")
+        say(f"   > {method} {path}")
         if body is not None:
-            print(f"   > {json.dumps(body)}")
+            say(f"   > {json.dumps(body)}")
         data = None if body is None else json.dumps(body).encode()
         asking = self._http.exchange(method, self._base + path, DEMO_ANSWER_BYTES, data=data)
         reply = await self._soon(Deferred.fromCoroutine(asking))
-        print(f"   < {reply.status} {reply.body.decode()}\n")
+        say(f"   < {reply.status} {reply.body.decode()}\n")
         answer: dict[str, Any] = json.loads(reply.body)
         if reply.status != 200:
             raise HostProtocolError(f"{method} {path} failed: {answer['error']}")
@@ -17185,6 +17258,8 @@ def run_demo() -> int:
     reactor.callWhenRunning(start)
     reactor.run()
     if failures:
+        if failures[0].check(SystemExit):
+            failures[0].raiseException()
         print(f"genvm-manager: the demo failed: {failures[0].getErrorMessage()}", file=sys.stderr)
     return 1 if failures else 0
 
@@ -17679,7 +17754,7 @@ class Ending(IntEnum):
     ENDED = 6, "an execution was ended: by a client, its deadline, or with the manager"
     LATE = 7, "not over within the time that was given"
     INTERRUPTED = 130, "Ctrl-C; what was started goes on"
-    UNREAD = 141, "nobody reads the output any more, or it cannot be written"
+    UNREAD = UNREAD_STATUS, "nobody reads the output any more, or it cannot be written"
 
 
 def duration_text(seconds: float) -> str:
@@ -18775,14 +18850,14 @@ class Doctor:
             found += more
         return found
 
-    async def _look(self, name: str, look: Callable[[], Found]) -> list[Finding]:
+    async def _look(self, name: str, look: Callable[[], Found], at: str = "") -> list[Finding]:
         """Return what one look finds; whatever becomes of it, the others go on."""
         found: list[tuple[str, str]] = []
         try:
             await self._threads.run(self._reactor, CHECK_SECONDS, lambda: found.extend(look()))
         except DeferredTimeout:
-            reason = "what stands for a file is a pipe, or a disk or a name server is dead"
-            found.append(("error", f"no end within {CHECK_SECONDS:g} s: {reason}"))
+            reason = "a file is a pipe that nobody writes to, or a disk or name server is dead"
+            found.append(("error", f"{at}no answer within {CHECK_SECONDS:g} s: {reason}"))
         except ManagerError as error:
             found.append(("error", error.message))
         except Exception as error:
@@ -18862,10 +18937,18 @@ class Doctor:
     async def _address(self, endpoint: Endpoint) -> list[Finding]:
         """Listen for a moment, as a manager would."""
         (kind, *places), options = endpoint_parts(str(endpoint))
-        problem = ""
+        problem, site, tls = "", Site(Resource()), []
+
+        def read() -> Found:
+            if kind == "ssl":
+                tls.append(secured(endpoint, site))
+            yield from ()
+
+        if found := await self._look("address", read, f"{endpoint}: "):
+            return found
         try:
             if kind != "systemd":
-                listener = Listener.open(self._reactor, endpoint, Site(Resource()))
+                listener = Listener.open(self._reactor, endpoint, site, *tls)
                 await maybeDeferred(listener.port.stopListening)
         except ManagerError as error:
             problem = error.message
@@ -18996,11 +19079,11 @@ def run_doctor(flags: Mapping[str, str], *, as_json: bool) -> int:
     reactor.run()
     counts = Counter(finding.level for finding in found)
     if as_json:
-        print(msgspec.json.encode(found).decode())
+        say(msgspec.json.encode(found).decode())
     else:
         for finding in found:
-            print(one_line(f"{finding.level:8} {finding.check}: {finding.text}"))
-        print(", ".join(f"{counts[level]} {level}s" for level in FINDING_LEVELS[:0:-1]))
+            say(one_line(f"{finding.level:8} {finding.check}: {finding.text}"))
+        say(", ".join(f"{counts[level]} {level}s" for level in FINDING_LEVELS[:0:-1]))
     return 2 if counts["error"] or not found else 1 if counts["warning"] else 0
 
 
@@ -19057,8 +19140,8 @@ def check_config(config: Config, *, strict: bool) -> int:
     if strict and notes:
         raise ConfigError("; ".join(notes))
     for note in notes:
-        print(f"note: {note}")
-    print(f"configuration is valid; {len(store.manifest.versions)} executor versions")
+        say(f"note: {note}")
+    say(f"configuration is valid; {len(store.manifest.versions)} executor versions")
     return 0
 
 
@@ -19154,7 +19237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = options["folder"].resolve()
             make_practice_root(folder)
             start = shlex.join([sys.executable, os.path.abspath(__file__), "serve", "--root"])
-            print(
+            say(
                 f"made {folder}: a GenVM root with one version, {DEMO_VERSION}, which is the "
                 "practice executor (it runs small scripts, not contracts)\n"
                 f"start a manager on it: {start} {shlex.quote(str(folder))}"

@@ -106,7 +106,7 @@ def test_executors_that_do_not_run_and_files_that_nobody_writes(root: Root) -> N
         os.mkfifo(pipe)
     found = findings("--root", str(root.path), "--config", str(settings))
     for check in ("settings", "llm module"):
-        assert has(found[check], "error", "no end within 10 s", "pipe")
+        assert has(found[check], "error", "no answer within 10 s", "pipe")
     seen = found["versions"]
     assert has(seen, "ok", f"executor {VERSION} answers")
     assert has(seen, "note", "v0.1.1/bin/genvm is not there", "install")
@@ -211,6 +211,14 @@ def test_each_place_to_listen_at(root: Root, start: Start) -> None:
     assert has(found, "error", "/nonexistent cannot be read")
     assert has(found, "note", "systemd:domain=UNIX:index=0: only a service")
     assert not path.exists()
+    pipe = root.path / "pipe"
+    os.mkfifo(pipe)
+    words = ["--root", str(root.path), "--port", "0", "--permits", "0"]
+    hanging = findings(*words, "--listen", f"ssl:0:privateKey={pipe}", "--allow-unauthenticated")
+    (ok, hung) = sorted(hanging["address"], reverse=True)
+    assert (ok[0], hung[0]) == ("ok", "error")
+    assert hung[1].startswith(f"ssl:0:privateKey={pipe}: no answer within 10 s: a file is a pipe")
+    assert has(hanging["versions"], "ok", f"executor {VERSION} answers"), "others go on"
     start(listen=("--socket", str(path)))
     found = findings("--root", str(root.path), "--socket", str(path))["address"]
     assert has(found, "note", f"cannot listen on {path}: ", "in use")

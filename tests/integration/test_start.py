@@ -6,6 +6,7 @@ import ast
 import functools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -402,6 +403,67 @@ def test_port_in_use(root: Root) -> None:
     assert f"127.0.0.1:{port}" in done.stderr
     assert "in use" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("config", "{pipe}"),
+        ("auth-token-file", "{pipe}"),
+        ("log-file", "{pipe}"),
+        ("listen", "ssl:0:interface=127.0.0.1:privateKey={pipe}"),
+        ("listen", "ssl:0:interface=127.0.0.1:privateKey=/dev/null:certKey={pipe}"),
+    ],
+)
+def test_a_file_that_never_answers(root: Root, setting: str, value: str) -> None:
+    """A pipe with nobody at its other end does what a dead disk does: it holds whoever opens it."""
+    pipe = root.path / "pipe"
+    os.mkfifo(pipe)
+    pipe.chmod(0o600)
+    words = ["--root", str(root.path), "--port", "0", f"--{setting}", value.format(pipe=pipe)]
+    done = command("serve", *words)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(rf"genvm-manager: .*{pipe}.* cannot be .*\n", done.stderr)
+    assert "no answer within 10 s: it is a pipe" in done.stderr
+
+
+def test_a_pipe_that_somebody_writes(root: Root) -> None:
+    """As ``--config <(...)`` of a shell: what comes in time is read."""
+    settings = root.path / "settings"
+    os.mkfifo(settings)
+    words = ["--root", str(root.path), "--config", str(settings)]
+    with subprocess.Popen([sys.executable, str(SOURCE), "check-config", *words]) as process:
+        with settings.open("w") as file:  # once it is opened for reading
+            file.write("permits: 3\n")
+        assert process.wait(WAIT) == 0
+
+
+@pytest.mark.parametrize(
+    "words", [("doctor",), ("check-config",), ("practice-root", "new"), ("demo",)]
+)
+def test_nobody_reads_what_is_printed(root: Root, words: tuple[str, ...]) -> None:
+    more = ["--root", str(root.path)] if words[0] in ("doctor", "check-config") else []
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    full, why = (
+        os.open("/dev/full", os.O_WRONLY),
+        "genvm-manager: stdout: No space left on device\n",
+    )
+    for stdout, said, unbuffered in ((write_end, "", ""), (full, why, ""), (write_end, "", "1")):
+        done = subprocess.run(
+            [sys.executable, str(SOURCE), *words, *more],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=100,
+            cwd=root.path,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered, "TMPDIR": str(root.path)},
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (141, said)
+    assert [*root.path.glob("genvm-demo-*")] == []
+    for fd in (full, write_end):
+        os.close(fd)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
