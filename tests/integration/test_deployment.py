@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-from genvm_manager import __version__
+from genvm_manager import __version__, own_command
 
 from .conftest import Start, write_certificate
 from .support import PROJECT, SOURCE, Daemon, Root, eventually, run_body, shell
@@ -37,7 +37,7 @@ TOKEN, NEXT_TOKEN = "first-token-of-the-manager", "second-token-of-the-manager"
 
 
 def command(root: Root, *flags: str) -> list[str]:
-    return [sys.executable, str(SOURCE), "serve", "--root", str(root.path), *flags]
+    return own_command("serve", "--root", str(root.path), *flags)
 
 
 def addresses(daemon: Daemon) -> list[str]:
@@ -140,7 +140,9 @@ def activated(root: Root, sockets: dict[str, socket.socket], *flags: str) -> Ite
     # High ones: none is overwritten before it has its place.
     fds = [fcntl.fcntl(item, fcntl.F_DUPFD, 100) for item in sockets.values()]
     launch = [sys.executable, "-c", LAUNCH, ",".join(map(str, fds)), ":".join(sockets)]
-    daemon = Daemon([*launch, *command(root, *flags)], pass_fds=fds)
+    # As a script, which replaces itself: the sockets stay open meanwhile, and its pid is the same.
+    script = [sys.executable, str(SOURCE), "serve", "--root", str(root.path)]
+    daemon = Daemon([*launch, *script, *flags], pass_fds=fds)
     try:
         for fd in fds:
             os.close(fd)

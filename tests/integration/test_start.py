@@ -46,10 +46,11 @@ from .support import (
 
 
 def command(*words: str, cwd: Path = PROJECT, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the file to its end."""
+    """Run a command to its end: as ``genvm-manager`` does, or the file of another folder."""
     clean = {key: text for key, text in os.environ.items() if not key.startswith("GENVM")}
+    is_ours = cwd == PROJECT
     return subprocess.run(
-        [sys.executable, str(cwd / SOURCE.name), *words],
+        own_command(*words) if is_ours else [sys.executable, str(cwd / SOURCE.name), *words],
         capture_output=True,
         text=True,
         timeout=100,
