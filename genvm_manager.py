@@ -17048,7 +17048,13 @@ def _parse_command_line(argv: Sequence[str]) -> tuple[int, str, dict[str, str]]:
 # --- installation ---
 
 _SHEBANG_LIMIT: Final = 127
-_SECTIONS: Final = ("1.1", "1.10", "4.1", "4.2", "4.3")
+_SECTIONS: Final = (
+    "Errors and constants",
+    "Calldata and code",
+    "Practice executor",
+    "Practice executor: scripts",
+    "Practice executor: command line and installation",
+)
 """What the executor is made of; of the last one, what stands above."""
 _IMPORTS: Final = """
 from __future__ import annotations
@@ -17065,11 +17071,11 @@ def practice_executor_source() -> str:
     It is cut out of this file by its banners, so it starts without what the rest imports.
     """
     text = Path(__file__).read_text(encoding="utf-8").partition("\n# --- installation ---\n")[0]
-    numbered = re.split(r"^# (\d\.\d+) .*\n# =+\n", text, flags=re.MULTILINE)
-    bodies = dict(zip(numbered[1::2], numbered[2::2], strict=True))
+    titled = re.split(r"^# [\d.]+ (.*)\n# =+\n", text, flags=re.MULTILINE)
+    bodies = dict(zip(titled[1::2], titled[2::2], strict=True))
     return (
         "# The practice executor of GenVM Manager, written by it. This is not GenVM.\n"
-        f"{_IMPORTS}\n{''.join(bodies[number] for number in _SECTIONS)}\n"
+        f"{_IMPORTS}\n{''.join(bodies[title] for title in _SECTIONS)}\n"
         "sys.exit(run_practice_executor(sys.argv[1:]))\n"
     )
 
