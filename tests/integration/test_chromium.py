@@ -85,6 +85,20 @@ def module(shared_module: WebModule, folder: Path) -> Iterator[WebModule]:
     nothing_left(shared_module, folder)
 
 
+@pytest.fixture(scope="module")
+def shared_hasty_module(shared_folder: Path) -> Iterator[WebModule]:
+    made = begin(shared_folder, render_timeout="8s")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def hasty_module(shared_hasty_module: WebModule, folder: Path) -> Iterator[WebModule]:
+    """A process that gives a page 8 s; each test must leave it without a page."""
+    yield shared_hasty_module
+    nothing_left(shared_hasty_module, folder)
+
+
 @pytest.fixture
 def own_module(folder: Path) -> Iterator[WebModule]:
     """A process of its own, for a test that ends it or counts what it has done."""
@@ -237,7 +251,7 @@ def test_a_route_in_the_fragment(module: WebModule, web: WebServer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["body", "script"])
-def test_endless_pages(folder: Path, web: WebServer, kind: str) -> None:
+def test_endless_pages(hasty_module: WebModule, folder: Path, web: WebServer, kind: str) -> None:
     def endless(exchange: Exchange) -> None:
         exchange.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n")
         while True:
@@ -246,15 +260,11 @@ def test_endless_pages(folder: Path, web: WebServer, kind: str) -> None:
 
     web.answers["/body"] = endless
     web.page("/script", "<script>while (true) {}</script>")
-    module = begin(folder, render_timeout="8s")
-    try:
-        began = time.monotonic()
-        answer = module.render(f"{web.url}/{kind}")
-        assert causes(answer) == ["TIMEOUT"]
-        timed(f"endless {kind} with a limit of 8 s", time.monotonic() - began, 8.0)
-        nothing_left(module, folder)
-    finally:
-        module.close()
+    began = time.monotonic()
+    answer = hasty_module.render(f"{web.url}/{kind}")
+    assert causes(answer) == ["TIMEOUT"]
+    timed(f"endless {kind} with a limit of 8 s", time.monotonic() - began, 8.0)
+    nothing_left(hasty_module, folder)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +278,7 @@ def test_endless_pages(folder: Path, web: WebServer, kind: str) -> None:
     ],
 )
 def test_a_part_that_never_comes_does_not_cost_the_page(
-    folder: Path, web: WebServer, held: str, sends: str
+    hasty_module: WebModule, folder: Path, web: WebServer, held: str, sends: str
 ) -> None:
     over = threading.Event()
 
@@ -282,17 +292,16 @@ def test_a_part_that_never_comes_does_not_cost_the_page(
 
     web.answers["/x"] = never
     url = web.page("/", f"<head>{held}</head><p>before{held}<p>after")
-    module = begin(folder, render_timeout="8s")
     try:
         began = time.monotonic()
-        assert module.render(url, wait_after_loaded="500ms") == {"Ok": {"text": "before\nafter"}}
+        answer = hasty_module.render(url, wait_after_loaded="500ms")
+        assert answer == {"Ok": {"text": "before\nafter"}}
         timed(f"{held} that sends {sends}, limit 8 s", time.monotonic() - began, 8.5)
         if "link" in held:
-            assert "image" in module.render(url, mode="screenshot")["Ok"]
-        nothing_left(module, folder)
+            assert "image" in hasty_module.render(url, mode="screenshot")["Ok"]
+        nothing_left(hasty_module, folder)
     finally:
         over.set()
-        module.close()
 
 
 SVG = b"<svg xmlns='http://www.w3.org/2000/svg'><text y='20'>drawn</text></svg>"
