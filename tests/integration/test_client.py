@@ -225,29 +225,40 @@ def provider() -> Iterator[Provider]:
     made.close()
 
 
-def test_a_module_and_its_models(daemon: Daemon, provider: Provider, tmp_path: Path) -> None:
-    config = provider.config("says:fine", "status:503", bind_address="127.0.0.1:0")
+@pytest.fixture
+def models(provider: Provider, tmp_path: Path) -> Path:
+    """A configuration of the LLM module, with a model that answers and one that does not."""
     file = tmp_path / "llm.yaml"
+    config = provider.config("says:fine", "status:503", bind_address="127.0.0.1:0")
     file.write_text(json.dumps(config))
-    module = ("module", "start", "llm", "--config", str(file))
+    return file
+
+
+def test_a_module(daemon: Daemon, models: Path) -> None:
+    module = ("module", "start", "llm", "--config", str(models))
     assert client(daemon, *module).stdout == "module_started\n"
     done = client(daemon, *module)
     assert done.returncode == 1
     assert "module_already_running: " in done.stderr, "with its advice"
     assert "llm  running; at 127.0.0.1:" in client(daemon, "module", "status").stdout
-    done = client(daemon, "module", "restart", "llm", "--config", str(file), "--json")
+    done = client(daemon, "module", "restart", "llm", "--config", str(models), "--json")
     assert json.loads(done.stdout)["changed"] is False
     assert client(daemon, "module", "stop", "llm").stdout == "module_stopped\n"
-    done = client(daemon, "llm-check", "--module-config", str(file))
+
+
+def test_whether_models_answer(daemon: Daemon, provider: Provider, models: Path) -> None:
+    entry = {"host": provider.url, "provider": "openai-compatible", "model": "says:so", "key": "k"}
+    body = json.dumps({"configs": [entry], "test_prompts": [{"user_message": "?"}] * 2})
+    of_file = begin(url(daemon), "llm-check", "--module-config", str(models))
+    of_body = begin(url(daemon), "llm-check", "-", "--json")
+    done = end(of_file)
     assert done.returncode == 5
     first, second = sorted(done.stdout.splitlines(), reverse=True)
     assert first.startswith("ok      b0/says:fine, prompt 0, ")
     assert first.endswith(" ms: fine")
     assert second.startswith("FAILED  b1/status:503, prompt 0, ")
     assert "says" not in done.stderr
-    entry = {"host": provider.url, "provider": "openai-compatible", "model": "says:so", "key": "k"}
-    body = json.dumps({"configs": [entry], "test_prompts": [{"user_message": "?"}] * 2})
-    done = client(daemon, "llm-check", "-", "--json", text=body)
+    done = end(of_body, body)
     assert done.returncode == 0
     assert {line["prompt_index"] for line in lines_of(done)} == {0, 1}
     assert {line["model"] for line in lines_of(done)} == {"openai-compatible/says:so"}
