@@ -660,7 +660,7 @@ def detached(operation: Deferred[Value]) -> Deferred[Value]:
 
 def no_thread(reason: object) -> ResourcesExhausted:
     """Return what it means that there is no thread."""
-    return ResourcesExhausted(f"no thread is to be had ({reason}); try again later")
+    return ResourcesExhausted(f"no thread is available ({reason}); try again later")
 
 
 @define(eq=False)
@@ -1173,7 +1173,7 @@ class _StrictLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
-                    problem = "this key is there twice"
+                    problem = "this key appears twice"
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -1441,7 +1441,7 @@ def _problem(error: msgspec.ValidationError, data: object, prefix: str, root: st
         hidden = {"array", "object"}.intersection(kinds) or isinstance(data, (list, dict))
         reason = f"expected {expected}, got {kind_of(data) if hidden else shown(data)}"
     elif reason in ("Number out of range", "Integer value out of range"):
-        reason = "expected a number that is not that large"
+        reason = "expected a smaller number"
     place = place.replace("[...]", "")  # somewhere in an object of any keys
     path = f"{prefix}{place}".lstrip(".") or (root if reason.startswith("expected") else "")
     return f"{path}: {reason}" if path else reason
@@ -1465,7 +1465,7 @@ def _syntax_problem(error: msgspec.DecodeError, data: bytes) -> str:
     """Return where a text is not JSON, and why."""
     match = re.fullmatch(r"JSON is malformed: (.*) \(byte (\d+)\)", str(error))
     if match is None:
-        return "body: not JSON: it ends too early, or has half a surrogate pair"
+        return "body: not JSON: it ends too early, or has an incomplete surrogate pair"
     before = data[: int(match[2])].decode("utf-8", "replace")
     line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
     return f"body: not JSON: {match[1]} at line {line} column {column}"
@@ -1598,8 +1598,11 @@ class Variables:
 
         Raises ``EnvironmentRefused``.
         """
-        if not key or "=" in key or "\0" in key + value:
-            raise EnvironmentRefused("key, value: must have no NUL; key: not empty and without =")
+        if not key or {"=", "\0"} & set(key):
+            # It is not shown: who writes KEY=value here has a secret in it.
+            raise EnvironmentRefused("key: must not be empty, nor contain = or NUL")
+        if "\0" in value:
+            raise EnvironmentRefused("value: must not contain NUL")
         if _REFUSED.fullmatch(key):
             raise EnvironmentRefused(
                 f"key: {shown(key)} changes what code a child loads; set it in the environment in "
@@ -1608,7 +1611,9 @@ class Variables:
         try:
             self._check_size(key, value)
         except UnicodeEncodeError:
-            raise EnvironmentRefused("key, value: half a surrogate pair is not text") from None
+            raise EnvironmentRefused(
+                "key, value: an incomplete surrogate pair is not text"
+            ) from None
         self._set[key] = value
         self._past.setdefault(key, deque(maxlen=_PAST_VALUES)).append(value)
         self._hand_out()
@@ -1918,7 +1923,7 @@ class Config:
         PATH, Path("manifest.yaml"), "manifest (default: data/manifest.yaml in the root)"
     )
     instance: int = _setting(
-        INSTANCE, 0, "number of this manager behind an address of several: its ids modulo 100"
+        INSTANCE, 0, "number of this manager among those behind one address: its ids modulo 100"
     )
     reroute_to: str | None = _setting(TEXT, None, "executor directory used for every version")
     die_with_parent: bool = _setting(FLAG, False, "shut down when the parent process ends")
@@ -1931,7 +1936,9 @@ class Config:
     log_file_backups: int = _setting(COUNT, 5, "rotated log files to keep")
     permits: int | None = _setting(PERMITS, None, "execution permits (default: from memory)")
     queue_limit: int = _setting(COUNT, 1024, "executions that may wait for permits")
-    queue_max_bytes: int = _setting(COUNT, 256 * MIB, "what executions that wait may have in all")
+    queue_max_bytes: int = _setting(
+        COUNT, 256 * MIB, "bytes that requests of waiting executions may take in all"
+    )
     max_body_bytes: int = _setting(COUNT, 64 * MIB, "largest request body")
     execution_retention: float = _setting(SECONDS, 300.0, "how long a result can be read")
     retention_max_bytes: int = _setting(COUNT, 256 * MIB, "captured output kept in all")
@@ -2642,7 +2649,7 @@ class LogWriter:
             if self._failed == before:
                 self._noted += dropped
             else:
-                self._failed = before  # a note that cannot be written is no line that was lost
+                self._failed = before  # a note that cannot be written is not a lost line
 
     def _write_safely(self, data: bytes) -> None:
         # A log that nobody can read any more (closed pipe, full disk) is no reason to stop serving.
@@ -3123,7 +3130,7 @@ CODE_SLOT: Final = hashlib.sha3_256(bytes(32) + (1).to_bytes(4, "little")).diges
 """The storage slot that holds a contract's code."""
 
 DEFAULT_VERSION: Final = "v0.1.0"
-"""What a contract stands for that states no version: most of them."""
+"""The version of a contract that states none, as most do."""
 
 #: What executors trim: the white space of Unicode, of which Python's own ``strip`` has more.
 SPACES: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
@@ -3134,7 +3141,7 @@ _TEXT_STEP: Final = 64 * KIB
 
 
 def text_version(code: bytes) -> str | None:
-    """Return the version that the first line of a text states; None if it is no contract."""
+    """Return the version that the first line of a text states; None if it is not a contract."""
     mark = next((mark for mark in (b"//", b"#", b"--") if code.startswith(mark)), None)
     if mark is None or not _is_text(code):
         return None
@@ -5229,7 +5236,7 @@ def parse_log_line(line: bytes, members: int = LOG_LINE_MAX_MEMBERS) -> dict[str
 
 
 def forwarded_line(line: bytes, unread: str) -> tuple[str, dict[str, Any]]:
-    """Return level and members of a line of a child's log; one that is no record is ``unread``."""
+    """Return level and members of a line of a child's log; if not a record, it is ``unread``."""
     record = parse_log_line(line, FORWARDED_MEMBERS)
     if record is None:
         record = {unread: line.decode("utf-8", "replace")}
@@ -5309,7 +5316,7 @@ class Capture:
 
 
 def _tail_json(tail: BoundedTail) -> Iterator[bytes]:
-    """Yield what stands between the quotes of a JSON string."""
+    """Yield what is between the quotes of a JSON string."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     skipped = _first_character(tail.blocks) if tail.truncated else 0
     for block in tail.blocks:
@@ -10398,7 +10405,7 @@ class DetectedVersion(Reply, frozen=True, kw_only=True):
 
 
 class DeploymentWrites(Reply, frozen=True, kw_only=True):
-    """What has to stand in the storage of a contract."""
+    """What must be in the storage of a contract."""
 
     writes: Annotated[
         list[Annotated[list[str], Meta(min_length=2, max_length=2)]],
@@ -10912,7 +10919,7 @@ def _type_text(shape: Mapping[str, Any]) -> str:
 
 
 def _html(text: str) -> str:
-    """Return a text as HTML; what stands in backticks is code."""
+    """Return a text as HTML; text in backticks is code."""
     text = text.replace("``", "`").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub("`([^`]*)`", r"<code>\1</code>", text)
 
@@ -11035,7 +11042,7 @@ def api_endpoint(
 
 @frozen
 class PermitsBody:
-    """Body of ``POST /permits``; null stands for what memory allows, as at the start."""
+    """Body of ``POST /permits``; null means what memory allows, as at the start."""
 
     permits: Annotated[Permits | None, about("Null is what memory allows now.", 8)]
 
@@ -11403,11 +11410,11 @@ class Api:
         failure.cleanFailure()
         if isinstance(problem, werkzeug.exceptions.MethodNotAllowed):
             allowed = sorted(problem.valid_methods or ())
-            error: ManagerError = MethodNotAllowed(
-                f"use {' or '.join(allowed)} here", allowed=allowed
-            )
+            *others, last = allowed
+            methods = f"{', '.join(others)} or {last}" if others else last
+            error: ManagerError = MethodNotAllowed(f"use {methods} here", allowed=allowed)
         else:
-            reason = "no such endpoint; README.md lists them"
+            reason = "no such endpoint; GET / lists them"
             if re.fullmatch(b"/genvm/[^/]+(/events)?", request.path):
                 reason = "no such execution: an id is a number, as POST /genvm/run answers it"
             error = EndpointNotFound(reason)
@@ -11896,7 +11903,7 @@ class OperatorApi(Api):
 
     async def _run(self, stream: EventStream) -> None:
         if len(self._streams) >= MOST_STREAMS:
-            raise ResourcesExhausted(f"{MOST_STREAMS} clients follow events already")
+            raise ResourcesExhausted(f"{MOST_STREAMS} clients already follow events")
         self._streams.add(stream)
         try:
             await stream.run()
@@ -12656,7 +12663,7 @@ def _remove_dead_socket(path: Path) -> None:
 
 @frozen
 class Systemd:
-    """Tells what has started us how we are, as sd_notify(3) has it; that nobody hears is no harm.
+    """Tells what has started us how we are (sd_notify(3)); nobody needs to listen.
 
     ``watchdog`` is how many seconds may lie between two signs of life; 0 if none is expected.
     """
@@ -12775,7 +12782,7 @@ class RequestFailure(Exception):
 class SizeLimit(Extension):
     """Refuses a message that is too large at the header of its frame.
 
-    It is no extension that peers hear of; wsproto shows headers to nobody else.
+    It is not an extension that peers hear of; wsproto shows headers to nobody else.
     """
 
     name = "size-limit"
@@ -17887,7 +17894,7 @@ class Place:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the place; raises ``ConfigError`` for what is none."""
+        """Return the place; raises ``ConfigError`` if the text is not one."""
         if text.startswith("unix:///"):
             return cls(text, "http://localhost", text.removeprefix("unix://"))
         url = text if "://" in text else f"http://{text}"
@@ -18176,7 +18183,7 @@ class RemoteManager:
             document = json.loads(reply.body)
             told = structure(document, ErrorAnswer)
         except (ValueError, RecursionError, InvalidRequest):
-            text = f"what answers there is no GenVM manager (status {reply.status})"
+            text = f"what answers there is not a GenVM manager (status {reply.status})"
             raise ClientProblem(Ending.UNREACHABLE, text) from None
         self.document = document
         ending = Ending.UNAUTHORIZED if reply.status in (401, 403) else Ending.REFUSED
@@ -18405,7 +18412,7 @@ def _run_body(options: argparse.Namespace) -> bytes:
     _takes("--capture", "keep its output (default: yes)", dest="capture_output", **_CHOICE),
     _takes("--max-execution-minutes", "its deadline (default 20)", type=float, metavar="N"),
     _takes("--extra-arg", "for the executor", dest="extra_args", action="append", metavar="ARG"),
-    _takes("--idempotency-key", "a second try with it starts nothing", metavar="KEY"),
+    _takes("--idempotency-key", "a second request with it starts nothing", metavar="KEY"),
     _takes("--wait", "show its output, and wait for its end", **_FLAG),
     _LOG,
 )
@@ -18454,7 +18461,12 @@ async def _end_of(manager: RemoteManager, genvm_id: int, seconds: float) -> Exec
     "wait",
     "wait for the end of an execution, and show how it ended",
     _ID,
-    _takes("--timeout", "for so long, such as 90s (default: for ever)", default=math.inf, **_TIME),
+    _takes(
+        "--timeout",
+        "for at most this long, such as 90s (default: for ever)",
+        default=math.inf,
+        **_TIME,
+    ),
 )
 async def _wait(manager: RemoteManager) -> Ending:
     await _watch(manager, manager.options.id)
@@ -18534,7 +18546,7 @@ async def _permits(manager: RemoteManager) -> None:
     "drain",
     "refuse new executions, and let the others end",
     _takes(
-        "--wait", "until all is over and read, or for so long", nargs="?", const=math.inf, **_TIME
+        "--wait", "until all is over and read, or for this long", nargs="?", const=math.inf, **_TIME
     ),
 )
 async def _drain(manager: RemoteManager) -> Ending:
@@ -18604,7 +18616,7 @@ def _checks(options: argparse.Namespace) -> Iterator[tuple[CheckBody, list[str]]
     "see whether models answer, each as soon as it is known",
     _BODY,
     _takes("--module-config", "all models in a configuration of the LLM module", **_YAML),
-    _takes("--prompt", "what they are asked then", default=CHECK_PROMPT, metavar="TEXT"),
+    _takes("--prompt", "the prompt of --module-config", default=CHECK_PROMPT, metavar="TEXT"),
 )
 async def _llm_check(manager: RemoteManager) -> Ending:
     checks = [*_checks(manager.options)]
@@ -18687,7 +18699,7 @@ async def _log_level(manager: RemoteManager) -> None:
     "events",
     "show what happens, as it happens, also after a restart of the manager",
     _takes("--after", "begin after this event (default: with the next)", metavar="ID"),
-    _takes("--reconnect", "try again for so long (default 30s)", default=30.0, **_TIME),
+    _takes("--reconnect", "keep trying for this long (default 30s)", default=30.0, **_TIME),
 )
 async def _follow_events(manager: RemoteManager) -> None:
     options, clock = manager.options, manager.screen.reactor
@@ -18867,7 +18879,7 @@ class Doctor:
         except ManagerError as error:
             found.append(("error", error.message))
         except Exception as error:
-            found.append(("error", f"this cannot be looked at: {error!r}"))
+            found.append(("error", f"this look failed: {error!r}"))
         return [Finding(level, name, self._redactor.scrub(text)) for level, text in [*found]]
 
     def _settings(self) -> Found:
@@ -18878,7 +18890,7 @@ class Doctor:
         if log is not None and not os.access(log if log.exists() else log.parent, os.W_OK):
             yield "error", f"log_file: {log} cannot be written: give this account its folder"
         if os.geteuid() == 0:
-            yield "note", "root may do what a service's account may not: look as that account"
+            yield "note", "root may do what a service's account may not: run doctor as that account"
         yield "ok", f"the root is {config.root}"
 
     def _manifest(self) -> Found:
@@ -18912,7 +18924,7 @@ class Doctor:
                 elif os.path.exists(program):
                     yield "error", f"{program} cannot be executed: chmod +x {shlex.quote(program)}"
                 else:
-                    text = f"{key}: {program} is not there: runs that need it fail; install it"
+                    text = f"{key}: {program} does not exist: runs that need it fail; install it"
                     yield "warning" if key in selected else "note", text
             if keys and not installed:
                 yield "error", "no executor is installed: nothing can run"
@@ -18961,7 +18973,7 @@ class Doctor:
 
         def look() -> Found:
             if kind == "systemd":
-                yield "note", f"{endpoint}: only a service of systemd's gets that"
+                yield "note", f"{endpoint}: only a process that systemd starts gets that"
             elif not problem:
                 yield "ok", f"{endpoint} is free"
             elif kind == "unix":
@@ -18985,14 +18997,17 @@ class Doctor:
         path = config.root / "config" / f"genvm-module-{kind}.yaml"
         worst = "error" if kind in config.start_modules else "warning"
         if worst == "warning" and not path.exists():
-            yield "note", f"{path} is not there: POST /module/start has to bring a configuration"
+            yield "note", f"{path} does not exist: POST /module/start must send a configuration"
             return
         try:
             variables = Variables(config.root / "config")
             data, texts = read_module_file(path), template_variables(config.root)
             names = set(names_in(path.read_text("utf-8")))
             if unset := sorted(name for name in names if not variables(name)):
-                yield "note", f"{path.name} uses what is not set here: {', '.join(unset)}"
+                yield (
+                    "note",
+                    f"{path.name} uses variables that are not set here: {', '.join(unset)}",
+                )
             data = expand_module_config(kind, data, texts, variables)
             inserted = [variables(name) for name in names if SECRET_NAMES.search(name)]
             self._redactor.keep(kind, (*secrets_in(data), *inserted))
@@ -19000,7 +19015,7 @@ class Doctor:
             setup = ModuleSetup.of(kind, data, False)
             if command := module_command(config, kind):
                 if shutil.which(command[0]) is None:
-                    yield worst, f"{command[0]} is no program: install it, or set modules.{kind}"
+                    yield worst, f"{command[0]} is not a program: install it, or set modules.{kind}"
             else:
                 refuse_scripts(kind, data)
                 yield from (("warning", text) for text in self._read_module(kind, data))
@@ -19053,7 +19068,7 @@ class Doctor:
                 there = "0"
             numbers = [[*map(int, re.findall(r"\d+", text)[:2])] for text in (there, least)]
             if numbers[0] < numbers[1]:
-                text = f"{name} is not there" if there == "0" else f"{name} {there} is too old"
+                text = f"{name} is not installed" if there == "0" else f"{name} {there} is too old"
                 yield "error", f"{text}: pip install '{name}>={least}'"
         yield "ok", ", ".join(found)
 
@@ -19061,9 +19076,9 @@ class Doctor:
         now, written = time.time(), os.stat(__file__).st_mtime
         offset = now - time.monotonic()
         if now < written - 86_400:
-            yield "error", f"it is at {timestamp_of(now)}, before this program was written: set it"
+            yield "error", f"it says {timestamp_of(now)}, before this program was written: set it"
         if ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(KIB)) == _TIME_ERROR:
-            yield "note", "as far as the kernel knows, nothing keeps it right: see timedatectl"
+            yield "note", "as far as the kernel knows, it is not synchronized: see timedatectl"
         time.sleep(CLOCK_SECONDS)
         if abs(time.time() - time.monotonic() - offset) > 1:
             yield "warning", "it jumped just now: let NTP alone set it"

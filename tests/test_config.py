@@ -210,7 +210,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     # One of the two has no effect, and nobody would say which.
     path = write_settings(tmp_path, "permits: 4\npermits: 400\n")
     message = refused({"root": str(tmp_path)}, {})
-    assert message == f"{path}: not YAML: line 2: this key is there twice"
+    assert message == f"{path}: not YAML: line 2: this key appears twice"
 
 
 def test_bytes_that_are_no_text_are_refused_by_the_name_of_the_file(tmp_path: Path) -> None:

@@ -708,6 +708,8 @@ def test_a_variable_is_set_and_its_value_is_never_shown(
     assert "env_allow" in noted.json["note"]
     wrong = manager.request("POST", "/env", {"key": 1, "value": ["s3cret-value"]})
     assert wrong.status == 500
+    joined = manager.request("POST", "/env", {"key": "A_KEY=s3cret-value", "value": ""})
+    assert joined.json["error"] == "key: must not be empty, nor contain = or NUL"
     refused = manager.request("POST", "/env", {"key": "LD_PRELOAD", "value": "s3cret-value"})
     assert (refused.status, refused.json["code"]) == (500, "environment_refused")
     for text in (response.body, noted.body, wrong.body, refused.body, bytes(manager.log)):

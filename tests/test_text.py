@@ -401,7 +401,7 @@ def test_half_a_surrogate_pair_is_not_text() -> None:
         ),
         (b'{"a" 1}', "body: not JSON: expected ':' at line 1 column 6"),
         (b'{"a": 1, b: 2}', "body: not JSON: object keys must be strings at line 1 column 10"),
-        (b'{"a": ', "body: not JSON: it ends too early, or has half a surrogate pair"),
+        (b'{"a": ', "body: not JSON: it ends too early, or has an unpaired surrogate"),
     ],
 )
 def test_a_body_that_is_no_object_is_refused_with_the_place(data: bytes, message: str) -> None:
@@ -647,7 +647,7 @@ SLIPS = {
     'key: "{}\n': "line 2: found unexpected end of stream",
     "key: @{}\n": "line 1: found character '@' that cannot start any token",
     "key: &{} x\nb: &{} y\n": "line 2: second occurrence",
-    "{}: 1\nb: 2\n{}: 3\n": "line 3: this key is there twice",
+    "{}: 1\nb: 2\n{}: 3\n": "line 3: this key appears twice",
     "? [{}]\n: b\n": "line 1: found unhashable key",
     "key: {{{}\n": "line 2: expected ',' or '}}', but got '<stream end>'",
     "- a\nkey: {}\n": "line 2: expected <block end>, but found '?'",

@@ -319,7 +319,7 @@ def test_what_answers_is_no_manager() -> None:
     with HTTPServer(("127.0.0.1", 0), _Stranger) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         place = f"http://127.0.0.1:{server.server_address[1]}"
-        for word, problem in (("status", "no GenVM manager"), ("permits", "does not answer as")):
+        for word, problem in (("status", "not a GenVM manager"), ("permits", "does not answer as")):
             done = client(place, word)
             assert done.returncode == 3
             assert problem in done.stderr

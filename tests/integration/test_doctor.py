@@ -109,8 +109,8 @@ def test_executors_that_do_not_run_and_files_that_nobody_writes(root: Root) -> N
         assert has(found[check], "error", "no answer within 10 s", "pipe")
     seen = found["versions"]
     assert has(seen, "ok", f"executor {VERSION} answers")
-    assert has(seen, "note", "v0.1.1/bin/genvm is not there", "install")
-    assert has(seen, "warning", "v0.3.0/bin/genvm is not there")
+    assert has(seen, "note", "v0.1.1/bin/genvm does not exist", "install")
+    assert has(seen, "warning", "v0.3.0/bin/genvm does not exist")
     assert has(seen, "error", "v0.1.2/bin/genvm cannot be executed", "chmod +x ")
     assert has(seen, "error", "executor v0.1.3 ", "not an executable of this machine")
     for version in ("v0.1.4", "v0.1.5"):
@@ -188,7 +188,7 @@ def test_what_a_machine_is_short_of(tmp_path: Path) -> None:
     assert has(found["settings"], "error", f"flag --root: {gone} is not a folder")
     assert has(found["manifest"], "error", "does not exist", f"name them in {gone}/data/manifest")
     assert has(found["packages"], "error", "attrs 2", "is too old: pip install 'attrs>=99'")
-    assert has(found["packages"], "error", "no-such-package is not there: pip install ")
+    assert has(found["packages"], "error", "no-such-package is not installed: pip install ")
     assert has(found["clock"], "error", "before this program was written")
     assert has(found["temporary folder"], "error", str(folder), "TMPDIR")
     assert has(found["limits"], "warning", "1024 descriptors are few", "LimitNOFILE")
@@ -209,7 +209,7 @@ def test_each_place_to_listen_at(root: Root, start: Start) -> None:
     assert has(found, "ok", f"unix:{path} is free")
     assert has(found, "error", "/no/m.sock", "No such file")
     assert has(found, "error", "/nonexistent cannot be read")
-    assert has(found, "note", "systemd:domain=UNIX:index=0: only a service")
+    assert has(found, "note", "systemd:domain=UNIX:index=0: only a process")
     assert not path.exists()
     pipe = root.path / "pipe"
     os.mkfifo(pipe)
