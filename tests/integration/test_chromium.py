@@ -67,7 +67,11 @@ def begin(folder: Path, path: str = os.environ["PATH"], **config: Any) -> WebMod
         names=NAMES,
         environment={"TMPDIR": str(folder), "PATH": path},
     )
-    made.event("ready")
+    try:
+        made.event("ready")
+    except BaseException:
+        made.close()
+        raise
     return made
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from genvm_manager import MODULE_QUICK_DEATHS, MODULE_READY_SECONDS
+from genvm_manager import MODULE_QUICK_DEATHS, MODULE_READY_SECONDS, own_command
 
 from .conftest import Start
 from .executor_client import HELLO, Client, ok, prompt
@@ -1066,7 +1066,7 @@ def test_a_module_alone_refuses_what_is_wrong(
 ) -> None:
     path = tmp_path / "module.yaml"
     path.write_text(text)
-    argv = [sys.executable, str(SOURCE), kind, "--config", str(path)]
+    argv = own_command(kind, "--config", str(path))
     done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=WAIT)
     assert (done.returncode, reason in done.stderr, done.stdout) == (1, True, "")
 
