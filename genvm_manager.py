@@ -820,7 +820,7 @@ def free_descriptors(most: int) -> int:
     """Return how many descriptors can be opened, up to ``most``."""
     opened: list[int] = []
     with contextlib.suppress(OSError):
-        while len(opened) < most:
+        for _ in range(most):
             opened.append(os.dup(0))
     for fd in opened:
         os.close(fd)
@@ -4050,7 +4050,8 @@ class Child(ProcessProtocol):
         if self._kill_timer is not None:
             self._kill_timer.cancel()
             self._kill_timer = None
-        self._drain_timer = self._reactor.callLater(DRAIN_SECONDS, self._close_pipes)
+        if self.transport.pipes:
+            self._drain_timer = self._reactor.callLater(DRAIN_SECONDS, self._close_pipes)
         self._gone(self)
         self._listener.child_exited(status)
 
@@ -4627,7 +4628,7 @@ class Spawner:
         environment: Mapping[bytes, bytes],
         *,
         pipes: Iterable[int],
-        nulls: Iterable[int] = (),
+        nulls: Collection[int] = (),
         feeds: Iterable[int] = (),
         inherited: Mapping[int, int] | None = None,
         nice: int = 0,
@@ -4655,7 +4656,7 @@ class Spawner:
             **(inherited or {}),
         }
         try:
-            _check_descriptors(2 * len(descriptors))
+            _check_descriptors(2 * (len(descriptors) - len(nulls)))
             with self._marks.marking(number):
                 # No path, uid or gid: they would make Twisted fork instead of posix_spawn.
                 self._process(
@@ -5452,6 +5453,20 @@ class Execution:
             truncated=[] if self.capture is None else self.capture.truncated,
         )
 
+    def log_fields(self) -> dict[str, Any]:
+        """Return what the log tells of one that is finished."""
+        began = self.over if self.began is None else self.began
+        return {
+            "genvm_id": self.id,
+            "cause": None if self.cause is None else self.cause.value,
+            "exit_code": None if self.exit is None else self.exit.code,
+            "signal": None if self.exit is None else self.exit.signal,
+            "ran_s": round(self.over - began, 3),
+            "waited_s": round(began - self.asked, 3),
+            "permits": self.permits,
+            "idempotency_key": self.idempotency_key,
+        }
+
 
 class LogForwarder:
     """Passes an executor's log lines on to the manager's log."""
@@ -5588,6 +5603,7 @@ class Executions:
     _by_key: dict[str, Execution] = field(init=False, factory=dict)
     _finished: deque[Execution] = field(init=False, factory=deque)
     _unread: dict[int, Execution] = field(init=False, factory=dict)
+    _listing: bytes = field(init=False, default=b"")
     _kept_bytes: int = field(init=False, default=0)
     _queued: int = field(init=False, default=0)
     _dropped_bytes: int = field(init=False, default=0)
@@ -5687,6 +5703,17 @@ class Executions:
         yield from self.active()
         yield from itertools.islice(reversed(self._unread.values()), LISTED_FINISHED)
 
+    def listing(self) -> bytes:
+        """Return the same as JSON, which is made again once it has changed."""
+        if not self._listing:
+            entries = (b'"%d":%s' % (e.id, e.summary_json()) for e in self.listed())
+            self._listing = b"{" + b",".join(entries) + b"}"
+        return self._listing
+
+    def _move(self, execution: Execution, state: State) -> None:
+        execution.move(state)
+        self._listing = b""
+
     def newest_first(self) -> Iterator[Execution]:
         """Yield all that are known."""
         return reversed(self._records.values())
@@ -5722,6 +5749,7 @@ class Executions:
     def note_reading(self, execution: Execution) -> None:
         """Somebody has read, or nobody will ever read, the result of an execution."""
         if self._unread.pop(execution.id, None) is not None:
+            self._listing = b""
             self._check_settled()
 
     # --- admission ---
@@ -5753,6 +5781,7 @@ class Executions:
         self._queued += size
         execution.asked = self._reactor.seconds()
         self._records[execution.id] = execution
+        self._listing = b""
         if key is not None:
             self._by_key[key] = execution
         place: Deferred[Any] = self._gate.reserve(weight)
@@ -5781,6 +5810,7 @@ class Executions:
     def _forget(self, execution: Execution) -> None:
         """Drop a record; who waits for the end of one that never ran hears that it is gone."""
         del self._records[execution.id]
+        self._listing = b""
         self._unread.pop(execution.id, None)
         if execution.state is not State.FINISHED:
             reason = f"execution {execution.id} was never started"
@@ -5818,7 +5848,7 @@ class Executions:
         else:
             sink = LogForwarder(execution.id, self._log_enabled)
             pipes, nulls = {STDERR, LOG_FD}, {STDIN, STDOUT}
-        execution.move(State.RUNNING)
+        self._move(execution, State.RUNNING)
         execution.started_at, execution.began = self._now(), self._reactor.seconds()
         execution.deadline_timer = self._reactor.callLater(
             execution.max_minutes * 60, self._deadline, execution
@@ -5872,7 +5902,7 @@ class Executions:
         if execution.child.has_ended:
             return
         if execution.state is State.RUNNING:
-            execution.move(State.STOPPING)
+            self._move(execution, State.STOPPING)
             execution.cause = cause
         execution.child.terminate(grace)
 
@@ -5880,7 +5910,7 @@ class Executions:
         """The process is reaped: its permits are free from now on."""
         execution.exit = status
         execution.was_forced = execution.child is not None and execution.child.force_killed
-        execution.move(State.EXITED)
+        self._move(execution, State.EXITED)
         self._stop_deadline(execution)
         self._release(execution)
 
@@ -5892,7 +5922,7 @@ class Executions:
         self._finish(execution, execution.cause or Cause.EXITED, unread)
 
     def _finish(self, execution: Execution, cause: Cause, unread: str = "") -> None:
-        execution.move(State.FINISHED)
+        self._move(execution, State.FINISHED)
         execution.cause = cause
         execution.finished_at, execution.over = self._now(), self._reactor.seconds()
         self._retain(execution)
@@ -5906,21 +5936,8 @@ class Executions:
     def _log_end(self, execution: Execution, details: Mapping[str, str]) -> None:
         if not details and not self._log_enabled("info"):
             return
-        began = execution.over if execution.began is None else execution.began
-        ran, waited = execution.over - began, began - execution.asked
         say = self.log.warn if details else self.log.info
-        say(
-            "execution finished",
-            genvm_id=execution.id,
-            cause=None if execution.cause is None else execution.cause.value,
-            exit_code=None if execution.exit is None else execution.exit.code,
-            signal=None if execution.exit is None else execution.exit.signal,
-            ran_s=round(ran, 3),
-            waited_s=round(waited, 3),
-            permits=execution.permits,
-            idempotency_key=execution.idempotency_key,
-            **details,
-        )
+        say("execution finished", **execution.log_fields(), **details)
 
     def _tell_end(self, execution: Execution) -> None:
         exit_, capture, began = execution.exit, execution.capture, execution.began
@@ -9551,8 +9568,9 @@ class Metrics:
             self._failures.labels(told.code).inc()
         elif isinstance(told, FinishedEvent):
             self._ends_of(told.cause.value, told.version).inc()
-            self._captured.inc(told.captured_bytes)
-            self._dropped.inc(told.dropped_bytes)
+            if told.captured_bytes or told.dropped_bytes:
+                self._captured.inc(told.captured_bytes)
+                self._dropped.inc(told.dropped_bytes)
             if told.ran_ms is not None:
                 self._runs.observe(told.ran_ms / 1000)
 
@@ -9799,8 +9817,8 @@ class AccessPolicy:
 
 def header_text(request: Request, name: bytes) -> str | None:
     """Return a header, byte by byte: what is not ASCII is still comparable."""
-    value = request.getHeader(name)
-    return None if value is None else value.decode("latin-1")
+    values = request.requestHeaders.getRawHeaders(name)
+    return None if values is None else values[-1].decode("latin-1")
 
 
 _QUALITY = re.compile(r"q\s*=\s*(0(?:\.\d*)?|1(?:\.0*)?)\s*", re.IGNORECASE)
@@ -9933,6 +9951,8 @@ class ApiChannel(HTTPChannel):
     _rest = b""
     _is_silent = True
     _is_overdue = False
+    _peer: Any = None
+    _our_end: Any = None
 
     def dataReceived(self, data: bytes) -> None:
         """Parse bytes; only the first ones of a request restart the clock: trickling is in vain."""
@@ -9966,6 +9986,18 @@ class ApiChannel(HTTPChannel):
         else:
             self._is_overdue = True
             self.setTimeout(0)
+
+    def getPeer(self) -> Any:
+        """Return the other end of the connection: looked for once, not for each request."""
+        if self._peer is None:
+            self._peer = HTTPChannel.getPeer(self)
+        return self._peer
+
+    def getHost(self) -> Any:
+        """Return our end of it, in the same way."""
+        if self._our_end is None:
+            self._our_end = HTTPChannel.getHost(self)
+        return self._our_end
 
     def admit(self) -> None:
         """Who asks may do so: a body may follow, and other requests."""
@@ -10094,6 +10126,7 @@ class ApiRequest(Request):
     _id = ""
     _received = 0
     _began = 0.0
+    _hosts = 0
 
     @property
     def request_id(self) -> str:
@@ -10112,19 +10145,19 @@ class ApiRequest(Request):
         """Prepare for a body; ``None`` means that its length is not known."""
         small = length is not None and length <= INLINE_BODY_BYTES
         self.content = io.BytesIO() if small else _spooled_file()
-        hosts = self.requestHeaders.getRawHeaders(b"host") or []
+        self._hosts = len(self.requestHeaders.getRawHeaders(b"host") or ())
         try:
             self.channel.site.policy.check(self)
         except ManagerError as error:
             # Who may not make the request is not let fill memory or disk first; without a body it
             # is here as a whole.
-            if length != 0 and len(hosts) < 2:
+            if length != 0 and self._hosts < 2:
                 self._refuse(error)
         else:
             self.is_admitted = True
             self.channel.admit()
-        if length != 0 and len(hosts) > 1:
-            self._refuse_hosts(len(hosts))
+        if length != 0 and self._hosts > 1:
+            self._refuse_hosts()
         if length is not None and length > self.channel.site.max_body_bytes:
             self._refuse_body()
 
@@ -10150,28 +10183,32 @@ class ApiRequest(Request):
         status = status_of_error(type(error), self.channel.site.error_status)
         self.channel.refuse(status, error, self.request_id)
 
-    def _refuse_hosts(self, count: int) -> None:
-        reason = f"expected one Host header, got {count or 'none'}"
+    def _refuse_hosts(self) -> None:
+        reason = f"expected one Host header, got {self._hosts or 'none'}"
         self.channel.refuse(400, InvalidRequest(reason), self.request_id)
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         """Process a whole request; a URI with a host counts as its path and the header ``Host``."""
         self._began = self.channel.site.clock()
         self.setHeader("x-request-id", self.request_id)
-        hosts = self.requestHeaders.getRawHeaders(b"host") or []
         if absolute := ABSOLUTE_URI.fullmatch(path):
             host, path = absolute[1], absolute[2] if absolute[2][:1] == b"/" else b"/" + absolute[2]
             self.requestHeaders.setRawHeaders(b"host", [host])
             self.is_admitted = False
-        if len(hosts) > 1 or (not hosts and version == b"HTTP/1.1"):
-            self._refuse_hosts(len(hosts))
+        if self._hosts > 1 or (not self._hosts and version == b"HTTP/1.1"):
+            self._refuse_hosts()
         else:
             Request.requestReceived(self, command, path, version)
 
     def finish(self) -> None:
-        """Everything is answered."""
+        """Everything is answered.
+
+        Klein's functions for a request refer to each other and to it, so it is kept until the next
+        collection of garbage, which takes the longer the more there is: the headers go at once.
+        """
         site = self.channel.site
         Request.finish(self)
+        del self.requestHeaders, self.responseHeaders
         has_route = self.route != "none"  # else it may have any method
         site.answered(
             AnsweredRequest(
@@ -10192,7 +10229,7 @@ class ApiRequest(Request):
 
     def getRequestHostname(self) -> bytes:
         """Return a constant: routes do not depend on ``Host``, which may hold anything."""
-        return b"localhost"
+        return b""
 
 
 class ApiSite(Site):
@@ -11108,7 +11145,6 @@ class Api:
     @api_endpoint("GET", "/status", ManagerStatus)
     async def status(self, request: Request) -> Answer:
         """Answer what is going on; never waits for anything."""
-        entries = (b'"%d":%s' % (e.id, e.summary_json()) for e in self._executions.listed())
         return ManagerStatus(
             llm_module=self._modules["llm"].state,
             web_module=self._modules["web"].state,
@@ -11132,7 +11168,7 @@ class Api:
             uptime_s=round(self._reactor.seconds() - self._started, 3),
             draining=self._executions.draining,
             unread=self._executions.unread,
-            executions=cast(Any, msgspec.Raw(b"{" + b",".join(entries) + b"}")),
+            executions=cast(Any, msgspec.Raw(self._executions.listing())),
         )
 
     # --- executions ---

@@ -1234,6 +1234,40 @@ def test_times_of_a_result_are_milliseconds_since_the_epoch() -> None:
     assert finished == datetime(2025, 6, 15, 15, 6, 40, tzinfo=UTC)
 
 
+def test_the_listing_is_made_again_whenever_something_has_changed() -> None:
+    world = World(permits=2)
+
+    def listing() -> dict[str, Any]:
+        found = json.loads(world.executions.listing())
+        assert world.executions.listing() is world.executions.listing(), "made once"
+        fresh = {str(e.id): json.loads(e.summary_json()) for e in world.executions.listed()}
+        assert found == fresh
+        assert [*found] == [*fresh]
+        return {key: entry["state"] for key, entry in found.items()}
+
+    assert listing() == {}
+    _, first = world.start()
+    assert listing() == {"1": "running"}
+    world.start()
+    asked = world.ask()
+    asked.addErrback(lambda _: None)
+    assert listing() == {"3": "waiting", "2": "running", "1": "running"}
+    asked.cancel()
+    assert listing() == {"2": "running", "1": "running"}
+    world.stop(2)
+    assert listing() == {"2": "stopping", "1": "running"}
+    first.exit()
+    assert listing() == {"2": "stopping", "1": "exited"}
+    first.close()
+    assert listing() == {"2": "stopping", "1": "finished"}
+    world.executions.note_reading(world.executions.get(1))
+    assert listing() == {"2": "stopping"}
+    world.spawner.processes[-1].end()
+    assert listing() == {"2": "finished"}
+    world.clock.advance(world.config.execution_retention)
+    assert listing() == {}
+
+
 def test_what_is_finished_is_kept_in_few_objects() -> None:
     """Each that the collector of garbage finds in use costs time in every one of its looks."""
     world = World()
