@@ -9953,6 +9953,9 @@ class ApiChannel(HTTPChannel):
     _is_overdue = False
     _peer: Any = None
     _our_end: Any = None
+    _timer: DelayedCall | None = None
+    #: When the connection is closed; ``_timer`` may come earlier.
+    _due: float | None = None
 
     def dataReceived(self, data: bytes) -> None:
         """Parse bytes; only the first ones of a request restart the clock: trickling is in vain."""
@@ -9978,6 +9981,35 @@ class ApiChannel(HTTPChannel):
                 self.paused = False
                 self._rest = self.clearLineBuffer()
                 self._next = self.callLater(0, self._parse_on) if self._rest else None
+
+    def setTimeout(self, period: int | None) -> int | None:
+        """Close the connection after some seconds, or never; return what was set before.
+
+        Each request sets it three times: the timer stays, and is moved on if it comes too early.
+        """
+        before, self.timeOut = self.timeOut, period
+        self._due = None
+        if period is not None:
+            self._due = due = self.site.clock() + period
+            if self._timer is None:
+                self._timer = self.callLater(period, self._look_at_time)
+            elif self._timer.getTime() > due:
+                self._timer.reset(period)
+        return before
+
+    def resetTimeout(self) -> None:
+        """Count its seconds from now on."""
+        if self._due is not None:
+            self.setTimeout(self.timeOut)
+
+    def _look_at_time(self) -> None:
+        self._timer = None
+        left = 0.0 if self._due is None else self._due - self.site.clock()
+        if left > 0:
+            self._timer = self.callLater(left, self._look_at_time)
+        elif self._due is not None:
+            self._due = None
+            self.timeoutConnection()
 
     def timeoutConnection(self) -> None:
         """Close the connection, but where we are late, what has arrived is read before."""
@@ -10010,10 +10042,11 @@ class ApiChannel(HTTPChannel):
 
     def headerReceived(self, line: bytes) -> bool:
         """Take a header; a length that cannot be a number of Python's is refused."""
-        name, _, value = line.partition(b":")
-        if name.strip().lower() == b"content-length" and len(value.strip()) > LENGTH_DIGITS:
-            self._respondToBadRequestAndDisconnect()
-            return False
+        if len(line) > LENGTH_DIGITS:
+            name, _, value = line.partition(b":")
+            if name.strip().lower() == b"content-length" and len(value.strip()) > LENGTH_DIGITS:
+                self._respondToBadRequestAndDisconnect()
+                return False
         return bool(HTTPChannel.headerReceived(self, line))
 
     def readConnectionLost(self) -> None:
@@ -10100,10 +10133,10 @@ class ApiChannel(HTTPChannel):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The connection is gone."""
-        for call in (self._linger, self._next):
+        for call in (self._linger, self._next, self._timer):
             if call is not None:
                 call.cancel()
-        self._linger = self._next = None
+        self._linger = self._next = self._timer = None
         self.site.forget(self)
         self.stopProducing()  # the transport has done it, but not where it was told to close
         HTTPChannel.connectionLost(self, reason)

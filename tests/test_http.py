@@ -1140,6 +1140,14 @@ def test_a_connection_that_is_used_stays_open(manager: Manager) -> None:
     assert not connection.transport.disconnecting
 
 
+def test_a_connection_has_one_timer_however_many_requests_it_carries(manager: Manager) -> None:
+    connection = manager.connect()
+    before = [*manager.reactor.getDelayedCalls()]
+    for _ in range(5):
+        assert connection.request("GET", "/permits").status == 200
+    assert manager.reactor.getDelayedCalls() == before
+
+
 def test_lost_connections_leave_nothing_behind(manager: Manager) -> None:
     manager.service.gate.resize(0)
     for data in (b"", b"GET ", b"POST /genvm/run HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"):
