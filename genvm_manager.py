@@ -1441,7 +1441,7 @@ def _problem(error: msgspec.ValidationError, data: object, prefix: str, root: st
         hidden = {"array", "object"}.intersection(kinds) or isinstance(data, (list, dict))
         reason = f"expected {expected}, got {kind_of(data) if hidden else shown(data)}"
     elif reason in ("Number out of range", "Integer value out of range"):
-        reason = "expected a smaller number"
+        reason = "expected a number within range"
     place = place.replace("[...]", "")  # somewhere in an object of any keys
     path = f"{prefix}{place}".lstrip(".") or (root if reason.startswith("expected") else "")
     return f"{path}: {reason}" if path else reason

@@ -401,7 +401,7 @@ def test_half_a_surrogate_pair_is_not_text() -> None:
         ),
         (b'{"a" 1}', "body: not JSON: expected ':' at line 1 column 6"),
         (b'{"a": 1, b: 2}', "body: not JSON: object keys must be strings at line 1 column 10"),
-        (b'{"a": ', "body: not JSON: it ends too early, or has an unpaired surrogate"),
+        (b'{"a": ', "body: not JSON: it ends too early, or has an incomplete surrogate pair"),
     ],
 )
 def test_a_body_that_is_no_object_is_refused_with_the_place(data: bytes, message: str) -> None:

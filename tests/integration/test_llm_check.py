@@ -675,7 +675,7 @@ def test_a_number_that_json_does_not_have_is_not_sent(checker: Checker) -> None:
     body = {"configs": [config], "test_prompts": [prompt(temperature=0.123)]}
     reply = checker.post(json.dumps(body).replace("0.123", "1e999").encode())
     assert reply.json["code"] == "invalid_request", reply.json
-    assert "expected a smaller number" in reply.json["error"]
+    assert "expected a number within range" in reply.json["error"]
     assert checker.fakes.requests(config["model"]) == []
 
 
