@@ -8117,11 +8117,21 @@ CheckedBackend: TypeAlias = tuple[Backend, int | None]  # with its time limit in
 CheckedPrompt: TypeAlias = tuple[Prompt, int | None]
 
 
+@define(eq=False)
+class _Asking:
+    """The pairs of a request: those that wait for a slot, and the models that are asked now."""
+
+    note: Callable[[int, CheckResult], object]
+    waiting: deque[tuple[int, CheckedBackend, CheckedPrompt]] = field(init=False, factory=deque)
+    asked: set[Deferred[Any]] = field(init=False, factory=set)
+    done: Event[None] = field(init=False, factory=Event)
+
+
 class AvailabilityCheck:
     """Checks whether models answer.
 
-    At most ``llm_check_concurrency`` pairs of a request are asked at once. A request has one slot
-    of its own and shares the others with all requests: none waits for the models of another.
+    All requests share ``llm_check_concurrency`` slots, which they get in turn; but one model is
+    asked for each whatever the others do, so that none waits for the models of another.
     """
 
     log = Logger()
@@ -8140,7 +8150,7 @@ class AvailabilityCheck:
         self._client = client
         self._redactor = redactor
         self._at_once = max(1, config.llm_check_concurrency)
-        self._shared_slots = DeferredSemaphore(max(1, self._at_once - 1))
+        self._requests: deque[_Asking] = deque()  # the one whose turn it is first
         self._turns = DeferredSemaphore(1)
         self._one_reader = DeferredSemaphore(1)
 
@@ -8185,7 +8195,6 @@ class AvailabilityCheck:
         report: Callable[[CheckResult], object],
     ) -> list[CheckResult]:
         results: dict[int, CheckResult] = {}
-        waiting: deque[tuple[int, CheckedBackend, CheckedPrompt]] = deque()
 
         def note(place: int, result: CheckResult) -> None:
             config, prompt = divmod(place, len(prompts))
@@ -8194,71 +8203,60 @@ class AvailabilityCheck:
             )
             report(results[place])
 
+        asking = _Asking(note)
         for place, (backend, prompt) in enumerate(itertools.product(backends, prompts)):
             if isinstance(backend, CheckResult):
                 note(place, backend)
             elif isinstance(prompt, CheckResult):
                 note(place, prompt)
             else:
-                waiting.append((place, backend, prompt))
-        if waiting:
-            await self._ask_all(waiting, note)
+                asking.waiting.append((place, backend, prompt))
+        if asking.waiting:
+            await self._ask_all(asking)
         return [result for _, result in sorted(results.items())]
 
     def _read_one(self, result: Value) -> Value:
         self._one_reader.release()
         return result
 
-    async def _ask_all(
-        self,
-        waiting: deque[tuple[int, CheckedBackend, CheckedPrompt]],
-        note: Callable[[int, CheckResult], object],
-    ) -> None:
-        """Note the results of pairs; one that waits is asked as soon as there is a slot."""
-        left = len(waiting)
-        done: Event[None] = Event()
-        pending: set[Deferred[Any]] = set()
-
-        async def until(step: Deferred[Value]) -> Value:
-            pending.add(step)
-            try:
-                return await step
-            finally:
-                pending.discard(step)
-
-        async def work(slots: DeferredSemaphore) -> None:
-            nonlocal left
-            while waiting:
-                await until(slots.acquire())
-                try:
-                    await until(self._turn())
-                    if waiting:
-                        place, backend, prompt = waiting.popleft()
-                        asked = Deferred.fromCoroutine(self._ask(backend, prompt))
-                        note(place, await until(asked))
-                        left -= 1
-                finally:
-                    slots.release()
-            if not left:
-                done.fire(None)
-
-        async def guarded(slots: DeferredSemaphore) -> None:
-            try:
-                await work(slots)
-            except Exception as error:  # cancelled, if all is well
-                done.fail(error)
-
-        slots = [DeferredSemaphore(1), *[self._shared_slots] * (self._at_once - 1)]
-        for some in slots[: len(waiting)]:
-            Deferred.fromCoroutine(guarded(some))
+    async def _ask_all(self, asking: _Asking) -> None:
+        """Return once the results of all pairs of a request are noted."""
+        self._requests.append(asking)
+        self._give_slots()
         try:
-            await done.wait()
+            await asking.done.wait()
         finally:
-            # Whoever still waits for a slot is not needed, or the client is gone. Not the workers
-            # are cancelled, one of which may be what runs at this very moment.
-            waiting.clear()
-            for step in list(pending):
-                step.cancel()
+            self._requests.remove(asking)
+            for asked in [*asking.asked]:
+                asked.cancel()
+
+    def _give_slots(self) -> None:
+        """Have models asked for the requests in turn, as long as there are slots."""
+        while True:
+            shared = sum(len(some.asked) - 1 for some in self._requests if some.asked)
+            is_room = shared < self._at_once - 1
+            able = (r for r in self._requests if r.waiting and (is_room or not r.asked))
+            asking = next(able, None)
+            if asking is None:
+                return
+            self._requests.remove(asking)
+            self._requests.append(asking)
+            self._begin(asking)
+
+    def _begin(self, asking: _Asking) -> None:
+        place, backend, prompt = asking.waiting.popleft()
+        asked = Deferred.fromCoroutine(self._ask(backend, prompt))
+        asking.asked.add(asked)
+
+        def over(outcome: object) -> None:
+            asking.asked.discard(asked)
+            if isinstance(outcome, Failure):
+                asking.done.fail(cast(Exception, outcome.value))
+            if not (asking.asked or asking.waiting):
+                asking.done.fire(None)
+            self._give_slots()
+
+        asked.addCallback(functools.partial(asking.note, place)).addBoth(over)
 
     def _read(
         self, body: CheckBody, variables: RequestVariables
@@ -8304,6 +8302,7 @@ class AvailabilityCheck:
 
     async def _ask(self, backend: CheckedBackend, prompt: CheckedPrompt) -> CheckResult:
         """Return the result for one pair; only being cancelled makes it fail."""
+        await self._turn()
         target, limit_ms = backend[0], prompt[1] or backend[1] or LLM_SECONDS * 1000
         target = attrs.evolve(target, timeout=min(limit_ms, MAX_CHECK_MS) / 1000)
         answer: LlmAnswer | ProviderError

@@ -1368,16 +1368,16 @@ def test_cancelling_one_check_leaves_another_alone() -> None:
 
 
 def test_nobody_waits_for_the_models_of_another() -> None:
-    """Each request has a slot of its own, and the others are given in turn."""
+    """One model is asked for each request in any case; the other slots are given in turn."""
     first = Checked([config("a")], [prompt()] * 9, llm_check_concurrency=3)
     second = Checked([config("b")], [prompt()] * 4, check=first.check)
     assert [model for model, _ in first.asked()] == ["a", "a", "a", "b"]
-    first.answer(3)  # in its own slot
+    first.answer(3)  # its only one
     assert [model for model, _ in first.asked()][4:] == ["b"]
-    first.answer(0)  # the first one's own slot
-    first.answer(1)  # a shared one
+    first.answer(0)
+    first.answer(1)
     assert [model for model, _ in first.asked()][5:] == ["a", "b"]
-    for index in (4, 6, 7):
+    for index in (4, 6, 8):  # one of the first in between: they get slots in turn
         first.answer(index)
     assert [found["available"] for found in second.results] == [True] * 4
     assert first.outcome == []
@@ -1389,7 +1389,7 @@ def test_whoever_ends_last_leaves_nothing_behind() -> None:
     with observing(lambda event: problems.append(event) if "log_failure" in event else None):
         first = Checked([config("a")], [prompt()] * 9, llm_check_concurrency=3)
         second = Checked([config("b")], [prompt()] * 4, check=first.check)
-        for index in (3, 0, 1, 4, 6, 7):  # the last one in a shared slot
+        for index in (3, 0, 1, 4, 6, 8):
             first.answer(index)
         assert [found["available"] for found in second.results] == [True] * 4
         first.waiting.cancel()
