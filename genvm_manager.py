@@ -351,7 +351,6 @@ from twisted.logger import ILogObserver, LogEvent, Logger, formatEvent, globalLo
 from twisted.protocols.basic import LineReceiver
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
-from twisted.python.threadpool import ThreadPool
 from twisted.web.error import SchemeNotSupported
 from twisted.web.http import RESPONSES, HTTPChannel, PotentialDataLoss
 from twisted.web.http_headers import Headers
@@ -675,11 +674,11 @@ class SpareThreads:
     _busy: int = field(init=False, default=0)
 
     def run(
-        self, reactor: Any, seconds: float, work: Callable[..., Value], *arguments: Any
+        self, reactor: Any, seconds: float | None, work: Callable[..., Value], *arguments: Any
     ) -> Deferred[Value]:
         """Return a Deferred for what ``work`` returns.
 
-        It fails with Twisted's ``TimeoutError`` after some seconds, and with
+        It fails with Twisted's ``TimeoutError`` after some seconds, if there is a limit, and with
         ``ResourcesExhausted`` where there is no thread.
         """
         done: Deferred[Value] = Deferred(lambda _: None)
@@ -705,7 +704,7 @@ class SpareThreads:
         except RuntimeError as error:
             return fail(no_thread(error))
         self._busy += 1
-        return done.addTimeout(seconds, reactor)
+        return done if seconds is None else done.addTimeout(seconds, reactor)
 
 
 FILE_THREADS = SpareThreads(8)
@@ -779,13 +778,10 @@ class Late(Generic[Value]):
         return self.made
 
 
-def in_thread(
-    reactor: Any, work: Callable[..., Value], *arguments: Any, pool: ThreadPool | None = None
-) -> Deferred[Value]:
+def in_thread(reactor: Any, work: Callable[..., Value], *arguments: Any) -> Deferred[Value]:
     """Return a Deferred for what ``work`` returns, which takes long but cannot hang.
 
-    It fails with ``ResourcesExhausted`` where there is no thread. ``pool`` is the reactor's own
-    unless another one is given.
+    It fails with ``ResourcesExhausted`` where there is no thread.
     """
 
     def attempt() -> Any:
@@ -798,7 +794,7 @@ def in_thread(
         return Failure(found) if isinstance(found, ManagerError) else found
 
     try:
-        working = deferToThreadPool(reactor, pool or reactor.getThreadPool(), attempt)
+        working = deferToThreadPool(reactor, reactor.getThreadPool(), attempt)
         return working.addCallback(outcome)
     except RuntimeError as error:
         return fail(no_thread(error))
@@ -14490,17 +14486,6 @@ CALLER_LOOKUPS = 4
 LookUp: TypeAlias = Callable[[str], Awaitable[list[str]]]
 
 
-class NameThreads(ThreadPool):
-    """Threads that may hang in the resolver: nothing waits for their end, not even Python's."""
-
-    threadFactory: Any = functools.partial(threading.Thread, daemon=True)
-
-    def stop(self) -> None:
-        """Take no more work, and have each thread end as soon as it can."""
-        self.threads.clear()  # those that would be joined
-        super().stop()
-
-
 def addresses_of(name: str) -> list[str]:
     """Ask the resolver of this machine, which may take as long as it likes."""
     try:
@@ -14519,9 +14504,9 @@ class Names:
     """
 
     _reactor: Any
-    _pool: Any
+    _threads: SpareThreads = field(factory=lambda: SpareThreads(NAME_THREADS))
     _resolve: Callable[[str], list[str]] = addresses_of
-    _threads: DeferredSemaphore = field(init=False, factory=lambda: DeferredSemaphore(NAME_THREADS))
+    _slots: DeferredSemaphore = field(init=False, factory=lambda: DeferredSemaphore(NAME_THREADS))
     # A line stays for as long as a request or a thread refers to it.
     _lines: WeakValueDictionary[Hashable, DeferredSemaphore] = field(
         init=False, factory=WeakValueDictionary
@@ -14532,24 +14517,20 @@ class Names:
         line = self._lines.setdefault(caller, DeferredSemaphore(CALLER_LOOKUPS))
         return functools.partial(self._look_up, line)
 
-    def close(self) -> None:
-        """End the threads; whoever still asks gets no answer."""
-        self._pool.stop()
-
     async def _look_up(self, line: DeferredSemaphore, name: str) -> list[str]:
         await line.acquire()
         try:
-            await self._threads.acquire()
+            await self._slots.acquire()
         except CancelledError:
             line.release()
             raise
 
         def over(result: Value) -> Value:
             line.release()
-            self._threads.release()
+            self._slots.release()
             return result
 
-        lookup = in_thread(self._reactor, self._resolve, name, pool=self._pool)
+        lookup = self._threads.run(self._reactor, None, self._resolve, name)
         return await detached(lookup.addBoth(over))
 
 
@@ -14796,42 +14777,6 @@ def last_headers(headers: Headers) -> dict[str, bytes]:
     return {name.decode("latin-1").lower(): values[-1] for name, values in given}
 
 
-@implementer(IBodyProducer)
-class _Body:
-    """A request body in memory, sent piece by piece as the server takes it."""
-
-    def __init__(self, data: bytes) -> None:
-        self.length = len(data)
-        self._data = memoryview(data)
-        self._consumer: Any = None
-        self._done: Deferred[None] = Deferred()
-
-    def startProducing(self, consumer: Any) -> Deferred[None]:
-        self._consumer = consumer
-        self._sending = True
-        self._send()
-        return self._done
-
-    def _send(self) -> None:
-        while self._sending and self._data:
-            piece, self._data = self._data[: 64 * KIB], self._data[64 * KIB :]
-            self._consumer.write(bytes(piece))
-        if self._sending and not self._data:
-            self._sending = False
-            self._done.callback(None)
-
-    def pauseProducing(self) -> None:
-        self._sending = False
-
-    def resumeProducing(self) -> None:
-        if not self._done.called:
-            self._sending = True
-            self._send()
-
-    def stopProducing(self) -> None:
-        self._sending = False
-
-
 @implementer(IAgentEndpointFactory)
 class _TargetEndpoints:
     """Leads an agent to a target that was checked, whatever it makes of the URL."""
@@ -14916,12 +14861,12 @@ class WebClient:
         if not headers.hasHeader(b"user-agent"):
             headers.setRawHeaders(b"user-agent", [f"genvm-manager/{__version__}".encode()])
         targets = _TargetEndpoints(self._reactor, target, await self._tls.get(), traffic)
-        from twisted.web.client import Agent, HTTPConnectionPool, ProxyAgent
+        from twisted.web.client import Agent, FileBodyProducer, HTTPConnectionPool, ProxyAgent
 
         pool = HTTPConnectionPool(self._reactor, persistent=False)
         agent = Agent.usingEndpointFactory(self._reactor, targets, pool)
         send: Callable[..., Deferred[Any]] = agent.request
-        body = None if request.body is None else _Body(request.body)
+        body = None if request.body is None else FileBodyProducer(io.BytesIO(request.body))
         whole = traffic.limit
         # Twisted keeps all headers, however many; each costs far more than its bytes.
         traffic.limit = min(whole, traffic.received + WEB_HEAD_MAX_BYTES)
@@ -16043,10 +15988,7 @@ class WebService(ModuleService):
         elif settings.webdriver is not None:
             limit = settings.render_timeout
             renderer = WebdriverClient(reactor, rules, http, settings.webdriver, limit)
-        threads = NameThreads(0, NAME_THREADS, "names")
-        threads.start()
-        client, names = WebClient(reactor, rules), Names(reactor, threads)
-        return cls(settings, reactor, client, signer, renderer, names)
+        return cls(settings, reactor, WebClient(reactor, rules), signer, renderer, Names(reactor))
 
     @classmethod
     def _chromium(cls, settings: WebSettings, reactor: Any) -> ChromiumRenderer:
@@ -16067,7 +16009,6 @@ class WebService(ModuleService):
         )
 
     def close(self) -> None:
-        self._names.close()
         if isinstance(self._renderer, ChromiumRenderer):
             self._renderer.close()
 

@@ -9,10 +9,8 @@ import hashlib
 import inspect
 import ipaddress
 import os
-import queue
 import subprocess
 import sys
-import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given
 from publicsuffixlist import PublicSuffixList
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 from twisted.internet.error import DNSLookupError
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.testing import MemoryReactorClock
@@ -43,7 +41,6 @@ from genvm_manager import (
     HttpClient,
     InvalidRequest,
     Names,
-    NameThreads,
     PageVisit,
     RequestFailure,
     RequestSigner,
@@ -464,7 +461,7 @@ class Threads:
     """A reactor and its pool: each call in a thread, known by its argument, waits for a word."""
 
     def __init__(self) -> None:
-        self.running: dict[Any, Callable[[], None]] = {}
+        self.running: dict[Any, Callable[[], object]] = {}
 
     def getThreadPool(self) -> Threads:
         return self
@@ -485,6 +482,12 @@ class Threads:
     def callFromThread(self, function: Any, *given: Any) -> None:
         function(*given)
 
+    def run(self, reactor: object, seconds: None, work: Any, name: str) -> Deferred[Any]:
+        """See ``SpareThreads``."""
+        done: Deferred[Any] = Deferred()
+        self.running[name] = lambda: maybeDeferred(work, name).chainDeferred(done)
+        return done
+
     def answer(self, name: object) -> None:
         self.running.pop(name)()
 
@@ -502,7 +505,7 @@ def threads() -> Threads:
 
 @pytest.fixture
 def names(threads: Threads) -> Names:
-    return Names(threads, threads, address_of)
+    return Names(threads, cast(Any, threads), address_of)
 
 
 def ask(names: Names, caller: object, *wanted: str) -> list[Deferred[Any]]:
@@ -587,38 +590,25 @@ def test_callers_are_forgotten(names: Names, threads: Threads) -> None:
 
 
 _HANGING = """
-import threading, genvm_manager
-pool, hangs = genvm_manager.NameThreads(0, 2, "names"), threading.Semaphore(0)
-pool.start()
-for _ in range(2):
-    pool.callInThread(lambda: (hangs.release(), threading.Event().wait()))
+from genvm_manager import Names
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+
+hangs = threading.Semaphore(0)
+names = Names(reactor, resolve=lambda name: (hangs.release(), threading.Event().wait()))
+for name in "ab":
+    Deferred.fromCoroutine(names.look_up_for(name)(name))
 for _ in range(2):
     assert hangs.acquire(timeout=60)
-pool.callInThread(print, "never")
-if {stop}:
-    pool.stop()
 print("the end")
 """
 
 
-@pytest.mark.parametrize("stop", [True, False])
-def test_a_thread_that_hangs_keeps_nothing_from_ending(stop: bool) -> None:
-    code = _HANGING.format(stop=stop)
+def test_a_lookup_that_hangs_keeps_nothing_from_ending() -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, check=True, timeout=100, text=True
+        [sys.executable, "-c", _HANGING], capture_output=True, check=True, timeout=100, text=True
     )
     assert ended.stdout == "the end\n"
-
-
-def test_threads_end_when_they_are_stopped() -> None:
-    pool = NameThreads(0, 2, "names")
-    pool.start()
-    done: queue.SimpleQueue[threading.Thread] = queue.SimpleQueue()
-    pool.callInThread(lambda: done.put(threading.current_thread()))
-    thread = done.get(timeout=60)
-    pool.stop()
-    thread.join(60)
-    assert not thread.is_alive()
 
 
 # --- headers and redirects ---
