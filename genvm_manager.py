@@ -354,7 +354,7 @@ from twisted.python.failure import Failure
 from twisted.web.error import SchemeNotSupported
 from twisted.web.http import RESPONSES, HTTPChannel, PotentialDataLoss
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgent, IAgentEndpointFactory, IBodyProducer, IRequest
+from twisted.web.iweb import IAgent, IAgentEndpointFactory, IRequest
 from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 from werkzeug.exceptions import HTTPException
@@ -798,6 +798,17 @@ def in_thread(reactor: Any, work: Callable[..., Value], *arguments: Any) -> Defe
         return working.addCallback(outcome)
     except RuntimeError as error:
         return fail(no_thread(error))
+
+
+def within(
+    reactor: Any, seconds: float, work: Coroutine[Any, Any, Value], late: Exception
+) -> Deferred[Value]:
+    """Return a Deferred for what ``work`` returns; after some seconds it fails with ``late``."""
+
+    def too_late(_result: object, _seconds: float) -> Failure:
+        return Failure(late)
+
+    return Deferred.fromCoroutine(work).addTimeout(seconds, reactor, cast(Any, too_late))
 
 
 # =============================================================================
@@ -6081,41 +6092,22 @@ def _error_text(data: bytes, value: CalldataValue, limit: int) -> str:
 
 
 def _value_text(value: CalldataValue, limit: int) -> str:
-    """Return ``value`` as JSON; beyond ``limit`` characters it is cut somewhere."""
-    text = ""
-    for piece in _value_pieces(value, limit):
-        text += piece
-        if len(text) > limit:
-            break
-    return text
+    """Return ``value`` as JSON, whole if that has no more than ``limit`` characters."""
 
+    def part(value: CalldataValue) -> object:
+        """Return no more than can be shown; the decoder has bounded the depth."""
+        if isinstance(value, list):
+            return [part(item) for item in value[:limit]]
+        if isinstance(value, dict):
+            return {key[:limit]: part(value[key]) for key in itertools.islice(value, limit)}
+        if isinstance(value, bytes):
+            return f"0x{value[:limit].hex()}"
+        if isinstance(value, int) and value.bit_length() > 1024:
+            # Decimal conversion is quadratic, and Python refuses it beyond 4300 digits.
+            return f"{value:#x}"
+        return value[:limit] if isinstance(value, str) else value
 
-def _value_pieces(value: CalldataValue, limit: int) -> Iterator[str]:
-    """Yield ``value`` as JSON, with no more of a long text than is shown.
-
-    The decoder has bounded the depth of the recursion.
-    """
-    if isinstance(value, list):
-        yield "["
-        for index, item in enumerate(value):
-            yield ", " if index else ""
-            yield from _value_pieces(item, limit)
-        yield "]"
-    elif isinstance(value, dict):
-        yield "{"
-        for index, (key, item) in enumerate(value.items()):
-            yield ", " if index else ""
-            yield from _value_pieces(key, limit)
-            yield ": "
-            yield from _value_pieces(item, limit)
-        yield "}"
-    elif isinstance(value, bytes):
-        yield f'"0x{value[:limit].hex()}"'
-    elif isinstance(value, int) and value.bit_length() > 1024:
-        # Decimal conversion is quadratic, and Python refuses it beyond 4300 digits.
-        yield f'"{value:#x}"'
-    else:
-        yield json.dumps(value[:limit] if isinstance(value, str) else value, ensure_ascii=False)
+    return json.dumps(part(value), ensure_ascii=False)
 
 
 class HostError(IntEnum):
@@ -6436,29 +6428,26 @@ class HostProtocol(Protocol):
     _next_turn: DelayedCall | None = field(init=False, default=None)
 
     def connectionMade(self) -> None:
-        """Become the producer of the answers, which makes the transport say when it is full."""
         self._transport = self.transport
+        # The transport tells the producer of the answers when it is full.
         self._transport.registerProducer(self, True)
 
     def dataReceived(self, data: bytes) -> None:
-        """Take bytes of the executor."""
         if not self._ended:
             self._session.feed(data)
             self._serve()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """End the run: an executor that leaves before its result has broken the protocol."""
+        # An executor that leaves before its result has broken the protocol.
         self._end(self._session.lost())
         self.transport = self._transport = None
         del self.factory  # it keeps us, and so did the transport
 
     def pauseProducing(self) -> None:
-        """Stop serving and reading: the executor does not take its answers."""
         self._blocked = True
         self._transport.pauseProducing()
 
     def resumeProducing(self) -> None:
-        """Go on: the executor has taken its answers."""
         self._blocked = False
         self._serve()
 
@@ -6472,7 +6461,7 @@ class HostProtocol(Protocol):
             self._transport.abortConnection()
 
     def _serve(self) -> None:
-        if self._next_turn is not None:
+        if self._next_turn is not None and self._next_turn.active():
             return
         for _ in range(self._PIECES_PER_TURN):
             if self._blocked or self._ended:
@@ -6489,20 +6478,15 @@ class HostProtocol(Protocol):
             if self._session.outcome is not None:
                 self._end(self._session.outcome)
         self._transport.pauseProducing()
-        self._next_turn = self._reactor.callLater(0, self._take_turn)
-
-    def _take_turn(self) -> None:
-        self._next_turn = None
-        self._serve()
+        self._next_turn = self._reactor.callLater(0, self._serve)
 
     def _end(self, result: HostOutcome | HostProtocolError) -> None:
         """Close the connection and report ``result``, once."""
         if self._ended:
             return
         self._ended = True
-        if self._next_turn is not None:
+        if self._next_turn is not None and self._next_turn.active():
             self._next_turn.cancel()
-            self._next_turn = None
         # A transport does not close as long as a producer is registered.
         self._transport.unregisterProducer()
         if isinstance(result, HostOutcome):
@@ -7270,16 +7254,17 @@ class ProxyEndpoint:
 
 @implementer(IAgentEndpointFactory)
 @frozen
-class _TunnelEndpoints:
-    _reactor: Any
-    _proxy: Proxy
+class AgentEndpoints:
+    """Leads an agent where ``way`` leads for a URL, and for https through TLS to its host."""
+
     _tls: Any
+    _way: Callable[[Any], Any]
 
     def endpointForURI(self, uri: Any) -> Any:
-        """See ``IAgentEndpointFactory``; for https."""
-        host = uri.host.decode()
-        place = f"[{host}]:{uri.port}" if ":" in host else f"{host}:{uri.port}"
-        endpoint: Any = ProxyEndpoint(self._reactor, self._proxy, place)
+        """See ``IAgentEndpointFactory``."""
+        endpoint = self._way(uri)
+        if uri.scheme == b"http":
+            return endpoint
         return endpoints.wrapClientTLS(self._tls.creatorForNetloc(uri.host, uri.port), endpoint)
 
 
@@ -7329,7 +7314,7 @@ class _RoutedAgent:
             return self._direct.request(method, uri, headers, body)
         if proxy not in self._agents:
             plain = ProxyAgent(ProxyEndpoint(self._reactor, proxy), self._reactor, self._pool)
-            tunnels = _TunnelEndpoints(self._reactor, proxy, self._tls)
+            tunnels = AgentEndpoints(self._tls, functools.partial(self._tunnel, proxy))
             one_each = HTTPConnectionPool(self._reactor, persistent=False)
             tunnel = Agent.usingEndpointFactory(self._reactor, tunnels, one_each)
             self._agents[proxy] = plain, tunnel
@@ -7338,64 +7323,56 @@ class _RoutedAgent:
             return tunnel.request(method, uri, headers, body)
         return through_proxy(plain, proxy, method, uri, headers or Headers(), body)
 
+    def _tunnel(self, proxy: Proxy, uri: Any) -> ProxyEndpoint:
+        host = uri.host.decode()
+        place = f"[{host}]:{uri.port}" if ":" in host else f"{host}:{uri.port}"
+        return ProxyEndpoint(self._reactor, proxy, place)
+
 
 # --- the client ---
 
 
-class _LateClient:
-    """treq's client, which is made for the first request."""
-
-    def __init__(self, reactor: Any, use_proxy: bool) -> None:
-        self._reactor = reactor
-        self._use_proxy = use_proxy
-        self._late = Late(reactor, LOAD_SECONDS, self._make)
-
-    def _make(self) -> tuple[Any, Any]:
-        policy = load_http()
-        from treq.client import HTTPClient
-        from treq.cookies import IndexableCookieJar
-        from twisted.web.client import Agent, HostnameCachingHTTPSPolicy, HTTPConnectionPool
-
-        tls, pool = HostnameCachingHTTPSPolicy(policy), HTTPConnectionPool(self._reactor)
-        agent: Any = Agent(self._reactor, tls, connectTimeout=HTTP_CONNECT_SECONDS, pool=pool)
-        if self._use_proxy:
-            agent = _RoutedAgent(self._reactor, pool, tls, agent)
-        refuse_all = DefaultCookiePolicy(allowed_domains=[])
-        return HTTPClient(agent, IndexableCookieJar(refuse_all)), pool
-
-    async def ready(self) -> None:
-        """Make it, unless it is there; see ``Late.get``."""
-        await self._late.get()
-
-    async def request(self, method: str, url: str, **options: Any) -> Any:
-        client, _ = await self._late.get()
-        return await client.request(method, url, **options)
-
-    async def close(self) -> None:
-        """Close the connections that are kept for further requests."""
-        if self._late.made is not None:
-            await self._late.made[1].closeCachedConnections()
-
-
 @frozen
 class HttpClient:
-    """Asks services that the operator names, through one pool of connections."""
+    """Asks services that the operator names, through one pool of connections.
 
-    _http: Any
+    treq's client and the pool are made for the first request.
+    """
+
+    _late: Late[tuple[Any, Any]]
 
     @classmethod
     def create(cls, reactor: Any, *, use_proxy: bool = True) -> HttpClient:
         """Return a client that verifies certificates and keeps no cookies."""
-        return cls(_LateClient(reactor, use_proxy))
+
+        def make() -> tuple[Any, Any]:
+            policy = load_http()
+            from treq.client import HTTPClient
+            from treq.cookies import IndexableCookieJar
+            from twisted.web.client import Agent, HostnameCachingHTTPSPolicy, HTTPConnectionPool
+
+            tls, pool = HostnameCachingHTTPSPolicy(policy), HTTPConnectionPool(reactor)
+            agent: Any = Agent(reactor, tls, connectTimeout=HTTP_CONNECT_SECONDS, pool=pool)
+            if use_proxy:
+                agent = _RoutedAgent(reactor, pool, tls, agent)
+            refuse_all = DefaultCookiePolicy(allowed_domains=[])
+            return HTTPClient(agent, IndexableCookieJar(refuse_all)), pool
+
+        return cls(Late(reactor, LOAD_SECONDS, make))
 
     def close(self) -> Deferred[None]:
         """Close the connections that are kept for further requests."""
-        return Deferred.fromCoroutine(self._http.close())
+        made = self._late.made
+        return succeed(None) if made is None else made[1].closeCachedConnections()
+
+    async def _request(self, method: str, url: str, **options: Any) -> Any:
+        client, _ = await self._late.get()
+        return await client.request(method, url, **options)
 
     async def ready(self) -> None:
         """Load what a request needs, which the first one would wait for; raises ``HttpFailure``."""
         try:
-            await self._http.ready()
+            await self._late.get()
         except CancelledError:
             raise
         except Exception as error:
@@ -7419,8 +7396,8 @@ class HttpClient:
             # A redirect would take a key along to wherever it leads.
             options: dict[str, Any] = {"allow_redirects": False, "unbuffered": True}
             options |= {"headers": headers, "data": data}
-            sent = maybeDeferred(self._http.request, method, url, **options)
             try:
+                sent = self._request(method, url, **options)
                 return without_proxy_secrets(await reply_of(sent, limit))
             except HttpFailure as failure:
                 from twisted.web.client import ResponseNeverReceived
@@ -7598,15 +7575,27 @@ class Provider:
     where that is not what the API documents.
     """
 
+    #: Where it is asked; ``{model}`` stands for the model's name.
+    path_form: ClassVar[str]
+    #: The header that has the key, and what stands before the key there; other headers.
+    key_header: ClassVar[tuple[str, str]] = ("Authorization", "Bearer ")
+    headers: ClassVar[Mapping[str, str]] = {}
     #: Where the answer has its token counts: prompt, completion, total.
     usage_paths: ClassVar[tuple[tuple[str, ...], ...]]
 
     def path(self, backend: Backend) -> str:
-        """Return where a provider is asked."""
-        raise NotImplementedError
+        """Return where a provider is asked for a backend."""
+        model = quote(backend.model, safe="", errors="replace")
+        return self.path_form.replace("{model}", model)
 
     def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
         """Return the request for a prompt, which takes as long as the prompt is large."""
+        name, before = self.key_header
+        key = {name: before + backend.key} if backend.key else {}
+        return ProviderRequest({**self.headers, **key}, self.body(backend.model, prompt, mode))
+
+    def body(self, model: str, prompt: Prompt, mode: AnswerMode) -> dict[str, Any]:
+        """Return the body of the request."""
         raise NotImplementedError
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
@@ -7649,16 +7638,14 @@ def _joined(parts: object, *, kind: str | None = None) -> str | None:
 class OpenAiCompatible(Provider):
     """Chat completions, as OpenAI has them and many others do too."""
 
+    path_form = "/v1/chat/completions"
     usage_paths = (
         ("usage", "prompt_tokens"),
         ("usage", "completion_tokens"),
         ("usage", "total_tokens"),
     )
 
-    def path(self, backend: Backend) -> str:
-        return "/v1/chat/completions"
-
-    def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
+    def body(self, model: str, prompt: Prompt, mode: AnswerMode) -> dict[str, Any]:
         content: list[dict[str, Any]] = [{"type": "text", "text": prompt.user_message}]
         for image in prompt.images:
             url = f"data:{image.media_type};base64,{image.base64()}"
@@ -7667,8 +7654,8 @@ class OpenAiCompatible(Provider):
         if prompt.system_message is not None:
             messages.insert(0, {"role": "system", "content": prompt.system_message})
         limit = "max_completion_tokens" if prompt.use_max_completion_tokens else "max_tokens"
-        body = _without_none(
-            model=backend.model,
+        return _without_none(
+            model=model,
             messages=messages,
             stream=False,
             temperature=prompt.temperature,
@@ -7676,8 +7663,6 @@ class OpenAiCompatible(Provider):
             response_format=None if mode is AnswerMode.TEXT else {"type": "json_object"},
             **{limit: prompt.max_tokens},
         )
-        headers = {"Authorization": f"Bearer {backend.key}"} if backend.key else {}
-        return ProviderRequest(headers, body)
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
         choice = data["choices"][0]
@@ -7696,26 +7681,19 @@ class OpenAiCompatible(Provider):
 class Anthropic(Provider):
     """Anthropic's messages."""
 
+    path_form = "/v1/messages"
+    key_header = ("x-api-key", "")
+    headers: ClassVar = {"anthropic-version": ANTHROPIC_VERSION}
     usage_paths = (("usage", "input_tokens"), ("usage", "output_tokens"))
 
-    def path(self, backend: Backend) -> str:
-        return "/v1/messages"
-
-    def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
-        content: list[dict[str, Any]] = [
-            {
-                "type": "image",
-                "source": {
-                    "type": "base64",
-                    "media_type": image.media_type,
-                    "data": image.base64(),
-                },
-            }
-            for image in prompt.images
-        ]
+    def body(self, model: str, prompt: Prompt, mode: AnswerMode) -> dict[str, Any]:
+        content: list[dict[str, Any]] = []
+        for image in prompt.images:
+            source = {"type": "base64", "media_type": image.media_type, "data": image.base64()}
+            content.append({"type": "image", "source": source})
         content.append({"type": "text", "text": prompt.user_message})
         body = _without_none(
-            model=backend.model,
+            model=model,
             messages=[{"role": "user", "content": content}],
             system=prompt.system_message,
             max_tokens=prompt.max_tokens or REQUIRED_MAX_TOKENS,
@@ -7726,15 +7704,10 @@ class Anthropic(Provider):
             schema: dict[str, Any] = {"type": "object"}
             if mode is AnswerMode.BOOL:
                 schema |= {"properties": {"result": {"type": "boolean"}}, "required": ["result"]}
-            tool = {
-                "name": _JSON_TOOL,
-                "description": "Give the answer as JSON",
-                "input_schema": schema,
-            }
-            body |= {"tools": [tool], "tool_choice": {"type": "tool", "name": _JSON_TOOL}}
-        headers = {"anthropic-version": ANTHROPIC_VERSION}
-        headers |= {"x-api-key": backend.key} if backend.key else {}
-        return ProviderRequest(headers, body)
+            about_it = {"description": "Give the answer as JSON", "input_schema": schema}
+            body["tools"] = [{"name": _JSON_TOOL, **about_it}]
+            body["tool_choice"] = {"type": "tool", "name": _JSON_TOOL}
+        return body
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
         blocks = data["content"]
@@ -7749,23 +7722,22 @@ class Anthropic(Provider):
 class Google(Provider):
     """Google's generateContent."""
 
+    path_form = "/v1beta/models/{model}:generateContent"
+    key_header = ("x-goog-api-key", "")
     usage_paths = (
         ("usageMetadata", "promptTokenCount"),
         ("usageMetadata", "candidatesTokenCount"),
         ("usageMetadata", "totalTokenCount"),
     )
 
-    def path(self, backend: Backend) -> str:
-        return f"/v1beta/models/{quote(backend.model, safe='', errors='replace')}:generateContent"
-
-    def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
+    def body(self, model: str, prompt: Prompt, mode: AnswerMode) -> dict[str, Any]:
         parts: list[dict[str, Any]] = [
             {"inline_data": {"mime_type": image.media_type, "data": image.base64()}}
             for image in prompt.images
         ]
         parts.append({"text": prompt.user_message})
         system = prompt.system_message
-        body = _without_none(
+        return _without_none(
             generationConfig=_without_none(
                 responseMimeType="text/plain" if mode is AnswerMode.TEXT else "application/json",
                 temperature=prompt.temperature,
@@ -7774,7 +7746,6 @@ class Google(Provider):
             system_instruction=None if system is None else {"parts": [{"text": system}]},
             contents=[{"parts": parts}],
         )
-        return ProviderRequest({"x-goog-api-key": backend.key} if backend.key else {}, body)
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
         candidate = data["candidates"][0]
@@ -7787,14 +7758,12 @@ class Google(Provider):
 class Ollama(Provider):
     """Ollama's generate."""
 
+    path_form = "/api/generate"
     usage_paths = (("prompt_eval_count",), ("eval_count",))
 
-    def path(self, backend: Backend) -> str:
-        return "/api/generate"
-
-    def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
-        body = _without_none(
-            model=backend.model,
+    def body(self, model: str, prompt: Prompt, mode: AnswerMode) -> dict[str, Any]:
+        return _without_none(
+            model=model,
             prompt=prompt.user_message,
             stream=False,
             options=_without_none(
@@ -7804,8 +7773,6 @@ class Ollama(Provider):
             system=prompt.system_message,
             format=None if mode is AnswerMode.TEXT else "json",
         )
-        headers = {"Authorization": f"Bearer {backend.key}"} if backend.key else {}
-        return ProviderRequest(headers, body)
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
         return _text(data["response"])
@@ -7860,13 +7827,10 @@ class LlmClient:
     async def _ask(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> LlmAnswer:
         provider, url = provider_of(backend)
         await self.ready(url)
-        answer = Deferred.fromCoroutine(self._exchange(provider, backend, prompt, mode, url))
-
-        def too_late(_result: object, _seconds: float) -> Failure:
-            detail = f"no complete answer within {backend.timeout:g} s"
-            return Failure(ProviderError(ErrorKind.TIMEOUT, detail, url=url))
-
-        return await answer.addTimeout(backend.timeout, self._reactor, too_late)
+        exchange = self._exchange(provider, backend, prompt, mode, url)
+        detail = f"no complete answer within {backend.timeout:g} s"
+        late = ProviderError(ErrorKind.TIMEOUT, detail, url=url)
+        return await within(self._reactor, backend.timeout, exchange, late)
 
     async def _exchange(
         self, provider: Provider, backend: Backend, prompt: Prompt, mode: AnswerMode, url: str
@@ -9628,11 +9592,7 @@ def _llm_metrics(statistics: Mapping[str, Any]) -> Iterator[Metric]:
     for backend, models in statistics.get("backends", {}).items():
         for model, counts in models.items():
             names = [backend, model]
-            failed = sum(counts["errors"].values())
-            requests.add_metric([*names, "success"], counts["requests"] - failed)
-            for outcome, count in counts["errors"].items():
-                requests.add_metric([*names, outcome], count)
-            seconds.add_metric(names, counts["latency_count"], counts["latency_sum_ms"] / 1000)
+            _add_requests(requests, seconds, names, counts)
             tokens.add_metric([*names, "prompt"], counts["prompt_tokens"])
             tokens.add_metric([*names, "completion"], counts["completion_tokens"])
     yield from (requests, tokens, seconds)
@@ -9648,12 +9608,16 @@ def _web_metrics(statistics: Mapping[str, Any]) -> Iterator[Metric]:
     )
     for kind, counts in statistics.items():
         if isinstance(counts, dict):
-            failed = sum(counts["errors"].values())
-            requests.add_metric([kind, "success"], counts["requests"] - failed)
-            for outcome, count in counts["errors"].items():
-                requests.add_metric([kind, outcome], count)
-            seconds.add_metric([kind], counts["latency_count"], counts["latency_sum_ms"] / 1000)
+            _add_requests(requests, seconds, [kind], counts)
     yield from (requests, seconds)
+
+
+def _add_requests(requests: Any, seconds: Any, names: list[str], counts: Any) -> None:
+    """Add what ``RequestStatistics`` of a module has counted to its metrics."""
+    failed = sum(counts["errors"].values())
+    for outcome, count in {"success": counts["requests"] - failed, **counts["errors"]}.items():
+        requests.add_metric([*names, outcome], count)
+    seconds.add_metric(names, counts["latency_count"], counts["latency_sum_ms"] / 1000)
 
 
 # =============================================================================
@@ -12821,13 +12785,11 @@ class RequestFailure(Exception):
     The context holds texts, integers, lists and maps of them.
     """
 
-    def __init__(
-        self, *causes: str, fatal: bool = True, context: dict[str, CalldataValue] | None = None
-    ) -> None:
+    def __init__(self, *causes: str, fatal: bool = True, **context: CalldataValue) -> None:
         super().__init__(*causes)
         self.causes = causes
         self.fatal = fatal
-        self.context = context or {}
+        self.context = context
 
     def __str__(self) -> str:
         fatal = str(self.fatal).lower()
@@ -12841,6 +12803,11 @@ class RequestFailure(Exception):
         if self.fatal:
             return {"FatalError": str(self)}
         return {"UserError": {"causes": list(self.causes), "ctx": self.context}}
+
+
+def bad_request(problem: str) -> RequestFailure:
+    """Return the failure of a request that no executor should make."""
+    return RequestFailure("INVALID_REQUEST", error=problem)
 
 
 class SizeLimit(Extension):
@@ -13144,8 +13111,7 @@ def request_parts(request: CalldataValue) -> tuple[str, CalldataValue]:
         return request, None
     if isinstance(request, dict) and len(request) == 1:
         return next(iter(request.items()))
-    problem = "expected a string, or a map with one key"
-    raise RequestFailure("INVALID_REQUEST", context={"error": problem})
+    raise bad_request("expected a string, or a map with one key")
 
 
 @define(eq=False, slots=False)
@@ -13229,11 +13195,13 @@ class CallerSession(PeerConnection):
             else:
                 value = await self._service.answer(name, payload, caller)
             encoded = encode_calldata({"Ok": value})
-            if len(encoded) > ANSWER_MAX_BYTES:
-                sizes: dict[str, CalldataValue] = {"bytes": len(encoded), "limit": ANSWER_MAX_BYTES}
-                raise RequestFailure("ANSWER_TOO_LARGE", fatal=False, context=sizes)
+            size = len(encoded)
+            if size > ANSWER_MAX_BYTES:
+                raise RequestFailure(
+                    "ANSWER_TOO_LARGE", fatal=False, bytes=size, limit=ANSWER_MAX_BYTES
+                )
         except CalldataError as error:
-            failure = RequestFailure("INVALID_REQUEST", context={"error": error.message})
+            failure = bad_request(error.message)
         except RequestFailure as error:
             failure = error.with_traceback(None)  # it has this frame, which would keep it
         except CancelledError:
@@ -13274,24 +13242,19 @@ class ControlChannel(Protocol):
         self._lines.add(data)
 
     def _line(self, line: bytes, _cut: bool) -> None:
-        try:
-            order = json.loads(line)
-        except (ValueError, RecursionError):
-            order = None
-        if isinstance(order, dict):
-            self._on_order(order)
-        else:
+        order = parse_log_line(line)
+        if order is None:
             self.log.warn("the manager sent a line that is not a JSON object")
+        else:
+            self._on_order(order)
 
     def readConnectionLost(self) -> None:
-        """The manager is gone."""
-        self._on_end()
+        self._on_end()  # the manager is gone
 
     def writeConnectionLost(self) -> None:
         """Nobody reads what we tell; the other pipe says whether the manager is gone."""
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Everything is sent."""
         self.flushed.fire(None)
 
 
@@ -13321,15 +13284,6 @@ class ServiceRuntime:
         self._connections: set[PeerConnection] = set()
         service.changed = self._stats_changed
 
-    def _new_session(self) -> CallerSession:
-        return CallerSession(
-            self._reactor,
-            self._connections,
-            self._connections_changed,
-            self._service,
-            self.statistics,
-        )
-
     def statistics(self) -> dict[str, Any]:
         """Return the statistics of service and connections."""
         return {"connections": len(self._connections), **self._service.statistics()}
@@ -13342,7 +13296,16 @@ class ServiceRuntime:
                     raise ConfigError(f"descriptor {descriptor} is not a listening socket")
                 listener.setblocking(False)  # one that another generation takes must not stop us
                 family = listener.family
-            factory = ServerFactory.forProtocol(self._new_session)
+            factory = ServerFactory.forProtocol(
+                functools.partial(
+                    CallerSession,
+                    self._reactor,
+                    self._connections,
+                    self._connections_changed,
+                    self._service,
+                    self.statistics,
+                )
+            )
             factory.noisy = False
             self._port = self._reactor.adoptStreamPort(descriptor, family, factory)
             accept_with_room(self._reactor, self._port)
@@ -13557,17 +13520,38 @@ TEMPLATE_KINDS = {
 }
 
 
+class TimeLimit(Duration):
+    """More than 0 seconds, from a number or a text with a unit."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Return the seconds; raises ``ValueError``."""
+        seconds = super().parse(value)
+        if not seconds:
+            raise ValueError("expected more than 0 seconds")
+        return seconds
+
+
+@frozen
+class ModelEntry:
+    """What the configuration says of a model."""
+
+    supports_json: bool = False
+    supports_image: bool = False
+    use_max_completion_tokens: bool = False
+    temperature: Number | None = 0.7
+    max_tokens: PositiveInt | None = 1000
+    meta: Any = None
+    timeout: TimeLimit | None = None
+
+
 @frozen
 class LlmModel:
     """A model that can be asked, and what it can do."""
 
     backend_id: str
     backend: Backend
-    supports_json: bool
-    supports_image: bool
-    use_max_completion_tokens: bool
-    temperature: float | None
-    max_tokens: int | None
+    entry: ModelEntry
 
     @property
     def name(self) -> str:
@@ -13576,9 +13560,8 @@ class LlmModel:
 
     def suits(self, mode: AnswerMode, *, images: bool) -> bool:
         """Tell whether the model can be asked this way."""
-        return (self.supports_json or mode is AnswerMode.TEXT) and (
-            self.supports_image or not images
-        )
+        can_json = self.entry.supports_json or mode is AnswerMode.TEXT
+        return can_json and (self.entry.supports_image or not images)
 
 
 @frozen
@@ -13600,7 +13583,7 @@ class _TopEntry:
     backends: AnyObject = field(factory=dict)
     prompt_templates: AnyObject = field(factory=dict)
     filter_prompts: bool = True
-    timeout: Any = None
+    timeout: TimeLimit | None = None
 
 
 @frozen
@@ -13610,18 +13593,7 @@ class _BackendEntry:
     key: SecretText | None = None
     models: AnyObject | None = None
     meta: Any = None
-    timeout: Any = None
-
-
-@frozen
-class _ModelEntry:
-    supports_json: bool = False
-    supports_image: bool = False
-    use_max_completion_tokens: bool = False
-    temperature: Number | None = 0.7
-    max_tokens: PositiveInt | None = 1000
-    meta: Any = None
-    timeout: Any = None
+    timeout: TimeLimit | None = None
 
 
 @frozen
@@ -13632,7 +13604,7 @@ class _Switch:
 def read_llm_settings(config: AnyObject, *, allow_empty: bool) -> LlmSettings:
     """Return the settings in a configuration; raises ``ManagerError`` that names the path."""
     top = structure(config, _TopEntry)
-    timeout = timeout_setting(top.timeout, MODULE_LLM_SECONDS, "timeout")
+    timeout = top.timeout or MODULE_LLM_SECONDS
     templates = {
         name: _read_template(top.prompt_templates.get(kind.key), kind)
         for name, kind in TEMPLATE_KINDS.items()
@@ -13653,7 +13625,7 @@ def read_llm_settings(config: AnyObject, *, allow_empty: bool) -> LlmSettings:
             notes += unknown_keys(data, _BackendEntry, "enabled", path=f"{path}.")
             models = data.get("models")
             for name, model in (models if isinstance(models, dict) else {}).items():
-                notes += unknown_keys(model, _ModelEntry, "enabled", path=f"{path}.models.{name}.")
+                notes += unknown_keys(model, ModelEntry, "enabled", path=f"{path}.models.{name}.")
     if not found and not allow_empty:
         reasons = "; ".join(notes) or "backends is empty"
         raise ConfigError(
@@ -13679,50 +13651,25 @@ def _read_backend(
     is_ours = entry.provider == "ollama" or is_loopback(urlsplit(entry.host).hostname or "")
     if not key and not is_ours:
         return "it has no key"
-    timeout = timeout_setting(entry.timeout, timeout, f"{path}.timeout")
     models = []
     for name, given in (entry.models or {}).items():
         model_path = f"{path}.models.{name}"
-        model_data = {} if given is None else given
-        if structure(model_data, _Switch, path=model_path).enabled:
-            model = structure(model_data, _ModelEntry, path=model_path)
-            limit = timeout_setting(model.timeout, timeout, f"{model_path}.timeout")
+        data = {} if given is None else given
+        if structure(data, _Switch, path=model_path).enabled:
+            model = structure(data, ModelEntry, path=model_path)
+            limit = model.timeout or entry.timeout or timeout
             backend = Backend(entry.host, entry.provider, name, key, limit)
             place = (-_priority(model.meta, model_path), name)
-            models.append((place, _make_model(backend_id, backend, model)))
+            models.append((place, LlmModel(backend_id, backend, model)))
     if not models:
         return "it has no models"
     models.sort(key=lambda item: item[0])
     return (-_priority(entry.meta, path), backend_id), tuple(model for _, model in models)
 
 
-def _make_model(backend_id: str, backend: Backend, entry: _ModelEntry) -> LlmModel:
-    return LlmModel(
-        backend_id,
-        backend,
-        entry.supports_json,
-        entry.supports_image,
-        entry.use_max_completion_tokens,
-        entry.temperature,
-        entry.max_tokens,
-    )
-
-
 def _priority(meta: object, path: str) -> float:
     value = meta.get("priority") if isinstance(meta, dict) else None
     return structure(0 if value is None else value, Number, path=f"{path}.meta.priority")
-
-
-def timeout_setting(value: object, default: float, path: str) -> float:
-    if value is None:
-        return default
-    try:
-        seconds = parse_duration(value)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    if not seconds:
-        raise ConfigError(f"{path}: expected more than 0 seconds")
-    return seconds
 
 
 def _read_template(data: object, kind: TemplateKind) -> TemplateText:
@@ -13930,10 +13877,10 @@ class Question:
         return Prompt(
             self.user,
             self.system,
-            temperature=model.temperature,
+            temperature=model.entry.temperature,
             images=self.images,
-            max_tokens=model.max_tokens,
-            use_max_completion_tokens=model.use_max_completion_tokens,
+            max_tokens=model.entry.max_tokens,
+            use_max_completion_tokens=model.entry.use_max_completion_tokens,
         )
 
 
@@ -13985,8 +13932,8 @@ class LlmService(ModuleService):
         settings = read_llm_settings(setup.config, allow_empty=setup.allow_empty_backends)
         for note in settings.notes:
             cls.log.warn("{text}", text=note)
-        http = HttpClient.create(reactor)
-        return cls(settings, reactor, LlmClient(reactor, http), redactor)
+        client = LlmClient(reactor, HttpClient.create(reactor))
+        return cls(settings, reactor, client, redactor)
 
     def statistics(self) -> dict[str, Any]:
         return {
@@ -14003,7 +13950,7 @@ class LlmService(ModuleService):
         readers: dict[str, Callable[[dict[str, CalldataValue]], Question]]
         readers = {"Prompt": read, "PromptTemplate": self._read_template}
         if name not in readers:
-            raise RequestFailure("UNKNOWN_REQUEST", context={"request": name[:100]})
+            raise RequestFailure("UNKNOWN_REQUEST", request=name[:100])
         members = payload.get("payload") if isinstance(payload, dict) else None
         if not isinstance(members, dict):
             raise bad_request("payload: expected a map")
@@ -14081,7 +14028,7 @@ class LlmService(ModuleService):
             wanted = f"{question.mode.value} answers"
             wanted += " and images" if question.images else ""
             reason = f"no backend has a model for {wanted}"
-            return RequestFailure("NO_PROVIDER_FOR_PROMPT", context={"reason": reason})
+            return RequestFailure("NO_PROVIDER_FOR_PROMPT", reason=reason)
         told = next((e for _, e in errors if e.kind not in OVERLOAD_KINDS), errors[0][1])
         context: dict[str, CalldataValue] = {}
         if told.url:
@@ -14093,7 +14040,7 @@ class LlmService(ModuleService):
             model.name: self._cut(error.message, REPORTED_REASON_CHARACTERS)
             for model, error in errors
         }
-        return RequestFailure("NO_PROVIDER_FOR_PROMPT", failure_cause(told), context=context)
+        return RequestFailure("NO_PROVIDER_FOR_PROMPT", failure_cause(told), fatal=True, **context)
 
     def _cut(self, text: str, limit: int) -> str:
         # Masked before it is cut: half a key is a secret too.
@@ -14125,9 +14072,9 @@ def read_prompt(members: dict[str, CalldataValue], *, is_filtered: bool = True) 
     images = [] if images is None else images
     if not isinstance(images, list) or not all(type(image) is bytes for image in images):
         raise bad_request("images: expected a list of bytes")
-    if len(images) > MAX_PROMPT_IMAGES:
-        limits: dict[str, CalldataValue] = {"count": len(images), "limit": MAX_PROMPT_IMAGES}
-        raise RequestFailure("TOO_MANY_IMAGES", fatal=False, context=limits)
+    count = len(images)
+    if count > MAX_PROMPT_IMAGES:
+        raise RequestFailure("TOO_MANY_IMAGES", fatal=False, count=count, limit=MAX_PROMPT_IMAGES)
     user = text_member(members, "prompt")
     user = filtered(user) if is_filtered else user
     if not user.strip():
@@ -14140,7 +14087,7 @@ def _image(data: CalldataValue, index: int) -> Image:
     try:
         return Image.of(cast(bytes, data))
     except ProviderError:
-        raise RequestFailure("INVALID_IMAGE", fatal=False, context={"index": index}) from None
+        raise RequestFailure("INVALID_IMAGE", fatal=False, index=index) from None
 
 
 def text_member(members: dict[str, CalldataValue], name: str) -> str:
@@ -14148,10 +14095,6 @@ def text_member(members: dict[str, CalldataValue], name: str) -> str:
     if not isinstance(value, str):
         raise bad_request(f"{name}: expected a string")
     return value
-
-
-def bad_request(problem: str) -> RequestFailure:
-    return RequestFailure("INVALID_REQUEST", context={"error": problem})
 
 
 def read_answer(answer: str | dict[str, Any], mode: AnswerMode) -> CalldataValue:
@@ -14363,7 +14306,7 @@ def refused(cause: str, url: str, reason: str = "", **context: CalldataValue) ->
     context["url"] = json_text(url[:REPORTED_REASON_CHARACTERS])
     if reason:
         context["reason"] = json_text(reason[:REPORTED_REASON_CHARACTERS])
-    return RequestFailure(cause, fatal=False, context=context)
+    return RequestFailure(cause, fatal=False, **context)
 
 
 @functools.cache
@@ -14763,9 +14706,9 @@ def read_headers(members: CalldataValue) -> dict[str, bytes]:
         context: dict[str, CalldataValue] = {"name": name[:100]}
         if size > WEB_HEAD_MAX_BYTES:
             context["reason"] = f"the headers are longer than {WEB_HEAD_MAX_BYTES} bytes"
-            raise RequestFailure("INVALID_HEADER", fatal=False, context=context)
+            raise RequestFailure("INVALID_HEADER", fatal=False, **context)
         if HTTP_TOKEN.fullmatch(name) is None or _HEADER_VALUE.fullmatch(value) is None:
-            raise RequestFailure("INVALID_HEADER", fatal=False, context=context)
+            raise RequestFailure("INVALID_HEADER", fatal=False, **context)
         if name.lower() not in _OUR_HEADERS:
             headers[name.lower()] = value.strip(b" \t")
     return headers
@@ -14775,22 +14718,6 @@ def last_headers(headers: Headers) -> dict[str, bytes]:
     """Return one value for each name: the last one."""
     given = headers.getAllRawHeaders()
     return {name.decode("latin-1").lower(): values[-1] for name, values in given}
-
-
-@implementer(IAgentEndpointFactory)
-class _TargetEndpoints:
-    """Leads an agent to a target that was checked, whatever it makes of the URL."""
-
-    def __init__(self, reactor: Any, target: Target, tls: Any, traffic: Traffic) -> None:
-        self._target = target
-        self._tls = tls
-        self._endpoint: Any = CheckedEndpoint(reactor, target, traffic)
-
-    def endpointForURI(self, uri: object) -> Any:
-        if self._target.scheme == "http":
-            return self._endpoint
-        host, port = self._target.host.encode(), self._target.port
-        return endpoints.wrapClientTLS(self._tls.creatorForNetloc(host, port), self._endpoint)
 
 
 @define(eq=False)
@@ -14860,7 +14787,8 @@ class WebClient:
             headers.setRawHeaders(b"accept-encoding", [b"gzip"])
         if not headers.hasHeader(b"user-agent"):
             headers.setRawHeaders(b"user-agent", [f"genvm-manager/{__version__}".encode()])
-        targets = _TargetEndpoints(self._reactor, target, await self._tls.get(), traffic)
+        checked = CheckedEndpoint(self._reactor, target, traffic)
+        targets = AgentEndpoints(await self._tls.get(), lambda _: checked)
         from twisted.web.client import Agent, FileBodyProducer, HTTPConnectionPool, ProxyAgent
 
         pool = HTTPConnectionPool(self._reactor, persistent=False)
@@ -14983,18 +14911,18 @@ class RequestSigner:
         except HttpFailure as failure:
             self.log.warn("the signer cannot be asked: {text}", text=failure.detail)
             if failure.status is not None:
-                raise _signing_failed("SIGN_URL_READ_FAILED", failure.detail) from None
+                raise signing_failed("SIGN_URL_READ_FAILED", failure.detail) from None
             reason = f"no connection: {failure.kind}"
-            raise _signing_failed("SIGN_URL_SEND_FAILED", reason) from None
+            raise signing_failed("SIGN_URL_SEND_FAILED", reason) from None
         if reply.status != 200:
-            raise _signing_failed("SIGN_URL_BAD_STATUS", f"status {reply.status}")
+            raise signing_failed("SIGN_URL_BAD_STATUS", f"status {reply.status}")
         return reply.body
 
     def _fill(self, text: str, variables: Mapping[str, str]) -> str:
         def value_of(match: re.Match[str]) -> str:
             if match[1] not in variables:
                 reason = f"host_data has no string {shown(match[1])}"
-                raise _signing_failed("SIGN_URL_PATCH_FAILED", reason)
+                raise signing_failed("SIGN_URL_PATCH_FAILED", reason)
             return variables[match[1]]
 
         return PLACEHOLDER.sub(value_of, text)
@@ -15003,13 +14931,13 @@ class RequestSigner:
         data = text.encode()
         if not data.isascii() or _HEADER_VALUE.fullmatch(data) is None:
             reason = "a value cannot be sent in a header"
-            raise _signing_failed("SIGN_URL_PATCH_FAILED", reason)
+            raise signing_failed("SIGN_URL_PATCH_FAILED", reason)
         return data
 
 
-def _signing_failed(cause: str, reason: str) -> RequestFailure:
+def signing_failed(cause: str, reason: str) -> RequestFailure:
     # The signer's address and answers are the operator's; contracts learn neither.
-    return RequestFailure(cause, fatal=False, context={"reason": reason[:200]})
+    return RequestFailure(cause, fatal=False, reason=reason[:200])
 
 
 # =============================================================================
@@ -15678,7 +15606,7 @@ class PageVisit:
         self.log.error(
             "Chromium has ended: {tail}", tail=tail[-REPORTED_BODY_CHARACTERS:], status=str(status)
         )
-        return RequestFailure("RENDERER_FAILED", context={"reason": "Chromium has ended"})
+        return RequestFailure("RENDERER_FAILED", reason="Chromium has ended")
 
 
 def page_loaded(status: int) -> bool:
@@ -15688,12 +15616,8 @@ def page_loaded(status: int) -> bool:
 
 def page_failed(url: str, status: int, body: str) -> RequestFailure:
     """Return the failure of a page, which a contract can catch."""
-    context: dict[str, CalldataValue] = {
-        "url": url,
-        "status": status,
-        "body": json_text(body[:REPORTED_BODY_CHARACTERS]),
-    }
-    return RequestFailure("WEBPAGE_LOAD_FAILED", fatal=False, context=context)
+    said = json_text(body[:REPORTED_BODY_CHARACTERS])
+    return RequestFailure("WEBPAGE_LOAD_FAILED", fatal=False, url=url, status=status, body=said)
 
 
 @define(eq=False)
@@ -15726,28 +15650,23 @@ class ChromiumRenderer:
             gate.pid = visit.browser.transport.pid
         except OSError as error:
             gate.close()
-            raise RequestFailure(
-                "RENDERER_FAILED", context={"reason": error.strerror or str(error)}
-            ) from None
+            reason = error.strerror or str(error)
+            raise RequestFailure("RENDERER_FAILED", reason=reason) from None
         patience = self._timeout - min(READING_SECONDS, self._timeout / 4)
-        work = Deferred.fromCoroutine(visit.render(mode, wait, patience))
         seconds = self._timeout + wait
+        late = refused("TIMEOUT", target.url, f"no page within {seconds:g} s")
+        work = within(self._reactor, seconds, visit.render(mode, wait, patience), late)
         watch = LoopingCall(self._check_memory, visit)
         watch.clock = self._reactor
         watch.start(MEMORY_POLL_SECONDS).addErrback(
             lambda failure: self.log.failure("the memory of a page is not watched", failure)
         )
-
-        def too_late(_result: object, _seconds: float) -> Failure:
-            return Failure(refused("TIMEOUT", target.url, f"no page within {seconds:g} s"))
-
         try:
-            return await work.addTimeout(seconds, self._reactor, too_late)
+            return await work
         except BrowserGone:
             raise visit.explain(await visit.browser.ended.wait()) from None
         except (ValueError, LookupError) as error:
-            context: dict[str, CalldataValue] = {"reason": json_text(str(error)[:200])}
-            raise RequestFailure("RENDERER_FAILED", context=context) from None
+            raise RequestFailure("RENDERER_FAILED", reason=json_text(str(error)[:200])) from None
         finally:
             watch.stop()
             # Even if nobody waits any more, the slot is taken until everything is gone.
@@ -15826,8 +15745,8 @@ class _WebEntry:
     webdriver_host: str | None = None
     signer_url: str | None = None
     signer_headers: AnyObject | None = None
-    timeout: Any = None
-    render_timeout: Any = None
+    timeout: TimeLimit | None = None
+    render_timeout: TimeLimit | None = None
     max_renders: PositiveInt | None = None
     render_memory_mib: PositiveInt | None = None
     use_proxy: bool | None = None
@@ -15872,8 +15791,8 @@ def read_web_settings(config: AnyObject) -> WebSettings:
         UrlRules(hosts, domains),
         _read_signer(entry),
         webdriver,
-        timeout_setting(entry.timeout, WEB_SECONDS, "timeout"),
-        timeout_setting(entry.render_timeout, render_seconds, "render_timeout"),
+        entry.timeout or WEB_SECONDS,
+        entry.render_timeout or render_seconds,
         entry.max_renders or MAX_RENDERS,
         entry.render_memory_mib or RENDER_MEMORY_MIB,
         bool(entry.use_proxy),
@@ -15917,13 +15836,9 @@ class WebdriverClient:
 
     async def render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
         """Return a rendered page; raises ``RequestFailure``."""
-        work = Deferred.fromCoroutine(self._ask(target, mode, wait, traffic))
         seconds = self._timeout + wait
-
-        def too_late(_result: object, _seconds: float) -> Failure:
-            return Failure(refused("TIMEOUT", target.url, f"no page within {seconds:g} s"))
-
-        return await work.addTimeout(seconds, self._reactor, too_late)
+        late = refused("TIMEOUT", target.url, f"no page within {seconds:g} s")
+        return await within(self._reactor, seconds, self._ask(target, mode, wait, traffic), late)
 
     async def _ask(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
         # The service resolves the name again, so this is only half a promise; see README.
@@ -15953,7 +15868,7 @@ class WebdriverClient:
         return Page(status, body if mode == "screenshot" else text)
 
     def _failed(self, cause: str, **context: CalldataValue) -> RequestFailure:
-        return RequestFailure(cause, context={"url": f"{self._host}/render", **context})
+        return RequestFailure(cause, fatal=True, url=f"{self._host}/render", **context)
 
 
 @define(eq=False)
@@ -16017,7 +15932,7 @@ class WebService(ModuleService):
 
     async def answer(self, name: str, payload: CalldataValue, caller: Caller) -> CalldataValue:
         if name not in ("Request", "Render"):
-            raise RequestFailure("UNKNOWN_REQUEST", context={"request": name[:100]})
+            raise RequestFailure("UNKNOWN_REQUEST", request=name[:100])
         if not isinstance(payload, dict):
             raise bad_request("expected a map")
         kind = "requests" if name == "Request" else "renders"
@@ -16055,15 +15970,11 @@ class WebService(ModuleService):
         request, sign = self._read_request(members), members.get("sign", False)
         if not isinstance(sign, bool):
             raise bad_request("sign: expected true or false")
-        work = Deferred.fromCoroutine(self._exchange(request, caller, traffic, sign=sign))
         seconds = self._settings.timeout
-
-        def too_late(_result: object, _seconds: float) -> Failure:
-            reason = f"no complete answer within {seconds:g} s"
-            return Failure(refused("TIMEOUT", request.target.url, reason))
-
+        late = refused("TIMEOUT", request.target.url, f"no complete answer within {seconds:g} s")
         counts.bytes_sent += len(request.body or b"")
-        response = await work.addTimeout(seconds, self._reactor, too_late)
+        exchange = self._exchange(request, caller, traffic, sign=sign)
+        response = await within(self._reactor, seconds, exchange, late)
         headers = cast(CalldataValue, response.headers)
         return {"response": {"status": response.status, "headers": headers, "body": response.body}}
 
@@ -16084,9 +15995,7 @@ class WebService(ModuleService):
     ) -> WebResponse:
         if sign:
             if self._signer is None:
-                reason = "the Web module has no signer_url"
-                context: dict[str, CalldataValue] = {"reason": reason}
-                raise RequestFailure("SIGNING_FAILED", fatal=False, context=context)
+                raise signing_failed("SIGNING_FAILED", "the Web module has no signer_url")
             request = await self._signer.sign(request, caller)
         return await self._client.fetch(request, traffic)
 
@@ -16100,8 +16009,7 @@ class WebService(ModuleService):
             raise bad_request(f"wait_after_loaded: {error}") from None
         target = self._settings.rules.check(text_member(members, "url"))
         if self._renderer is None:
-            reason = "the Web module has no webdriver_host"
-            raise RequestFailure("RENDERER_FAILED", context={"reason": reason})
+            raise RequestFailure("RENDERER_FAILED", reason="the Web module has no webdriver_host")
         page = await self._renderer.render(target, mode, wait, traffic)
         return {"image" if mode == "screenshot" else "text": cast(CalldataValue, page.content)}
 
@@ -18613,7 +18521,7 @@ def _checks(options: argparse.Namespace) -> Iterator[tuple[CheckBody, list[str]]
     backends = read_llm_settings(options.module_config, allow_empty=False).backends
     # Whether a model wants another name for the length of its answers is said with the prompt.
     for is_other in (False, True):
-        models = [m for b in backends for m in b if m.use_max_completion_tokens is is_other]
+        models = [m for b in backends for m in b if m.entry.use_max_completion_tokens is is_other]
         configs = [attrs.asdict(m.backend) for m in models]
         prompt = {"user_message": options.prompt, "use_max_completion_tokens": is_other}
         if models:

@@ -11,14 +11,22 @@ from typing import Any, ParamSpec, cast
 import pytest
 import pytest_twisted
 from hypothesis import strategies as st
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
 from twisted.internet.testing import MemoryReactorClock
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import ILogObserver, globalLogPublisher
 from twisted.python.failure import Failure
 
-from genvm_manager import Child, ChildListener, OutputTurns, SpareThreads, SpawnFailed
+from genvm_manager import (
+    Child,
+    ChildListener,
+    HttpClient,
+    Late,
+    OutputTurns,
+    SpareThreads,
+    SpawnFailed,
+)
 
 #: Seconds after which a test gives up waiting for something real; nothing takes that long.
 PATIENCE = 30.0
@@ -228,3 +236,14 @@ class FakeSpawner:
         for process in self.processes:
             if process.alive:
                 process.signalProcess("KILL")
+
+
+def http_client(treq: Any, loading: Deferred[None] | None = None) -> HttpClient:
+    """Return a client that asks through one of treq's, or a fake of it, once that is loaded."""
+
+    class Loading(Late[Any]):
+        async def get(self) -> Any:
+            await (loading or succeed(None))
+            return treq, None
+
+    return HttpClient(Loading(None, 0, dict))

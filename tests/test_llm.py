@@ -20,7 +20,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from OpenSSL import SSL
 from service_identity import VerificationError
-from treq.client import HTTPClient
 from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 from twisted.internet.error import (
     ConnectError,
@@ -59,7 +58,6 @@ from genvm_manager import (
     CheckBody,
     Config,
     ErrorKind,
-    HttpClient,
     Image,
     InvalidRequest,
     LlmAnswer,
@@ -82,7 +80,7 @@ from genvm_manager import (
     structure,
 )
 
-from .support import ThreadlessReactor, observing, without_spare_threads
+from .support import ThreadlessReactor, http_client, observing, without_spare_threads
 
 KINDS = ("openai-compatible", "anthropic", "google", "ollama")
 KEY = "sk-proj-" + "".join(f"{n:02x}" for n in range(80))
@@ -825,15 +823,10 @@ class FakeResponse:
 class FakeHttp:
     """An HTTP client that sends nothing."""
 
-    def __init__(self, loading: Deferred[None] | None = None) -> None:
-        self.loading = loading or succeed(None)
+    def __init__(self) -> None:
         self.requests: list[tuple[str, str, dict[str, Any]]] = []
         self.responses: list[Deferred[Any]] = []
         self.cancelled = 0
-
-    def ready(self) -> Deferred[None]:
-        """There is nothing to load, unless the test says so."""
-        return self.loading
 
     def request(self, method: str, url: str, **options: Any) -> Deferred[Any]:
         """See ``treq.client.HTTPClient``."""
@@ -856,10 +849,10 @@ class Exchange:
         mode: Any = AnswerMode.TEXT,
         loading: Deferred[None] | None = None,
     ) -> None:
-        self.http = FakeHttp(loading)
+        self.http = FakeHttp()
         self.clock = ThreadlessReactor()
         self.result: list[Any] = []
-        client = LlmClient(self.clock, HttpClient(cast(HTTPClient, self.http)))
+        client = LlmClient(self.clock, http_client(self.http, loading))
         self.waiting = client.ask(target or backend(), prompt, mode)
         self.waiting.addBoth(self.result.append)
 
@@ -1620,7 +1613,7 @@ def test_the_time_limit_of_a_prompt_goes_over_that_of_a_configuration(
 def replied(body: bytes, status: int = 400, key: str = KEY, **changes: Any) -> dict[str, Any]:
     """Return the result of a check whose provider answers with a body."""
     http = FakeHttp()
-    client = LlmClient(Clock(), HttpClient(cast(HTTPClient, http)))
+    client = LlmClient(Clock(), http_client(http))
     checked = Checked(
         [config(**{"key": key, **changes})],
         [prompt()],

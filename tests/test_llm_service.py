@@ -83,7 +83,7 @@ def test_rust_text(text: str, shown: str) -> None:
 
 
 def test_error_text() -> None:
-    error = RequestFailure("CAUSE", context={"status": 401, "m": "..."})
+    error = RequestFailure("CAUSE", status=401, m="...")
     golden = (
         'ModuleError { causes: ["CAUSE"], fatal: true, '
         'ctx: {"status": Number(401.0), "m": Str("...")} }'
@@ -92,7 +92,7 @@ def test_error_text() -> None:
     assert RequestFailure("A", "B").answer() == {
         "FatalError": 'ModuleError { causes: ["A", "B"], fatal: true, ctx: {} }'
     }
-    user = RequestFailure("A", fatal=False, context={"n": 1})
+    user = RequestFailure("A", fatal=False, n=1)
     assert user.answer() == {"UserError": {"causes": ["A"], "ctx": {"n": 1}}}
     assert str(user) == 'ModuleError { causes: ["A"], fatal: false, ctx: {"n": Number(1.0)} }'
     value = {"a": [None, True, False, "x"], "b": {}}
@@ -290,8 +290,8 @@ def test_timeouts_and_defaults() -> None:
     assert read({"backends": {"a": backend()}}).backends[0][0].backend == Backend(
         "https://api.example.com", "openai-compatible", "m", KEY, 180
     )
-    assert [m.use_max_completion_tokens for m in found.backends[0]] == [False, True]
-    assert not any(m.supports_json or m.supports_image for m in found.backends[0])
+    assert [m.entry.use_max_completion_tokens for m in found.backends[0]] == [False, True]
+    assert not any(m.entry.supports_json or m.entry.supports_image for m in found.backends[0])
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,6 @@ from genvm_manager import (
     Caller,
     CheckedEndpoint,
     ConfigError,
-    HttpClient,
     InvalidRequest,
     Names,
     PageVisit,
@@ -61,7 +60,7 @@ from genvm_manager import (
     signature_base,
 )
 
-from .support import outcome
+from .support import http_client, outcome
 
 RULES = UrlRules()
 SUFFIXES = PublicSuffixList(only_icann=True, accept_unknown=False)
@@ -590,6 +589,7 @@ def test_callers_are_forgotten(names: Names, threads: Threads) -> None:
 
 
 _HANGING = """
+import threading
 from genvm_manager import Names
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
@@ -723,7 +723,7 @@ class UnreachableSigner:
 @pytest.mark.parametrize("size", [INLINE_DIGEST_BYTES, INLINE_DIGEST_BYTES + 1])
 def test_large_bodies_are_hashed_in_a_thread(threads: Threads, size: int) -> None:
     http, body = UnreachableSigner(), bytes(size)
-    signer = RequestSigner(Signer("http://signer/", {}), HttpClient(cast(Any, http)), threads)
+    signer = RequestSigner(Signer("http://signer/", {}), http_client(http), threads)
     request = WebRequest("POST", RULES.check("https://example.com/"), {}, body)
     work = Deferred.fromCoroutine(signer.sign(request, Caller("c1", None, {})))
     assert (body in threads.running) == (size > INLINE_DIGEST_BYTES)
