@@ -6041,6 +6041,9 @@ HOST_STORAGE_LIMIT: Final = 256 * 1024 * 1024
 FUEL_LIMIT: Final = (1 << 53) - 1
 """The largest fuel that the protocol can state."""
 
+OUTCOME_CHARACTERS: Final = 4000
+"""How much of an outcome a person is shown."""
+
 OutcomeKind = Literal["return", "user_error", "vm_error", "internal_error"]
 OUTCOME_KINDS: Final[tuple[OutcomeKind, ...]] = get_args(OutcomeKind)
 
@@ -6053,8 +6056,8 @@ class HostOutcome:
     data: bytes
 
 
-def describe_outcome(outcome: HostOutcome, *, limit: int = 4000) -> str:
-    """Return ``outcome`` as one text for a person, cut to about ``limit`` characters.
+def describe_outcome(outcome: HostOutcome) -> str:
+    """Return ``outcome`` as one text for a person, cut to about ``OUTCOME_CHARACTERS``.
 
     A return shows its decoded value as JSON; an error its message, whether it came as calldata
     ``{message, fingerprint}`` or as plain text, and its fingerprint if there is one.
@@ -6065,18 +6068,20 @@ def describe_outcome(outcome: HostOutcome, *, limit: int = 4000) -> str:
         if outcome.kind == "return":
             text = f"{len(outcome.data)} bytes that are not calldata ({error.message})"
         else:
-            text = outcome.data[: 4 * limit].decode("utf-8", "replace")
+            text = _plain_text(outcome.data)
     else:
-        text = ""
-        if outcome.kind != "return":
-            text = _error_text(outcome.data[: 4 * limit], value, limit)
-        text = text or _value_text(value, limit)
-    if len(text) > limit:
-        text = f"{text[:limit]}… (more than {limit} characters)"
+        text = "" if outcome.kind == "return" else _error_text(outcome.data, value)
+        text = text or _value_text(value)
+    if len(text) > OUTCOME_CHARACTERS:
+        text = f"{text[:OUTCOME_CHARACTERS]}… (more than {OUTCOME_CHARACTERS} characters)"
     return f"{outcome.kind.replace('_', ' ')}: {text}"
 
 
-def _error_text(data: bytes, value: CalldataValue, limit: int) -> str:
+def _plain_text(data: bytes) -> str:
+    return data[: 4 * OUTCOME_CHARACTERS].decode("utf-8", "replace")
+
+
+def _error_text(data: bytes, value: CalldataValue) -> str:
     """Return the message of an error whose data is calldata; empty if it has none.
 
     Plain text can happen to be calldata, never a map: then the text is what was meant.
@@ -6086,28 +6091,29 @@ def _error_text(data: bytes, value: CalldataValue, limit: int) -> str:
         if not isinstance(message, str):
             return ""
         fingerprint = value.get("fingerprint")
-        return message if fingerprint is None else f"{message} [{_value_text(fingerprint, limit)}]"
-    text = data.decode("utf-8", "replace")
+        return message if fingerprint is None else f"{message} [{_value_text(fingerprint)}]"
+    text = _plain_text(data)
     return text if text.isprintable() else ""
 
 
-def _value_text(value: CalldataValue, limit: int) -> str:
-    """Return ``value`` as JSON, whole if that has no more than ``limit`` characters."""
+def _value_text(value: CalldataValue) -> str:
+    """Return ``value`` as JSON, of which no more is made than can be shown."""
+    return json.dumps(_shown_part(value, OUTCOME_CHARACTERS), ensure_ascii=False)
 
-    def part(value: CalldataValue) -> object:
-        """Return no more than can be shown; the decoder has bounded the depth."""
-        if isinstance(value, list):
-            return [part(item) for item in value[:limit]]
-        if isinstance(value, dict):
-            return {key[:limit]: part(value[key]) for key in itertools.islice(value, limit)}
-        if isinstance(value, bytes):
-            return f"0x{value[:limit].hex()}"
-        if isinstance(value, int) and value.bit_length() > 1024:
-            # Decimal conversion is quadratic, and Python refuses it beyond 4300 digits.
-            return f"{value:#x}"
-        return value[:limit] if isinstance(value, str) else value
 
-    return json.dumps(part(value), ensure_ascii=False)
+def _shown_part(value: CalldataValue, limit: int) -> object:
+    # The decoder has bounded the depth of the recursion.
+    if isinstance(value, list):
+        return [_shown_part(item, limit) for item in value[:limit]]
+    if isinstance(value, dict):
+        some = itertools.islice(value.items(), limit)
+        return {key[:limit]: _shown_part(item, limit) for key, item in some}
+    if isinstance(value, bytes):
+        return f"0x{value[:limit].hex()}"
+    if isinstance(value, int) and value.bit_length() > 1024:
+        # Decimal conversion is quadratic, and Python refuses it beyond 4300 digits.
+        return f"{value:#x}"
+    return value[:limit] if isinstance(value, str) else value
 
 
 class HostError(IntEnum):
@@ -6257,36 +6263,81 @@ class HostRequest:
     blobs: tuple[bytes, ...]
 
 
-@define(eq=False)
-class HostRequestParser:
-    """Cuts a byte stream, fed into ``buffer``, into requests."""
+class HostSession:
+    """The host's side of one connection, without the connection: bytes in, answers out.
 
-    _blob_limit: int
-    buffer: bytearray = field(init=False, factory=bytearray)
-    _consumed: int = field(init=False, default=0)
+    An answer comes piece by piece, so that a large one is never in memory as a whole. ``outcome``
+    is None until the executor reports its result; from then on the session ignores whatever comes.
+    """
 
-    def next_request(self) -> HostRequest | None:
+    _log = Logger()
+
+    def __init__(self, state: HostState, *, blob_limit: int = HOST_BLOB_LIMIT) -> None:
+        self.state = state
+        self.outcome: HostOutcome | None = None
+        self._blob_limit = blob_limit
+        self._buffer = bytearray()
+        self._consumed = 0
+        self._pieces: Iterator[bytes] = iter(())
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes of the executor."""
+        if self.outcome is None:
+            self._buffer += data
+
+    def step(self) -> bytes | None:
+        """Return the next piece of an answer, which may be empty; None without a whole request.
+
+        Raises HostProtocolError if the executor broke the protocol.
+        """
+        piece = next(self._pieces, None)
+        if piece is not None:
+            return piece
+        request = None if self.outcome else self._next_request()
+        if request is None:
+            return None
+        self.state.requests[request.method] += 1
+        if request.method in WRITES_AND_SENDS and not self.state.writable:
+            if self.state.requests[request.method] == 1:
+                self._log.debug("read-only host refuses {method}", method=request.method)
+            return bytes((HostError.FORBIDDEN,))
+        if request.method in FIXED_ANSWERS:
+            return FIXED_ANSWERS[request.method]
+        handler: Callable[[HostRequest], bytes] = getattr(self, f"_on_{request.method}")
+        return handler(request)
+
+    def lost(self) -> HostProtocolError:
+        """Return the error of a connection that ended before a result came."""
+        where = "without a result"
+        if self._buffer and self._buffer[0] < len(HOST_METHODS):
+            where = f"inside a {HOST_METHODS[self._buffer[0]][0]} request"
+        return HostProtocolError(
+            f"the executor closed the host connection {where}, "
+            f"after {self.state.requests.total()} requests"
+        )
+
+    def _next_request(self) -> HostRequest | None:
         """Return the next request, or None until more bytes are fed.
 
         Raises HostProtocolError for bytes that are not a request, and for a length over the limit
         as soon as it is seen. An incomplete request costs a few steps, however long it is.
         """
-        if not self.buffer:
+        if not self._buffer:
             return None
-        if self.buffer[0] >= len(HOST_METHODS):
+        if self._buffer[0] >= len(HOST_METHODS):
             raise HostProtocolError(
-                f"the executor sent unknown method {self.buffer[0]} at byte {self._consumed} "
+                f"the executor sent unknown method {self._buffer[0]} at byte {self._consumed} "
                 "of the host connection"
             )
-        method, fields = HOST_METHODS[self.buffer[0]]
-        with memoryview(self.buffer) as view:
+        method, fields = HOST_METHODS[self._buffer[0]]
+        with memoryview(self._buffer) as view:
             spans = self._spans(method, fields, view)
             if spans is None:
                 return None
             numbers = [int.from_bytes(view[a:b], "little") for k, a, b in spans if k[0] == "u"]
             blobs = [bytes(view[a:b]) for kind, a, b in spans if kind[0] != "u"]
         end = spans[-1][2] if spans else 1
-        del self.buffer[:end]
+        del self._buffer[:end]
         self._consumed += end
         return HostRequest(method, tuple(numbers), tuple(blobs))
 
@@ -6317,58 +6368,6 @@ class HostRequestParser:
             at = end
         return spans
 
-
-class HostSession:
-    """The host's side of one connection, without the connection: bytes in, answers out.
-
-    An answer comes piece by piece, so that a large one is never in memory as a whole. ``outcome``
-    is None until the executor reports its result; from then on the session ignores whatever comes.
-    """
-
-    _log = Logger()
-
-    def __init__(self, state: HostState, *, blob_limit: int = HOST_BLOB_LIMIT) -> None:
-        self.state = state
-        self.outcome: HostOutcome | None = None
-        self._parser = HostRequestParser(blob_limit)
-        self._pieces: Iterator[bytes] = iter(())
-
-    def feed(self, data: bytes) -> None:
-        """Take bytes of the executor."""
-        if self.outcome is None:
-            self._parser.buffer += data
-
-    def step(self) -> bytes | None:
-        """Return the next piece of an answer, which may be empty; None without a whole request.
-
-        Raises HostProtocolError if the executor broke the protocol.
-        """
-        piece = next(self._pieces, None)
-        if piece is not None:
-            return piece
-        request = None if self.outcome else self._parser.next_request()
-        if request is None:
-            return None
-        self.state.requests[request.method] += 1
-        if request.method in WRITES_AND_SENDS and not self.state.writable:
-            if self.state.requests[request.method] == 1:
-                self._log.debug("read-only host refuses {method}", method=request.method)
-            return bytes((HostError.FORBIDDEN,))
-        if request.method in FIXED_ANSWERS:
-            return FIXED_ANSWERS[request.method]
-        handler: Callable[[HostRequest], bytes] = getattr(self, f"_on_{request.method}")
-        return handler(request)
-
-    def lost(self) -> HostProtocolError:
-        """Return the error of a connection that ended before a result came."""
-        where = "without a result"
-        if self._parser.buffer and self._parser.buffer[0] < len(HOST_METHODS):
-            where = f"inside a {HOST_METHODS[self._parser.buffer[0]][0]} request"
-        return HostProtocolError(
-            f"the executor closed the host connection {where}, "
-            f"after {self.state.requests.total()} requests"
-        )
-
     def _on_get_calldata(self, request: HostRequest) -> bytes:
         return HOST_OK + len(self.state.calldata).to_bytes(4, "little") + self.state.calldata
 
@@ -6396,7 +6395,7 @@ class HostSession:
         if not result or result[0] >= len(OUTCOME_KINDS):
             raise HostProtocolError("the executor reported a result without a known result code")
         self.outcome = HostOutcome(OUTCOME_KINDS[result[0]], result[1:])
-        self._parser.buffer.clear()
+        self._buffer.clear()
         return b"\x00"
 
     def _on_consume_fuel(self, request: HostRequest) -> bytes:
@@ -7168,7 +7167,6 @@ class _Tunnel(ProtocolWrapper):
         self.made: Event[None] = Event()
 
     def makeConnection(self, transport: Any) -> None:
-        """The proxy is reached."""
         directlyProvides(self, providedBy(transport))
         Protocol.makeConnection(self, transport)
         transport.write(self._head)
@@ -7195,7 +7193,6 @@ class _Tunnel(ProtocolWrapper):
             ProtocolWrapper.dataReceived(self, bytes(rest))
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The connection is gone."""
         if self.made.happened and self.wrappedProtocol.transport is not None:
             ProtocolWrapper.connectionLost(self, reason)
         self.made.fail(ProxyError("it closes the connection"))
@@ -8042,15 +8039,9 @@ class TestPrompt:
                     "array of bytes"
                 )
                 raise ProviderError(ErrorKind.CONFIG, detail) from None
-        return Prompt(
-            user_message=self.user_message,
-            system_message=self.system_message,
-            temperature=self.temperature,
-            images=tuple(images),
-            max_tokens=self.max_tokens,
-            use_max_completion_tokens=self.use_max_completion_tokens,
-            seed=self.seed,
-        )
+        members = attrs.asdict(self, recurse=False) | {"images": tuple(images)}
+        del members["timeout_ms"]
+        return Prompt(**members)
 
 
 class CheckResult(Reply, frozen=True, kw_only=True):
@@ -8629,11 +8620,9 @@ class Greeting(Protocol):
     over: Event[None] = field(init=False, factory=Event)
 
     def connectionMade(self) -> None:
-        """Ask for the upgrade; see ``IProtocol``."""
         self.transport.write(self._wire.send(WebSocketRequest(self._host, "/")))
 
     def dataReceived(self, data: bytes) -> None:
-        """Take what the module says; see ``IProtocol``."""
         try:
             self._wire.receive_data(data)
             for event in self._wire.events():
@@ -8780,7 +8769,6 @@ class Module:
     _spawner: Spawner
     _variables: Variables
     _observer: LogObserver
-    _now: Callable[[], float] = time.time
     _tell: Callable[..., object] = unheard
     _command: tuple[str, ...] | None = field(
         init=False,
@@ -9082,27 +9070,19 @@ class Module:
     def _spawn(
         self, generation: Generation, setup: ModuleSetup, listener: socket.socket | None
     ) -> None:
+        spawn = functools.partial(
+            self._spawner.spawn,
+            generation,
+            environment=self._variables.for_modules,
+            pipes={STDOUT, STDERR},
+        )
         try:
             if listener is None:
                 with external_start(self._command or (), setup) as (argv, inherited):
-                    self._spawner.spawn(
-                        generation,
-                        argv,
-                        self._variables.for_modules,
-                        pipes={STDOUT, STDERR},
-                        nulls={STDIN},
-                        inherited=inherited,
-                    )
+                    spawn(argv=argv, nulls={STDIN}, inherited=inherited)
             else:
-                self._spawner.spawn(
-                    generation,
-                    own_command("module-process", self.kind),
-                    self._variables.for_modules,
-                    pipes={STDOUT, STDERR},
-                    feeds={STDIN},
-                    inherited={LOG_FD: listener.fileno()},
-                    after=self._tidy_up,
-                )
+                argv, given = own_command("module-process", self.kind), {LOG_FD: listener.fileno()}
+                spawn(argv=argv, feeds={STDIN}, inherited=given, after=self._tidy_up)
         except SpawnFailed as error:
             raise ModuleFailed(
                 f"the {self.kind} module cannot be started: {error.message}"
@@ -9238,7 +9218,7 @@ class Module:
             self._quick_deaths = 0
         if state is not self.state:
             assert state in MODULE_TRANSITIONS[self.state], f"{self.state} -> {state}"
-            self.state, self.since = state, self._now()
+            self.state, self.since = state, time.time()
             self._tell(ModuleEvent, module=self.kind, state=state, error=self.last_error)
 
     def _check_open(self) -> None:
@@ -12875,7 +12855,6 @@ class PeerConnection(Protocol):
         raise NotImplementedError
 
     def connectionMade(self) -> None:
-        """Wait for the request; see ``IProtocol``."""
         # A peer that does not read must not make us write more.
         self.transport.registerProducer(self.transport, True)
         self._timer = self._reactor.callLater(HANDSHAKE_SECONDS, self._finish)
@@ -12883,7 +12862,6 @@ class PeerConnection(Protocol):
         self._changed()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The connection is gone; see ``IProtocol``."""
         self.closing = True
         self._stop_timer()
         self.peer_gone()
@@ -12891,7 +12869,6 @@ class PeerConnection(Protocol):
         self._changed()
 
     def dataReceived(self, data: bytes) -> None:
-        """Take the request in one piece, then frames; see ``IProtocol``."""
         if self._wire.connection is None and not self.closing:
             data = self._take_request(data)
         if not data or self.closing:
@@ -13238,7 +13215,6 @@ class ControlChannel(Protocol):
             self.transport.write(json.dumps(message).encode() + b"\n")
 
     def dataReceived(self, data: bytes) -> None:
-        """Take bytes of the manager."""
         self._lines.add(data)
 
     def _line(self, line: bytes, _cut: bool) -> None:
@@ -14539,12 +14515,10 @@ class MeteredConnection(ProtocolWrapper):
         self._linger: DelayedCall | None = None
 
     def makeConnection(self, transport: Any) -> None:
-        """The connection is made."""
         self._traffic.connections.add(self)
         ProtocolWrapper.makeConnection(self, transport)
 
     def dataReceived(self, data: bytes) -> None:
-        """Pass bytes on."""
         if self._traffic.take(len(data)):
             ProtocolWrapper.dataReceived(self, data)
         else:
@@ -14559,7 +14533,6 @@ class MeteredConnection(ProtocolWrapper):
         self._linger = self._reactor.callLater(CLOSE_SECONDS, self.transport.abortConnection)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The connection is gone."""
         self._traffic.connections.discard(self)
         if self._linger is not None and self._linger.active():
             self._linger.cancel()
@@ -14872,21 +14845,19 @@ class RequestSigner:
     _signer: Signer
     _http: HttpClient
     _reactor: Any
-    _now: Callable[[], float] = field(default=time.time, kw_only=True)
-    _salt: Callable[[int], bytes] = field(default=secrets.token_bytes, kw_only=True)
 
     async def sign(self, request: WebRequest, caller: Caller) -> WebRequest:
         """Return the request with its signature; raises ``RequestFailure``."""
         variables = signer_variables(caller)
         kept = {k: v for k, v in request.headers.items() if k not in _SIGNED_HEADERS}
         ours = (variables["node_address"], variables["tx_id"])
-        salt = base64.b64encode(self._salt(32))
+        salt = base64.b64encode(secrets.token_bytes(32))
         values = (*(self._header_value(text) for text in ours), salt)
         headers = kept | dict(zip(_NODE_HEADERS, values, strict=True))
         if request.body is not None:
             headers["content-digest"] = await self._digest(request.body)
         prepared = attrs.evolve(request, headers=headers)
-        base, parameters = signature_base(prepared, int(self._now()))
+        base, parameters = signature_base(prepared, int(time.time()))
         signature = base64.b64encode(await self._ask(base, variables))
         headers["signature-input"] = f"genvm={parameters}".encode("latin-1")
         headers["signature"] = b"genvm=:" + signature + b":"
