@@ -11,7 +11,16 @@ import sys
 from pathlib import Path
 
 from ..integration.conftest import Start
-from ..integration.support import SOURCE, WAIT, Daemon, Root, eventually, memory_of, run_body
+from ..integration.support import (
+    SOURCE,
+    WAIT,
+    Daemon,
+    Root,
+    eventually,
+    memory_of,
+    run_body,
+    sockets_of,
+)
 from .support import troubles
 
 
@@ -23,15 +32,6 @@ def descriptors_left(daemon: Daemon) -> int:
     """Return how many descriptors a daemon could still open."""
     soft, _ = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
     return soft - sum(int(name) < soft for name in os.listdir(f"/proc/{daemon.pid}/fd"))
-
-
-def sockets(daemon: Daemon) -> int:
-    """Return how many sockets a daemon has."""
-    found = 0
-    for name in os.listdir(f"/proc/{daemon.pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            found += os.readlink(f"/proc/{daemon.pid}/fd/{name}").startswith("socket:")
-    return found
 
 
 def limit_descriptors(daemon: Daemon, count: int) -> None:
@@ -61,7 +61,7 @@ def test_without_descriptors_clients_wait_for_their_answer(root: Root, start: St
     socket_path = root.path / "socket"
     daemon = start("--socket", str(socket_path))
     daemon.get("/status")
-    eventually(lambda: sockets(daemon) == 2, what="its connection is closed, ports are left")
+    eventually(lambda: sockets_of(daemon.pid) == 2, what="its connection is closed, ports are left")
     limit_descriptors(daemon, 1 + max(map(int, os.listdir(f"/proc/{daemon.pid}/fd"))))
     # They take what is left below the highest number; some wait with the others.
     spare = [daemon.connect() for _ in range(descriptors_left(daemon) + 2)]

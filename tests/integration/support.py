@@ -151,6 +151,15 @@ def command_of(pid: int) -> str:
         return ""
 
 
+def sockets_of(pid: int) -> int:
+    """Return how many sockets a process has open."""
+    found = 0
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found += os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:")
+    return found
+
+
 def memory_of(pid: int, name: str = "VmHWM") -> int:
     """Return a figure of ``/proc/<pid>/status`` in bytes: VmHWM (the peak) or VmRSS."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():

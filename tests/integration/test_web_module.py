@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import (
 
 from genvm_manager import CALLER_LOOKUPS, RENDER_MAX_BYTES, SIGNATURE_MAX_BYTES
 
-from .support import WAIT, Root, eventually, memory_of, report, timed
+from .support import WAIT, Root, eventually, memory_of, report, sockets_of, timed
 from .test_module_service import call
 from .web_support import Exchange, WebModule, WebServer, causes, render, request
 
@@ -345,15 +345,6 @@ def test_a_client_that_vanishes_cancels_its_request(module: WebModule, web: WebS
     assert gone.wait(WAIT)
     eventually(lambda: counted(module) != before, what="it is counted")
     assert counted(module) - before == {"CANCELLED": 1}
-
-
-def sockets_of(pid: int) -> int:
-    """Return how many sockets a process has open."""
-    found = 0
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            found += os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:")
-    return found
 
 
 def test_a_server_that_keeps_its_connections(
