@@ -6032,18 +6032,14 @@ class Executions:
 # Never sees a socket.
 
 
-HOST_BLOB_LIMIT: Final = 64 * 1024 * 1024
-"""Bytes that the blobs of one request may have together, and that one storage read may ask for."""
-
-HOST_STORAGE_LIMIT: Final = 256 * 1024 * 1024
-"""Bytes that a host keeps in its storage before it answers ``OUT_OF_STORAGE_GAS``."""
-
+#: What the blobs of one request may have together, and what one storage read may ask for.
+HOST_BLOB_LIMIT: Final = 64 * MIB
+#: What a host keeps in its storage before it answers ``OUT_OF_STORAGE_GAS``.
+HOST_STORAGE_LIMIT: Final = 256 * MIB
+#: The largest fuel that the protocol can state.
 FUEL_LIMIT: Final = (1 << 53) - 1
-"""The largest fuel that the protocol can state."""
-
+#: How much of an outcome a person is shown.
 OUTCOME_CHARACTERS: Final = 4000
-"""How much of an outcome a person is shown."""
-
 OutcomeKind = Literal["return", "user_error", "vm_error", "internal_error"]
 OUTCOME_KINDS: Final[tuple[OutcomeKind, ...]] = get_args(OutcomeKind)
 
@@ -6263,6 +6259,7 @@ class HostRequest:
     blobs: tuple[bytes, ...]
 
 
+@define(eq=False)
 class HostSession:
     """The host's side of one connection, without the connection: bytes in, answers out.
 
@@ -6272,13 +6269,12 @@ class HostSession:
 
     _log = Logger()
 
-    def __init__(self, state: HostState, *, blob_limit: int = HOST_BLOB_LIMIT) -> None:
-        self.state = state
-        self.outcome: HostOutcome | None = None
-        self._blob_limit = blob_limit
-        self._buffer = bytearray()
-        self._consumed = 0
-        self._pieces: Iterator[bytes] = iter(())
+    state: HostState
+    _blob_limit: int = field(kw_only=True, default=HOST_BLOB_LIMIT)
+    outcome: HostOutcome | None = field(init=False, default=None)
+    _buffer: bytearray = field(init=False, factory=bytearray)
+    _consumed: int = field(init=False, default=0)
+    _pieces: Iterator[bytes] = field(init=False, factory=lambda: iter(()))
 
     def feed(self, data: bytes) -> None:
         """Take bytes of the executor."""
@@ -7424,7 +7420,6 @@ ANTHROPIC_VERSION = "2023-06-01"
 #: Anthropic demands a limit, also where the prompt has none.
 REQUIRED_MAX_TOKENS = 4096
 IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
-OVERLOADED_STATUSES = frozenset((408, 503, 504, 529))
 HEADER_TEXT = re.compile(r"[\x21-\x7e]*")
 _JSON_TOOL = "json_out"
 
@@ -7465,6 +7460,15 @@ ADVICE = {
     ErrorKind.OVERLOADED: "the provider is overloaded; try later",
     ErrorKind.BAD_RESPONSE: "the provider's answer is not what its API documents",
     ErrorKind.HTTP: "the provider refused the request",
+}
+
+
+#: What statuses stand for; others are ``HTTP``.
+STATUS_KINDS = {
+    **dict.fromkeys((401, 403), ErrorKind.AUTH),
+    404: ErrorKind.NOT_FOUND,
+    429: ErrorKind.RATE_LIMITED,
+    **dict.fromkeys((408, 503, 504, 529), ErrorKind.OVERLOADED),
 }
 
 
@@ -7937,14 +7941,8 @@ def _error_inside(found: Any) -> int | None:
 def status_problem(status: int, url: str, body: bytes, key: str = "") -> ProviderError:
     """Return the error for a reply whose status is not 200, with the provider's own message."""
     text = masked(body, key).strip()
-    if status in (401, 403) or (status == 400 and "API_KEY_INVALID" in text):
-        kind = ErrorKind.AUTH
-    elif status == 404:
-        kind = ErrorKind.NOT_FOUND
-    elif status == 429:
-        kind = ErrorKind.RATE_LIMITED
-    else:
-        kind = ErrorKind.OVERLOADED if status in OVERLOADED_STATUSES else ErrorKind.HTTP
+    is_key = status == 400 and "API_KEY_INVALID" in text
+    kind = ErrorKind.AUTH if is_key else STATUS_KINDS.get(status, ErrorKind.HTTP)
     message = _provider_message(text)[:PROVIDER_MESSAGE_CHARACTERS]
     detail = f"status {status}: {message}" if message else f"status {status}"
     return ProviderError(kind, detail, url=url, status=status, body=text)
@@ -8078,6 +8076,7 @@ class _Asking:
     done: Event[None] = field(init=False, factory=Event)
 
 
+@define(eq=False)
 class AvailabilityCheck:
     """Checks whether models answer.
 
@@ -8087,23 +8086,15 @@ class AvailabilityCheck:
 
     log = Logger()
 
-    def __init__(
-        self,
-        config: Config,
-        reactor: Any,
-        client: LlmClient,
-        variables: Variables,
-        redactor: Redactor,
-    ) -> None:
-        self._texts = template_variables(config.root)
-        self._variables = variables
-        self._reactor = reactor
-        self._client = client
-        self._redactor = redactor
-        self._at_once = max(1, config.llm_check_concurrency)
-        self._requests: deque[_Asking] = deque()  # the one whose turn it is first
-        self._turns = DeferredSemaphore(1)
-        self._one_reader = DeferredSemaphore(1)
+    _config: Config
+    _reactor: Any
+    _client: LlmClient
+    _variables: Variables
+    _redactor: Redactor
+    #: The one whose turn it is stands first.
+    _requests: deque[_Asking] = field(init=False, factory=deque)
+    _turns: DeferredLock = field(init=False, factory=DeferredLock)
+    _one_reader: DeferredLock = field(init=False, factory=DeferredLock)
 
     async def check(
         self, body: CheckBody, report: Callable[[CheckResult], object] = unheard
@@ -8185,7 +8176,7 @@ class AvailabilityCheck:
         """Have models asked for the requests in turn, as long as there are slots."""
         while True:
             shared = sum(len(some.asked) - 1 for some in self._requests if some.asked)
-            is_room = shared < self._at_once - 1
+            is_room = shared < self._config.llm_check_concurrency - 1
             able = (r for r in self._requests if r.waiting and (is_room or not r.asked))
             asking = next(able, None)
             if asking is None:
@@ -8216,8 +8207,9 @@ class AvailabilityCheck:
 
         This may run in a thread.
         """
+        texts = template_variables(self._config.root)
         configs = [
-            self._expanded(config, f"configs[{index}]", variables)
+            _expanded(config, f"configs[{index}]", texts, variables)
             for index, config in enumerate(body.configs)
         ]
         read = (config for config in configs if isinstance(config, dict))
@@ -8235,21 +8227,6 @@ class AvailabilityCheck:
             for index, prompt in enumerate(body.test_prompts)
         ]
         return secrets, backends, prompts
-
-    def _expanded(
-        self, config: AnyObject, path: str, variables: RequestVariables
-    ) -> AnyObject | ConfigError:
-        """Return a configuration with its templates expanded, or why that cannot be."""
-        expanded = {}
-        for name, value in config.items():
-            try:
-                is_text = isinstance(value, str)
-                expanded[name] = (
-                    expand_template(value, self._texts, variables) if is_text else value
-                )
-            except ConfigError as error:
-                return ConfigError(f"{path}.{name}: {error.message}")
-        return expanded
 
     async def _ask(self, backend: CheckedBackend, prompt: CheckedPrompt) -> CheckResult:
         """Return the result for one pair; only being cancelled makes it fail."""
@@ -8298,6 +8275,20 @@ def _is_large(body: CheckBody) -> bool:
     values = [value for item in items for value in item.values()]
     texts = sum(len(value) for value in values if isinstance(value, str))
     return len(values) + texts > INLINE_LLM_BYTES
+
+
+def _expanded(
+    config: AnyObject, path: str, texts: Mapping[str, str], variables: RequestVariables
+) -> AnyObject | ConfigError:
+    """Return a configuration with its templates expanded, or why that cannot be."""
+    expanded = dict(config)
+    for name, value in config.items():
+        if isinstance(value, str):
+            try:
+                expanded[name] = expand_template(value, texts, variables)
+            except ConfigError as error:
+                return ConfigError(f"{path}.{name}: {error.message}")
+    return expanded
 
 
 def _readable(read: Callable[[], Value], scrub: Callable[[str], str]) -> Value | CheckResult:
@@ -8637,38 +8628,35 @@ class Greeting(Protocol):
         self.over.fire(None)
 
 
+@define(eq=False)
 class Generation:
-    """One process of a module, from its start to its end."""
+    """One process of a module, from its start to its end.
+
+    ``released`` fires once it accepts no more connections. Times are those of the reactor.
+    """
 
     log = Logger()
 
-    def __init__(
-        self,
-        kind: str,
-        number: int,
-        ended: Callable[[Generation], None],
-        scrub: Callable[[str], str],
-        *,
-        built_in: bool,
-    ) -> None:
-        self._kind = kind
-        self._gone = ended
-        self._scrub = scrub
-        self.number = number
-        self.child: Child | None = None
-        self.status: ExitStatus | None = None
-        self.stats: dict[str, Any] = {}
-        self.ready: Event[None] = Event()
-        self.released: Event[None] = Event()  # it accepts no more connections
-        self.ended: Event[None] = Event()
-        self.ready_at: float | None = None
-        self.started_at = 0.0
-        self._errors = BoundedTail(MODULE_STDERR_BYTES)
-        self._lines = {
-            # A command of others may print anything on its stdout: that is log.
-            STDOUT: LineSplitter(MODULE_LINE_BYTES, self._control if built_in else self._forward),
-            STDERR: LineSplitter(MODULE_LINE_BYTES, self._forward),
-        }
+    _kind: str
+    number: int
+    started_at: float
+    _gone: Callable[[Generation], None]
+    _scrub: Callable[[str], str]
+    _built_in: bool
+    child: Child | None = field(init=False, default=None)
+    status: ExitStatus | None = field(init=False, default=None)
+    stats: dict[str, Any] = field(init=False, factory=dict)
+    ready: Event[None] = field(init=False, factory=Event)
+    released: Event[None] = field(init=False, factory=Event)
+    ended: Event[None] = field(init=False, factory=Event)
+    ready_at: float = field(init=False, default=0.0)
+    _errors: BoundedTail = field(init=False, factory=lambda: BoundedTail(MODULE_STDERR_BYTES))
+    _lines: dict[int, LineSplitter] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        # A command of others may print anything on its stdout: that is log.
+        takers = {STDOUT: self._control if self._built_in else self._forward, STDERR: self._forward}
+        self._lines = {fd: LineSplitter(MODULE_LINE_BYTES, take) for fd, take in takers.items()}
 
     @property
     def stderr(self) -> str:
@@ -9032,11 +9020,11 @@ class Module:
         generation = self._starting = Generation(
             self.kind,
             self._number,
+            self._reactor.seconds(),
             self._generation_ended,
             self._observer.redactor.scrub,
             built_in=self._command is None,
         )
-        generation.started_at = self._reactor.seconds()
         known = (*secrets_in(setup.config), *setup.inserted)
         self._observer.redactor.keep(generation, known)
         try:
@@ -9136,7 +9124,7 @@ class Module:
         self._current = None
         if self.state is not ModuleState.RUNNING:
             return
-        lived = self._reactor.seconds() - (generation.ready_at or 0.0)
+        lived = self._reactor.seconds() - generation.ready_at
         self.log.error(
             "module died",
             module=self.kind,
@@ -13829,13 +13817,7 @@ _BLANKS = re.compile(r"\s{2,}+|[^\S \n]")
 REPORTED_REASON_CHARACTERS = 500
 #: Kinds of errors that say nothing about the prompt: another backend may well answer.
 OVERLOAD_KINDS = frozenset(
-    (
-        ErrorKind.RATE_LIMITED,
-        ErrorKind.OVERLOADED,
-        ErrorKind.DNS,
-        ErrorKind.CONNECT,
-        ErrorKind.TIMEOUT,
-    )
+    map(ErrorKind, ("rate_limited", "overloaded", "dns", "connect", "timeout"))
 )
 
 
@@ -14614,21 +14596,10 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 HTTP_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", re.ASCII)
 _HEADER_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 #: Headers about a single connection, which is ours to manage.
-_OUR_HEADERS = frozenset(
-    (
-        "connection",
-        "content-length",
-        "expect",
-        "host",
-        "keep-alive",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    )
-)
+_OUR_HEADERS = {
+    *("connection", "content-length", "expect", "host", "keep-alive", "proxy-authorization"),
+    *("proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
+}
 _NODE_HEADERS = ("genlayer-node-address", "genlayer-tx-id", "genlayer-salt")
 _SIGNED_HEADERS = frozenset((*_NODE_HEADERS, "content-digest", "signature-input", "signature"))
 #: What is not sent to another host than the one it was meant for.
@@ -14699,10 +14670,10 @@ class WebClient:
 
     _reactor: Any
     _rules: UrlRules
-    _tls: Late[Any] = field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self._tls = Late(self._reactor, LOAD_SECONDS, load_http)
+    _tls: Late[Any] = field(
+        init=False,
+        default=Factory(lambda self: Late(self._reactor, LOAD_SECONDS, load_http), takes_self=True),
+    )
 
     async def fetch(self, request: WebRequest, traffic: Traffic) -> WebResponse:
         """Return the response at the end of all redirects; raises ``RequestFailure``."""
