@@ -800,6 +800,13 @@ def in_thread(reactor: Any, work: Callable[..., Value], *arguments: Any) -> Defe
         return fail(no_thread(error))
 
 
+async def maybe_in_thread(
+    reactor: Any, is_long: bool, work: Callable[..., Value], *arguments: Any
+) -> Value:
+    """Return what ``work`` returns; it is done in a thread if it takes long, see ``in_thread``."""
+    return await in_thread(reactor, work, *arguments) if is_long else work(*arguments)
+
+
 def within(
     reactor: Any, seconds: float, work: Coroutine[Any, Any, Value], late: Exception
 ) -> Deferred[Value]:
@@ -7843,7 +7850,8 @@ class LlmClient:
             headers.addRawHeader("User-Agent", f"genvm-manager/{__version__}")
             return headers, json.dumps(request.body).encode()
 
-        headers, data = await self._work(prompt.size, encode)
+        is_long = prompt.size > INLINE_LLM_BYTES
+        headers, data = await maybe_in_thread(self._reactor, is_long, encode)
         try:
             reply = await self._http.exchange(
                 "POST", url, LLM_ANSWER_MAX_BYTES, headers=headers, data=data
@@ -7874,13 +7882,7 @@ class LlmClient:
             detail = f"{problem}: {excerpt}"
             return ProviderError(ErrorKind.BAD_RESPONSE, detail, url=url, status=200, body=excerpt)
 
-        return await self._work(len(body), read)
-
-    async def _work(self, size: int, work: Callable[[], Value]) -> Value:
-        """Do what takes as long as there are bytes; in a thread if these are many."""
-        if size <= INLINE_LLM_BYTES:
-            return work()
-        return await in_thread(self._reactor, work)
+        return await maybe_in_thread(self._reactor, len(body) > INLINE_LLM_BYTES, read)
 
 
 def masked(body: bytes, key: str) -> str:
@@ -13146,10 +13148,9 @@ class CallerSession(PeerConnection):
         self.acknowledge()
         self.log.debug("an executor connected", **self._fields())
 
-    async def _decode(self, data: bytes) -> CalldataValue:
-        if len(data) <= INLINE_MESSAGE_BYTES:
-            return decode_calldata(data)
-        return await in_thread(self._reactor, decode_calldata, data)
+    def _decode(self, data: bytes) -> Awaitable[CalldataValue]:
+        is_long = len(data) > INLINE_MESSAGE_BYTES
+        return maybe_in_thread(self._reactor, is_long, decode_calldata, data)
 
     async def _answer(self, data: bytes, caller: Caller) -> bytes:
         """Return the answer to a message, whatever the message is."""
@@ -13912,10 +13913,9 @@ class LlmService(ModuleService):
         members = payload.get("payload") if isinstance(payload, dict) else None
         if not isinstance(members, dict):
             raise bad_request("payload: expected a map")
-        if sum(len(text) for text in members.values() if isinstance(text, str)) > INLINE_LLM_BYTES:
-            question = await in_thread(self._reactor, readers[name], members)
-        else:
-            question = readers[name](members)
+        size = sum(len(text) for text in members.values() if isinstance(text, str))
+        is_long = size > INLINE_LLM_BYTES
+        question = await maybe_in_thread(self._reactor, is_long, readers[name], members)
         value = await self._ask(question, caller)
         return {"data": value, "consumed_gen": 0}
 
@@ -14825,19 +14825,17 @@ class RequestSigner:
         salt = base64.b64encode(secrets.token_bytes(32))
         values = (*(self._header_value(text) for text in ours), salt)
         headers = kept | dict(zip(_NODE_HEADERS, values, strict=True))
-        if request.body is not None:
-            headers["content-digest"] = await self._digest(request.body)
+        body = request.body
+        if body is not None:
+            is_long = len(body) > INLINE_DIGEST_BYTES
+            digest = await maybe_in_thread(self._reactor, is_long, digest_of, body)
+            headers["content-digest"] = digest
         prepared = attrs.evolve(request, headers=headers)
         base, parameters = signature_base(prepared, int(time.time()))
         signature = base64.b64encode(await self._ask(base, variables))
         headers["signature-input"] = f"genvm={parameters}".encode("latin-1")
         headers["signature"] = b"genvm=:" + signature + b":"
         return prepared
-
-    async def _digest(self, body: bytes) -> bytes:
-        if len(body) <= INLINE_DIGEST_BYTES:
-            return digest_of(body)
-        return await in_thread(self._reactor, digest_of, body)
 
     async def _ask(self, base: str, variables: Mapping[str, str]) -> bytes:
         url = self._fill(self._signer.url, variables)
