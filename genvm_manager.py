@@ -15331,12 +15331,8 @@ def collapse_text(text: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
-@frozen
-class Page:
-    """What a page came to: the text or the image that was asked for."""
-
-    status: int
-    content: str | bytes
+#: What a page came to: the text or the image that was asked for.
+Rendered: TypeAlias = str | bytes
 
 
 class PageVisit:
@@ -15367,7 +15363,7 @@ class PageVisit:
         problem = f"the page brings more than {traffic.limit} bytes"
         traffic.exceeded.wait().addCallback(lambda _: self.fail(problem))
 
-    async def render(self, mode: str, wait: float, patience: float) -> Page:
+    async def render(self, mode: str, wait: float, patience: float) -> Rendered:
         """Load the page, wait, and return what is there by then; raises ``BrowserGone``.
 
         A page that is not whole after ``patience`` seconds is taken as it is.
@@ -15406,7 +15402,7 @@ class PageVisit:
             self._gate.cut()
         await self._parsed.wait()
 
-    async def _read(self, mode: str) -> Page:
+    async def _read(self, mode: str) -> Rendered:
         if not page_loaded(self._status):
             text = collapse_text(await self._evaluate(_TEXT_SCRIPT))
             raise page_failed(self._target.url, self._status, text)
@@ -15414,9 +15410,9 @@ class PageVisit:
             raise self._not_a_page()
         if mode == "screenshot":
             shot = await self._call("Page.captureScreenshot", format="png")
-            return Page(self._status, base64.b64decode(shot["data"]))
+            return base64.b64decode(shot["data"])
         text = await self._evaluate(_TEXT_SCRIPT if mode == "text" else _HTML_SCRIPT)
-        return Page(self._status, json_text(collapse_text(text) if mode == "text" else text))
+        return json_text(collapse_text(text) if mode == "text" else text)
 
     async def _call(self, method: str, **given: Any) -> dict[str, Any]:
         return await self.browser.call(method, self._session, **given)
@@ -15574,7 +15570,7 @@ class ChromiumRenderer:
     _memory_mib: int
     _locks: dict[str, int] = field(init=False, factory=dict)
 
-    async def render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
+    async def render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Rendered:
         """Return a rendered page; raises ``RequestFailure``. Cancelling ends Chromium."""
         await self._slots.acquire()
         try:
@@ -15582,7 +15578,7 @@ class ChromiumRenderer:
         finally:
             self._slots.release()
 
-    async def _render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
+    async def _render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Rendered:
         gate = SocksGate(self._reactor, self._rules, traffic)
         visit = PageVisit(self._reactor, self._rules, target, gate)
         try:
@@ -15679,44 +15675,43 @@ LOCAL_CHROMIUM = "chromium"
 
 
 @frozen
-class _WebEntry:
-    always_allow_hosts: list[str] | None = None
-    extra_tld: list[str] | None = None
-    webdriver_host: str | None = None
-    signer_url: str | None = None
-    signer_headers: AnyObject | None = None
-    timeout: TimeLimit | None = None
+class WebEntry:
+    """The configuration of the Web module; what is null there is not given."""
+
+    always_allow_hosts: list[str] = field(factory=list)
+    extra_tld: list[str] = field(factory=list)
+    webdriver_host: str = ""
+    signer_url: str = ""
+    signer_headers: AnyObject = field(factory=dict)
+    timeout: TimeLimit = TimeLimit(WEB_SECONDS)
     render_timeout: TimeLimit | None = None
-    max_renders: PositiveInt | None = None
-    render_memory_mib: PositiveInt | None = None
-    use_proxy: bool | None = None
+    max_renders: PositiveInt = MAX_RENDERS
+    render_memory_mib: PositiveInt = RENDER_MEMORY_MIB
+    use_proxy: bool = False
 
 
 @frozen
 class WebSettings:
-    """The configuration of the Web module; ``webdriver`` is a URL or ``chromium``, or none.
+    """What a configuration of the Web module comes to.
 
-    ``notes`` are sentences for the log about what was left out.
+    ``webdriver`` is a URL or ``chromium``, or none; ``notes`` are sentences for the log about what
+    was left out.
     """
 
+    entry: WebEntry
     notes: tuple[str, ...]
     rules: UrlRules
     signer: Signer | None
     webdriver: str | None
-    timeout: float
     render_timeout: float
-    max_renders: int
-    render_memory_mib: int
-    use_proxy: bool
 
 
 def read_web_settings(config: AnyObject) -> WebSettings:
     """Return the settings in a configuration; raises ``ManagerError`` that names the path."""
-    entry = structure(config, _WebEntry)
-    hosts, domains = entry.always_allow_hosts or [], entry.extra_tld or []
+    entry = structure({k: v for k, v in config.items() if v is not None}, WebEntry)
     for path, words, read in (
-        ("always_allow_hosts", hosts, read_host),
-        ("extra_tld", domains, lambda word: UrlRules((), (word,))),
+        ("always_allow_hosts", entry.always_allow_hosts, read_host),
+        ("extra_tld", entry.extra_tld, lambda word: UrlRules((), (word,))),
     ):
         for index, word in enumerate(words):
             try:
@@ -15725,29 +15720,24 @@ def read_web_settings(config: AnyObject) -> WebSettings:
                 raise ConfigError(f"{path}[{index}]: {shown(word)}: {error}") from None
     webdriver = _read_webdriver(entry.webdriver_host)
     is_external = webdriver is not None and webdriver != LOCAL_CHROMIUM
-    render_seconds = WEBDRIVER_SECONDS if is_external else RENDER_SECONDS
     return WebSettings(
-        tuple(unknown_keys(config, _WebEntry, *MODULE_KEYS)),
-        UrlRules(hosts, domains),
+        entry,
+        tuple(unknown_keys(config, WebEntry, *MODULE_KEYS)),
+        UrlRules(entry.always_allow_hosts, entry.extra_tld),
         _read_signer(entry),
         webdriver,
-        entry.timeout or WEB_SECONDS,
-        entry.render_timeout or render_seconds,
-        entry.max_renders or MAX_RENDERS,
-        entry.render_memory_mib or RENDER_MEMORY_MIB,
-        bool(entry.use_proxy),
+        entry.render_timeout or (WEBDRIVER_SECONDS if is_external else RENDER_SECONDS),
     )
 
 
-def _read_signer(entry: _WebEntry) -> Signer | None:
-    headers = entry.signer_headers or {}
-    for name, value in headers.items():
+def _read_signer(entry: WebEntry) -> Signer | None:
+    for name, value in entry.signer_headers.items():
         if not isinstance(value, str) or HTTP_TOKEN.fullmatch(name) is None:
             raise ConfigError(f"signer_headers.{name}: expected a header's name and its value")
-    return Signer(entry.signer_url, dict(headers)) if entry.signer_url else None
+    return Signer(entry.signer_url, entry.signer_headers) if entry.signer_url else None
 
 
-def _read_webdriver(host: str | None) -> str | None:
+def _read_webdriver(host: str) -> str | None:
     if not host or host == LOCAL_CHROMIUM:
         return host or None
     try:
@@ -15774,13 +15764,13 @@ class WebdriverClient:
     _host: str
     _timeout: float
 
-    async def render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
+    async def render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Rendered:
         """Return a rendered page; raises ``RequestFailure``."""
         seconds = self._timeout + wait
         late = refused("TIMEOUT", target.url, f"no page within {seconds:g} s")
         return await within(self._reactor, seconds, self._ask(target, mode, wait, traffic), late)
 
-    async def _ask(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Page:
+    async def _ask(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Rendered:
         # The service resolves the name again, so this is only half a promise; see README.
         try:
             await open_addresses(traffic.look_up, target)
@@ -15805,7 +15795,7 @@ class WebdriverClient:
         status = int(given)
         if not page_loaded(status):
             raise page_failed(target.url, status, text)
-        return Page(status, body if mode == "screenshot" else text)
+        return body if mode == "screenshot" else text
 
     def _failed(self, cause: str, **context: CalldataValue) -> RequestFailure:
         return RequestFailure(cause, fatal=True, url=f"{self._host}/render", **context)
@@ -15858,9 +15848,9 @@ class WebService(ModuleService):
             reactor,
             settings.rules,
             program,
-            DeferredSemaphore(settings.max_renders),
+            DeferredSemaphore(settings.entry.max_renders),
             timeout=settings.render_timeout,
-            memory_mib=settings.render_memory_mib,
+            memory_mib=settings.entry.render_memory_mib,
         )
 
     def close(self) -> None:
@@ -15878,7 +15868,7 @@ class WebService(ModuleService):
         kind = "requests" if name == "Request" else "renders"
         limit = WEB_TRAFFIC_MAX_BYTES if name == "Request" else RENDER_TRAFFIC_MAX_BYTES
         look_up = self._names.look_up_for((caller.cookie, caller.genvm_id))
-        traffic = Traffic(limit, look_up, use_proxy=self._settings.use_proxy)
+        traffic = Traffic(limit, look_up, use_proxy=self._settings.entry.use_proxy)
         counts, start = self._statistics[kind], self._reactor.seconds()
         counts.requests += 1
         self.changed()
@@ -15910,7 +15900,7 @@ class WebService(ModuleService):
         request, sign = self._read_request(members), members.get("sign", False)
         if not isinstance(sign, bool):
             raise bad_request("sign: expected true or false")
-        seconds = self._settings.timeout
+        seconds = self._settings.entry.timeout
         late = refused("TIMEOUT", request.target.url, f"no complete answer within {seconds:g} s")
         counts.bytes_sent += len(request.body or b"")
         exchange = self._exchange(request, caller, traffic, sign=sign)
@@ -15950,8 +15940,8 @@ class WebService(ModuleService):
         target = self._settings.rules.check(text_member(members, "url"))
         if self._renderer is None:
             raise RequestFailure("RENDERER_FAILED", reason="the Web module has no webdriver_host")
-        page = await self._renderer.render(target, mode, wait, traffic)
-        return {"image" if mode == "screenshot" else "text": cast(CalldataValue, page.content)}
+        content = await self._renderer.render(target, mode, wait, traffic)
+        return {"image" if mode == "screenshot" else "text": content}
 
 
 MODULE_SERVICES["web"] = WebService

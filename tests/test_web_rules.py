@@ -799,7 +799,8 @@ def test_wrong_settings_are_named(config: dict[str, Any], problem: str) -> None:
 def test_settings() -> None:
     settings = read_web_settings(AnyObject({"webdriver_host": "http://wd:4444/"}))
     assert settings.webdriver == "http://wd:4444"
-    assert (settings.timeout, settings.render_timeout, settings.max_renders) == (30, 75, 2)
+    assert (float(settings.entry.timeout), settings.entry.max_renders) == (30, 2)
+    assert settings.render_timeout == 75
     assert settings.signer is None
     assert read_web_settings(AnyObject({"webdriver_host": ""})).webdriver is None
     chromium = read_web_settings(AnyObject({"webdriver_host": "chromium"}))
