@@ -3769,7 +3769,7 @@ class BoundedTail:
 
     _limit: int
     #: Not a deque, which takes 0.6 KiB while it is empty; what is moved is few pointers.
-    blocks: list[bytearray] = field(init=False, factory=list)
+    blocks: list[bytes | bytearray] = field(init=False, factory=list)
     size: int = field(init=False, default=0)
     seen: int = field(init=False, default=0)
     truncated: bool = field(init=False, default=False)
@@ -3782,8 +3782,11 @@ class BoundedTail:
             self.blocks.clear()
             self.size = 0
             data = data[len(data) - self._limit :]
-        if self.blocks and len(self.blocks[-1]) + len(data) <= PIECE_BYTES:
-            self.blocks[-1] += data
+        last = self.blocks[-1] if self.blocks else b""
+        if len(data) > PIECE_BYTES // 2:
+            self.blocks.append(data)
+        elif isinstance(last, bytearray) and len(last) + len(data) <= PIECE_BYTES:
+            last += data
         else:
             self.blocks.append(bytearray(data))
         self.size += len(data)
@@ -3793,7 +3796,7 @@ class BoundedTail:
     def trim(self) -> None:
         """Cut what is kept to the limit."""
         if self.size > self._limit:
-            del self.blocks[0][: self.size - self._limit]
+            self.blocks[0] = self.blocks[0][self.size - self._limit :]
             self.size = self._limit
 
     def read(self, start: int, most: int) -> bytes:
@@ -3876,7 +3879,7 @@ class OutputTurns:
     else goes on. Times are the reactor's, in seconds.
     """
 
-    #: What all of them may take of one turn of the reactor, and one at a time.
+    #: What all of them may take before a next turn of the reactor begins, and one at a time.
     TURN_SECONDS: ClassVar[float] = 0.004
     SLICE_SECONDS: ClassVar[float] = 0.001
     #: The pause after a turn where others want the processor, too.
@@ -3891,10 +3894,9 @@ class OutputTurns:
 
     def take(self, pipe: Readable) -> None:
         """Serve a pipe that has something to read, now or in its turn."""
-        if self._next is None:
-            self._next = self._reactor.callLater(0, self._serve)
         if self._waiting or self._left <= 0 or not self._serve_one(pipe):
             self._enqueue(pipe)
+            self._next = self._next or self._reactor.callLater(0, self._serve)
 
     def cut_ended(self) -> None:
         """Read no more of what processes that have ended left behind so far."""
@@ -4342,7 +4344,6 @@ class PipeReader(ProcessReader):
     _last: int | None = None
 
     def doRead(self) -> None:
-        """There is something; see ``IReadDescriptor``."""
         self.proc.proto.turns.take(self)
 
     @property
@@ -4354,7 +4355,6 @@ class PipeReader(ProcessReader):
         self.stopReading()
 
     def cut(self) -> None:
-        """See ``Readable``."""
         self._is_waiting = False
         if self.connected:
             self._close(is_cut=True)
@@ -4371,16 +4371,15 @@ class PipeReader(ProcessReader):
             self.proc.proto.turns.take(self)
 
     def work(self, until: float) -> bool:
-        self._is_waiting = False
+        was_waiting, self._is_waiting = self._is_waiting, False
         seconds = self.reactor.seconds
         slice_seconds = self.proc.proto.turns.SLICE_SECONDS
-        now = seconds()
+        now, has_read = seconds(), False
         while self.connected:
             if self.proc.proto.turns.cutting:
                 self._close(is_cut=True)
             elif self._at < len(self._data):
-                whole = self.name in self.proc.proto.whole
-                step = PIECE_BYTES if whole else self._step
+                step = PIECE_BYTES if self.name in self.proc.proto.whole else self._step
                 piece = self._data[self._at : self._at + step]
                 self._at += step
                 try:
@@ -4393,26 +4392,29 @@ class PipeReader(ProcessReader):
                     self._step = max(self.FEWEST, self._step // 4)
                 elif now - begin < slice_seconds / 8:
                     self._step = min(self.MOST, self._step * 2)
-            elif not self._read():
+            elif has_read and self._last is None:
+                # To look for more now would mostly be too early: the reactor tells when there is.
+                self._data = b""
+                if was_waiting:
+                    self.startReading()
                 return True
+            else:
+                has_read = self._read()
             if now >= until:
                 return not self.connected
         return True
 
     def _read(self) -> bool:
-        """Read a piece; return whether there was one, or the pipe is closed now."""
+        """Read a piece, if there is one, or close the pipe at its end; return True."""
         self._data, self._at = b"", 0
         if self._last == 0:
             self._close(is_cut=self._readable_bytes() > 0)
             return True
         try:
             self._data = os.read(self.fd, min(PIECE_BYTES, self._last or PIECE_BYTES))
-        except BlockingIOError:
-            if self._last is None:
-                self.startReading()
-                return False
-        except OSError:
-            pass  # as at its end
+        except OSError as error:  # as at its end, unless there is nothing yet
+            if isinstance(error, BlockingIOError) and self._last is None:
+                return True
         if not self._data:
             self._close(is_cut=False)
         elif self._last is not None:
@@ -5335,12 +5337,12 @@ def _tail_json(tail: BoundedTail) -> Iterator[bytes]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     skipped = _first_character(tail.blocks) if tail.truncated else 0
     for block in tail.blocks:
-        yield json.dumps(decoder.decode(block[skipped:]))[1:-1].encode()
+        yield json_of(decoder.decode(block[skipped:]))[1:-1]
         skipped = max(0, skipped - len(block))
-    yield json.dumps(decoder.decode(b"", True))[1:-1].encode()
+    yield json_of(decoder.decode(b"", True))[1:-1]
 
 
-def _first_character(blocks: Iterable[bytearray]) -> int:
+def _first_character(blocks: Iterable[bytes | bytearray]) -> int:
     """Return where the first whole UTF-8 character of a cut stream starts."""
     head = bytes(itertools.islice(itertools.chain.from_iterable(blocks), 3))
     return next((i for i, byte in enumerate(head) if byte & 0xC0 != 0x80), len(head))
