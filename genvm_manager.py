@@ -204,6 +204,7 @@ import itertools
 import json
 import marshal
 import math
+import operator
 import queue
 import random
 import re
@@ -3818,19 +3819,29 @@ class BoundedTail:
 class LineSplitter:
     """Cuts a stream into lines; of a line longer than the limit only the head is kept.
 
-    ``on_line`` gets each line without its newline, and whether it was cut.
+    ``on_line`` gets each line without its newline, and whether it was cut. ``on_lines`` is asked
+    first where whole lines came at once: it gets them with the newlines between them, and returns
+    whether it has taken them.
     """
 
     _limit: int
     _on_line: Callable[[bytes, bool], object]
+    _on_lines: Callable[[bytes], bool] | None = None
     _line: bytearray = field(init=False, factory=bytearray)
     _cut: bool = field(init=False, default=False)
 
     def add(self, data: bytes) -> None:
         """Take the next bytes of the stream."""
         start = 0
+        if self._line and (end := data.find(b"\n")) >= 0:
+            self._keep(data[:end])
+            self._finish()
+            start = end + 1
+        last = data.rfind(b"\n", start)
+        if self._on_lines is not None and 0 < last - start <= self._limit:
+            start = last + 1 if self._on_lines(data[start:last]) else start
         while (end := data.find(b"\n", start)) >= 0:
-            if self._line or end - start > self._limit:
+            if end - start > self._limit:
                 self._keep(data[start:end])
                 self._finish()
             else:
@@ -3842,7 +3853,7 @@ class LineSplitter:
         """Give out a last line that has no newline, and forget who wants it; nothing follows."""
         if self._line:
             self._finish()
-        self._on_line = max  # often a method of our owner, which would not be freed
+        self._on_line, self._on_lines = max, None  # often of our owner, which would not be freed
 
     def _keep(self, part: bytes) -> None:
         room = self._limit - len(self._line)
@@ -5151,26 +5162,41 @@ class LogRecords:
         cut = cut or text is None
         text = text or _line_text(line)
         self.truncated = self.truncated or cut
-        if not self._blocks or len(self._blocks[-1].text) + len(text) > PIECE_BYTES:
+        self._keep(text, (len(text),))
+
+    def add_together(self, lines: bytes) -> bool:
+        """Take some lines if each is a record as it should be; return whether they are."""
+        lengths = [*map(len, lines.split(b"\n"))]
+        if _are_records(lines, len(lengths)):
+            self._keep(lines.replace(b"\n", b","), lengths)
+            return True
+        return False
+
+    def _keep(self, texts: bytes, lengths: Collection[int]) -> None:
+        """Keep records that have a comma between them."""
+        if not self._blocks or len(self._blocks[-1].text) + len(texts) > PIECE_BYTES:
             self._blocks.append(_RecordBlock())
         block = self._blocks[-1]
-        block.text += text
-        block.ends.append(len(block.text))
+        start = itertools.count(len(block.text))
+        block.ends.extend(map(operator.add, itertools.accumulate(lengths), start))
+        block.text += texts
         block.text += b","
-        self.size += len(text)
-        self._number += 1
+        self.size += len(texts) - len(lengths) + 1
+        self._number += len(lengths)
         while self._number > LOG_MAX_RECORDS or self.size > LOG_MAX_BYTES:
             self._forget_oldest()
 
     def _forget_oldest(self) -> None:
+        """Forget as many records of the first block as there are too many, or one."""
         block, index = self._blocks[0], self._forgotten
-        length = block.ends[index] - block.start(index)
+        count = max(1, min(self._number - LOG_MAX_RECORDS, len(block.ends) - index))
+        self._forgotten = index + count
+        length = block.ends[self._forgotten - 1] - block.start(index) - (count - 1)
         self.size -= length
         self.dropped += length
-        self.first += 1
-        self._number -= 1
+        self.first += count
+        self._number -= count
         self.truncated = True
-        self._forgotten = index + 1
         if self._forgotten == len(block.ends):
             del self._blocks[0]
             self._forgotten = 0
@@ -5231,6 +5257,23 @@ def _record_text(line: bytes) -> bytes | None:
     return text if len(text) <= LOG_MAX_BYTES else None
 
 
+def _are_records(lines: bytes, count: int) -> bool:
+    """Tell whether each of some lines is the JSON of a record, with one look at all of them.
+
+    Where one line ends with ``}`` and the next begins with ``{``, no record can go on, since none
+    has a newline in a string. So as many records as lines are one on each.
+    """
+    if lines.count(b",") > LOG_LINE_MAX_MEMBERS or _HUGE_NUMBER.search(lines):
+        return False
+    if lines.count(b"}\n{") != count - 1 or lines[:1] != b"{" or lines[-1:] != b"}":
+        return False
+    try:
+        lines.decode()  # see above
+        return len(_leveled.decode_lines(lines)) == count
+    except (ValueError, RecursionError):
+        return False
+
+
 def _line_text(line: bytes) -> bytes:
     """Return a record that has the start of a line, short enough whatever characters it has."""
     for size in (len(line), LOG_MAX_BYTES // 8):
@@ -5269,7 +5312,8 @@ class Capture:
     def __init__(self, limit: int) -> None:
         self.tails = {STDOUT: BoundedTail(limit), STDERR: BoundedTail(limit)}
         self.records = LogRecords()
-        self._lines = LineSplitter(LOG_LINE_MAX_BYTES, self.records.add)
+        records = self.records
+        self._lines = LineSplitter(LOG_LINE_MAX_BYTES, records.add, records.add_together)
 
     def add(self, fd: int, data: bytes) -> None:
         """Take bytes from one of the executor's descriptors."""

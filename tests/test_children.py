@@ -93,6 +93,26 @@ def test_lines_are_cut_as_bytes_split_does_however_they_arrive(
     assert split(pieces, limit) == [(line[:limit], len(line) > limit) for line in expected]
 
 
+@given(
+    st.lists(st.lists(st.sampled_from([b"\n", b"a", b"bc", b"!"])).map(b"".join)),
+    st.integers(min_value=1, max_value=9),
+)
+@example([b"ab", b"c\na\nbc\nb", b"!\na\n!\n"], 9)
+def test_whole_lines_may_be_taken_together(pieces: list[bytes], limit: int) -> None:
+    lines: list[bytes] = []
+
+    def take(together: bytes) -> bool:
+        assert 0 < len(together) <= limit
+        lines.extend(() if b"!" in together else together.split(b"\n"))
+        return b"!" not in together
+
+    splitter = LineSplitter(limit, lambda line, _cut: lines.append(line), take)
+    for piece in pieces:
+        splitter.add(piece)
+    splitter.end()
+    assert lines == [line for line, _ in split(pieces, limit)]
+
+
 def test_a_line_of_many_megabytes_costs_no_more_than_the_limit() -> None:
     lines: list[tuple[int, bool]] = []
     splitter = LineSplitter(1000, lambda line, cut: lines.append((len(line), cut)))

@@ -1194,6 +1194,71 @@ def test_the_bound_holds_for_what_grows_when_it_becomes_json(filling: bytes, is_
     assert is_cut or len(line.encode()) == LOG_LINE_MAX_BYTES, "what fits is kept whole"
 
 
+RECORD = b'{"level": "info", "message": "a message"}'
+#: Two records that stand on two lines, and one of them on both.
+ASTRIDE = b'{"level": 1}{"level": 2, "x": [{}', b"{}]}"
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            (
+                *(RECORD, *ASTRIDE, RECORD * 2, b" " + RECORD, RECORD + b"\r", b"", b"text", b"{}"),
+                *(b'{"level": 1, "x": {', b"}, {", b'"x": 1}}', b'["level"]', b'{"level": "\xff"}'),
+                *(b'{"level": %s}' % (b"1" * 5000), b'{"level": [%s1]}' % (b"1," * 60_000)),
+            )
+        )
+    )
+)
+@example([*ASTRIDE])
+@example([RECORD, *ASTRIDE, RECORD])
+def test_lines_that_come_together_are_kept_as_those_that_come_alone(lines: list[bytes]) -> None:
+    alone, together = Capture(10), Capture(10)
+    for line in lines:
+        alone.add(LOG, line)
+        alone.add(LOG, b"\n")
+    together.add(LOG, b"".join(line + b"\n" for line in lines))
+    for capture in (alone, together):
+        capture.end()
+    assert captured(together) == captured(alone)
+    assert together.kept == alone.kept
+    assert together.truncated == alone.truncated
+
+
+@pytest.mark.parametrize(
+    ("lines", "are_taken"),
+    [
+        ((RECORD,) * 3, True),
+        (('{"level": "é"}'.encode(),) * 2, True),
+        (ASTRIDE, False),
+        ((RECORD, b"{}"), False),
+        ((RECORD, b'{"level": "\xff"}'), False),
+        ((RECORD, b"", RECORD), False),
+    ],
+)
+def test_records_are_taken_together(lines: tuple[bytes, ...], are_taken: bool) -> None:
+    records = LogRecords()
+    assert records.add_together(b"\n".join(lines)) is are_taken
+    kept = lines if are_taken else ()
+    assert b"".join(records.json_pieces()) == b"[" + b",".join(kept) + b"]"
+    assert [records.read(number) for number in range(len(lines) + 1)] == [
+        *kept,
+        *(b"",) * (len(lines) + 1 - len(kept)),
+    ]
+
+
+def test_the_oldest_of_records_that_came_together_are_forgotten() -> None:
+    records, model = LogRecords(), deque[bytes](maxlen=LOG_MAX_RECORDS)
+    for number in range(LOG_MAX_RECORDS // 30):
+        lines = [b'{"level": "%s"}' % (b"x" * ((number + n) % 50)) for n in range(1 + number % 67)]
+        model.extend(lines)
+        assert records.add_together(b"\n".join(lines))
+        assert records.size == sum(map(len, model))
+    assert records.first > 0 and records.truncated
+    assert [records.read(records.first + n) for n in range(len(model))] == [*model]
+    assert b"".join(records.json_pieces()) == b"[" + b",".join(model) + b"]"
+
+
 @pytest.mark.parametrize("sizes", [(20, 60), (3_000, 40_000), (1, 2 * PIECE_BYTES)])
 def test_records_are_what_the_last_lines_were(sizes: tuple[int, int]) -> None:
     rng = random.Random(3)
