@@ -524,6 +524,10 @@ class QueueFull(ManagerError, code="queue_full", retryable=True):
     """As many executions wait for permits as the queue may hold."""
 
 
+class NoPermit(ManagerError, code="no_permit", retryable=True):
+    """The execution had no permits within the time that the request allows, and left the queue."""
+
+
 class Draining(ManagerError, code="draining", retryable=True):
     """The manager refuses new executions because it drains or shuts down."""
 
@@ -5458,6 +5462,30 @@ class Execution:
         assert state in TRANSITIONS[self.state], f"{self.state} -> {state}"
         self.state, self.summary = state, b""
 
+    def starts(self, reactor: Any, seconds: float | None) -> Deferred[None]:
+        """Return a Deferred for the start; it fails with the reason why there is none.
+
+        That is ``NoPermit`` where there are no permits after some seconds, if they are limited.
+        Who has its permits by then is started, however long that takes.
+        """
+        starting = self.started.wait()
+        if seconds is None or self.started.happened:
+            return starting
+
+        def give_up() -> None:
+            if self.lease is None:
+                starting.cancel()
+
+        def stop(outcome: Any) -> Any:
+            if timer.active():
+                timer.cancel()
+            elif self.lease is None and outcome.check(CancelledError):
+                return Failure(NoPermit(f"no permits within {seconds:g} s; nothing was started"))
+            return outcome
+
+        timer = reactor.callLater(seconds, give_up)
+        return starting.addBoth(stop)
+
     @property
     def deadline(self) -> float | None:
         """When the execution is killed, once it runs."""
@@ -5678,17 +5706,18 @@ class Executions:
 
     # --- what clients ask for ---
 
-    async def run(self, request: RunRequest, key: str | None = None) -> Execution:
+    async def run(
+        self, request: RunRequest, key: str | None = None, wait: float | None = None
+    ) -> Execution:
         """Return an execution once its process exists.
 
-        With the idempotency ``key`` of an earlier request that one's execution is returned. Raises
-        the reason why it cannot be started. Cancelling it while it waits removes it, unless
-        somebody else waits for the same execution.
+        With the idempotency ``key`` of an earlier request it is that one's. Raises why there is
+        none: ``NoPermit`` after ``wait`` seconds. The last who gives up or is cancelled removes it.
         """
         execution = self._known(request, key) or self._enqueue(request, key)
         try:
-            await execution.started.wait()
-        except CancelledError:
+            await execution.starts(self._reactor, wait)
+        except (CancelledError, NoPermit):
             if execution.state is State.WAITING and execution.started.waiters == 0:
                 self._withdraw(execution)
                 self._forget(execution)
@@ -6754,11 +6783,13 @@ class ContractOperations:
             )
         return _writes_json(writes)
 
-    async def schema_pieces(self, code: bytes, moment: datetime) -> Iterator[bytes]:
+    async def schema_pieces(
+        self, code: bytes, moment: datetime, wait: float | None = None
+    ) -> Iterator[bytes]:
         """Return the JSON of a contract's schema, in small pieces.
 
-        The contract runs with nothing but its own code in storage, and takes one permit. Raises
-        ``ContractFailed`` and whatever starting an execution raises.
+        The contract runs with nothing but its own code in storage, and takes one permit, for which
+        it may ``wait`` so many seconds. Raises ``ContractFailed`` and what ``Executions.run`` does.
         """
         state = HostState(bytes(ADDRESS_BYTES), encode_calldata({"method": "#get-schema"}))
         state.deploy(deployment_writes(code))
@@ -6767,7 +6798,8 @@ class ContractOperations:
         self._read_only += 1
         try:
             async with self._serving(factory) as uri:
-                outcome, errors = await self._run(self._request(major, moment, uri), factory)
+                request = self._request(major, moment, uri)
+                outcome, errors = await self._run(request, factory, wait)
         finally:
             self._read_only -= 1
             if self._closed is not None and self._read_only == 0:
@@ -6827,10 +6859,10 @@ class ContractOperations:
         )
 
     async def _run(
-        self, request: RunRequest, factory: HostFactory
+        self, request: RunRequest, factory: HostFactory, wait: float | None
     ) -> tuple[HostOutcome | ManagerError, str]:
         """Return how a run ended, and the end of what its executor wrote to stderr."""
-        execution = await self._executions.run(request)
+        execution = await self._executions.run(request, wait=wait)
         result = factory.when_done()
         watching = execution.ended.wait()
         watching.addCallback(lambda _: factory.abandon(_end_without_result(execution)))
@@ -9658,6 +9690,7 @@ STATUS_CODES: dict[type[ManagerError], int] = {
     Draining: 503,
     NotReady: 503,
     QueueFull: 503,
+    NoPermit: 503,
     ResourcesExhausted: 503,
 }
 #: What an error means with the setting ``error_status: http``, where that is something else.
@@ -9685,6 +9718,7 @@ DEFAULT_GRACE_MS = 30_000
 #: What anybody may ask: those who watch machines have no token, and the answer tells little.
 PROBES = (b"/livez", b"/readyz")
 LEAST_GRACE_MS = 100
+LONGEST_PREFERRED_SECONDS = 24 * 3600
 Answer = Reply | list[CheckResult] | bytes | None
 
 
@@ -9816,6 +9850,22 @@ def prefers(request: Request, media: str) -> bool:
                 best[name] = (1.0 if found is None else float(found[1]), exactness, -place)
     wanted, json_ = best.values()
     return wanted[0] > 0 and wanted > json_
+
+
+def preferred_seconds(text: str) -> int | None:
+    """Return what a header ``Prefer`` says of ``wait``, if that is a number (RFC 7240).
+
+    What is not understood there counts as not being there; of two the first counts.
+    """
+    for preference in re.findall(r'(?:[^,"]|"(?:[^"\\]|\\.)*(?:"|\\?$))+', text):
+        name, _, value = preference.partition(";")[0].partition("=")
+        if name.strip().lower() == "wait":
+            digits = value.strip().strip('"')
+            if not re.fullmatch("[0-9]+", digits):
+                return None
+            digits = digits.lstrip("0") or "0"
+            return min(int(digits[:9]), LONGEST_PREFERRED_SECONDS)
+    return None
 
 
 def wants_page(request: Request) -> bool:
@@ -10131,6 +10181,7 @@ class ApiRequest(Request):
     route = "none"
     #: Whether the policy allows it, as far as its head tells that.
     is_admitted = False
+    phrase: bytes | None = None  # what follows the number of the status, if not the usual text
     _id = ""
     _received = 0
     _began = 0.0
@@ -11012,6 +11063,19 @@ DEPLOYED = Parameter(
     place="header",
     required=True,
 )
+#: What an execution may meet while it waits.
+QUEUE_ERRORS = (QueueFull, NoPermit, Draining, ExecutionCancelled)
+
+
+def permit_seconds(request: Request) -> int | None:
+    """Return for how long an execution may wait for permits; the answer will say so."""
+    given = request.requestHeaders.getRawHeaders(b"prefer", [])
+    seconds = preferred_seconds(b",".join(given).decode("latin-1"))
+    if seconds is not None:
+        request.setHeader("preference-applied", f"wait={seconds}")
+    return seconds
+
+
 #: What the start of an executor may raise.
 START_ERRORS = (VersionNotAvailable, SpawnFailed, ResourcesExhausted)
 CONTRACT_ERRORS = (*START_ERRORS, DetectionFailed)
@@ -11187,11 +11251,16 @@ class Api:
         RunStarted,
         body=RunRequest,
         takes=[IDEMPOTENCY_KEY],
-        errors=(*START_ERRORS, QueueFull, Draining, ExecutionCancelled),
+        errors=(*START_ERRORS, *QUEUE_ERRORS),
     )
     async def run(self, request: Request, body: RunRequest) -> Answer:
-        """Start an execution."""
-        execution = await self._executions.run(body, IDEMPOTENCY_KEY.of(request) or None)
+        """Start an execution.
+
+        With the header `Prefer: wait=N` (RFC 7240) nothing is started where no permit comes within
+        N seconds: `no_permit`. The answer says `Preference-Applied: wait=N` then.
+        """
+        key = IDEMPOTENCY_KEY.of(request) or None
+        execution = await self._executions.run(body, key, permit_seconds(request))
         return RunStarted(id=execution.id)
 
     @api_endpoint(
@@ -11261,13 +11330,14 @@ class Api:
         ContractSchema,
         body=bytes,
         takes=[DEPLOYED],
-        errors=(*CONTRACT_ERRORS, ContractFailed, QueueFull, Draining, ExecutionCancelled),
+        errors=(*CONTRACT_ERRORS, ContractFailed, *QUEUE_ERRORS),
     )
     async def schema(self, request: Request) -> Answer:
-        """Answer a contract's schema."""
+        """Answer a contract's schema; `Prefer: wait=N` is as for a run."""
         moment = DEPLOYED.of(request)
+        wait = permit_seconds(request)
         code = await self._read(request, bytes)
-        return await self.stream(request, await self._contracts.schema_pieces(code, moment))
+        return await self.stream(request, await self._contracts.schema_pieces(code, moment, wait))
 
     @api_endpoint(
         "POST",
@@ -11475,7 +11545,7 @@ class Api:
         if answer is None:
             return None
         body = answer if isinstance(answer, bytes) else json_of(answer)
-        request.setResponseCode(status)
+        request.setResponseCode(status, cast(ApiRequest, request).phrase)
         request.setHeader("content-type", JSON_TYPE)
         request.setHeader("content-length", str(len(body)))
         return b"" if request.method == b"HEAD" else body  # Twisted logs a body that it drops
@@ -11694,6 +11764,15 @@ FOLLOW = Parameter(
     _yes_or_no,
     True,
 )
+WEIGHT = Parameter(
+    "weight",
+    "Whether the status line ends with the number of permits that one could have at once and a "
+    "percent sign in place of `OK`, as in `HTTP/1.1 200 8%`; 0% where it is not ready. HAProxy's "
+    "agent check takes that for a weight.",
+    {"type": "boolean", "default": False},
+    _yes_or_no,
+    False,
+)
 LAST_EVENT_ID = Parameter(
     "Last-Event-ID", "The id of the last event that is known.", {"type": "string"}, place="header"
 )
@@ -11782,19 +11861,23 @@ class OperatorApi(Api):
         """Answer that the event loop turns."""
         return Alive()
 
-    @api_endpoint("GET", "/readyz", Ready, takes=[FREE_PERMITS], errors=[NotReady])
+    @api_endpoint("GET", "/readyz", Ready, takes=[FREE_PERMITS, WEIGHT], errors=[NotReady])
     async def readyz(self, request: Request) -> Answer:
         """Answer that executions can be run here; 503 with the reasons otherwise.
 
         With ``permits=N`` it is a reason, too, that one with N permits would have to wait.
         """
-        permits = FREE_PERMITS.of(request)
+        permits, has_weight = FREE_PERMITS.of(request), WEIGHT.of(request)
         reasons = await self._reasons()
         if permits and self._gate.would_wait(permits):
             reasons.append(
                 f"{permits} permits are not free: {self._gate.available} of {self._gate.limit} "
                 f"are, and {self._gate.queue_length} executions wait"
             )
+        if has_weight:
+            is_free = not (reasons or self._gate.would_wait(1))
+            free = self._gate.available if is_free else 0
+            cast(ApiRequest, request).phrase = b"%d%%" % free
         if reasons:
             raise NotReady(reasons)
         return Ready()

@@ -45,6 +45,7 @@ from genvm_manager import (
     InvalidRequest,
     LogRecords,
     ManifestStore,
+    NoPermit,
     PermitGate,
     QueueFull,
     RunRequest,
@@ -114,9 +115,11 @@ class World:
         self.clock.advance(0)
         return asked
 
-    def ask_at_once(self, key: str | None = None, **changes: Any) -> Deferred[Execution]:
+    def ask_at_once(
+        self, key: str | None = None, wait: float | None = None, **changes: Any
+    ) -> Deferred[Execution]:
         """Ask for a run in the same turn of the reactor as what comes next."""
-        return ensureDeferred(self.executions.run(make_request(**changes), key))
+        return ensureDeferred(self.executions.run(make_request(**changes), key, wait))
 
     def start(self, **changes: Any) -> tuple[Execution, FakeProcess]:
         """Start a run that must not have to wait."""
@@ -796,6 +799,88 @@ def test_the_queue_is_bounded() -> None:
     assert outcome(world.ask()) == []
     assert world.gate.queue_length == 2
     assert isinstance(refused(world.ask()), QueueFull)
+
+
+def test_who_waits_for_so_long_leaves_the_queue() -> None:
+    world = World(permits=0)
+    heavy = outcome(world.ask(wait=5.0, is_sync=False))
+    light = outcome(world.ask(wait=7.0, is_sync=True))
+    patient = outcome(world.ask())
+    world.clock.advance(4.9)
+    assert (heavy, light, patient) == ([], [], [])
+    world.clock.advance(0.1)
+    (error,) = heavy
+    assert isinstance(error, NoPermit)
+    assert error.retryable
+    assert world.waiting() == [3, 2]
+    with pytest.raises(ExecutionNotFound):
+        world.executions.get(1)
+    world.gate.resize(1)
+    world.clock.advance(10)
+    assert len(light) == 1
+    assert light[0].id == 2, "it had its permit in time, and runs on"
+    world.spawner.processes[0].end()
+    world.clock.advance(0)
+    assert patient[0].id == 3
+    assert len(world.spawner.processes) == 2
+
+
+def test_a_start_that_takes_long_is_not_given_up() -> None:
+    world = World(permits=0)
+    asked = [outcome(world.ask(wait=5.0, is_sync=True)) for _ in range(2)]
+    world.clock.advance(5.0 - 1e-6)
+    world.gate.resize(2)  # both have their permits now; the second starts in a turn of its own
+    assert [len(one) for one in asked] == [1, 0]
+    world.clock.advance(10)
+    assert [one[0].id for one in asked] == [1, 2]
+    assert world.gate.in_use == len(world.spawner.processes) == 2
+
+
+@pytest.mark.parametrize("permit_first", [True, False])
+def test_a_permit_in_the_moment_in_which_the_time_is_over(permit_first: bool) -> None:
+    world = World(permits=0)
+    if permit_first:
+        world.clock.callLater(5.0, world.gate.resize, 1)
+    asked = outcome(world.ask(wait=5.0))
+    if not permit_first:
+        world.clock.callLater(5.0, world.gate.resize, 1)
+    world.clock.advance(5.0)
+    world.clock.advance(0)
+    (found,) = asked
+    assert isinstance(found, NoPermit) != permit_first
+    assert (len(world.spawner.processes), world.gate.in_use) == (permit_first, permit_first)
+    assert world.waiting() == []
+
+
+def test_with_a_key_each_client_waits_for_its_own_time() -> None:
+    world = World(permits=0)
+    first, second, third = (outcome(world.ask(key="k", wait=s)) for s in (1.0, 9.0, 3.0))
+    world.clock.advance(3.0)
+    assert [type(found) for found in (*first, *third)] == [NoPermit, NoPermit]
+    assert (second, world.waiting()) == ([], [1])
+    world.clock.advance(6.0)
+    assert [type(found) for found in second] == [NoPermit]
+    assert world.waiting() == []
+    world.gate.resize(1)
+    execution, _ = world.start(key="k", wait=0.0)
+    assert execution.id == 2, "the key is free again"
+    assert outcome(world.ask(key="k", wait=0.0)) == [execution], "who asks again need not wait"
+
+
+@pytest.mark.parametrize("way", ["disconnect", "cancel", "shutdown"])
+def test_nothing_is_left_of_the_time_of_one_that_ended_otherwise(way: str) -> None:
+    world = World(permits=0)
+    asked = world.ask(wait=5.0)
+    heard = outcome(asked)
+    if way == "disconnect":
+        asked.cancel()
+    elif way == "cancel":
+        world.stop(1)
+    else:
+        world.executions.close(0.0)
+    (error,) = heard
+    assert not isinstance(error, NoPermit)
+    assert not any(cast(Any, call).getTime() == 5.0 for call in world.clock.getDelayedCalls())
 
 
 def test_without_a_queue_runs_start_while_there_are_permits() -> None:

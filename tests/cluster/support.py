@@ -18,6 +18,7 @@ MANAGERS = ("10.0.0.1:3999", "10.0.0.2:3999", "10.0.0.3:3999")
 FRONT = "bind 127.0.0.1:3999"
 INSTANCES = range(len(MANAGERS))
 NAME = "genvm.example"
+PERMITS = 4
 
 
 def readme_configuration() -> str:
@@ -32,6 +33,8 @@ def configuration(front: int, managers: Iterable[str]) -> str:
     text = readme_configuration().replace(FRONT, f"bind 127.0.0.1:{front}")
     ours = [*managers]
     for place, address in zip(MANAGERS, ours, strict=False):
+        port = address.rpartition(":")[2]
+        text = text.replace(f"{place} agent-port 3999", f"{place} agent-port {port}")
         text = text.replace(place, address)
     absent = MANAGERS[len(ours) :]
     return "".join(
@@ -81,12 +84,22 @@ class Proxy(Daemon):
 
     def up(self, backend: str) -> list[int]:
         """Return the instances of the managers that a backend gives requests to."""
+        return [instance for instance, weight in self.weights(backend).items() if weight]
+
+    def weights(self, backend: str) -> dict[int, int]:
+        """Return the weights of the managers of a backend that are up, by instance."""
         lines = map(str.split, self.command("show servers state").splitlines())
-        return [int(w[3][1:]) for w in lines if w[1:2] == [backend] and w[3][0] + w[5] == "m2"]
+        ours = [w for w in lines if w[1:2] == [backend] and w[3][0] + w[5] == "m2"]
+        return {int(w[3][1:]): int(w[7]) for w in ours}
 
     def wait_up(self, backend: str, *instances: int) -> None:
         """Wait until a backend has exactly these managers."""
         eventually(lambda: self.up(backend) == [*instances], what=f"{backend} has {instances}")
+
+    def wait_weights(self, *weights: int) -> None:
+        """Wait until HAProxy knows that the managers have so many permits for new runs."""
+        expected = dict(enumerate(weights))
+        eventually(lambda: self.weights("genvm") == expected, what=f"permits are {weights}")
 
 
 class Cluster:
@@ -105,7 +118,7 @@ class Cluster:
                 self.managers.append(self.serve(instance))
             addresses = [manager.address for manager in self.managers]
             self.proxy = Proxy.start(Path(self._folder.name), addresses)
-            self.proxy.wait_up("genvm", *INSTANCES)
+            self.proxy.wait_weights(*(PERMITS for _ in INSTANCES))
         except BaseException:
             self.close()
             raise
@@ -113,7 +126,7 @@ class Cluster:
     def serve(self, instance: int) -> Daemon:
         """Start a manager."""
         listen = ("--port", str(self._ports[instance]), "--instance", str(instance))
-        return Daemon.serve(self.root, "--permits", "4", *self._flags, listen=listen)
+        return Daemon.serve(self.root, "--permits", str(PERMITS), *self._flags, listen=listen)
 
     def restart(self, instance: int) -> None:
         """Start a manager anew where one has ended."""
@@ -124,13 +137,14 @@ class Cluster:
         """Wait until all is as at the start; runs that are left are ended."""
         for manager in self.managers:
             manager.post("/undrain")
+            manager.post("/permits", {"permits": PERMITS})
             for genvm_id, entry in manager.get("/status")["executions"].items():
                 if entry["state"] != "finished":
                     manager.request("DELETE", f"/genvm/{genvm_id}?wait_timeout_ms=0")
                 manager.get(f"/genvm/{genvm_id}")  # what nobody has read would hold up a drain
             eventually(manager.idle, what="a manager is idle")
-        for backend in ("genvm", "keyed"):
-            self.proxy.wait_up(backend, *INSTANCES)
+        self.proxy.wait_weights(*(PERMITS for _ in INSTANCES))
+        self.proxy.wait_up("keyed", *INSTANCES)
 
     def close(self) -> None:
         """End everything."""

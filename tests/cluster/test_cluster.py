@@ -21,7 +21,16 @@ import pytest
 
 from genvm_manager import MAX_WAIT_SECONDS, parse_duration
 
-from ..integration.support import WAIT, Daemon, Pending, eventually, message, run_body, shell
+from ..integration.support import (
+    WAIT,
+    Daemon,
+    Pending,
+    eventually,
+    message,
+    report,
+    run_body,
+    shell,
+)
 from .support import (
     FRONT,
     HAPROXY,
@@ -138,11 +147,74 @@ def test_new_runs_go_where_permits_are_free_and_else_wait_in_the_managers(cluste
         for genvm_id in held[instance]:
             answer_of(proxy.request("DELETE", f"/genvm/{genvm_id}"))
     eventually(lambda: waiting(cluster)[:2] == [0, 0], what="their turn has come")
+    ids = [int(answer_of(pending.reply())["id"]) for pending in queued]
+    assert 2 not in map(of, ids), "who waited where nothing got free has moved"
     proxy.wait_up("genvm", 0, 1)
     later = [run(proxy, shell("exec sleep 600")) for _ in range(2)]
     assert 2 not in map(of, later), "nobody goes where all is taken while others are free"
-    for pending in queued:
-        pending.close()
+
+
+def test_the_more_permits_are_free_the_more_new_runs_come(cluster: Cluster) -> None:
+    """One after the other, so that no manager has more requests under way than another."""
+    for manager, (permits, held) in zip(cluster.managers, ((8, 0), (8, 4), (40, 38)), strict=True):
+        manager.post("/permits", {"permits": permits})
+        for _ in range(held):
+            run(manager, shell("exec sleep 600"))
+    cluster.proxy.wait_weights(8, 4, 2)
+    counts = Counter(of(run(cluster.proxy, shell("true"))) for _ in range(42))
+    assert counts[0] > counts[1] > counts[2] > 0, counts
+    assert counts[0] > 42 * 0.45, "about 24, 12, 6"
+    report(f"of 42 runs, with 8, 4 and 2 free permits: {counts}")
+
+
+def test_a_burst_for_more_permits_than_there_are(cluster: Cluster) -> None:
+    """HAProxy may not know yet that a manager has few; those too many there move to another."""
+    proxy, managers = cluster.proxy, cluster.managers
+    for manager, permits in zip(managers, (40, 20, 0), strict=True):
+        manager.post("/permits", {"permits": permits})
+    proxy.wait_weights(40, 20, 0)
+    managers[0].post("/permits", {"permits": 2})
+    begin = time.monotonic()
+    pending = [post(proxy, FULL) for _ in range(11)]
+    ids = [int(answer_of(one.reply())["id"]) for one in pending]
+    report(
+        f"11 runs on 2 and 20 permits: the last one started after {time.monotonic() - begin:.2f} s"
+    )
+    assert Counter(map(of, ids)) == {0: 1, 1: 10}
+    assert waiting(cluster) == [0, 0, 0]
+
+
+def test_who_waits_moves_to_where_permits_get_free(cluster: Cluster) -> None:
+    proxy = cluster.proxy
+    fill(cluster, *INSTANCES)
+    queued = [post(proxy, shell("exec sleep 600")) for _ in range(9)]
+    eventually(lambda: min(waiting(cluster)) > 0, what="they wait at all")
+    begin = time.monotonic()
+    cluster.managers[1].post("/permits", {"permits": 100})
+    ids = [int(answer_of(pending.reply())["id"]) for pending in queued]
+    report(f"9 runs that waited at 3 managers move within {time.monotonic() - begin:.2f} s")
+    assert {*map(of, ids)} == {1}
+
+
+def test_who_may_not_move_waits_as_long_as_it_takes(cluster: Cluster) -> None:
+    large = {**message(), "more": "x" * 300_000}
+    said = [
+        post(cluster.proxy, changes, **headers).reply().headers.get("preference-applied")
+        for changes, headers in (
+            (shell("true"), {}),
+            (shell("true", message=large), {}),
+            (shell("true"), {"Idempotency_Key": "one"}),
+        )
+    ]
+    assert said == ["wait=1", None, None]
+
+
+def test_where_all_refuse_the_client_hears_it_soon(cluster: Cluster) -> None:
+    for manager in cluster.managers:
+        manager.post("/drain")
+    reply = post(cluster.proxy, shell("true")).reply()
+    assert is_retryable(reply)
+    assert reply.json["code"] == "draining"
 
 
 def test_a_key_finds_its_run_also_where_a_manager_drains(cluster: Cluster) -> None:

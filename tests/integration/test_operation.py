@@ -129,6 +129,12 @@ def test_what_makes_it_not_ready(root: Root, start: Start) -> None:
     assert daemon.get("/livez") == {"result": "alive"}
 
 
+def status_line(daemon: Daemon, path: str) -> str:
+    with daemon.connect() as peer, peer.makefile("rb") as answer:
+        peer.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+        return answer.readline().decode().rstrip()
+
+
 def test_ready_for_executions_of_so_many_permits(start: Start) -> None:
     daemon = start("--permits", "3")
     assert daemon.get("/readyz?permits=9") == {"result": "ready"}, "nobody needs more than there is"
@@ -137,6 +143,19 @@ def test_ready_for_executions_of_so_many_permits(start: Start) -> None:
     reply = daemon.request("GET", "/readyz?permits=2")
     assert (reply.status, reply.json["retryable"]) == (503, True)
     assert reply.json["reasons"] == ["2 permits are not free: 1 of 3 are, and 0 executions wait"]
+    for path, line in (
+        ("/readyz", "200 OK"),
+        ("/readyz?weight=true", "200 1%"),
+        ("/readyz?weight=true&permits=2", "503 0%"),
+        ("/readyz?weight=false&permits=2", "503 Service Unavailable"),
+        ("/livez", "200 OK"),
+    ):
+        assert status_line(daemon, path) == f"HTTP/1.0 {line}", path
+    heavy = daemon.send("POST", "/genvm/run", run_body("sleep 60", is_sync=False))
+    daemon.waiting(1)
+    assert status_line(daemon, "/readyz?weight=true") == "HTTP/1.0 200 0%", "who comes has to wait"
+    heavy.close()
+    assert daemon.request("GET", "/readyz?weight=1").json["code"] == "invalid_request"
     assert daemon.get("/readyz") == {"result": "ready"}
     assert daemon.request("GET", "/readyz?permits=x").json["code"] == "invalid_request"
 

@@ -14,7 +14,7 @@ import pytest
 from genvm_manager import ID_STEP
 
 from .conftest import Start
-from .support import Daemon, Pending, Root, eventually, report, run_body, timed
+from .support import Daemon, Pending, Reply, Root, eventually, report, run_body, timed
 
 # Each run appends a line when it starts and one when it ends; one write each, in order.
 RECORDER = """
@@ -309,6 +309,98 @@ def test_queue_limit(start: Start, limit: int) -> None:
     for one in pending:
         assert daemon.result(one.reply().json["id"])["exit_code"] == 0
     daemon.result(daemon.run("exit 0", is_sync=False))
+
+
+# --- the time that a client gives it ---
+
+
+def no_permit(reply: Reply, seconds: int) -> None:
+    """Check that an answer says that there was no permit within so many seconds."""
+    assert (reply.status, reply.json["code"]) == (503, "no_permit")
+    assert reply.json["retryable"] is True
+    assert int(reply.headers["retry-after"]) >= 1
+    assert reply.headers["preference-applied"] == f"wait={seconds}"
+
+
+def test_a_client_that_waits_for_so_long(start: Start) -> None:
+    daemon = start("--permits", "1")
+    long = daemon.run("sleep 60")
+    begin = time.monotonic()
+    pending = daemon.send("POST", "/genvm/run", run_body("exit 0"), {"Prefer": "wait=1"})
+    at_once = daemon.request("POST", "/genvm/run", run_body("exit 0"), {"Prefer": "wait=0"})
+    no_permit(at_once, 0)
+    no_permit(pending.reply(), 1)
+    assert time.monotonic() - begin >= 1
+    assert [*daemon.get("/status")["executions"]] == [str(long)]
+    assert daemon.permits()["waiting"] == 0
+    schema = {"Deployment-Timestamp": "2025-06-01T00:00:00Z", "Prefer": "wait=0"}
+    no_permit(daemon.request("POST", "/genvm/run/readonly", b"# v0.1.0\n", schema), 0)
+    left = daemon.send("POST", "/genvm/run", run_body("exit 0"), {"Prefer": "wait=50"})
+    daemon.waiting(1)
+    left.close()
+    eventually(lambda: daemon.permits()["waiting"] == 0, what="one that left is gone")
+    stopped = daemon.send("POST", "/genvm/run", run_body("exit 0"), {"Prefer": "wait=50"})
+    daemon.waiting(1)
+    waiting = next(i for i in daemon.get("/status")["executions"] if i != str(long))
+    assert daemon.request("DELETE", f"/genvm/{waiting}").status == 200
+    assert stopped.reply().json["code"] == "execution_cancelled"
+    served = daemon.send("POST", "/genvm/run", run_body("exit 7"), {"Prefer": "wait=50"})
+    daemon.waiting(1)
+    daemon.request("DELETE", f"/genvm/{long}")
+    reply = served.reply()
+    assert reply.headers["preference-applied"] == "wait=50"
+    assert daemon.result(reply.json["id"])["exit_code"] == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        ("wait=0", 0),
+        ("Wait = 0", 0),
+        ('respond-async, wait="0"', 0),
+        ('other="a, wait=7\\"", wait=00; more=1', 0),
+        ("wait=0, wait=9", 0),
+        ("respond-async", None),
+        ("wait", None),
+        ("wait=", None),
+        ("wait=-1", None),
+        ("wait=1.5", None),
+        ("wait=soon, wait=0", None),
+        ("wait=\u0661", None),
+        ('other="wait=0', None),
+        ("x-wait=0", None),
+        ("wait=" + "9" * 5000, 86400),
+        ("", None),
+    ],
+)
+def test_what_a_client_may_say_of_its_time(daemon: Daemon, given: str, seconds: int | None) -> None:
+    headers = {"Prefer": given.encode().decode("latin-1")}
+    reply = daemon.request("POST", "/genvm/run", run_body("exit 0"), headers)
+    said = None if seconds is None else f"wait={seconds}"
+    assert (reply.status, reply.headers.get("preference-applied")) == (200, said)
+
+
+def test_permits_that_come_when_the_time_is_over(root: Root, start: Start) -> None:
+    """Each is started once and answered so, or not at all; no permit is lost."""
+    events = record_runs(root)
+    daemon = start("--permits", "0")
+    prefer = {"Prefer": "wait=1"}
+    pending = []
+    for number in range(60):  # whose times end one after the other, while permits come
+        body = run_body(is_sync=number % 2 == 0)
+        pending.append(daemon.send("POST", "/genvm/run", body, prefer))
+    eventually(lambda: daemon.permits()["waiting"] < 50, what="the first ones give up")
+    daemon.post("/permits", {"permits": 3})
+    replies = [one.reply() for one in pending]
+    started = [reply.json["id"] for reply in replies if reply.status == 200]
+    for reply in replies:
+        if reply.status != 200:
+            no_permit(reply, 1)
+    for genvm_id in started:
+        assert daemon.result(genvm_id)["exit_code"] == 0
+    assert sorted(replay(events, 3)[1]) == sorted(started)
+    assert daemon.permits() == {"permits": 3, "available": 3, "in_use": 0, "waiting": 0}
+    report(f"60 runs: {len(started)} started, the others gave up")
 
 
 # --- the same request again ---
