@@ -14804,6 +14804,18 @@ class WebClient:
         default=Factory(lambda self: Late(self._reactor, LOAD_SECONDS, load_http), takes_self=True),
     )
 
+    async def ready(self, url: str) -> None:
+        """Load what requests need, before the time of the first one starts.
+
+        Raises ``RequestFailure`` with the URL that somebody wants.
+        """
+        try:
+            await self._tls.get()
+        except CancelledError:
+            raise
+        except Exception as error:
+            raise refused("SENDING_REQUEST", url, connection_problem(error)[1]) from None
+
     async def fetch(self, request: WebRequest, traffic: Traffic) -> WebResponse:
         """Return the response at the end of all redirects; raises ``RequestFailure``."""
         origin = request.target.url
@@ -16032,6 +16044,7 @@ class WebService(ModuleService):
         seconds = self._settings.entry.timeout
         late = refused("TIMEOUT", request.target.url, f"no complete answer within {seconds:g} s")
         counts.bytes_sent += len(request.body or b"")
+        await self._client.ready(request.target.url)
         exchange = self._exchange(request, caller, traffic, sign=sign)
         response = await within(self._reactor, seconds, exchange, late)
         headers = cast(CalldataValue, response.headers)
