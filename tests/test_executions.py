@@ -1399,6 +1399,7 @@ def test_the_listing_is_made_again_whenever_something_has_changed() -> None:
     _, first = world.start()
     assert listing() == {"1": "running"}
     world.start()
+    assert listing() == {"2": "running", "1": "running"}
     asked = world.ask()
     asked.addErrback(lambda _: None)
     assert listing() == {"3": "waiting", "2": "running", "1": "running"}
