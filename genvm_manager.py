@@ -667,6 +667,30 @@ def no_thread(reason: object) -> ResourcesExhausted:
     return ResourcesExhausted(f"no thread is available ({reason}); try again later")
 
 
+def given_up(
+    waiting: Deferred[Value],
+    reactor: Any,
+    seconds: float,
+    may: Callable[[], bool],
+    error: Exception,
+) -> Deferred[Value]:
+    """Let a Deferred fail with an error after some seconds, if it ``may`` be given up then."""
+
+    def give_up() -> None:
+        if may():
+            waiting.cancel()
+
+    def stop(outcome: Any) -> Any:
+        if timer.active():
+            timer.cancel()
+        elif may() and isinstance(outcome, Failure) and outcome.check(CancelledError):
+            return Failure(error)
+        return outcome
+
+    timer = reactor.callLater(seconds, give_up)
+    return waiting.addBoth(stop)
+
+
 @define(eq=False)
 class SpareThreads:
     """Threads for work that may hang: a lookup of a name, a read of a file on a dead disk.
@@ -5463,28 +5487,12 @@ class Execution:
         self.state, self.summary = state, b""
 
     def starts(self, reactor: Any, seconds: float | None) -> Deferred[None]:
-        """Return a Deferred for the start; it fails with the reason why there is none.
-
-        That is ``NoPermit`` where there are no permits after some seconds, if they are limited.
-        Who has its permits by then is started, however long that takes.
-        """
+        """Return a Deferred for the start; ``NoPermit`` without permits after some seconds."""
         starting = self.started.wait()
-        if seconds is None or self.started.happened:
+        if seconds is None or starting.called:
             return starting
-
-        def give_up() -> None:
-            if self.lease is None:
-                starting.cancel()
-
-        def stop(outcome: Any) -> Any:
-            if timer.active():
-                timer.cancel()
-            elif self.lease is None and outcome.check(CancelledError):
-                return Failure(NoPermit(f"no permits within {seconds:g} s; nothing was started"))
-            return outcome
-
-        timer = reactor.callLater(seconds, give_up)
-        return starting.addBoth(stop)
+        error = NoPermit(f"no permits within {seconds:g} s; nothing was started")
+        return given_up(starting, reactor, seconds, lambda: self.lease is None, error)
 
     @property
     def deadline(self) -> float | None:
