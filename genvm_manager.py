@@ -166,8 +166,11 @@ def open_standard_streams() -> None:
 
 if __name__ == "__main__":
     open_standard_streams()
+_is_script = os.path.basename("".join(sys.argv[:1])) == "genvm-manager"
 #: Whether TLS is left out for now: 12 MiB and 0.1 s, which only who asks a server needs.
-IS_LEAN = sys.modules.pop("OpenSSL", sys) is None
+IS_LEAN = sys.modules.get("OpenSSL", sys) is None or (_is_script and "twisted" not in sys.modules)
+if IS_LEAN:
+    sys.modules.pop("OpenSSL", None)
 if (_missing := what_is_missing()) is not None:
     if __name__ == "__main__":
         sys.exit(_missing)

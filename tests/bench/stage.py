@@ -193,12 +193,12 @@ class Stage:
         """Return the length of a repetition that is bounded by time."""
         return 0.1 if self.quick else 1.0
 
-    def start(self, environ: dict[str, str] | None = None) -> Daemon:
-        """Start a manager; returns before it listens."""
+    def start(self, environ: dict[str, str] | None = None, *command: str) -> Daemon:
+        """Start a manager, by default from the file; returns before it listens."""
         port = free_port()
         words = ["--root", str(self.root.path), "--port", str(port), "--permits", "1100"]
         words += ["--log-file", str(self.folder / "manager.log"), "--log-level", self._log_level]
-        argv = [sys.executable, str(SOURCE), "serve", *words]
+        argv = [*(command or (sys.executable, str(SOURCE))), "serve", *words]
         daemon = Daemon(argv, environ={**self.environ, **(environ or {})})
         self._closing.callback(daemon.close)
         daemon.address = f"127.0.0.1:{port}"

@@ -98,13 +98,23 @@ def test_a_client_of_an_earlier_start_never_meets_the_run_of_another(
         daemon.wait()
 
 
-@pytest.mark.parametrize("begins", ["script", "command"])
+def has_tls(daemon: Daemon) -> bool:
+    """Tell whether what speaks TLS is loaded."""
+    return "cryptography" in Path(f"/proc/{daemon.pid}/maps").read_text()
+
+
+@pytest.mark.parametrize("begins", ["script", "command", "installed"])
 def test_serve_over_tcp(root: Root, begins: str) -> None:
     words = ["serve", "--root", str(root.path), "--port", "0"]
-    argv = [sys.executable, str(SOURCE), *words] if begins == "script" else own_command(*words)
+    argv = own_command(*words)
+    if begins == "script":
+        argv = [sys.executable, str(SOURCE), *words]
+    elif begins == "installed":
+        argv = [str(Path(sys.executable).with_name("genvm-manager")), *words]
     daemon = Daemon(argv)
     try:
         daemon.wait_until_listening()
+        assert not has_tls(daemon)
         assert daemon.address.startswith("127.0.0.1:")
         runs_an_execution(daemon)
         assert daemon.stop() == 0
@@ -119,17 +129,13 @@ def test_serve_over_tcp(root: Root, begins: str) -> None:
 def test_what_nobody_needs_yet_is_not_loaded(start: Start) -> None:
     """TLS takes 12 MiB: it comes with the first server that is asked."""
     daemon = start()
-
-    def has_tls() -> bool:
-        return "cryptography" in Path(f"/proc/{daemon.pid}/maps").read_text()
-
-    assert not has_tls()
+    assert not has_tls(daemon)
     config = {"provider": "openai-compatible", "key": "k", "model": "m"}
     prompts = [{"user_message": "OK?", "temperature": 0.0, "max_tokens": 1}]
     config["host"] = f"https://127.0.0.1:{free_port()}"
     (found,) = daemon.post("/llm/check", {"configs": [config], "test_prompts": prompts})
     assert found["error_kind"] == "connect"
-    assert has_tls()
+    assert has_tls(daemon)
 
 
 def test_serve_over_a_unix_socket(root: Root, start: Start) -> None:
