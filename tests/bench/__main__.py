@@ -49,6 +49,8 @@ def as_json(name: str, figure: Figure) -> dict[str, Any]:
 
 def main() -> int:
     """Run the command."""
+    # Without its bytecode each process takes 24 MiB and 0.2 s more.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; all if none")
     parser.add_argument("--quick", action="store_true", help="see that it works; figures are poor")
