@@ -199,7 +199,7 @@ import functools
 import gc
 import hashlib
 import hmac
-import importlib.util
+import importlib
 import inspect
 import io
 import ipaddress
@@ -275,27 +275,9 @@ import attrs
 import hyperlink
 import idna
 import msgspec
-import werkzeug.exceptions
 import yaml
 from attrs import Factory, define, field, frozen
-from klein import Klein
 from msgspec import UNSET, Meta, UnsetType
-from prometheus_client import (
-    CollectorRegistry,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
-    generate_latest,
-)
-from prometheus_client import Counter as CounterMetric
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    InfoMetricFamily,
-    Metric,
-    SummaryMetricFamily,
-)
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from publicsuffixlist import PublicSuffixList
 from twisted.application.service import Application, IServiceCollection, Service
 from twisted.internet import endpoints, unix
@@ -361,21 +343,26 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IAgentEndpointFactory, IRequest
 from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
-from werkzeug.exceptions import HTTPException
 from zope.interface import directlyProvides, implementer, providedBy
+
+importlib.import_module("twisted.internet.posixbase")  # the reactor's, while TLS is hidden
+if typing.TYPE_CHECKING or sys.argv[1:2] not in (["module-process"], ["llm"], ["web"]):
+    import klein
+    import prometheus_client.core
+    import werkzeug.exceptions
 
 if IS_LEAN:
     del sys.modules["OpenSSL"]
 
 
-def _imported_when_used(name: str) -> Any:
-    """Return a module that is imported when it is first looked into."""
-    spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.loader is not None
-    spec.loader = importlib.util.LazyLoader(spec.loader)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class _WhenUsed:
+    """A module that is imported whenever something of it is looked up."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
 
 
 if typing.TYPE_CHECKING:
@@ -383,8 +370,12 @@ if typing.TYPE_CHECKING:
     import wsproto.utilities
     from wsproto.frame_protocol import Opcode, RsvBits
 else:
-    # 0.8 MiB and 17 ms, for modules alone.
-    wsproto = sys.modules.get("wsproto") or _imported_when_used("wsproto")
+    wsproto = _WhenUsed("wsproto")  # 0.8 MiB and 17 ms, for modules alone
+    if "klein" not in globals():
+        # The process of a module, which has no HTTP API: 4 MiB and 0.05 s.
+        klein, prometheus_client, werkzeug = map(
+            _WhenUsed, ("klein", "prometheus_client", "werkzeug")
+        )
 
 
 def _of_no_module(decorate: Any) -> Any:
@@ -9528,10 +9519,11 @@ class Metrics:
         self._executions = executions
         self._modules = modules
         self._looking: DelayedCall | None = None
-        disable_created_metrics()  # they would double what is sent, and nobody asks for them
-        self.registry = registry = CollectorRegistry()
-        histogram = functools.partial(Histogram, registry=registry)
-        counter = functools.partial(CounterMetric, registry=registry)
+        # They would double what is sent, and nobody asks for them.
+        prometheus_client.disable_created_metrics()
+        self.registry = registry = prometheus_client.CollectorRegistry()
+        histogram = functools.partial(prometheus_client.Histogram, registry=registry)
+        counter = functools.partial(prometheus_client.Counter, registry=registry)
         self._waits = histogram(
             "genvm_queue_wait_seconds", "Time that executions waited for permits.", buckets=_WAITS
         )
@@ -9565,7 +9557,7 @@ class Metrics:
         # To find what belongs to some labels takes longer than to count.
         self._requests_of = functools.cache(self._requests.labels)
         self._ends_of = functools.cache(self._ends.labels)
-        ProcessCollector(registry=registry)
+        prometheus_client.ProcessCollector(registry=registry)
         registry.register(self)
 
     def start(self) -> None:
@@ -9585,7 +9577,7 @@ class Metrics:
 
     def text(self) -> bytes:
         """Return everything in Prometheus' text format, version 0.0.4."""
-        return generate_latest(self.registry)
+        return prometheus_client.generate_latest(self.registry)
 
     def note_request(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count a request that is answered; one without a route may have any method."""
@@ -9607,34 +9599,38 @@ class Metrics:
             if told.ran_ms is not None:
                 self._runs.observe(told.ran_ms / 1000)
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator[prometheus_client.core.Metric]:
         """Yield what is read when it is asked for; see ``Collector``."""
         gate, executions = self._gate, self._executions
-        yield InfoMetricFamily("genvm_manager", "Which manager this is.", self._about)
+        yield prometheus_client.core.InfoMetricFamily(
+            "genvm_manager", "Which manager this is.", self._about
+        )
         yield _gauge("genvm_permits", "Permits in all.", gate.limit)
         yield _gauge("genvm_permits_in_use", "Permits that executions hold.", gate.in_use)
         yield _gauge("genvm_queue_length", "Executions that wait for permits.", gate.queue_length)
         yield _gauge("genvm_draining", "Whether new executions are refused.", executions.draining)
         yield _gauge("genvm_kept_bytes", "What finished executions hold.", executions.kept_bytes)
-        states = GaugeMetricFamily(
+        states = prometheus_client.core.GaugeMetricFamily(
             "genvm_executions", "Executions that are known, by state.", labels=["state"]
         )
         for state, count in executions.count_by_state().items():
             states.add_metric([state.value], count)
         yield states
-        lost = CounterMetricFamily("genvm_log_lines_dropped", "Lines that the log has not taken.")
+        lost = prometheus_client.core.CounterMetricFamily(
+            "genvm_log_lines_dropped", "Lines that the log has not taken."
+        )
         lost.add_metric([], self._observer.writer.dropped)
         yield lost
         yield from self._of_modules()
 
-    def _of_modules(self) -> Iterator[Metric]:
-        state = GaugeMetricFamily(
+    def _of_modules(self) -> Iterator[prometheus_client.core.Metric]:
+        state = prometheus_client.core.GaugeMetricFamily(
             "genvm_module_state", "1 for the state that a module is in.", labels=["module", "state"]
         )
-        generation = GaugeMetricFamily(
+        generation = prometheus_client.core.GaugeMetricFamily(
             "genvm_module_generation", "The process that serves, counted.", labels=["module"]
         )
-        restarts = CounterMetricFamily(
+        restarts = prometheus_client.core.CounterMetricFamily(
             "genvm_module_restarts", "Processes that died and were replaced.", labels=["module"]
         )
         for kind, module in self._modules.items():
@@ -9647,20 +9643,20 @@ class Metrics:
         yield from _web_metrics(self._modules["web"].statistics)
 
 
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(name, text, value=value)
+def _gauge(name: str, text: str, value: float) -> prometheus_client.core.Metric:
+    return prometheus_client.core.GaugeMetricFamily(name, text, value=value)
 
 
-def _llm_metrics(statistics: Mapping[str, Any]) -> Iterator[Metric]:
+def _llm_metrics(statistics: Mapping[str, Any]) -> Iterator[prometheus_client.core.Metric]:
     """Yield what the LLM module counts, by backend and model."""
     labels = ["backend", "model"]
-    requests = CounterMetricFamily(
+    requests = prometheus_client.core.CounterMetricFamily(
         "genvm_llm_requests", "Requests to a model, by outcome.", labels=[*labels, "outcome"]
     )
-    tokens = CounterMetricFamily(
+    tokens = prometheus_client.core.CounterMetricFamily(
         "genvm_llm_tokens", "Tokens that a provider counted.", labels=[*labels, "kind"]
     )
-    seconds = SummaryMetricFamily(
+    seconds = prometheus_client.core.SummaryMetricFamily(
         "genvm_llm_request_seconds", "Time of a model's answers.", labels=labels
     )
     for backend, models in statistics.get("backends", {}).items():
@@ -9672,12 +9668,12 @@ def _llm_metrics(statistics: Mapping[str, Any]) -> Iterator[Metric]:
     yield from (requests, tokens, seconds)
 
 
-def _web_metrics(statistics: Mapping[str, Any]) -> Iterator[Metric]:
+def _web_metrics(statistics: Mapping[str, Any]) -> Iterator[prometheus_client.core.Metric]:
     """Yield what the Web module counts, by the kind of request."""
-    requests = CounterMetricFamily(
+    requests = prometheus_client.core.CounterMetricFamily(
         "genvm_web_requests", "Requests for pages, by outcome.", labels=["kind", "outcome"]
     )
-    seconds = SummaryMetricFamily(
+    seconds = prometheus_client.core.SummaryMetricFamily(
         "genvm_web_request_seconds", "Time that such a request took.", labels=["kind"]
     )
     for kind, counts in statistics.items():
@@ -10786,9 +10782,10 @@ class ApiEndpoint:
         yield from (BodyTooLarge, ManagerError)
 
 
-#: Every endpoint, in the order of the code, and Klein's route to it; ``api_endpoint`` makes both.
+#: Every endpoint, in the order of the code, and what Klein calls for it: the path as Klein has it,
+#: the method, the function. ``api_endpoint`` makes both.
 API_ENDPOINTS: list[ApiEndpoint] = []
-ROUTES = Klein()
+API_ROUTES: list[tuple[str, str, Callable[..., Any]]] = []
 
 
 class OpenApi:
@@ -11161,7 +11158,7 @@ def api_endpoint(
                 error.__traceback__ = None  # where it was awaited, its frames hold the error
                 return answer
 
-        ROUTES.route(path, methods=[method])(route)
+        API_ROUTES.append((path, method, route))
         return route
 
     return decorate
@@ -11219,7 +11216,6 @@ class VariableBody:
 class Api:
     """The HTTP interface; each route is its path, its body, one call, its answer."""
 
-    app = ROUTES
     log = Logger()
 
     _config: Config
@@ -11237,6 +11233,15 @@ class Api:
 
     def __attrs_post_init__(self) -> None:
         self._started = self._reactor.seconds()
+
+    @functools.cached_property
+    def app(self) -> klein.Klein:
+        """All endpoints as routes of Klein."""
+        app = klein.Klein()
+        for path, method, route in API_ROUTES:
+            app.route(path, methods=[method])(route)
+        app.handle_errors(werkzeug.exceptions.HTTPException)(type(self).no_route)
+        return app.__get__(self, type(self))
 
     # --- status ---
 
@@ -11543,7 +11548,6 @@ class Api:
         request.content = None
         return await in_thread(self._reactor, read)
 
-    @ROUTES.handle_errors(HTTPException)
     def no_route(self, request: Request, failure: Failure) -> bytes | None:
         """Answer that no route takes the request."""
         problem = failure.value
@@ -11940,7 +11944,7 @@ class OperatorApi(Api):
     async def metrics(self, request: Request) -> Answer:
         """Answer the figures in Prometheus' text format."""
         text = self._metrics.text()
-        request.setHeader("content-type", CONTENT_TYPE_PLAIN_0_0_4)
+        request.setHeader("content-type", prometheus_client.exposition.CONTENT_TYPE_PLAIN_0_0_4)
         request.setHeader("content-length", str(len(text)))
         request.write(text)
         return None
