@@ -7204,13 +7204,29 @@ class ProxyError(Exception):
     """A proxy cannot be used, cannot be reached, or refuses."""
 
 
+_PROXY_KINDS = ("http", "https", "all", "no")
+#: What urllib reads, and how it sees that it runs for a web server, which sets HTTP_PROXY for it.
+_PROXY_VARIABLES = [f"{kind}_proxy" for kind in _PROXY_KINDS]
+_PROXY_VARIABLES += [*map(str.upper, _PROXY_VARIABLES), "REQUEST_METHOD"]
+
+
+def _proxies() -> Mapping[str, str]:
+    """Return the proxies of the environment by scheme."""
+    return _proxies_of(tuple(map(os.environ.get, _PROXY_VARIABLES)))
+
+
+@functools.lru_cache(maxsize=1)
+def _proxies_of(_values: tuple[str | None, ...]) -> Mapping[str, str]:
+    return getproxies_environment()  # it decodes the whole environment: 0.1 ms for each request
+
+
 def proxy_for(scheme: str, host: str, port: int) -> Proxy | None:
     """Return the proxy that the environment names for a URL; raises ``ProxyError``.
 
     The variables are ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``; those in lower
     case go first.
     """
-    found = getproxies_environment()
+    found = _proxies()
     url = found.get(scheme) or found.get("all")
     return Proxy.of(url) if url and not _is_excepted(host, port, found.get("no", "")) else None
 
