@@ -7412,6 +7412,8 @@ class _RoutedAgent:
     _agents: dict[Proxy, tuple[Any, Any]] = field(factory=dict)
 
     def request(self, method: bytes, uri: bytes, headers: Any = None, body: Any = None) -> Any:
+        if not _proxies():
+            return self._direct.request(method, uri, headers, body)
         from twisted.web.client import URI, Agent, HTTPConnectionPool, ProxyAgent
 
         asked = URI.fromBytes(uri)
