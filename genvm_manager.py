@@ -8006,6 +8006,7 @@ def masked(body: bytes, key: str) -> str:
     return text[: -6 * len(key) or None] if len(body) > limit else text
 
 
+@functools.lru_cache(maxsize=64)  # a module asks few, again and again
 def provider_url(host: str, path: str) -> str:
     """Return the URL of an endpoint; a trailing slash on ``host`` is tolerated.
 
