@@ -2224,10 +2224,14 @@ def is_loopback(host: str) -> bool:
         return host.lower().rstrip(".") == "localhost"
 
 
-def read_token(path: Path) -> str:
-    """Return the Bearer token in a file; raises ``ConfigError`` if there is none."""
+def read_token(path: Path, *, is_patient: bool = False) -> str:
+    """Return the Bearer token in a file; raises ``ConfigError`` if there is none.
+
+    Who is patient waits as long as it takes: at a terminal, somebody may have to type first.
+    """
+    read = functools.partial(path.read_text, encoding="utf-8")
     try:
-        token = in_time(path, lambda: path.read_text(encoding="utf-8")).strip()
+        token = (read() if is_patient else in_time(path, read)).strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", error)
         raise ConfigError(f"auth_token_file: {path} cannot be read: {reason}") from None
@@ -18807,7 +18811,7 @@ def add_client_commands(commands: Any) -> None:
     common.add_argument(
         "--token-file",
         dest="token",
-        type=_read_by(lambda path: read_token(Path(path))),
+        type=_read_by(lambda path: read_token(Path(path), is_patient=True)),
         metavar="FILE",
         help="file with its token (default: GENVM_TOKEN, which has the token itself)",
     )

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
 from pathlib import Path
 
@@ -517,6 +518,22 @@ def test_a_short_token_is_refused(tmp_path: Path) -> None:
     assert len(read_token(path)) == 64
     write_token(path, "0123456789abcdef\n")
     assert load_config(flags, {}).auth_token_file == path
+
+
+def test_who_types_a_password_for_the_token_has_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(genvm_manager, "FILE_SECONDS", 0.05)
+    quick, slow = tmp_path / "quick", tmp_path / "slow"
+    for path in (quick, slow):
+        os.mkfifo(path)
+    with pytest.raises(ConfigError, match="no answer within"):
+        read_token(quick)
+    quick.write_text("too late")  # lets go of the thread that still reads
+    typing = threading.Timer(0.3, slow.write_text, ["s3cret"])
+    typing.start()
+    assert read_token(slow, is_patient=True) == "s3cret"
+    typing.join()
 
 
 @pytest.mark.parametrize("name", ["..", ".", "../bin", "/usr", "v1/../../bin", "a/"])
