@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ..integration.conftest import root, start
+from ..integration.conftest import fakes, provider, root, start
 from .support import LONG
 
-__all__ = ["root", "start"]
+__all__ = ["fakes", "provider", "root", "start"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,14 +6,13 @@ import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
 from ..integration.conftest import Start
+from ..integration.fake_providers import Provider
 from ..integration.support import Daemon, alive, eventually, free_port, kill, report, timed
 from ..integration.test_modules import (
-    NamedProvider,
     ends_on_sigterm,
     start_module,
     status,
@@ -26,21 +25,13 @@ PATIENT = 100.0
 
 
 @pytest.fixture
-def provider() -> Iterator[NamedProvider]:
-    """A provider that answers at once."""
-    made = NamedProvider()
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def port() -> int:
     """Where the LLM module listens."""
     return free_port()
 
 
 @pytest.fixture
-def daemon(start: Start, port: int, provider: NamedProvider) -> Daemon:
+def daemon(start: Start, port: int, provider: Provider) -> Daemon:
     """A manager with an LLM module that its executors know."""
     made = start("--permits", "8", environ={"GENVM_LLM_MODULE": f"ws://127.0.0.1:{port}"})
     start_module(made, provider.config("says:x", bind_address=f"127.0.0.1:{port}"))
@@ -81,7 +72,7 @@ def test_killed_under_load(daemon: Daemon) -> None:
     assert troubles(daemon) == []
 
 
-def test_one_that_stands_still_can_be_stopped(daemon: Daemon, provider: NamedProvider) -> None:
+def test_one_that_stands_still_can_be_stopped(daemon: Daemon, provider: Provider) -> None:
     pid, address = status(daemon)["pid"], status(daemon)["address"]
     kill(pid, signal.SIGSTOP)
     begin = time.monotonic()

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from .fake_providers import FakeProviders, Provider
 from .support import Daemon, Root, eventually
 
 Start = Callable[..., Daemon]
@@ -82,6 +83,22 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ssl.SSLCo
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(path)
     return path, context
+
+
+@pytest.fixture(scope="module")
+def fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeProviders]:
+    """The providers, for all tests of a module."""
+    made = FakeProviders(tmp_path_factory.mktemp("certificates"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def provider(fakes: FakeProviders) -> Iterator[Provider]:
+    """A provider of one's own, whose gate is open at the end."""
+    made = Provider(fakes)
+    yield made
+    made.open_gate()
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,13 @@
 """Providers of language models to test against: real Twisted servers in a process of their own.
 
 They check what they are asked against PROTOCOLS.md section 5 - path, headers, body - and answer as
-the real ones do. How they answer is chosen by the model's name, ``<behaviour>.<anything>``, or, for
-what a web server cannot do, by the first word of the path at the ``raw`` port. What they see they
-write to stdout, a JSON object a line; they end when stdin is closed.
+the real ones do. How they answer is chosen by the model's name, ``<behaviour>.<anything>`` or
+``<behaviour>:<parameter>``, or, for what a web server cannot do, by the first word of the path at
+the ``raw`` port. What they see they write to stdout, a JSON object a line; they end when stdin is
+closed.
 
-``FakeProviders`` is the other side: it starts the process and waits for what it says.
+``FakeProviders`` is the other side: it starts the process and waits for what it says. ``Provider``
+is an address there for a test that asks for models by names of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,6 +36,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.internet.ssl import Certificate, CertificateOptions, PrivateCertificate
@@ -47,7 +51,6 @@ WAIT = 45.0
 SLOW_SECONDS = 1.0
 CROWD = 20
 LARGE_BYTES = 100 << 20
-HANG_UP = b"hang up"
 
 
 def _made_up(name: str) -> str:
@@ -347,11 +350,15 @@ def error_of(kind: str, status: int, message: str) -> dict[str, Any]:
 class Asked:
     """A request in progress, and the ways in which it can be answered."""
 
-    def __init__(self, server: Providers, request: Request, kind: str, body: Any) -> None:
+    def __init__(
+        self, server: Providers, request: Request, kind: str, body: Any, tag: str, parameter: str
+    ) -> None:
         self.server = server
         self.request = request
         self.kind = kind
         self.body = body
+        self.tag = tag
+        self.parameter = parameter
         self.key = key_in(kind, request)
         self.sent = 0
         self.over = False
@@ -390,6 +397,43 @@ class Asked:
 
     def success(self) -> None:
         self.reply(200, answer_of(self.kind, "OK"))
+
+    def says(self) -> None:
+        self.reply(200, answer_of(self.kind, self.parameter))
+
+    def long(self) -> None:
+        self.reply(200, answer_of(self.kind, "x" * int(self.parameter)))
+
+    def _prompt(self) -> str:
+        return str(self.body["messages"][-1]["content"][0]["text"])
+
+    def echo(self) -> None:
+        self.reply(200, answer_of(self.kind, self._prompt()))
+
+    def keyless(self) -> None:
+        # The only one that must be asked without a key.
+        self.echo()
+
+    def late(self) -> None:
+        self.later(float(self.parameter), self.echo)
+
+    def _at_gate(self, answer: Callable[[], None]) -> None:
+        def opened(_: object) -> None:
+            if not self.over:
+                answer()
+
+        self.server.say("held", tag=self.tag)
+        self.server.gates[self.tag].addCallback(opened)
+
+    def gate(self) -> None:
+        self._at_gate(self.echo)
+
+    def named(self) -> None:
+        # Says its name, to the prompt "long" only once the gate is open.
+        if self._prompt() == "long":
+            self._at_gate(self.says)
+        else:
+            self.says()
 
     def slow(self) -> None:
         self.later(SLOW_SECONDS, self.success)
@@ -443,6 +487,14 @@ class Asked:
 
     def repeats_key(self) -> None:
         self.reply(200, answer_of(self.kind, f"<{self.key}>"))
+
+    def status(self) -> None:
+        self.refuse(int(self.parameter), f"refused {self.key}")
+
+    def error(self) -> None:
+        # The error of another provider within an answer, as gateways do it.
+        error = {"code": int(self.parameter), "message": "Provider returned error"}
+        self.reply(200, {"error": error})
 
     def unauthorized(self) -> None:
         self.refuse(401, "Incorrect API key provided. You can find your API key in your account.")
@@ -565,6 +617,7 @@ class Asked:
         self.later(0.05, lambda: _reset(self._transport()))
 
     def short(self) -> None:
+        self.request.setResponseCode(int(self.parameter or 200))
         self.request.setHeader("content-length", "1000")
         self.request.write(b'{"choices": [')
         self._transport().loseConnection()
@@ -597,6 +650,7 @@ class Providers(Resource):
         self._count = itertools.count()
         self._open = 0
         self.crowd: list[Asked] = []
+        self.gates: defaultdict[str, Deferred[object]] = defaultdict(Deferred)
         self._transports: set[Any] = set()
 
     def hang_up(self) -> None:
@@ -610,7 +664,8 @@ class Providers(Resource):
         if (request.method, request.uri) == (b"GET", b"/"):
             return b"Ollama is running"
         number = next(self._count)
-        path = request.path.decode()
+        match = re.fullmatch(r"(?:/(\d+))?(/.*)", request.path.decode())
+        tag, path = match.groups("") if match is not None else ("", "")
         headers = {
             name.decode().lower(): b", ".join(values).decode()
             for name, values in request.requestHeaders.getAllRawHeaders()
@@ -635,6 +690,7 @@ class Providers(Resource):
         self.say(
             "request",
             id=number,
+            tag=tag,
             model=model,
             kind=kind,
             path=request.uri.decode(),
@@ -643,21 +699,22 @@ class Providers(Resource):
             problems=found,
             open=self._open,
         )
-        asked = Asked(self, request, kind or "ollama", body)
+        behaviour, _, parameter = model.partition(":")
+        asked = Asked(self, request, kind or "ollama", body, tag, parameter)
 
         def over(failure: Failure | None) -> None:
             self._open -= 1
             asked.ended()
             what = "answered" if failure is None else "dropped"
-            self.say(what, id=number, model=model, sent=asked.sent)
+            self.say(what, id=number, tag=tag, model=model, sent=asked.sent)
 
         request.notifyFinish().addCallbacks(lambda _: over(None), over)
         if found:
             asked.refuse(400, "; ".join(found))
-        elif asked.key != KEY and KINDS[kind][1]:
+        elif KINDS[kind][1] and asked.key != ("" if behaviour == "keyless" else KEY):
             asked.refuse(401, f"Incorrect API key provided: {asked.key}. Use another.")
         else:
-            getattr(asked, model.partition(".")[0])()
+            getattr(asked, behaviour.partition(".")[0])()
         return NOT_DONE_YET
 
 
@@ -833,9 +890,12 @@ class _Commands(LineReceiver):
         self._providers = providers
 
     def lineReceived(self, line: bytes) -> None:
-        """Say what was said to us."""
-        if line == HANG_UP:
+        """Do and say what was said to us."""
+        _, order, *tag = line.decode().split(" ")
+        if order == "hang_up":
             self._providers.hang_up()
+        elif order == "open_gate" and not (gate := self._providers.gates[tag[0]]).called:
+            gate.callback(None)
         self._say("mark", text=line.decode())
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -863,7 +923,7 @@ def run(folder: Path) -> None:
     plain = Factory.forProtocol(Plain)
     factories = {"http": site, "elsewhere": elsewhere, "raw": raw, "plain": plain}
     for name, factory in factories.items():
-        ports[name] = reactor.listenTCP(0, factory, interface="127.0.0.1").getHost().port
+        ports[name] = reactor.listenTCP(0, factory, 512, "127.0.0.1").getHost().port
     for name, path in make_certificates(folder).items():
         if name != "authority":
             port = reactor.listenSSL(0, site, _tls_options(path), interface="127.0.0.1")
@@ -927,15 +987,17 @@ class FakeProviders:
 
     def events(self, event: str, **members: object) -> list[Event]:
         """Return what happened so far, all that the providers know of included."""
-        self._write_mark(f"{next(self._count)}\n")
+        self.tell()
         return self._events_of(event, members)
 
-    def _write_mark(self, line: str) -> None:
+    def tell(self, order: str = "") -> None:
+        """Tell the providers what to do, and wait until they have done it."""
+        line = f"{next(self._count)} {order}"
         stdin = self._process.stdin
         assert stdin is not None
-        stdin.write(line.encode())
+        stdin.write(f"{line}\n".encode())
         stdin.flush()
-        self.wait("mark", text=line.strip())
+        self.wait("mark", text=line)
 
     def _events_of(self, event: str, members: Mapping[str, object]) -> list[Event]:
         with self._changed:
@@ -957,7 +1019,7 @@ class FakeProviders:
 
     def hang_up(self) -> None:
         """Close the connections that were kept for further requests."""
-        self._write_mark(f"{HANG_UP.decode()}\n")
+        self.tell("hang_up")
 
     def requests(self, model: str) -> list[Event]:
         """Return the requests for a model."""
@@ -979,6 +1041,39 @@ class FakeProviders:
             self._reader.join(WAIT)
             with contextlib.suppress(OSError):
                 self._process.stdout.close()
+
+
+class Provider:
+    """An address at the providers for one test, and what happens there."""
+
+    _count: ClassVar[itertools.count[int]] = itertools.count()
+
+    def __init__(self, fakes: FakeProviders) -> None:
+        self._fakes = fakes
+        self._tag = str(next(self._count))
+        self.url = f"{fakes.host()}/{self._tag}"
+
+    def wait(self, event: str, count: int = 1) -> None:
+        """Wait until something has happened here this often."""
+        self._fakes.wait(event, count=count, tag=self._tag)
+
+    @property
+    def requests(self) -> list[Any]:
+        """The bodies of the requests so far."""
+        return [one["body"] for one in self._fakes.events("request", tag=self._tag)]
+
+    def open_gate(self) -> None:
+        """Answer what the gate holds, and from now on everything at once."""
+        self._fakes.tell(f"open_gate {self._tag}")
+
+    def config(self, *models: str, **changes: Any) -> dict[str, Any]:
+        """Return a configuration with a backend for each model, asked in this order."""
+        base = {"host": self.url, "provider": "openai-compatible", "key": KEY}
+        able = {"supports_json": True, "supports_image": True}
+        backends = {
+            f"b{number}": {**base, "models": {model: able}} for number, model in enumerate(models)
+        }
+        return {"bind_address": "127.0.0.1:0", "backends": backends, **changes}
 
 
 if __name__ == "__main__":

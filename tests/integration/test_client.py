@@ -22,6 +22,7 @@ import pytest
 from genvm_manager import own_command
 
 from .conftest import Start
+from .fake_providers import KEY, Provider
 from .support import (
     NO_HOST,
     NODE,
@@ -35,7 +36,6 @@ from .support import (
     message,
     run_body,
 )
-from .test_module_service import Provider
 
 Done = subprocess.CompletedProcess[str]
 SECRET = "a-token-of-forty-characters-or-nearly-so"
@@ -218,19 +218,10 @@ def test_variables_whose_values_are_no_arguments(daemon: Daemon, tmp_path: Path)
 
 
 @pytest.fixture
-def provider() -> Iterator[Provider]:
-    """A provider of models."""
-    made = Provider()
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def models(provider: Provider, tmp_path: Path) -> Path:
     """A configuration of the LLM module, with a model that answers and one that does not."""
     file = tmp_path / "llm.yaml"
-    config = provider.config("says:fine", "status:503", bind_address="127.0.0.1:0")
-    file.write_text(json.dumps(config))
+    file.write_text(json.dumps(provider.config("says:fine", "status:503")))
     return file
 
 
@@ -247,7 +238,7 @@ def test_a_module(daemon: Daemon, models: Path) -> None:
 
 
 def test_whether_models_answer(daemon: Daemon, provider: Provider, models: Path) -> None:
-    entry = {"host": provider.url, "provider": "openai-compatible", "model": "says:so", "key": "k"}
+    entry = {"host": provider.url, "provider": "openai-compatible", "model": "says:so", "key": KEY}
     body = json.dumps({"configs": [entry], "test_prompts": [{"user_message": "?"}] * 2})
     of_file = begin(url(daemon), "llm-check", "--module-config", str(models))
     of_body = begin(url(daemon), "llm-check", "-", "--json")

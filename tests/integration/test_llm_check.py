@@ -132,14 +132,6 @@ def prompt(**changes: Any) -> dict[str, Any]:
     return {**base, **limits, "use_max_completion_tokens": False, **changes}
 
 
-@pytest.fixture(scope="module")
-def fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeProviders]:
-    """The providers, for all tests."""
-    made = FakeProviders(tmp_path_factory.mktemp("certificates"))
-    yield made
-    made.close()
-
-
 def environment(fakes: FakeProviders) -> Mapping[str, str]:
     """Return what makes a daemon trust our authority instead of those of the machine."""
     return {"SSL_CERT_FILE": str(fakes.authority)}

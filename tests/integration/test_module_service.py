@@ -1,7 +1,4 @@
-"""Section 13: a module's process, spoken to as executors and the manager do.
-
-The provider is built on the standard library.
-"""
+"""Section 13: a module's process, spoken to as executors and the manager do."""
 
 from __future__ import annotations
 
@@ -16,8 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import pytest
 from wsproto import ConnectionType, WSConnection
@@ -39,6 +35,7 @@ from genvm_manager import (
 )
 
 from .executor_client import HELLO, Client, ok, prompt
+from .fake_providers import KEY, FakeProviders, Provider
 from .support import (
     SOURCE,
     WAIT,
@@ -52,130 +49,7 @@ from .support import (
 
 #: How the manager starts it.
 PROCESS = ("module-process", "llm")
-KEY = "sk-a/very+secret-key-of-forty-characters"
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
-
-
-# --- a provider ---
-
-
-class ProviderHandler(BaseHTTPRequestHandler):
-    """Answers as OpenAI does; the model's name says how."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    provider: ClassVar[Provider]
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.provider.requests.append(body)
-        behaviour, _, rest = body["model"].partition(":")
-        getattr(self, f"as_{behaviour}")(rest, body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Write nothing."""
-
-    def _reply(self, status: int, body: object) -> None:
-        data = json.dumps(body).encode()
-        with contextlib.suppress(OSError):  # whoever asked may be gone
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-    def as_says(self, text: str, _body: Any) -> None:
-        message = {"role": "assistant", "content": text}
-        usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
-        self._reply(200, {"choices": [{"message": message}], "usage": usage})
-
-    def as_long(self, size: str, body: Any) -> None:
-        self.as_says("x" * int(size), body)
-
-    def as_echo(self, _: str, body: Any) -> None:
-        self.as_says(body["messages"][-1]["content"][0]["text"], body)
-
-    def as_status(self, status: str, _body: Any) -> None:
-        self._reply(int(status), {"error": {"message": f"refused {KEY}"}})
-
-    def as_error(self, code: str, _body: Any) -> None:
-        """Put the error of another provider into an answer, as gateways do."""
-        self._reply(200, {"error": {"code": int(code), "message": "Provider returned error"}})
-
-    def as_slow(self, seconds: str, body: Any) -> None:
-        time.sleep(float(seconds))
-        self.as_echo("", body)
-
-    def as_gate(self, _: str, body: Any) -> None:
-        assert self.provider.gate.wait(WAIT)
-        self.as_echo("", body)
-
-    def as_short(self, status: str, _body: Any) -> None:
-        """Close the connection in the middle of a body."""
-        self.send_response(int(status))
-        self.send_header("Content-Length", "1000")
-        self.end_headers()
-        self.wfile.write(b'{"choices": [')
-        self.close_connection = True
-
-    def as_close(self, _: str, _body: Any) -> None:
-        """Close the connection without an answer."""
-        self.close_connection = True
-
-    def as_hold(self, _: str, _body: Any) -> None:
-        """Never answer; see when the client goes."""
-        self.provider.held.release()
-        self.connection.settimeout(WAIT)
-        with contextlib.suppress(ConnectionResetError):
-            assert self.connection.recv(1) == b""
-        self.provider.dropped.set()
-        self.close_connection = True
-
-
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 512
-    daemon_threads = True
-
-
-class Provider:
-    """A provider in threads."""
-
-    handler: ClassVar[type[ProviderHandler]] = ProviderHandler
-
-    def __init__(self) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.gate = threading.Event()
-        self.held = threading.Semaphore(0)
-        self.dropped = threading.Event()
-        handler = type("Handler", (self.handler,), {"provider": self})
-        self._server = _Server(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def close(self) -> None:
-        self.gate.set()
-        self._server.shutdown()
-        self._server.server_close()
-
-    def config(self, *models: str, **changes: Any) -> dict[str, Any]:
-        """Return a configuration with a backend for each model, asked in this order."""
-        able = {"supports_json": True, "supports_image": True}
-        backends = {
-            f"b{number}": {
-                "host": self.url,
-                "provider": "openai-compatible",
-                "key": KEY,
-                "models": {model: able},
-            }
-            for number, model in enumerate(models)
-        }
-        return {"backends": backends, **changes}
-
-
-@pytest.fixture
-def provider() -> Iterator[Provider]:
-    made = Provider()
-    yield made
-    made.close()
 
 
 # --- the module's process ---
@@ -280,14 +154,11 @@ class ModuleProcess:
 
 
 @pytest.fixture(scope="module")
-def echo() -> Iterator[ModuleProcess]:
+def echo(fakes: FakeProviders) -> Iterator[ModuleProcess]:
     """A process for many tests, whose model repeats what it is asked."""
-    provider = Provider()
-    process = ModuleProcess(provider.config("echo"))
-    process.event("ready")
+    process = ModuleProcess.ready(Provider(fakes).config("echo"))
     yield process
     process.close()
-    provider.close()
 
 
 @pytest.fixture
@@ -322,7 +193,7 @@ def test_a_conversation(start: Start, provider: Provider) -> None:
     stats = client.ask("GetStats")["Ok"]
     counted = stats["backends"]["b0"]["echo"]
     assert counted["requests"] == 3
-    assert counted["total_tokens"] == 30
+    assert counted["total_tokens"] == 63
     assert stats["connections"] == 1
     assert client.leave() == 1000
 
@@ -438,13 +309,13 @@ def test_early_requests_wait_and_are_answered_in_order(start: Start, provider: P
     for text in ("one", "two", "three"):
         client.send(prompt(text))
     client.send("GetStats")
-    provider.gate.set()
+    provider.open_gate()
     assert [client.receive() for _ in range(3)] == [ok("one"), ok("two"), ok("three")]
     assert client.receive()["Ok"]["backends"]["b0"]["gate"]["requests"] == 3
 
 
 def test_too_many_early_requests_end_the_conversation(start: Start, provider: Provider) -> None:
-    module = start(provider.config("hold"))
+    module = start(provider.config("silent"))
     client = module.connect()
     for _ in range(6):
         client.send(prompt("x"))
@@ -642,7 +513,7 @@ def test_an_answer_that_executors_do_not_take_can_be_caught(
 
 
 def test_wrong_backends_and_prompts_that_hide_something(start: Start, provider: Provider) -> None:
-    config = provider.config("echo")
+    config = provider.config("keyless")
     config["backends"]["a"] = {"provider": "oracle", "host": "nowhere", "meta": ["any"]}
     del config["backends"]["b0"]["key"]  # it is on this machine
     module = start(config)
@@ -674,23 +545,23 @@ def test_no_key_in_what_is_logged_or_answered(start: Start, provider: Provider) 
 
 
 def test_a_client_that_vanishes_cancels_its_request(start: Start, provider: Provider) -> None:
-    module = start(provider.config("hold"))
+    module = start(provider.config("silent"))
     client = module.connect()
     client.send(prompt("x"))
-    assert provider.held.acquire(timeout=WAIT)
+    provider.wait("request")
     client.close()
-    assert provider.dropped.wait(WAIT)
-    stats = module.connect().ask("GetStats")["Ok"]["backends"]["b0"]["hold"]
+    provider.wait("dropped")
+    stats = module.connect().ask("GetStats")["Ok"]["backends"]["b0"]["silent"]
     assert stats["errors"] == {"cancelled": 1}
 
 
 def test_timeout(start: Start, provider: Provider) -> None:
     # Loading the HTTP client for the first request takes longer, and does not count.
-    module = start(provider.config("hold", timeout="200ms"))
+    module = start(provider.config("silent", timeout="200ms"))
     begin = time.monotonic()
     text = module.connect().prompt("x")["FatalError"]
     timed("a timeout of 200 ms", time.monotonic() - begin, 0.2)
-    assert provider.dropped.wait(WAIT)
+    provider.wait("dropped")
     assert '"NO_PROVIDER_FOR_PROMPT", "TIMEOUT"' in text
 
 
@@ -713,7 +584,7 @@ def test_connections_that_break(start: Start, provider: Provider, model: str, ca
 
 
 def test_two_hundred_connections_at_once(start: Start, provider: Provider) -> None:
-    module = start(provider.config("slow:0.5"))
+    module = start(provider.config("late:0.5"))
     clients = [module.connect({**HELLO, "cookie": f"c{n}"}) for n in range(200)]
     begin = time.monotonic()
     for number, client in enumerate(clients):
@@ -745,7 +616,7 @@ def test_drain(start: Start, provider: Provider) -> None:
         module.logged("draining")
         # The socket is still there, for another generation to accept from.
         waiting = socket.create_connection(module.address, WAIT)
-        provider.gate.set()
+        provider.open_gate()
         assert client.receive() == ok("last words")
         assert idle.prompt("me too") == ok("me too")
         assert client.leave() == 1000
@@ -790,10 +661,10 @@ def test_two_generations_share_a_socket(start: Start, provider: Provider) -> Non
 
 
 def test_end_of_the_manager_is_the_end(start: Start, provider: Provider) -> None:
-    module = start(provider.config("hold"))
+    module = start(provider.config("silent"))
     client = module.connect()
     client.send(prompt("x"))
-    assert provider.held.acquire(timeout=WAIT)
+    provider.wait("request")
     assert module.process.stdin is not None
     begin = time.monotonic()
     module.process.stdin.close()
@@ -996,14 +867,14 @@ def test_an_answer_that_is_too_large_for_an_executor(
 def test_a_practice_run_can_be_cancelled_while_it_asks(
     start: Start, provider: Provider, place: Root
 ) -> None:
-    module = start(provider.config("hold"))
+    module = start(provider.config("silent"))
     address = "ws://{}:{}".format(*module.address)
     with serving(Host(place.path / "host", "on method m\nask-llm x\n")) as host:
         host.calls({"method": "m", "args": [], "kwargs": {}})
         process = run_executor(place, host, address)
-        assert provider.held.acquire(timeout=WAIT)
+        provider.wait("request")
         process.terminate()
         process.communicate(timeout=WAIT)
         assert process.returncode == 0
         assert host.outcome() == ("vm_error", "timeout")
-    assert provider.dropped.wait(WAIT)
+    provider.wait("dropped")

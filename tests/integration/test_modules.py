@@ -26,6 +26,7 @@ from genvm_manager import MODULE_QUICK_DEATHS, MODULE_READY_SECONDS, own_command
 
 from .conftest import Start
 from .executor_client import HELLO, Client, ok, prompt
+from .fake_providers import KEY, Provider
 from .support import (
     PARENT,
     SOURCE,
@@ -44,33 +45,8 @@ from .support import (
     timed,
     within,
 )
-from .test_module_service import KEY, Provider, ProviderHandler
 
 ANY_PORT = "127.0.0.1:0"
-
-
-class NamedHandler(ProviderHandler):
-    """Its model ``named:x`` answers ``x``, and the prompt ``long`` only once the gate is open."""
-
-    def as_named(self, name: str, body: Any) -> None:
-        assert isinstance(self.provider, NamedProvider)
-        if body["messages"][-1]["content"][0]["text"] == "long":
-            self.provider.waiting.release()
-            assert self.provider.gate.wait(5 * WAIT)
-        self.as_says(name, body)
-
-
-class NamedProvider(Provider):
-    """A provider whose long answers can be held back; ``waiting`` counts them."""
-
-    handler = NamedHandler
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waiting = threading.Semaphore(0)
-
-    def config(self, *models: str, **changes: Any) -> dict[str, Any]:
-        return super().config(*models, **{"bind_address": ANY_PORT, **changes})
 
 
 def start_module(daemon: Daemon, config: Any, kind: str = "llm", **extra: Any) -> None:
@@ -144,13 +120,6 @@ def is_free(address: tuple[str, int]) -> bool:
     return False
 
 
-@pytest.fixture
-def provider() -> Iterator[NamedProvider]:
-    made = NamedProvider()
-    yield made
-    made.close()
-
-
 def ends_on_sigterm(daemon: Daemon, what: str) -> None:
     """End the manager, which takes all it has started along; print how long it took."""
     begin = time.monotonic()
@@ -181,7 +150,7 @@ def manager(shared_daemon: Daemon) -> Iterator[Daemon]:
 # --- start and stop ---
 
 
-def test_start_and_stop(manager: Daemon, provider: NamedProvider) -> None:
+def test_start_and_stop(manager: Daemon, provider: Provider) -> None:
     before = status(manager)
     assert before["state"] == "stopped"
     assert before["pid"] is before["address"] is None
@@ -211,13 +180,13 @@ def test_start_and_stop(manager: Daemon, provider: NamedProvider) -> None:
     assert stop_module(manager, "web") == "module_not_running"
 
 
-def test_any_letter_case(manager: Daemon, provider: NamedProvider) -> None:
+def test_any_letter_case(manager: Daemon, provider: Provider) -> None:
     start_module(manager, provider.config("echo"), kind="Llm")
     assert restart(manager, provider.config("echo"), kind="LLM")["changed"] is False
     assert stop_module(manager, "lLM") == "module_stopped"
 
 
-def test_two_starts_at_once(manager: Daemon, provider: NamedProvider) -> None:
+def test_two_starts_at_once(manager: Daemon, provider: Provider) -> None:
     body = {"module_type": "llm", "config": provider.config("echo")}
     pending = [manager.send("POST", "/module/start", body) for _ in range(3)]
     replies = [one.reply() for one in pending]
@@ -226,7 +195,7 @@ def test_two_starts_at_once(manager: Daemon, provider: NamedProvider) -> None:
     assert answer_at(place(manager)) == "x"
 
 
-def test_two_starts_while_it_stops(manager: Daemon, provider: NamedProvider) -> None:
+def test_two_starts_while_it_stops(manager: Daemon, provider: Provider) -> None:
     """One of them starts it; the other one does no harm."""
     start_module(manager, provider.config("named:old"))
     old = status(manager)["pid"]
@@ -329,7 +298,7 @@ def test_unknown_modules(manager: Daemon, kind: Any) -> None:
 
 
 def test_the_configuration_in_a_file(
-    manager: Daemon, shared_root: Root, provider: NamedProvider
+    manager: Daemon, shared_root: Root, provider: Provider
 ) -> None:
     path = shared_root.path / "config" / "genvm-module-llm.yaml"
     try:
@@ -357,7 +326,7 @@ def test_empty_backends_are_allowed_on_request(manager: Daemon) -> None:
     client.close()
 
 
-def test_an_address_in_use(manager: Daemon, provider: NamedProvider) -> None:
+def test_an_address_in_use(manager: Daemon, provider: Provider) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         for taken in (address, manager.address):
@@ -369,7 +338,7 @@ def test_an_address_in_use(manager: Daemon, provider: NamedProvider) -> None:
     start_module(manager, provider.config("echo", bind_address=address))
 
 
-def test_host_and_port(manager: Daemon, provider: NamedProvider) -> None:
+def test_host_and_port(manager: Daemon, provider: Provider) -> None:
     config = {**provider.config("echo"), "host": "127.0.0.1", "port": free_port()}
     del config["bind_address"]
     start_module(manager, config)
@@ -380,7 +349,7 @@ def test_host_and_port(manager: Daemon, provider: NamedProvider) -> None:
 # --- what /status and the log say ---
 
 
-def test_statistics(manager: Daemon, provider: NamedProvider) -> None:
+def test_statistics(manager: Daemon, provider: Provider) -> None:
     start_module(manager, provider.config("echo"))
     answer_at(place(manager))
 
@@ -388,11 +357,11 @@ def test_statistics(manager: Daemon, provider: NamedProvider) -> None:
         return status(manager)["stats"].get("backends", {}).get("b0", {}).get("echo", {})
 
     # What it tells each second may tell of the request before it has an answer.
-    eventually(lambda: counted().get("total_tokens") == 10, what="statistics")
+    eventually(lambda: counted().get("total_tokens") == 21, what="statistics")
     assert counted()["requests"] == 1
 
 
-def test_the_log_level_reaches_the_module(manager: Daemon, provider: NamedProvider) -> None:
+def test_the_log_level_reaches_the_module(manager: Daemon, provider: Provider) -> None:
     start_module(manager, provider.config("echo"))
 
     def from_module(record: dict[str, Any]) -> bool:
@@ -415,7 +384,7 @@ def test_the_log_level_reaches_the_module(manager: Daemon, provider: NamedProvid
     assert manager.wait_log(from_module)["level"] == "debug"
 
 
-def test_a_warning_where_a_run_may_need_a_module(manager: Daemon, provider: NamedProvider) -> None:
+def test_a_warning_where_a_run_may_need_a_module(manager: Daemon, provider: Provider) -> None:
     def warning(genvm_id: int) -> str:
         manager.result(genvm_id)
         manager.wait_log(
@@ -434,7 +403,7 @@ def test_a_warning_where_a_run_may_need_a_module(manager: Daemon, provider: Name
     assert warning(manager.run(is_sync=False)).endswith("it may need: web")
 
 
-def test_no_secret_gets_out(start: Start, provider: NamedProvider) -> None:
+def test_no_secret_gets_out(start: Start, provider: Provider) -> None:
     daemon = start("--log-level", "trace")
     said = []
     bad = provider.config("echo")
@@ -462,7 +431,7 @@ def test_no_secret_gets_out(start: Start, provider: NamedProvider) -> None:
 # --- who asks and goes ---
 
 
-def test_who_asks_need_not_wait(manager: Daemon, provider: NamedProvider) -> None:
+def test_who_asks_need_not_wait(manager: Daemon, provider: Provider) -> None:
     body = {"module_type": "llm", "config": provider.config("echo")}
     asking = manager.send("POST", "/module/start", body)
     eventually(lambda: status(manager)["state"] == "starting")
@@ -474,12 +443,12 @@ def test_who_asks_need_not_wait(manager: Daemon, provider: NamedProvider) -> Non
 # --- deaths ---
 
 
-def test_killed_while_serving(manager: Daemon, provider: NamedProvider) -> None:
+def test_killed_while_serving(manager: Daemon, provider: Provider) -> None:
     start_module(manager, provider.config("named:x"))
     address, before = place(manager), status(manager)
     held = connect(address)
     held.send(prompt("long"))
-    assert provider.waiting.acquire(timeout=WAIT)
+    provider.wait("held")
     begin = time.monotonic()
     kill(before["pid"])
     assert held.socket.recv(1) == b""
@@ -504,9 +473,7 @@ def test_killed_while_serving(manager: Daemon, provider: NamedProvider) -> None:
     assert any(r["message"] == "module died" for r in manager.records)
 
 
-def test_stop_and_start_while_it_waits_to_be_restarted(
-    manager: Daemon, provider: NamedProvider
-) -> None:
+def test_stop_and_start_while_it_waits_to_be_restarted(manager: Daemon, provider: Provider) -> None:
     start_module(manager, provider.config("echo"))
     kill(status(manager)["pid"])
     eventually(lambda: status(manager)["state"] == "starting")
@@ -533,13 +500,11 @@ def test_a_start_that_fails_says_so_as_clients_know_it(manager: Daemon) -> None:
     assert text.startswith("module_failed_to_start: the llm module did not start")
 
 
-def test_an_old_generation_that_dies_is_not_missed(
-    manager: Daemon, provider: NamedProvider
-) -> None:
+def test_an_old_generation_that_dies_is_not_missed(manager: Daemon, provider: Provider) -> None:
     start_module(manager, provider.config("named:old"))
     held = connect(place(manager))
     held.send(prompt("long"))
-    assert provider.waiting.acquire(timeout=WAIT)
+    provider.wait("held")
     old = status(manager)["pid"]
     restart(manager, provider.config("named:new"))
     before = status(manager)
@@ -551,7 +516,7 @@ def test_an_old_generation_that_dies_is_not_missed(
     held.close()
 
 
-def test_killed_while_its_successor_starts(manager: Daemon, provider: NamedProvider) -> None:
+def test_killed_while_its_successor_starts(manager: Daemon, provider: Provider) -> None:
     start_module(manager, provider.config("says:old"))
     address, old = place(manager), status(manager)["pid"]
     body = {"module_type": "llm", "config": provider.config("says:new")}
@@ -567,13 +532,13 @@ def test_killed_while_its_successor_starts(manager: Daemon, provider: NamedProvi
 # --- the manager's own end ---
 
 
-def test_kill_9_of_the_manager(start: Start, provider: NamedProvider) -> None:
+def test_kill_9_of_the_manager(start: Start, provider: Provider) -> None:
     daemon = start()
     start_module(daemon, provider.config("named:x"))
     address, pid = place(daemon), status(daemon)["pid"]
     held = connect(address)
     held.send(prompt("long"))
-    assert provider.waiting.acquire(timeout=WAIT)
+    provider.wait("held")
     daemon.process.kill()
     within(1.0, lambda: not alive(pid), "the module is gone after kill -9 of the manager")
     held.close()
@@ -582,13 +547,13 @@ def test_kill_9_of_the_manager(start: Start, provider: NamedProvider) -> None:
     eventually(lambda: is_free(address), what="the address is free")
 
 
-def test_sigterm_of_the_manager(start: Start, provider: NamedProvider) -> None:
+def test_sigterm_of_the_manager(start: Start, provider: Provider) -> None:
     daemon = start()
     start_module(daemon, provider.config("named:x"))
     address = place(daemon)
     clients = [connect(address) for _ in range(5)]
     clients[0].send(prompt("long"))
-    assert provider.waiting.acquire(timeout=WAIT)
+    provider.wait("held")
     assert clients[1].prompt("x") == ok("x")
     ends_on_sigterm(daemon, "SIGTERM of the manager with a module and 5 connections")
     assert is_free(address)
@@ -602,7 +567,7 @@ def test_sigterm_of_the_manager(start: Start, provider: NamedProvider) -> None:
 # --- restarts ---
 
 
-def test_the_same_configuration_changes_nothing(manager: Daemon, provider: NamedProvider) -> None:
+def test_the_same_configuration_changes_nothing(manager: Daemon, provider: Provider) -> None:
     start_module(manager, provider.config("echo"))
     before = status(manager)
     assert restart(manager, provider.config("echo")) == {
@@ -613,12 +578,12 @@ def test_the_same_configuration_changes_nothing(manager: Daemon, provider: Named
     assert status(manager)["pid"] == before["pid"]
 
 
-def test_restart_starts_what_is_stopped(manager: Daemon, provider: NamedProvider) -> None:
+def test_restart_starts_what_is_stopped(manager: Daemon, provider: Provider) -> None:
     assert restart(manager, provider.config("echo"))["changed"] is True
     assert answer_at(place(manager)) == "x"
 
 
-def test_a_restart_that_fails_changes_nothing(manager: Daemon, provider: NamedProvider) -> None:
+def test_a_restart_that_fails_changes_nothing(manager: Daemon, provider: Provider) -> None:
     start_module(manager, provider.config("says:old"))
     before, address = status(manager), place(manager)
     kept = connect(address)
@@ -647,12 +612,12 @@ def test_a_restart_that_fails_changes_nothing(manager: Daemon, provider: NamedPr
     assert answer_at(address) == "old"
 
 
-def test_restart_at_another_address(manager: Daemon, provider: NamedProvider) -> None:
+def test_restart_at_another_address(manager: Daemon, provider: Provider) -> None:
     start_module(manager, provider.config("named:old"))
     old = place(manager)
     held = connect(old)
     held.send(prompt("long"))
-    assert provider.waiting.acquire(timeout=WAIT)
+    provider.wait("held")
     config = provider.config("named:new", bind_address=f"127.0.0.1:{free_port()}")
     assert restart(manager, config)["changed"] is True
     new = place(manager)
@@ -661,19 +626,19 @@ def test_restart_at_another_address(manager: Daemon, provider: NamedProvider) ->
     assert status(manager)["draining"] == 1
 
     eventually(lambda: is_free(old), what="the old address is free")
-    provider.gate.set()
+    provider.open_gate()
     assert held.receive() == ok("old")
     held.close()
     eventually(lambda: status(manager)["draining"] == 0)
 
 
-def test_stop_lets_conversations_finish(manager: Daemon, provider: NamedProvider) -> None:
+def test_stop_lets_conversations_finish(manager: Daemon, provider: Provider) -> None:
     """The port is free at once: what is started there is another generation."""
     start_module(manager, provider.config("named:old"))
     address, old = place(manager), status(manager)["pid"]
     held = connect(address)
     held.send(prompt("long"))
-    assert provider.waiting.acquire(timeout=WAIT)
+    provider.wait("held")
     begin = time.monotonic()
     assert stop_module(manager) == "module_stopped"
     timed("a stop with an open conversation", time.monotonic() - begin, 0.2)
@@ -684,14 +649,14 @@ def test_stop_lets_conversations_finish(manager: Daemon, provider: NamedProvider
     at_the_same = provider.config("named:new", bind_address=f"{address[0]}:{address[1]}")
     start_module(manager, at_the_same)
     assert answer_at(address) == "new"
-    provider.gate.set()
+    provider.open_gate()
     assert held.receive() == ok("old")
     held.close()
     eventually(lambda: not alive(old), what="the old generation ends with its last conversation")
     assert (status(manager)["state"], status(manager)["draining"]) == ("running", 0)
 
 
-def test_restart_under_load(manager: Daemon, provider: NamedProvider) -> None:
+def test_restart_under_load(manager: Daemon, provider: Provider) -> None:
     """50 connections a second for 10 s, restarts and long requests: nothing is refused or lost."""
     seconds, rate = 10, 50
     start_module(manager, provider.config("named:0"))
@@ -716,8 +681,8 @@ def test_restart_under_load(manager: Daemon, provider: NamedProvider) -> None:
             clients = [connect(address) for _ in range(3)]
             for client in clients:
                 client.send(prompt("long"))
-                assert provider.waiting.acquire(timeout=WAIT)
                 long.append((client, number))
+                provider.wait("held", len(long))
             number += 1
             assert restart(manager, provider.config(f"named:{number}"))["changed"] is True
             in_force.append((time.monotonic(), number))
@@ -739,7 +704,7 @@ def test_restart_under_load(manager: Daemon, provider: NamedProvider) -> None:
         errors = [repr(e) for one in attempts if (e := one.exception(WAIT)) is not None]
         done = restarts.result(WAIT)
     draining = status(manager)["draining"]
-    provider.gate.set()
+    provider.open_gate()
     for client, number in long:
         answer = client.receive()
         # A connection made while two generations accept may reach either.
@@ -757,7 +722,7 @@ def test_restart_under_load(manager: Daemon, provider: NamedProvider) -> None:
     eventually(lambda: status(manager)["draining"] == 0, what="old generations end")
 
 
-def test_status_is_quick_meanwhile(manager: Daemon, provider: NamedProvider) -> None:
+def test_status_is_quick_meanwhile(manager: Daemon, provider: Provider) -> None:
     """While modules start, stop and drain."""
     times: list[float] = []
     over = threading.Event()
@@ -1027,7 +992,7 @@ def run_alone(kind: str, *flags: str) -> tuple[Daemon, tuple[str, int]]:
     return parent, (host, int(port))
 
 
-def test_a_module_alone(provider: NamedProvider, tmp_path: Path) -> None:
+def test_a_module_alone(provider: Provider, tmp_path: Path) -> None:
     path = tmp_path / "module.yaml"
     path.write_text(json.dumps(provider.config("echo")))
     parent, address = run_alone("llm", "--config", str(path), "--die-with-parent")
@@ -1128,7 +1093,7 @@ def ask_everything_at_once(daemon: Daemon, configs: list[dict[str, Any]]) -> Non
     start_module(daemon, configs[0])
 
 
-def test_many_requests_at_once(manager: Daemon, provider: NamedProvider) -> None:
+def test_many_requests_at_once(manager: Daemon, provider: Provider) -> None:
     port = free_port()
     configs = [provider.config(f"named:{n}", bind_address=f"127.0.0.1:{port}") for n in range(2)]
     ask_everything_at_once(manager, configs)
@@ -1259,7 +1224,7 @@ def test_sigterm_of_the_manager_with_a_stubborn_command(external_root: Root) -> 
         daemon.close()
 
 
-def test_what_a_start_costs(manager: Daemon, provider: NamedProvider) -> None:
+def test_what_a_start_costs(manager: Daemon, provider: Provider) -> None:
     """Work of the processor until a module accepts connections, measured at its best."""
     costs = []
     for _ in range(3):
@@ -1316,7 +1281,7 @@ def test_one_never_listens_and_one_keeps_dying(external: Daemon) -> None:
 
 
 def test_contract_executor_module_provider_host(
-    manager: Daemon, shared_root: Root, provider: NamedProvider
+    manager: Daemon, shared_root: Root, provider: Provider
 ) -> None:
     start_module(manager, provider.config("echo"))
     host, port = place(manager)
