@@ -362,7 +362,10 @@ class _WhenUsed:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(importlib.import_module(self._name), attribute)
+        module = importlib.import_module(self._name)
+        if not hasattr(module, attribute):  # a module of the package that it does not import
+            importlib.import_module(f"{self._name}.{attribute}")
+        return getattr(module, attribute)
 
 
 if typing.TYPE_CHECKING:
@@ -5736,10 +5739,15 @@ class Executions:
         execution = self._known(request, key) or self._enqueue(request, key)
         try:
             await execution.starts(self._reactor, wait)
-        except (CancelledError, NoPermit):
+        except (CancelledError, NoPermit) as error:
             if execution.state is State.WAITING and execution.started.waiters == 0:
                 self._withdraw(execution)
                 self._forget(execution)
+            elif isinstance(error, NoPermit):
+                raise NoPermit(
+                    f"no permits within {wait:g} s; another request with this key still waits for "
+                    "them: ask again with it"
+                ) from None
             raise
         return execution
 
@@ -5902,10 +5910,12 @@ class Executions:
 
     def _withdraw(self, execution: Execution) -> None:
         """Take a waiting execution off the queue."""
+        self._trim_soon(execution.arguments_size)
         self._drop_arguments(execution)
         if execution.lease is None:
-            assert execution.place is not None
-            execution.place.cancel()
+            place, execution.place = execution.place, None
+            assert place is not None
+            place.cancel()
         else:
             self._ready.remove(execution)
             self._release(execution)
@@ -6098,7 +6108,11 @@ class Executions:
         cost = self._cost(execution)
         self._kept_bytes -= cost
         self._forget(execution)
-        self._dropped_bytes += cost
+        self._trim_soon(cost)
+
+    def _trim_soon(self, freed: int) -> None:
+        """Give memory back to the system in some seconds, when so many bytes more are free."""
+        self._dropped_bytes += freed
         seconds = TRIM_SECONDS if self._dropped_bytes >= TRIM_BYTES else TRIM_LITTLE_SECONDS
         if self._trimming is None:
             self._trimming = self._reactor.callLater(seconds, self._trim)
@@ -7538,6 +7552,8 @@ LLM_ANSWER_MAX_BYTES = 32 * MIB
 #: A larger prompt is encoded, and a larger answer is read, in a thread.
 INLINE_LLM_BYTES = 64 * KIB
 PROVIDER_MESSAGE_CHARACTERS = 500
+#: Longer URLs are refused: urllib keeps the last 128 that it has seen, however long they are.
+URL_MAX_CHARACTERS = 8192
 ANTHROPIC_VERSION = "2023-06-01"
 #: Anthropic demands a limit, also where the prompt has none.
 REQUIRED_MAX_TOKENS = 4096
@@ -8010,24 +8026,30 @@ def masked(body: bytes, key: str) -> str:
     return text[: -6 * len(key) or None] if len(body) > limit else text
 
 
-@functools.lru_cache(maxsize=64)  # a module asks few, again and again
 def provider_url(host: str, path: str) -> str:
     """Return the URL of an endpoint; a trailing slash on ``host`` is tolerated.
 
     Raises ``ProviderError`` for a host that is not an HTTP URL.
     """
     base = host.rstrip("/")
-    try:
-        url = hyperlink.URL.from_text(base)
-        usable = url.scheme in ("http", "https") and url.host != "" and base.isprintable()
-        usable = usable and not url.userinfo  # addresses are shown, and nobody sends it
-        usable = usable and not set("?#") & set(base)
-    except (ValueError, TypeError):
-        usable = False
-    if not usable or " " in base:
+    if len(base) + len(path) > URL_MAX_CHARACTERS:
+        detail = f"host: the URL has more than {URL_MAX_CHARACTERS} characters"
+        raise ProviderError(ErrorKind.CONFIG, detail)
+    if not _is_usable(base):
         detail = "host: expected a URL such as https://api.example.com"
         raise ProviderError(ErrorKind.CONFIG, detail)
     return base + path
+
+
+@functools.lru_cache(maxsize=64)  # a module asks few, again and again
+def _is_usable(base: str) -> bool:
+    try:
+        url = hyperlink.URL.from_text(base)
+        usable = url.scheme in ("http", "https") and url.host != "" and base.isprintable()
+    except (ValueError, TypeError):
+        return False
+    # Addresses are shown, and nobody sends what stands before an @.
+    return usable and not url.userinfo and not set("?# ") & set(base)
 
 
 def provider_of(backend: Backend) -> tuple[Provider, str]:
@@ -10018,6 +10040,7 @@ class ApiChannel(HTTPChannel):
     _linger: DelayedCall | None = None
     _next: DelayedCall | None = None
     _receiving = False
+    _is_half_closed = False
     _rest = b""
     _is_silent = True
     _is_overdue = False
@@ -10109,6 +10132,8 @@ class ApiChannel(HTTPChannel):
         self._next = None
         rest, self._rest = self._rest, b""
         self.dataReceived(rest)
+        if self._is_half_closed and self._next is None:
+            self.readConnectionLost()
 
     def headerReceived(self, line: bytes) -> bool:
         """Take a header; a length that cannot be a number of Python's is refused."""
@@ -10121,7 +10146,9 @@ class ApiChannel(HTTPChannel):
 
     def readConnectionLost(self) -> None:
         """The client sends nothing more; what it has asked for may still be answered."""
-        if self.answering and not self._refused:
+        if self._next is not None and not self._refused:
+            self._is_half_closed = True  # what has arrived is answered first
+        elif self.answering and not self._refused:
             self.persistent = 0
             self._linger = self.callLater(HALF_CLOSED_SECONDS, self._close_unless_read)
         else:
@@ -10152,6 +10179,18 @@ class ApiChannel(HTTPChannel):
         lines += [b"%s: %s" % (name, v) for name, vs in headers.getAllRawHeaders() for v in vs]
         self.transport.write(b"\r\n".join((*lines, b"", b"")))
 
+    def pauseProducing(self) -> None:
+        """The client does not read what it has asked for; that has its time, too."""
+        HTTPChannel.pauseProducing(self)
+        if self.answering:
+            self.setTimeout(RECEIVE_SECONDS)
+
+    def resumeProducing(self) -> None:
+        """The client has read."""
+        if self.answering:
+            self.setTimeout(None)
+        HTTPChannel.resumeProducing(self)
+
     def requestDone(self, request: Request) -> None:
         """A response is complete: the connection may carry another request."""
         self.answering = self._is_overdue = False
@@ -10159,8 +10198,8 @@ class ApiChannel(HTTPChannel):
         # A thousand requests may have come in one packet: others get their turn in between.
         self.paused = self._receiving and bool(self.persistent)
         HTTPChannel.requestDone(self, request)
-        if not self.persistent and self.isSecure():
-            self.setTimeout(RECEIVE_SECONDS)  # TLS waits for the client to close its side
+        if not self.persistent:
+            self.setTimeout(RECEIVE_SECONDS)  # to read it, and with TLS to close its side
 
     def refuse(self, status: int, error: ManagerError, request_id: str = "") -> None:
         """Answer before the request is complete, read and forget the rest for a while, close."""
@@ -10288,6 +10327,7 @@ class ApiRequest(Request):
         self.channel.refuse(status, error, self.request_id)
 
     def _refuse_hosts(self) -> None:
+        self.requestHeaders.removeHeader(b"expect")  # see _refuse
         reason = f"expected one Host header, got {self._hosts or 'none'}"
         self.channel.refuse(400, InvalidRequest(reason), self.request_id)
 
@@ -14300,7 +14340,6 @@ def without_key(value: CalldataValue, key: str) -> CalldataValue:
 # server or opens a connection.
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
-URL_MAX_CHARACTERS = 8192
 #: What is not part of a URL: around it, and anywhere in it.
 _AROUND_URLS = "".join(map(chr, range(0x21)))
 _NO_TABS = str.maketrans("", "", "\t\r\n")
@@ -18242,8 +18281,9 @@ class RemoteManager:
             return reply
         try:
             document = json.loads(reply.body)
-            told = structure(document, ErrorAnswer)
-        except (ValueError, RecursionError, InvalidRequest):
+            # What a proxy says as a manager would has no number of a request.
+            told = structure({"request_id": "", **document}, ErrorAnswer)
+        except (ValueError, TypeError, RecursionError, InvalidRequest):
             text = f"what answers there is not a GenVM manager (status {reply.status})"
             raise ClientProblem(Ending.UNREACHABLE, text) from None
         self.document = document
@@ -18503,7 +18543,10 @@ async def _watch(manager: RemoteManager, genvm_id: int) -> None:
     manager.farewell = f"execution {genvm_id} goes on; {end}\n"
     if manager.screen.is_watched:
         path = f"/genvm?limit=1&before={genvm_id + 1}"
-        entries = (await manager.ask("GET", path, ExecutionPage)).executions
+        try:
+            entries = (await manager.ask("GET", path, ExecutionPage)).executions
+        except ClientProblem:  # a proxy may pass no lists on; the end is asked for at any rate
+            entries = []
         if entries and entries[0].id == genvm_id:
             manager.describe = lambda _: progress_text(entries[0], datetime.now(UTC))
 

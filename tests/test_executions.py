@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.task import Clock
 
+import genvm_manager
 from genvm_manager import (
     ARGUMENT_MAX_BYTES,
     DEADLINE_GRACE_SECONDS,
@@ -857,9 +858,11 @@ def test_with_a_key_each_client_waits_for_its_own_time() -> None:
     first, second, third = (outcome(world.ask(key="k", wait=s)) for s in (1.0, 9.0, 3.0))
     world.clock.advance(3.0)
     assert [type(found) for found in (*first, *third)] == [NoPermit, NoPermit]
+    assert all("still waits" in found.message for found in (*first, *third)), "it may start yet"
     assert (second, world.waiting()) == ([], [1])
     world.clock.advance(6.0)
     assert [type(found) for found in second] == [NoPermit]
+    assert "nothing was started" in second[0].message
     assert world.waiting() == []
     world.gate.resize(1)
     execution, _ = world.start(key="k", wait=0.0)
@@ -881,6 +884,21 @@ def test_nothing_is_left_of_the_time_of_one_that_ended_otherwise(way: str) -> No
     (error,) = heard
     assert not isinstance(error, NoPermit)
     assert not any(cast(Any, call).getTime() == 5.0 for call in world.clock.getDelayedCalls())
+
+
+def test_memory_of_what_leaves_the_queue_goes_back_to_the_system(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trimmed: list[float] = []
+    world = World(permits=0)
+    monkeypatch.setattr(
+        genvm_manager, "give_back_memory", lambda: trimmed.append(world.clock.seconds())
+    )
+    outcome(world.ask(wait=1.0, message=msgspec.Raw(b'{"v": "%s"}' % (b"x" * 100_000))))
+    world.clock.advance(1.0)
+    assert (world.waiting(), trimmed) == ([], [])
+    world.clock.advance(TRIM_LITTLE_SECONDS)
+    assert trimmed == [1.0 + TRIM_LITTLE_SECONDS]
 
 
 def test_without_a_queue_runs_start_while_there_are_permits() -> None:

@@ -30,6 +30,7 @@ from genvm_manager import (
     RECEIVE_SECONDS,
     REFUSED_SECONDS,
     STRANGER_SECONDS,
+    TRIM_LITTLE_SECONDS,
     Config,
     InvalidRequest,
     LogObserver,
@@ -1158,6 +1159,7 @@ def test_lost_connections_leave_nothing_behind(manager: Manager) -> None:
         connection = manager.connect()
         connection.ask("POST", path, RUN)
         connection.lose()
+    manager.reactor.advance(TRIM_LITTLE_SECONDS)  # memory goes back
     assert manager.reactor.getDelayedCalls() == []
     assert manager.service.site.channels == set()
 

@@ -929,7 +929,9 @@ def test_a_key_that_fits_no_header_is_not_sent(kind: str, key: str) -> None:
     assert exchange.http.requests == []
 
 
-@pytest.mark.parametrize("changes", [{"host": "h"}, {"provider": "gpt"}])
+@pytest.mark.parametrize(
+    "changes", [{"host": "h"}, {"provider": "gpt"}, {"host": "http://h/" + "x" * 8192}]
+)
 def test_a_configuration_that_cannot_be_used_sends_nothing(changes: dict[str, str]) -> None:
     exchange = Exchange(backend(**changes))
     assert exchange.problem.kind is ErrorKind.CONFIG

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -19,9 +20,10 @@ from pathlib import Path
 
 import pytest
 
-from genvm_manager import MAX_WAIT_SECONDS, parse_duration
+from genvm_manager import MAX_WAIT_SECONDS, own_command, parse_duration
 
 from ..integration.support import (
+    TIMESTAMP,
     WAIT,
     Daemon,
     Pending,
@@ -31,6 +33,7 @@ from ..integration.support import (
     run_body,
     shell,
 )
+from ..integration.test_client import flags
 from .support import (
     FRONT,
     HAPROXY,
@@ -107,6 +110,23 @@ def test_the_configuration_is_short_and_waits_for_longer_than_anybody_may_ask() 
 
 
 # --- where requests go ---
+
+
+def test_who_waits_at_a_terminal_need_not_be_told_how_far_it_is(cluster: Cluster) -> None:
+    """HAProxy passes no lists on, by which a terminal is told."""
+    main, side = os.openpty()
+    try:
+        words = flags("print hello", timestamp=TIMESTAMP)
+        command = own_command(
+            "run", *words, "--wait", "--server", f"http://{cluster.proxy.address}"
+        )
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=side, text=True, timeout=WAIT, check=False
+        )
+    finally:
+        os.close(main)
+        os.close(side)
+    assert (done.returncode, done.stdout) == (5, "hello\n"), "it has no host to report to"
 
 
 def test_what_is_asked_of_an_execution_comes_to_its_manager(cluster: Cluster) -> None:

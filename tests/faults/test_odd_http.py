@@ -11,8 +11,18 @@ from collections.abc import Iterator
 
 import pytest
 
+from genvm_manager import own_command
+
 from ..integration.conftest import Start
-from ..integration.support import Daemon, Root, eventually, run_body, shell, timed
+from ..integration.support import (
+    Daemon,
+    Root,
+    eventually,
+    run_body,
+    shell,
+    sockets_of,
+    timed,
+)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +156,62 @@ def test_who_reads_a_large_answer_slowly_and_sends_nothing_more(root: Root, star
     reader.close()
     assert daemon.stop() == 0
     assert "Traceback" not in daemon.text + daemon.errors
+
+
+def test_who_asks_for_much_and_never_reads_it(root: Root) -> None:
+    root.add_shell()
+    command = own_command("serve", "--root", str(root.path), "--port", "0")
+    shorter = "import genvm_manager as g; g.RECEIVE_SECONDS = g.HTTPChannel.abortTimeout = 1.0; "
+    at = command.index("-c") + 1
+    command[at] = command[at].replace("from genvm_manager", f"{shorter}from genvm_manager")
+    daemon = Daemon(command)
+    try:
+        daemon.wait_until_listening()
+        genvm_id = daemon.run(**shell(f"head -c {LARGE} /dev/zero | tr '\\0' x"))
+        assert len(daemon.result(genvm_id)["stdout"]) == LARGE
+        before = sockets_of(daemon.pid)
+        document = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n"
+        host, _, port = daemon.address.rpartition(":")
+        peers = [socket.socket() for _ in range(3)]
+        for peer in peers:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)  # or it would all fit
+            peer.connect((host, int(port)))
+        head = b"GET /genvm/%d HTTP/1.1\r\nHost: localhost\r\n" % genvm_id
+        for peer, asked in zip(
+            peers,
+            (head + b"\r\n", head + CLOSE, (document + b"\r\n") * 99 + document + CLOSE),
+            strict=True,
+        ):
+            peer.sendall(asked)
+        eventually(lambda: sockets_of(daemon.pid) > before, what="they are connected")
+        eventually(lambda: sockets_of(daemon.pid) == before, what="they are disconnected")
+        for peer in peers:
+            peer.close()
+        assert daemon.stop() == 0
+    finally:
+        daemon.close()
+
+
+def test_requests_in_one_packet_and_nothing_more(daemon: Daemon) -> None:
+    with daemon.connect(timeout=30) as peer:
+        peer.sendall(b"GET /permits HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10)
+        peer.shutdown(socket.SHUT_WR)
+        answers = b""
+        while piece := peer.recv(65536):
+            answers += piece
+    assert answers.count(b"HTTP/1.1 200 OK") == 10
+
+
+def test_two_hosts_and_a_body_that_waits_to_be_wanted(daemon: Daemon) -> None:
+    head = b"POST /permits HTTP/1.1\r\nHost: localhost\r\nHost: b\r\nExpect: 100-continue\r\n"
+    with daemon.connect(timeout=30) as peer:
+        peer.sendall(head + b"Content-Length: 14\r\n\r\n")
+        peer.shutdown(socket.SHUT_WR)
+        answer = b""
+        while piece := peer.recv(65536):
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"100 Continue" not in answer
 
 
 def test_who_follows_events_and_sends_nothing_more(start: Start) -> None:

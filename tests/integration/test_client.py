@@ -296,11 +296,19 @@ def test_nobody_listens(place: str) -> None:
     assert done.stderr.count("\n") == 1
 
 
+#: What README's proxy says itself, as a manager would, but without the number of a request.
+PROXY_ERROR = (
+    b'{"error": "each manager answers this at its own address",'
+    b' "code": "endpoint_not_found", "retryable": false}'
+)
+
+
 class _Stranger(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200 if self.path == "/permits" else 404)
         self.end_headers()
-        self.wfile.write(b'{"a": 1}' if self.path == "/permits" else b"<html>")
+        answers = {"/permits": b'{"a": 1}', "/env": PROXY_ERROR, "/genvm": b"[1]"}
+        self.wfile.write(answers.get(self.path.partition("?")[0], b"<html>"))
 
     def log_message(self, format: str, *args: object) -> None:
         """Write nothing."""
@@ -310,9 +318,14 @@ def test_what_answers_is_no_manager() -> None:
     with HTTPServer(("127.0.0.1", 0), _Stranger) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         place = f"http://127.0.0.1:{server.server_address[1]}"
-        for word, problem in (("status", "not a GenVM manager"), ("permits", "does not answer as")):
+        for word, problem, status in (
+            ("status", "not a GenVM manager", 3),
+            ("ps", "not a GenVM manager", 3),
+            ("permits", "does not answer as", 3),
+            ("env", "each manager answers this at its own address", 1),
+        ):
             done = client(place, word)
-            assert done.returncode == 3
+            assert done.returncode == status, word
             assert problem in done.stderr
         server.shutdown()
 
