@@ -184,7 +184,7 @@ def test_who_asks_for_much_and_never_reads_it(root: Root) -> None:
         ):
             peer.sendall(asked)
         eventually(lambda: sockets_of(daemon.pid) > before, what="they are connected")
-        eventually(lambda: sockets_of(daemon.pid) == before, what="they are disconnected")
+        eventually(lambda: sockets_of(daemon.pid) <= before, what="they are disconnected")
         for peer in peers:
             peer.close()
         assert daemon.stop() == 0
