@@ -846,6 +846,10 @@ async def maybe_in_thread(
     return await in_thread(reactor, work, *arguments) if is_long else work(*arguments)
 
 
+def unheard(*_: object, **__: object) -> None:
+    """Hear what happens, and do nothing about it."""
+
+
 def within(
     reactor: Any, seconds: float, work: Coroutine[Any, Any, Value], late: Exception
 ) -> Deferred[Value]:
@@ -862,11 +866,21 @@ def within(
 # =============================================================================
 #
 # Owns what Twisted's reactor has to do otherwise in a process of ours: its clock,
-# names, descriptors. Uses waiting. Never knows what runs in it.
+# names, descriptors; and how the process gives memory back. Uses waiting. Never knows
+# what runs in it.
 
 #: Seconds between looks for a free descriptor, and as many are accepted at once at most.
 ACCEPT_RETRY_SECONDS = 0.1
 ACCEPTS = 16
+
+
+def give_back_memory() -> None:
+    """Return free memory to the system, where the libc is glibc; it takes 0.1 ms per MiB.
+
+    By itself glibc returns only what lies at the end of the heap.
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_descriptors(most: int) -> int:
@@ -5647,19 +5661,6 @@ TRIM_BYTES = 16 * MIB
 TRIM_SECONDS, TRIM_LITTLE_SECONDS = 1.0, 10.0
 
 
-def give_back_memory() -> None:
-    """Return free memory to the system, where the libc is glibc; it takes 0.1 ms per MiB.
-
-    By itself glibc returns only what lies at the end of the heap.
-    """
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def unheard(*_: object, **__: object) -> None:
-    """Hear what happens, and do nothing about it."""
-
-
 def _milliseconds(seconds: float) -> float:
     return round(seconds * 1000, 3)
 
@@ -9972,6 +9973,24 @@ class PieceProducer:
         self._request.unregisterProducer()
 
 
+@frozen
+class AnsweredRequest:
+    """A request that is answered.
+
+    ``route`` is the path of its route, ``none`` where it has none; ``size`` and ``seconds`` are
+    those of the answer.
+    """
+
+    route: str
+    method: str
+    target: str
+    status: int
+    size: int
+    seconds: float
+    peer: str
+    request_id: str
+
+
 # =============================================================================
 # 2.22 HTTP connections
 # =============================================================================
@@ -10006,24 +10025,6 @@ REFUSALS = (401, 403, 413, 429, 503)
 TLS_HANDSHAKE = b"\x16"
 INLINE_BODY_BYTES = 64 * KIB
 SPOOL_BYTES = MIB
-
-
-@frozen
-class AnsweredRequest:
-    """A request that is answered.
-
-    ``route`` is the path of its route, ``none`` where it has none; ``size`` and ``seconds`` are
-    those of the answer.
-    """
-
-    route: str
-    method: str
-    target: str
-    status: int
-    size: int
-    seconds: float
-    peer: str
-    request_id: str
 
 
 @implementer(IHalfCloseableProtocol)
