@@ -10,7 +10,7 @@ import time
 import pytest
 
 from ..integration.conftest import Start
-from ..integration.support import Daemon, Root, eventually, report, timed
+from ..integration.support import Daemon, Root, eventually, limit_of, report, timed
 
 pytestmark = pytest.mark.alone
 
@@ -97,7 +97,7 @@ def test_a_flood_holds_up_nobody(
         f"ten floods: /status p99 {p99:.1f} ms (goal {STATUS_SECONDS} s), max {worst:.1f} ms; "
         f"a bare exchange p99 {bare:.1f} ms"
     )
-    assert p99 <= STATUS_SECONDS * 10_000, "the reactor was held"
+    assert p99 <= limit_of(STATUS_SECONDS) * 1000, "the reactor was held"
     begin = time.monotonic()
     ended = daemon.request("DELETE", f"/genvm/{ids[0]}?wait_timeout_ms=2000")
     assert ended.status in (200, 500)
