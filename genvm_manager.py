@@ -15566,7 +15566,7 @@ RENDER_TRAFFIC_MAX_BYTES = 64 * MIB
 MEMORY_POLL_SECONDS = 0.25
 STRAY_POLL_SECONDS = 0.01
 #: Seconds for every Chromium to be gone at the end of the process.
-CLOSE_SECONDS = 5.0
+EXIT_SECONDS = 5.0
 #: Of the time limit, what is kept for reading a page that is never whole.
 READING_SECONDS = 5.0
 READ_ATTEMPTS = 3
@@ -15876,7 +15876,7 @@ class ChromiumRenderer:
 
     def close(self) -> None:
         """Leave nothing behind, at once: the process ends."""
-        until = time.monotonic() + CLOSE_SECONDS
+        until = time.monotonic() + EXIT_SECONDS
         while (kill_strays() or any(map(os.path.exists, self._locks))) and time.monotonic() < until:
             for home in self._locks:
                 self._remove(home)

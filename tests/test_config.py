@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import tomllib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
@@ -725,6 +727,23 @@ def test_the_file_itself_does_not_choose_a_reactor() -> None:
     }
     assert "twisted.internet.defer.Deferred" in imported
     assert "twisted.internet.reactor" not in imported
+
+
+def bound_names(node: ast.stmt) -> Iterator[str]:
+    """Yield the names that a statement at the top of a file binds, other than imports."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        for part in (part for target in targets for part in ast.walk(target)):
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                yield part.id
+
+
+def test_no_section_binds_a_name_of_another_one() -> None:
+    """A second constant of the same name would change the first one, far away."""
+    names = [n for node in ast.parse(SOURCE.read_text()).body for n in bound_names(node)]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
 
 
 def closure(requirements: list[str]) -> set[str]:

@@ -193,6 +193,15 @@ def test_a_size_that_nobody_has_is_refused() -> None:
     assert peer.said()[-1].code == 1009
 
 
+def test_a_peer_that_does_not_read_its_refusal_has_two_seconds() -> None:
+    peer = Peer()
+    peer.close(1008, "no")
+    peer._reactor.advance(1.9)
+    assert not peer.transport.disconnected
+    peer._reactor.advance(0.2)
+    assert peer.transport.disconnected
+
+
 def test_requests_are_strings_or_maps_of_one() -> None:
     assert request_parts("GetStats") == ("GetStats", None)
     assert request_parts({"Prompt": [1]}) == ("Prompt", [1])
