@@ -2890,15 +2890,25 @@ def event_level(event: LogEvent) -> str:
 # 1.10 Calldata and code
 # =============================================================================
 #
-# Owns the binary value format that executors, hosts and modules exchange:
-# encoding and decoding, both without recursion and in linear time; and what
-# executors, too, know of a contract's code: its slot, the version in a text. Uses
-# errors. Never does I/O, and never another package than the standard library: the
-# practice executor carries this section under a bare Python.
-
+# Owns the binary format of the values that executors, hosts and modules exchange,
+# and what executors, too, know of a contract's code: its slot, the version in a
+# text. Uses errors. Never does I/O, and never uses a package outside the standard
+# library: the practice executor carries this section under a bare Python.
+#
+# Calldata: each value starts with the ULEB128 of (n << 3) | tag; that is 7 bits a
+# byte, the least significant first, without a zero group at the end.
+#
+#   tag 0  n = 0 null, 1 false, 2 true, 3 an address, whose 20 bytes follow
+#   tag 1  the integer n, of any size
+#   tag 2  the integer -1 - n
+#   tag 3  n bytes
+#   tag 4  a string of n bytes of UTF-8
+#   tag 5  an array: n values
+#   tag 6  a map: n times the ULEB128 of a key's length, the key in UTF-8, a value;
+#          keys strictly ascend
 
 CALLDATA_MAX_DEPTH: Final = 128
-"""How many arrays and maps may be nested in one value."""
+"""How many arrays and maps may be nested in one value: few enough for recursion."""
 
 CALLDATA_MAX_VALUES: Final = 1_000_000
 """How many values one decoded value may hold in all. An empty array is one byte on the wire and
@@ -2943,29 +2953,26 @@ CalldataValue: TypeAlias = (
 """What calldata can hold. A bool is not an int, an Address is not just bytes; no floats."""
 
 
-def encode_calldata(value: CalldataValue, *, max_depth: int = CALLDATA_MAX_DEPTH) -> bytes:
-    """Return ``value`` in the calldata format (PROTOCOLS.md section 3); map keys are sorted.
+def encode_calldata(value: CalldataValue) -> bytes:
+    """Return ``value`` as calldata; map keys are sorted.
 
     Raises CalldataError, with the path to the culprit, for a value that has no calldata form (a
-    float, a lone surrogate, a key that is not a string) or for nesting deeper than ``max_depth``,
-    which a value that contains itself always is.
+    float, a lone surrogate, a key that is not a string) or is nested deeper than
+    ``CALLDATA_MAX_DEPTH``, as a value that contains itself always is.
     """
-    return _Encoder(max_depth).encode(value)
+    out = bytearray()
+    _encode(out, value, ())
+    return bytes(out)
 
 
-def decode_calldata(
-    data: bytes,
-    *,
-    max_depth: int = CALLDATA_MAX_DEPTH,
-    max_values: int = CALLDATA_MAX_VALUES,
-) -> CalldataValue:
+def decode_calldata(data: bytes) -> CalldataValue:
     """Return the one value that ``data`` holds; safe for hostile bytes.
 
-    Time is linear in the length of ``data``, memory too, and bounded by ``max_depth`` nested
-    containers and ``max_values`` values. Raises CalldataError, with the offset of the culprit, for
-    everything that the format forbids: see PROTOCOLS.md section 3.
+    Time and memory are linear in the length of ``data``, and bounded by ``CALLDATA_MAX_DEPTH`` and
+    ``CALLDATA_MAX_VALUES``. Raises CalldataError, with the offset of the culprit, for everything
+    that the format forbids.
     """
-    return _Decoder(data, max_depth, max_values).decode()
+    return _Decoder(data).decode()
 
 
 def is_calldata_map(data: bytes) -> bool:
@@ -3015,120 +3022,84 @@ def _lanes(pattern: str, count: int) -> int:
     return int.from_bytes(bytes.fromhex(pattern) * count, "big")
 
 
-class _Encoder:
-    """The bytes of one encoding so far, and the containers that are open."""
+_Path: TypeAlias = tuple[str | int, ...]
 
-    def __init__(self, max_depth: int) -> None:
-        self._max_depth = max_depth
-        self._out = bytearray()
-        self._path: list[str | int] = []
-        self._open: list[Iterator[tuple[str | int, CalldataValue]]] = []
 
-    def encode(self, value: CalldataValue) -> bytes:
-        self._put(value)
-        while self._open:
-            entry = next(self._open[-1], None)
-            if entry is None:
-                self._open.pop()
-                self._path.pop()
-                continue
-            self._path[-1], item = entry
-            if isinstance(entry[0], str):
-                key = self._text(entry[0])
-                self._out += _uleb128(len(key)) + key
-            self._put(item)
-        return bytes(self._out)
-
-    def _put(self, value: CalldataValue) -> None:
-        if value is None or isinstance(value, bool):
-            self._out.append(_CONSTANT_HEADERS[value])
-        elif isinstance(value, int):
-            self._header(*((value, _TAG_INT) if value >= 0 else (-1 - value, _TAG_NEGATIVE)))
-        elif isinstance(value, Address):
-            self._out.append(_HEADER_ADDRESS)
-            self._out += value
-        elif isinstance(value, (bytes, str)):
-            raw = self._text(value) if isinstance(value, str) else value
-            self._header(len(raw), _TAG_TEXT if isinstance(value, str) else _TAG_BYTES)
-            self._out += raw
-        elif isinstance(value, (list, dict)):
-            self._enter(value)
-        else:
-            what = "a fraction" if isinstance(value, float) else kind_of(value)
-            raise self._error(f"{what} has no calldata form")
-
-    def _header(self, number: int, tag: int) -> None:
-        self._out += _uleb128(number << 3 | tag)
-
-    def _enter(self, value: list[CalldataValue] | dict[str, CalldataValue]) -> None:
-        if len(self._open) >= self._max_depth:
-            raise self._error(f"nested more than {self._max_depth} deep")
-        self._header(len(value), _TAG_ARRAY if isinstance(value, list) else _TAG_MAP)
+def _encode(out: bytearray, value: CalldataValue, path: _Path) -> None:
+    """Append a value, which is at a path in the whole."""
+    if value is None or isinstance(value, bool):
+        out.append(_CONSTANT_HEADERS[value])
+    elif isinstance(value, int):
+        out += _header(value, _TAG_INT) if value >= 0 else _header(-1 - value, _TAG_NEGATIVE)
+    elif isinstance(value, Address):
+        out.append(_HEADER_ADDRESS)
+        out += value
+    elif isinstance(value, bytes):
+        out += _header(len(value), _TAG_BYTES) + value
+    elif isinstance(value, str):
+        text = _utf8(value, path)
+        out += _header(len(text), _TAG_TEXT) + text
+    elif isinstance(value, (list, dict)):
+        if len(path) >= CALLDATA_MAX_DEPTH:
+            raise _no_form(path, f"nested more than {CALLDATA_MAX_DEPTH} deep")
+        out += _header(len(value), _TAG_ARRAY if isinstance(value, list) else _TAG_MAP)
         if isinstance(value, list):
-            self._open.append(enumerate(value))
+            for index, item in enumerate(value):
+                _encode(out, item, (*path, index))
         else:
-            for key in value:
-                if not isinstance(key, str):
-                    raise self._error(f"map keys are text, not {kind_of(key)}")
-            # The format orders keys by their UTF-8 bytes. Python compares strings by code points,
-            # which is the same order.
-            self._open.append(iter(sorted(value.items(), key=lambda item: item[0])))
-        self._path.append("")
-
-    def _text(self, text: str) -> bytes:
-        try:
-            return text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise self._error(f"character {error.start} is a lone surrogate") from None
-
-    def _error(self, problem: str) -> CalldataError:
-        parts = (
-            f"[{part}]" if isinstance(part, int) else f"[{part[:_SHOWN_KEY_CHARACTERS]!a}]"
-            for part in self._path
-        )
-        return CalldataError(f"value{''.join(parts)}: {problem}")
+            _encode_entries(out, value, path)
+    else:
+        what = "a fraction" if isinstance(value, float) else kind_of(value)
+        raise _no_form(path, f"{what} has no calldata form")
 
 
-class _OpenContainer:
-    """An array or map whose entries are still being decoded, and how many are left."""
+def _encode_entries(out: bytearray, entries: dict[str, CalldataValue], path: _Path) -> None:
+    for key in entries:
+        if not isinstance(key, str):
+            raise _no_form(path, f"map keys are strings, not {kind_of(key)}")
+    # By code points, which is the order of the bytes of UTF-8, too.
+    for key, item in sorted(entries.items(), key=lambda entry: entry[0]):
+        inner = (*path, key)
+        text = _utf8(key, inner)
+        out += _uleb128(len(text)) + text
+        _encode(out, item, inner)
 
-    def __init__(self, items: list[CalldataValue] | dict[str, CalldataValue], left: int) -> None:
-        self.items, self.left = items, left
-        self.last_key: bytes | None = None
+
+def _header(number: int, tag: int) -> bytes:
+    return _uleb128(number << 3 | tag)
+
+
+def _utf8(text: str, path: _Path) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _no_form(path, f"character {error.start} is a lone surrogate") from None
+
+
+def _no_form(path: _Path, problem: str) -> CalldataError:
+    parts = (
+        f"[{part}]" if isinstance(part, int) else f"[{part[:_SHOWN_KEY_CHARACTERS]!a}]"
+        for part in path
+    )
+    return CalldataError(f"value{''.join(parts)}: {problem}")
 
 
 class _Decoder:
     """The state of one decoding: the bytes and the offset of the next one."""
 
-    def __init__(self, data: bytes, max_depth: int, max_values: int) -> None:
+    def __init__(self, data: bytes) -> None:
         self._data = data
         self._at = 0
-        self._max_depth = max_depth
-        self._values_left = max_values
+        self._values_left = CALLDATA_MAX_VALUES
 
     def decode(self) -> CalldataValue:
-        root: list[CalldataValue] = []
-        stack = [_OpenContainer(root, 1)]
-        while stack:
-            top = stack[-1]
-            if top.left == 0:
-                stack.pop()
-                continue
-            top.left -= 1
-            key = self._key(top) if isinstance(top.items, dict) else ""
-            value, entries = self._value(len(stack))
-            if isinstance(top.items, dict):
-                top.items[key] = value
-            else:
-                top.items.append(value)
-            if isinstance(value, (list, dict)):
-                stack.append(_OpenContainer(value, entries))
+        value = self._value(0)
         if self._at != len(self._data):
             raise self._error(self._at, f"{len(self._data) - self._at} bytes after the value")
-        return root[0]
+        return value
 
-    def _value(self, depth: int) -> tuple[CalldataValue, int]:
-        """Return the next value; a container is still empty and comes with its entry count."""
+    def _value(self, depth: int) -> CalldataValue:
+        """Return the next value, which so many containers hold."""
         start = self._at
         header = self._uleb128()
         number, tag = header >> 3, header & 7
@@ -3136,32 +3107,38 @@ class _Decoder:
         if self._values_left < 0:
             raise self._error(start, "more values than the limit allows")
         if tag == _TAG_INT:
-            return number, 0
+            return number
         if tag == _TAG_NEGATIVE:
-            return -1 - number, 0
+            return -1 - number
         if tag == _TAG_BYTES:
-            return self._take(number), 0
+            return self._take(number)
         if tag == _TAG_TEXT:
-            return self._text(number)[1], 0
+            return self._text(number)
         if tag in (_TAG_ARRAY, _TAG_MAP):
-            if depth > self._max_depth:
-                raise self._error(start, f"nested more than {self._max_depth} deep")
+            if depth >= CALLDATA_MAX_DEPTH:
+                raise self._error(start, f"nested more than {CALLDATA_MAX_DEPTH} deep")
             if number * (2 if tag == _TAG_MAP else 1) > len(self._data) - self._at:
                 raise self._error(start, "more entries than bytes that follow")
-            return {} if tag == _TAG_MAP else [], number
+            if tag == _TAG_MAP:
+                return self._map(number, depth + 1)
+            return [self._value(depth + 1) for _ in range(number)]
         if header == _HEADER_ADDRESS:
-            return Address(self._take(ADDRESS_BYTES)), 0
+            return Address(self._take(ADDRESS_BYTES))
         if header not in _CONSTANTS:
             raise self._error(start, "a type that does not exist")
-        return _CONSTANTS[header], 0
+        return _CONSTANTS[header]
 
-    def _key(self, container: _OpenContainer) -> str:
-        start = self._at
-        raw, text = self._text(self._uleb128())
-        if container.last_key is not None and raw <= container.last_key:
-            raise self._error(start, "map keys are not strictly ascending")
-        container.last_key = raw
-        return text
+    def _map(self, entries: int, depth: int) -> dict[str, CalldataValue]:
+        found: dict[str, CalldataValue] = {}
+        last = None
+        for _ in range(entries):
+            start = self._at
+            key = self._text(self._uleb128())
+            if last is not None and key <= last:
+                raise self._error(start, "map keys are not strictly ascending")
+            found[key] = self._value(depth)
+            last = key
+        return found
 
     def _uleb128(self) -> int:
         start = self._at
@@ -3183,11 +3160,10 @@ class _Decoder:
         self._at += length
         return self._data[start : self._at]
 
-    def _text(self, length: int) -> tuple[bytes, str]:
+    def _text(self, length: int) -> str:
         start = self._at
-        raw = self._take(length)
         try:
-            return raw, raw.decode("utf-8")
+            return self._take(length).decode("utf-8")
         except UnicodeDecodeError as error:
             raise self._error(start + error.start, "invalid UTF-8") from None
 

@@ -1,10 +1,9 @@
 """Providers of language models to test against: real Twisted servers in a process of their own.
 
-They check what they are asked against PROTOCOLS.md section 5 - path, headers, body - and answer as
-the real ones do. How they answer is chosen by the model's name, ``<behaviour>.<anything>`` or
-``<behaviour>:<parameter>``, or, for what a web server cannot do, by the first word of the path at
-the ``raw`` port. What they see they write to stdout, a JSON object a line; they end when stdin is
-closed.
+They check what they are asked (path, headers, body) and answer as the real ones do. How they answer
+is chosen by the model's name, ``<behaviour>.<anything>`` or ``<behaviour>:<parameter>``, or, for
+what a web server cannot do, by the first word of the path at the ``raw`` port. What they see they
+write to stdout, a JSON object a line; they end when stdin is closed.
 
 ``FakeProviders`` is the other side: it starts the process and waits for what it says. ``Provider``
 is an address there for a test that asks for models by names of its own.

@@ -482,7 +482,7 @@ def base64_text(data: bytes) -> str:
 
 
 def writes_of(code: bytes) -> dict[str, Any]:
-    """Return the answer for a contract, from the layout in PROTOCOLS.md section 4."""
+    """Return the answer for a contract: the length of its code, and behind that the code."""
     pairs = [
         (CODE_SLOT + bytes(4), len(code).to_bytes(4, "little")),
         (CODE_SLOT + b"\4\0\0\0", code),
