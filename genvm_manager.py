@@ -672,9 +672,16 @@ def detached(operation: Deferred[Value]) -> Deferred[Value]:
     return waiter
 
 
-def no_thread(reason: object) -> ResourcesExhausted:
-    """Return what it means that there is no thread."""
+def _no_thread(reason: object) -> ResourcesExhausted:
     return ResourcesExhausted(f"no thread is available ({reason}); try again later")
+
+
+def _attempt(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what ``work`` returns, or a Failure with what it raises."""
+    try:
+        return work(*arguments)
+    except BaseException:
+        return Failure()  # not in a variable: it has this frame, which would keep it
 
 
 def given_up(
@@ -720,28 +727,21 @@ class SpareThreads:
         It fails with Twisted's ``TimeoutError`` after some seconds, if there is a limit, and with
         ``ResourcesExhausted`` where there is no thread.
         """
-        done: Deferred[Value] = Deferred(lambda _: None)
+        done: Deferred[Value] = Deferred()  # without a canceller: it ignores what comes too late
 
         def over(outcome: Any) -> None:
             self._busy -= 1
-            if not done.called:
-                done.callback(outcome)
-
-        def attempt() -> Any:
-            try:
-                return work(*arguments)
-            except BaseException:
-                return Failure()  # not in a variable: it has this frame, which would keep it
+            done.callback(outcome)
 
         def run() -> None:
-            reactor.callFromThread(over, attempt())
+            reactor.callFromThread(over, _attempt(work, *arguments))
 
         try:
             if self._busy >= self._most:
                 raise RuntimeError(f"{self._busy} threads hang already")
             threading.Thread(target=run, name="spare", daemon=True).start()
         except RuntimeError as error:
-            return fail(no_thread(error))
+            return fail(_no_thread(error))
         self._busy += 1
         return done if seconds is None else done.addTimeout(seconds, reactor)
 
@@ -757,40 +757,34 @@ def in_time(path: object, work: Callable[[], Value]) -> Value:
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
-    outcomes: queue.SimpleQueue[Callable[[], Value]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            found = work()
-            outcomes.put(lambda: found)
-        except BaseException as error:
-            outcomes.put(functools.partial(_raise, error))
-
+    outcomes: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: outcomes.append(_attempt(work)), name="spare", daemon=True
+    )
     try:
-        threading.Thread(target=run, name="spare", daemon=True).start()
-        outcome = outcomes.get(timeout=FILE_SECONDS)
+        thread.start()
     except RuntimeError as error:
         raise OSError(errno.EAGAIN, str(error), str(path)) from None
-    except queue.Empty:
+    thread.join(FILE_SECONDS)
+    if not outcomes:
         reason = "it is a pipe that nobody writes to or reads, or its disk does not answer"
         text = f"no answer within {FILE_SECONDS:g} s: {reason}"
-        raise OSError(errno.ETIMEDOUT, text, str(path)) from None
-    return outcome()
+        raise OSError(errno.ETIMEDOUT, text, str(path))
+    (outcome,) = outcomes
+    if isinstance(outcome, Failure):
+        outcome.raiseException()
+    return cast(Value, outcome)
 
 
-def _raise(error: BaseException) -> NoReturn:
-    raise error
-
-
+@define(eq=False)
 class SharedLook(Generic[Value]):
     """A look at something that may hang, in one thread for all who ask while it goes on."""
 
-    def __init__(self, reactor: Any, seconds: float, work: Callable[[], Value]) -> None:
-        self._reactor = reactor
-        self._seconds = seconds
-        self._work = work
-        self._threads = SpareThreads(1)
-        self._looking: Event[Value] | None = None
+    _reactor: Any
+    _seconds: float
+    _work: Callable[[], Value]
+    _threads: SpareThreads = field(init=False, factory=lambda: SpareThreads(1))
+    _looking: Event[Value] | None = field(init=False, default=None)
 
     def result(self) -> Deferred[Value]:
         """Return a Deferred for what is found; see ``SpareThreads.run``."""
@@ -803,17 +797,16 @@ class SharedLook(Generic[Value]):
         return looking.wait()
 
 
-class Late(Generic[Value]):
+@define(eq=False)
+class Late(SharedLook[Value]):
     """What is made in a thread when somebody first needs it."""
 
-    def __init__(self, reactor: Any, seconds: float, make: Callable[[], Value]) -> None:
-        self._making = SharedLook(reactor, seconds, make)
-        self.made: Value | None = None
+    made: Value | None = field(init=False, default=None)
 
     async def get(self) -> Value:
         """Return it; see ``SpareThreads.run`` for what is raised."""
         if self.made is None:
-            self.made = await self._making.result()
+            self.made = await self.result()
         return self.made
 
 
@@ -824,19 +817,15 @@ def in_thread(reactor: Any, work: Callable[..., Value], *arguments: Any) -> Defe
     """
 
     def attempt() -> Any:
-        try:
-            return work(*arguments)
-        except ManagerError as error:
-            return error.with_traceback(None)  # Twisted's way to raise it here makes it keep itself
-
-    def outcome(found: Any) -> Any:
-        return Failure(found) if isinstance(found, ManagerError) else found
+        outcome = _attempt(work, *arguments)
+        if isinstance(outcome, Failure) and outcome.check(ManagerError):
+            outcome.cleanFailure()  # the frames in it lead to those of the pool, which keep it
+        return outcome
 
     try:
-        working = deferToThreadPool(reactor, reactor.getThreadPool(), attempt)
-        return working.addCallback(outcome)
+        return deferToThreadPool(reactor, reactor.getThreadPool(), attempt)
     except RuntimeError as error:
-        return fail(no_thread(error))
+        return fail(_no_thread(error))
 
 
 async def maybe_in_thread(
@@ -965,18 +954,13 @@ class SpareResolver:
             resolutionReceiver.resolutionComplete()
 
         names = ("127.0.0.1", "::1") if hostName.lower() == "localhost" else (hostName,)
+        look_up = functools.partial(socket.getaddrinfo, port=None, type=socket.SOCK_STREAM)
         try:
-            literals = [ipaddress.ip_address(name) for name in names]
-        except ValueError:
-            resolution.lookup = self._threads.run(
-                self._reactor,
-                LOOKUP_SECONDS,
-                functools.partial(socket.getaddrinfo, hostName, None, type=socket.SOCK_STREAM),
-            )
+            literal = functools.partial(look_up, flags=socket.AI_NUMERICHOST)
+            found(itertools.chain(*map(literal, names)))
+        except (OSError, ValueError):
+            resolution.lookup = self._threads.run(self._reactor, LOOKUP_SECONDS, look_up, hostName)
             resolution.lookup.addBoth(found)
-        else:
-            families = {4: socket.AF_INET, 6: socket.AF_INET6}
-            found([(families[item.version], 0, 0, "", (str(item),)) for item in literals])
         return resolution
 
 
