@@ -781,7 +781,7 @@ class SharedLook(Generic[Value]):
     """A look at something that may hang, in one thread for all who ask while it goes on."""
 
     _reactor: Any
-    _seconds: float
+    _limit: float
     _work: Callable[[], Value]
     _threads: SpareThreads = field(init=False, factory=lambda: SpareThreads(1))
     _looking: Event[Value] | None = field(init=False, default=None)
@@ -791,7 +791,7 @@ class SharedLook(Generic[Value]):
         looking = self._looking
         if looking is None:
             self._looking = looking = Event()
-            found = self._threads.run(self._reactor, self._seconds, self._work)
+            found = self._threads.run(self._reactor, self._limit, self._work)
             looking.follow(found)
             found.addBoth(lambda _: setattr(self, "_looking", None))
         return looking.wait()
