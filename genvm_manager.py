@@ -3767,13 +3767,11 @@ class ExitStatus:
     @classmethod
     def of(cls, reason: Failure) -> ExitStatus:
         """Return the status in the reason that Twisted gives for the end of a process."""
-        error = reason.value
-        if isinstance(error, ProcessTerminated):
-            return _exit_status(None if error.signal is not None else error.exitCode, error.signal)
-        return _exit_status(0, None)
+        error = cast(ProcessTerminated, reason.value)  # or ProcessDone, which has the same
+        return _exit_status(error.exitCode, error.signal)
 
 
-#: There are few of them, and each finished execution has one.
+#: Few statuses differ, and each finished execution has one.
 _exit_status = functools.lru_cache(maxsize=256)(ExitStatus)
 
 
@@ -3882,23 +3880,6 @@ class LineSplitter:
         self._on_line(line, cut)
 
 
-class Readable(typing.Protocol):
-    """What takes turns: a pipe of a child."""
-
-    @property
-    def is_ending(self) -> bool:
-        """Whether its process has ended, so that little is left and somebody waits for it."""
-
-    def work(self, until: float) -> bool:
-        """Take what was written, until some moment; return whether nothing is left to do now."""
-
-    def wait_for_turn(self) -> None:
-        """Look for nothing new until ``work`` is called."""
-
-    def cut(self) -> None:
-        """Close it, whatever is in it."""
-
-
 class OutputTurns:
     """Shares a part of each turn of the reactor fairly among all pipes of all children.
 
@@ -3914,38 +3895,39 @@ class OutputTurns:
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
-        self._waiting: deque[Readable] = deque()
+        self._waiting: deque[PipeReader] = deque()
         self._left = self.TURN_SECONDS
         self._next: DelayedCall | None = None
-        self.cutting = False
+        self._is_cut = False
 
-    def take(self, pipe: Readable) -> None:
+    def take(self, pipe: PipeReader) -> None:
         """Serve a pipe that has something to read, now or in its turn."""
-        if self._waiting or self._left <= 0 or not self._serve_one(pipe):
+        if self._is_cut:
+            pipe.cut()
+        elif self._waiting or self._left <= 0 or not self._serve_one(pipe):
             self._enqueue(pipe)
             self._next = self._next or self._reactor.callLater(0, self._serve)
 
     def cut_ended(self) -> None:
-        """Read no more of what processes that have ended left behind so far."""
-        behind = [pipe for pipe in self._waiting if pipe.is_ending]
-        self._waiting = deque(pipe for pipe in self._waiting if not pipe.is_ending)
-        for pipe in behind:
+        """Discard what processes that have ended left unread so far."""
+        for pipe in [pipe for pipe in self._waiting if pipe.is_ending]:
+            self._waiting.remove(pipe)
             pipe.cut()
 
     def cut(self) -> None:
-        """Read nothing from now on: what is not taken yet is cut, and its pipes are closed."""
-        self.cutting = True
-        if self._next is not None:
-            self._next.reset(0)
+        """Discard all unread output, now and from now on, and close its pipes."""
+        self._is_cut = True
+        while self._waiting:
+            self._waiting.popleft().cut()
 
-    def _enqueue(self, pipe: Readable) -> None:
+    def _enqueue(self, pipe: PipeReader) -> None:
         pipe.wait_for_turn()
         if pipe.is_ending:
             self._waiting.appendleft(pipe)
         else:
             self._waiting.append(pipe)
 
-    def _serve_one(self, pipe: Readable) -> bool:
+    def _serve_one(self, pipe: PipeReader) -> bool:
         begin = self._reactor.seconds()
         is_done = pipe.work(begin + min(self._left, self.SLICE_SECONDS))
         self._left -= self._reactor.seconds() - begin
@@ -3954,7 +3936,7 @@ class OutputTurns:
     def _serve(self) -> None:
         self._next = None
         begin, used = self._reactor.seconds(), time.thread_time()
-        while self._waiting and (self._left > 0 or self.cutting):
+        while self._waiting and self._left > 0:
             pipe = self._waiting.popleft()
             if not self._serve_one(pipe):
                 self._enqueue(pipe)
@@ -3963,16 +3945,123 @@ class OutputTurns:
         is_crowded = took > 2 * (time.thread_time() - used) + self.SLICE_SECONDS
         self._left = self.TURN_SECONDS / 4 if is_crowded else self.TURN_SECONDS
         if self._waiting:
-            ending = self.cutting or self._waiting[0].is_ending
-            rest = self.REST_SECONDS if is_crowded and not ending else 0
+            rest = self.REST_SECONDS if is_crowded and not self._waiting[0].is_ending else 0
             self._next = self._reactor.callLater(rest, self._serve)
 
 
-class ChildListener(typing.Protocol):
-    """What the owner of a child hears: started, data, exited, closed; each end exactly once."""
+class PipeReader(ProcessReader):
+    """Reads what a child writes, when it is its turn, and hands it on in pieces.
 
-    def child_started(self, child: Child) -> None:
-        """The process exists; ``child`` is how to reach it."""
+    ``loseConnection`` closes the pipe once everything is read that is in it at that moment; what
+    somebody else writes to it afterwards is cut.
+    """
+
+    _log = Logger()
+    #: Bytes that are handed on at once: few where each costs much, as of short lines, or where the
+    #: machine is busy.
+    FEWEST: ClassVar[int] = 16
+    MOST: ClassVar[int] = 2 * KIB
+
+    _step = 16 * FEWEST
+    _data = b""
+    _at = 0
+    _is_waiting = False
+    #: Bytes to be read before the pipe is closed, once that is asked for.
+    _last: int | None = None
+
+    def doRead(self) -> None:
+        self.proc.proto.turns.take(self)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether its process has ended, so that little is left and somebody waits for it."""
+        return self.proc.proto is None or self.proc.proto.exited
+
+    def wait_for_turn(self) -> None:
+        """Look for nothing new until ``work`` is called."""
+        self._is_waiting = True
+        self.stopReading()
+
+    def cut(self) -> None:
+        """Close the pipe, whatever is in it."""
+        self._is_waiting = False
+        if self.connected:
+            self._close(is_cut=True)
+
+    def loseConnection(self) -> None:
+        """Read what is there, and close."""
+        if self.connected and self._last is None:
+            self._last = self._readable_bytes()
+            self.stopReading()
+            self.reactor.callLater(0, self._finish)
+
+    def _finish(self) -> None:
+        if self.connected and not self._is_waiting:
+            self.proc.proto.turns.take(self)
+
+    def work(self, until: float) -> bool:
+        """Take what was written, until some moment; return whether nothing is left to do now."""
+        was_waiting, self._is_waiting = self._is_waiting, False
+        seconds = self.reactor.seconds
+        slice_seconds = self.proc.proto.turns.SLICE_SECONDS
+        now, has_read = seconds(), False
+        while self.connected:
+            if self._at < len(self._data):
+                step = PIECE_BYTES if self.name in self.proc.proto.whole else self._step
+                piece = self._data[self._at : self._at + step]
+                self._at += step
+                try:
+                    self.proc.childDataReceived(self.name, piece)
+                except Exception:  # nobody else would ever close this pipe
+                    self._log.failure("output of a child cannot be taken")
+                    self._close(is_cut=True)
+                begin, now = now, seconds()
+                if now - begin > slice_seconds / 2:
+                    self._step = max(self.FEWEST, self._step // 4)
+                elif now - begin < slice_seconds / 8:
+                    self._step = min(self.MOST, self._step * 2)
+            elif has_read and self._last is None:
+                # To look for more now would mostly be too early: the reactor tells when there is.
+                self._data = b""
+                if was_waiting:
+                    self.startReading()
+                return True
+            else:
+                self._read()
+                has_read = True
+            if now >= until:
+                return not self.connected
+        return True
+
+    def _read(self) -> None:
+        """Read a piece, if there is one, or close the pipe at its end."""
+        self._data, self._at = b"", 0
+        if self._last == 0:
+            self._close(is_cut=self._readable_bytes() > 0)
+            return
+        try:
+            self._data = os.read(self.fd, min(PIECE_BYTES, self._last or PIECE_BYTES))
+        except OSError as error:  # as at its end, unless there is nothing yet
+            if isinstance(error, BlockingIOError) and self._last is None:
+                return
+        if not self._data:
+            self._close(is_cut=False)
+        elif self._last is not None:
+            self._last -= len(self._data)
+
+    def _readable_bytes(self) -> int:
+        """Return how much is in the pipe."""
+        found = fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4))
+        return int.from_bytes(found, sys.byteorder)
+
+    def _close(self, *, is_cut: bool) -> None:
+        if is_cut:
+            self.proc.proto.output_cut(self.name)
+        self.connectionLost(Failure(CONNECTION_DONE))
+
+
+class ChildListener(typing.Protocol):
+    """What the owner of a child hears: data, exited, closed; each end exactly once."""
 
     def child_data(self, fd: int, data: bytes) -> None:
         """Bytes came from one of the child's descriptors."""
@@ -4003,8 +4092,8 @@ class Child(ProcessProtocol):
     turns: OutputTurns
     #: Descriptors whose bytes cost the listener the same in large pieces, as lines do not.
     whole: Container[int] = field(default=(), kw_only=True)
-    _kill_timer: DelayedCall | None = field(init=False, default=None)
-    _drain_timer: DelayedCall | None = field(init=False, default=None)
+    #: Until SIGKILL while it runs, until its pipes are closed once it has exited.
+    _timer: DelayedCall | None = field(init=False, default=None)
     pid: int = field(init=False, default=0)
     exited: bool = field(init=False, default=False)
     force_killed: bool = field(init=False, default=False)
@@ -4027,17 +4116,15 @@ class Child(ProcessProtocol):
         """
         if self.exited:
             return
-        kill_at = self._reactor.seconds() + grace
         if grace > 0 and not self._was_asked:
-            self._was_asked = self.transport is not None
+            self._was_asked = True
             self._signal("TERM")
-        if self._kill_timer is not None and self._kill_timer.getTime() > kill_at:
-            self._kill_timer.cancel()
-            self._kill_timer = None
-        if grace <= 0:
-            self._force()
-        elif self._kill_timer is None:
-            self._kill_timer = self._reactor.callLater(grace, self._force)
+        if self._timer is None or self._timer.getTime() > self._reactor.seconds() + grace:
+            self._cancel_timer()
+            if grace > 0:
+                self._timer = self._reactor.callLater(grace, self._force)
+            else:
+                self._force()
 
     def kill(self) -> None:
         """Send SIGKILL."""
@@ -4053,7 +4140,7 @@ class Child(ProcessProtocol):
         self.transport.write(data)
 
     def _force(self) -> None:
-        self._kill_timer = None
+        self._timer = None
         if not self.has_ended:
             self.force_killed = True
             self.kill()
@@ -4065,20 +4152,21 @@ class Child(ProcessProtocol):
                 self.transport.signalProcess(name)
 
     def _close_pipes(self) -> None:
-        self._drain_timer = None
-        if self.transport is not None:
-            for fd in list(self.transport.pipes):
-                self.transport.closeChildFD(fd)
+        self._timer = None
+        for fd in list(self.transport.pipes):
+            self.transport.closeChildFD(fd)
+
+    def _cancel_timer(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
 
     # --- ProcessProtocol ---
 
     def connectionMade(self) -> None:
-        """The process was started; see ``ProcessProtocol``."""
         self.pid = self.transport.pid
-        self._listener.child_started(self)
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
-        """Forward what the child wrote; see ``ProcessProtocol``."""
         self._listener.child_data(childFD, data)
 
     def output_cut(self, fd: int) -> None:
@@ -4090,19 +4178,15 @@ class Child(ProcessProtocol):
         self.exited = True
         status = ExitStatus.of(reason)
         self.force_killed = self.force_killed and status.signal == signal.SIGKILL
-        if self._kill_timer is not None:
-            self._kill_timer.cancel()
-            self._kill_timer = None
+        self._cancel_timer()
         if self.transport.pipes:
-            self._drain_timer = self._reactor.callLater(DRAIN_SECONDS, self._close_pipes)
+            self._timer = self._reactor.callLater(DRAIN_SECONDS, self._close_pipes)
         self._gone(self)
         self._listener.child_exited(status)
 
     def processEnded(self, reason: Failure) -> None:
         """The process is reaped and its pipes are closed; the last event."""
-        if self._drain_timer is not None:
-            self._drain_timer.cancel()
-            self._drain_timer = None
+        self._cancel_timer()
         listener = self._listener
         del self._listener  # owner, child and transport would keep each other
         self.transport = None
@@ -4305,31 +4389,21 @@ def guard_descendants(prefix: str) -> None:
         time.sleep(0.02)
 
 
-class ParentWatch:
-    """Calls back once when the process that started us has ended, or has already.
+def watch_parent(reactor: Any, parent: int, parent_ended: Callable[[], object]) -> LoopingCall:
+    """Call back once when the process that started us has ended, or if it has already.
 
-    Our parent's number is another one then.
+    Our parent is another process then. Returns the poll, which may be stopped while it runs.
     """
 
-    def __init__(self, reactor: Any, parent_ended: Callable[[], object], parent: int) -> None:
-        self._parent_ended = parent_ended
-        self._parent = parent
-        self._poll = LoopingCall(self._check)
-        self._poll.clock = reactor
+    def check() -> None:
+        if os.getppid() != parent:
+            poll.stop()
+            parent_ended()
 
-    def start(self) -> None:
-        """Begin to watch."""
-        self._poll.start(PARENT_POLL_SECONDS)
-
-    def stop(self) -> None:
-        """End watching."""
-        if self._poll.running:
-            self._poll.stop()
-
-    def _check(self) -> None:
-        if os.getppid() != self._parent:
-            self.stop()
-            self._parent_ended()
+    poll = LoopingCall(check)
+    poll.clock = reactor
+    poll.start(PARENT_POLL_SECONDS)
+    return poll
 
 
 # =============================================================================
@@ -4348,115 +4422,8 @@ ORPHAN_PAUSE, ORPHAN_PAUSE_SECONDS = 50, 0.1
 #: Seconds for an orphan without the marker to tidy up, as the guardian would let it.
 ORPHAN_GRACE_SECONDS = 0.7
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-
-
-class PipeReader(ProcessReader):
-    """Reads what a child writes, when it is its turn, and hands it on in pieces.
-
-    ``loseConnection`` closes the pipe once everything is read that is in it at that moment; what
-    somebody else writes to it afterwards is cut.
-    """
-
-    _log = Logger()
-    #: Bytes that are handed on at once: few where each costs much, as of short lines, or where the
-    #: machine is busy.
-    FEWEST: ClassVar[int] = 16
-    MOST: ClassVar[int] = 2 * KIB
-
-    _step = 16 * FEWEST
-    _data = b""
-    _at = 0
-    _is_waiting = False
-    #: Bytes to be read before the pipe is closed, once that is asked for.
-    _last: int | None = None
-
-    def doRead(self) -> None:
-        self.proc.proto.turns.take(self)
-
-    @property
-    def is_ending(self) -> bool:
-        return self.proc.proto is None or self.proc.proto.exited
-
-    def wait_for_turn(self) -> None:
-        self._is_waiting = True
-        self.stopReading()
-
-    def cut(self) -> None:
-        self._is_waiting = False
-        if self.connected:
-            self._close(is_cut=True)
-
-    def loseConnection(self) -> None:
-        """Read what is there, and close."""
-        if self.connected and self._last is None:
-            self._last = self._readable_bytes()
-            self.stopReading()
-            self.reactor.callLater(0, self._finish)
-
-    def _finish(self) -> None:
-        if self.connected and not self._is_waiting:
-            self.proc.proto.turns.take(self)
-
-    def work(self, until: float) -> bool:
-        was_waiting, self._is_waiting = self._is_waiting, False
-        seconds = self.reactor.seconds
-        slice_seconds = self.proc.proto.turns.SLICE_SECONDS
-        now, has_read = seconds(), False
-        while self.connected:
-            if self.proc.proto.turns.cutting:
-                self._close(is_cut=True)
-            elif self._at < len(self._data):
-                step = PIECE_BYTES if self.name in self.proc.proto.whole else self._step
-                piece = self._data[self._at : self._at + step]
-                self._at += step
-                try:
-                    self.proc.childDataReceived(self.name, piece)
-                except Exception:  # nobody else would ever close this pipe
-                    self._log.failure("output of a child cannot be taken")
-                    self._close(is_cut=True)
-                begin, now = now, seconds()
-                if now - begin > slice_seconds / 2:
-                    self._step = max(self.FEWEST, self._step // 4)
-                elif now - begin < slice_seconds / 8:
-                    self._step = min(self.MOST, self._step * 2)
-            elif has_read and self._last is None:
-                # To look for more now would mostly be too early: the reactor tells when there is.
-                self._data = b""
-                if was_waiting:
-                    self.startReading()
-                return True
-            else:
-                has_read = self._read()
-            if now >= until:
-                return not self.connected
-        return True
-
-    def _read(self) -> bool:
-        """Read a piece, if there is one, or close the pipe at its end; return True."""
-        self._data, self._at = b"", 0
-        if self._last == 0:
-            self._close(is_cut=self._readable_bytes() > 0)
-            return True
-        try:
-            self._data = os.read(self.fd, min(PIECE_BYTES, self._last or PIECE_BYTES))
-        except OSError as error:  # as at its end, unless there is nothing yet
-            if isinstance(error, BlockingIOError) and self._last is None:
-                return True
-        if not self._data:
-            self._close(is_cut=False)
-        elif self._last is not None:
-            self._last -= len(self._data)
-        return True
-
-    def _readable_bytes(self) -> int:
-        """Return how much is in the pipe."""
-        found = fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4))
-        return int.from_bytes(found, sys.byteorder)
-
-    def _close(self, *, is_cut: bool) -> None:
-        if is_cut:
-            self.proc.proto.output_cut(self.name)
-        self.connectionLost(Failure(CONNECTION_DONE))
+#: Children and adopted orphans of the thread that reads it: the main thread, where the reactor is.
+_CHILDREN = "/proc/thread-self/children"
 
 
 class ChildProcess(Process):
@@ -4585,34 +4552,33 @@ class Spawner:
         self._owns_process = owns_process
         self._reaper = reaper = Reaper() if owns_process else None
         self._process = functools.partial(LeanProcess, reaper) if reaper else ChildProcess
-        self._devnull: int | None = None
         self._reserved: list[int] = []
         self._guardian: Guardian | None = None
         self._children: dict[int, Child] = {}
         self._numbers = itertools.count(1)
-        self._turns = OutputTurns(reactor)
+        self.output = OutputTurns(reactor)
         self._sweep_call: DelayedCall | None = None
         self._orphans: dict[int, Orphan] = {}
         self._orphan_grace = ORPHAN_GRACE_SECONDS
         self._sweep_pause = 0.0
         self._orphans_ended: Event[None] | None = None
         self._afters: dict[int, Callable[[], object]] = {}
-        self._siblings = ""
         self._boot_id = boot_id
         self._marks = BirthMarks(boot_id)
         self._marker = {MARKER.encode(): boot_id.encode()} if owns_process else {}
 
     def start(self) -> None:
         """Get ready; after a fork by the daemon, before the first ``spawn``."""
-        self._devnull = self._reserve_descriptors()
-        self._siblings = f"/proc/self/task/{os.getpid()}/children"
+        # Ours must not have the numbers that children use.
+        while not self._reserved or self._reserved[-1] <= LOG_FD:
+            self._reserved.append(os.open(os.devnull, os.O_RDWR))
         if not self._owns_process:
             return
         _keep_descriptors()
         if sys.platform != "linux":
             self.log.warn("executors may outlive a killed manager: no guardian on this platform")
             return
-        if not become_reaper() or not os.path.exists(self._siblings):
+        if not become_reaper() or not os.path.exists(_CHILDREN):
             self._owns_process = False
             self.log.warn(
                 "what executors leave behind will not be killed: this kernel does not list it"
@@ -4644,20 +4610,6 @@ class Spawner:
             self._guardian.stop()
         while self._reserved:
             os.close(self._reserved.pop())
-        self._devnull = None
-
-    def _reserve_descriptors(self) -> int:
-        """Return a descriptor of ``/dev/null``, and take the numbers that children use."""
-        while not self._reserved or self._reserved[-1] <= LOG_FD:
-            self._reserved.append(os.open(os.devnull, os.O_RDWR))
-        return self._reserved[-1]
-
-    def cut_output(self, *, of_ended: bool = False) -> None:
-        """Close the pipes of children instead of reading them: nobody has time for it any more."""
-        if of_ended:
-            self._turns.cut_ended()
-        else:
-            self._turns.cut()
 
     def kill_all(self) -> None:
         """Send SIGKILL to every child."""
@@ -4677,29 +4629,31 @@ class Spawner:
         nice: int = 0,
         whole: Container[int] = (),
         after: Callable[[], object] | None = None,
-    ) -> None:
+    ) -> Child:
         """Start a process in our working directory.
 
         ``pipes`` are the descriptors of the child that we read, ``feeds`` those that we write,
         ``nulls`` those that are ``/dev/null``; ``inherited`` maps descriptors of the child to ours.
-        It is to be so much nicer than we are (see nice(2)). ``whole``: see ``Child``. ``after`` is
-        called once the process and all that came from it are gone. Everything else comes through
-        the listener, possibly before this returns. Raises ``SpawnFailed``.
+        ``nice`` is added to our own niceness. ``whole``: see ``Child``. ``after`` is called once
+        the process and all its descendants are gone. The listener may hear of the exit, but not of
+        the end, before this returns. Raises ``SpawnFailed``.
         """
-        if self._devnull is None:
+        if not self._reserved:
             raise SpawnFailed("the manager is not running")
         number = next(self._numbers)
         child = Child(
-            self._reactor, listener, lambda _: self._forget(number), self._turns, whole=whole
+            self._reactor, listener, lambda _: self._forget(number), self.output, whole=whole
         )
         descriptors: dict[int, int | str] = {
-            **dict.fromkeys(nulls, self._devnull),
+            **dict.fromkeys(nulls, self._reserved[-1]),
             **dict.fromkeys(pipes, "r"),
             **dict.fromkeys(feeds, "w"),
             **(inherited or {}),
         }
+        needed = 2 * (len(descriptors) - len(nulls))
         try:
-            _check_descriptors(2 * (len(descriptors) - len(nulls)))
+            if free_descriptors(needed) < needed:  # Twisted would leak some of those it opened
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             with self._marks.marking(number):
                 # No path, uid or gid: they would make Twisted fork instead of posix_spawn.
                 self._process(
@@ -4721,6 +4675,7 @@ class Spawner:
         else:
             self._children[number] = child
             self._sweep_within(ORPHAN_POLL_SECONDS)
+        return child
 
     def _forget(self, number: int) -> None:
         self._children.pop(number, None)
@@ -4745,7 +4700,7 @@ class Spawner:
         """Reap orphans that ended, and kill those whose owner has ended."""
         self._sweep_call, begin = None, self._reactor.seconds()
         try:
-            with open(self._siblings, "rb", buffering=0) as file:
+            with open(_CHILDREN, "rb", buffering=0) as file:
                 ours = file.readall().split()
         except OSError:
             ours = []
@@ -4796,12 +4751,6 @@ class Spawner:
             or (number is not None and not any(variables)),
             since=self._reactor.seconds(),
         )
-
-
-def _check_descriptors(count: int) -> None:
-    """Raise ``OSError`` unless so many can be opened: Twisted would forget some that it opened."""
-    if free_descriptors(count) < count:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 #: What passes by itself, so that the same request may succeed later.
@@ -5633,9 +5582,6 @@ class _RunListener:
     execution: Execution
     sink: Capture | LogForwarder
 
-    def child_started(self, child: Child) -> None:
-        self.execution.child = child
-
     def child_data(self, fd: int, data: bytes) -> None:
         self.sink.add(fd, data)
         for follower in self.execution.followers:
@@ -5934,9 +5880,8 @@ class Executions:
         )
         waited = execution.began - execution.asked
         try:
-            listener = _RunListener(self, execution, sink)
-            self._spawner.spawn(
-                listener,
+            execution.child = self._spawner.spawn(
+                _RunListener(self, execution, sink),
                 argv,
                 self._variables.for_executors,
                 pipes=pipes,
@@ -6645,12 +6590,8 @@ class _Answer:
     """What a short-lived child says on its stdout."""
 
     stdout: BoundedTail = field(init=False, factory=lambda: BoundedTail(KIB))
-    child: Child | None = field(init=False, default=None)
     status: ExitStatus | None = field(init=False, default=None)
     closed: Event[None] = field(init=False, factory=Event)
-
-    def child_started(self, child: Child) -> None:
-        self.child = child
 
     def child_data(self, _fd: int, data: bytes) -> None:
         self.stdout.add(data)
@@ -6680,7 +6621,7 @@ async def ask_executor(
     answer = _Answer()
     program = executor_program(config.root, version)
     try:
-        spawner.spawn(
+        child = spawner.spawn(
             answer,
             [program, "parse-version-pattern"],
             variables.for_executors,
@@ -6691,7 +6632,6 @@ async def ask_executor(
         )
     except SpawnFailed as error:
         raise type(error)(f"executor {version} cannot be started: {error.message}") from None
-    child = cast(Child, answer.child)
     child.feed(code)
     try:
         await answer.closed.wait().addTimeout(ASK_SECONDS, reactor)
@@ -8777,9 +8717,6 @@ class Generation:
         if self.child is not None and not self.child.exited:
             self.child.write(json.dumps(message).encode() + b"\n")
 
-    def child_started(self, child: Child) -> None:
-        self.child = child
-
     def child_data(self, fd: int, data: bytes) -> None:
         self._lines[fd].add(data)
 
@@ -9170,10 +9107,12 @@ class Module:
         try:
             if listener is None:
                 with external_start(self._command or (), setup) as (argv, inherited):
-                    spawn(argv=argv, nulls={STDIN}, inherited=inherited)
+                    generation.child = spawn(argv=argv, nulls={STDIN}, inherited=inherited)
             else:
                 argv, given = own_command("module-process", self.kind), {LOG_FD: listener.fileno()}
-                spawn(argv=argv, feeds={STDIN}, inherited=given, after=self._tidy_up)
+                generation.child = spawn(
+                    argv=argv, feeds={STDIN}, inherited=given, after=self._tidy_up
+                )
         except SpawnFailed as error:
             raise ModuleFailed(
                 f"the {self.kind} module cannot be started: {error.message}"
@@ -13590,7 +13529,7 @@ def run_module_service(kind: str, alone: Alone | None = None) -> int:
     else:
         signal.signal(signal.SIGINT, lambda *_: reactor.callFromThread(end, 0))
         if alone.parent is not None:
-            ParentWatch(reactor, lambda: end(0), alone.parent).start()
+            watch_parent(reactor, alone.parent, lambda: end(0))
         ServiceRuntime.log.info("listening", module=kind, address=alone.address)
     reactor.run(installSignalHandlers=False)
     return 0
@@ -17434,7 +17373,7 @@ class ManagerService(Service):
         self._listeners: list[Listener] = []
         self._watchdog = LoopingCall(self._show_life)
         self._watchdog.clock = reactor
-        self._parent: ParentWatch | None = None
+        self._parent: LoopingCall | None = None
         self._background: list[Deferred[None]] = []
         self._stopping: Deferred[None] | None = None
         self._asked = False
@@ -17490,8 +17429,7 @@ class ManagerService(Service):
         if self.config.die_with_parent:
             # Of a daemon of twistd's the first parent has ended before.
             parent = PARENT if self.parent is None else os.getppid()
-            self._parent = ParentWatch(self._reactor, self._parent_ended, parent)
-            self._parent.start()
+            self._parent = watch_parent(self._reactor, parent, self._parent_ended)
         for note in self.config.notes:
             self.log.info("{text}", text=note)
         self.metrics.start()
@@ -17664,8 +17602,8 @@ class ManagerService(Service):
         grace = self.config.shutdown_grace
         ending = [Deferred.fromCoroutine(m.close(grace)) for m in self.modules.values()]
         # What was written is read, but no flood of lines.
-        later, cut = self._reactor.callLater, self.spawner.cut_output
-        cutting = [later(grace / 2, functools.partial(cut, of_ended=True)), later(grace, cut)]
+        later, output = self._reactor.callLater, self.spawner.output
+        cutting = [later(grace / 2, output.cut_ended), later(grace, output.cut)]
         await gatherResults([self.executions.close(grace), *ending])
         for call in cutting:
             if call.active():
@@ -17674,7 +17612,7 @@ class ManagerService(Service):
         await self._http.close()
         self.executions.dispose()
         self.api.end_streams()
-        if self._parent is not None:
+        if self._parent is not None and self._parent.running:
             self._parent.stop()
         # Clients that waited for a result have their answers by now: let them be sent. Meanwhile
         # what executors left behind may still tidy up.

@@ -204,7 +204,6 @@ class FakeSpawner:
         self.commands: list[list[str]] = []
         self.descriptors: list[tuple[set[int], set[int]]] = []
         self.problem: str | None = None
-        self.on_spawn: Callable[[FakeProcess], object] = lambda process: None
 
     def spawn(
         self,
@@ -219,7 +218,7 @@ class FakeSpawner:
         nice: int = 0,
         whole: Container[int] = (),
         after: Callable[[], object] | None = None,
-    ) -> None:
+    ) -> Child:
         """Start nothing, and never call ``after``; see ``Spawner.spawn``."""
         self.commands.append(list(argv))
         self.descriptors.append((set(pipes), set(nulls)))
@@ -229,7 +228,7 @@ class FakeSpawner:
         self.processes.append(process)
         process.child = child = Child(self.clock, listener, lambda child: None, self.turns)
         child.makeConnection(process)
-        self.on_spawn(process)
+        return child
 
     def kill_all(self) -> None:
         """Send SIGKILL to every process."""

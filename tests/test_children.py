@@ -31,9 +31,9 @@ from genvm_manager import (
     Guardian,
     LineSplitter,
     OutputTurns,
-    ParentWatch,
     Spawner,
     SpawnFailed,
+    watch_parent,
 )
 
 from .support import PATIENCE, FakeProcess, async_test, exit_reason, real_reactor, soon
@@ -150,17 +150,12 @@ class Owner:
     """Hears what happens to a child."""
 
     def __init__(self) -> None:
-        self.child: Child | None = None
         self.data: dict[int, bytes] = {}
         self.events: list[str] = []
         self.status: ExitStatus | None = None
         self.spoken: Deferred[None] = Deferred()
         self.exited: Deferred[None] = Deferred()
         self.closed: Deferred[None] = Deferred()
-
-    def child_started(self, child: Child) -> None:
-        self.child = child
-        self.events.append("started")
 
     def child_data(self, fd: int, data: bytes) -> None:
         self.data[fd] = self.data.get(fd, b"") + data
@@ -195,14 +190,14 @@ class Faked:
 
 def test_a_child_forwards_its_events_once() -> None:
     faked = Faked()
-    assert (faked.child.pid, faked.owner.events) == (77, ["started"])
+    assert (faked.child.pid, faked.owner.events) == (77, [])
     faked.process.write(3, b"a")
     faked.process.exit(3)
-    assert faked.owner.events == ["started", "exited"]
+    assert faked.owner.events == ["exited"]
     assert faked.gone == [faked.child]
     faked.process.write(3, b"b")
     faked.process.close()
-    assert faked.owner.events == ["started", "exited", "closed"]
+    assert faked.owner.events == ["exited", "closed"]
     assert (faked.owner.status, faked.owner.data) == (ExitStatus(3, None), {3: b"ab"})
     assert faked.clock.getDelayedCalls() == []
 
@@ -275,7 +270,7 @@ def test_a_signal_that_comes_too_late_is_no_error() -> None:
     faked.child.terminate(1)
     faked.child.kill()
     assert faked.clock.getDelayedCalls() == []
-    assert faked.owner.events == ["started", "exited", "closed"]
+    assert faked.owner.events == ["exited", "closed"]
 
 
 def test_pipes_that_others_hold_are_closed_after_the_exit() -> None:
@@ -285,7 +280,7 @@ def test_pipes_that_others_hold_are_closed_after_the_exit() -> None:
     assert set(faked.process.pipes) == {1, 2, 3}
     faked.clock.advance(0.02)
     assert faked.process.pipes == {}
-    assert faked.owner.events == ["started", "exited", "closed"]
+    assert faked.owner.events == ["exited", "closed"]
     assert faked.clock.getDelayedCalls() == []
     assert DRAIN_SECONDS < 1, "a grandchild delays the result by no more than a second"
 
@@ -318,12 +313,12 @@ async def test_a_child_says_what_it_says_and_exits(spawner: Spawner) -> None:
         "import os; os.write(1, b'out'); os.write(2, b'err'); os.write(3, b'log');"
         "os.write(1, os.read(0, 10) or b' eof'); os._exit(5)"
     )
-    spawner.spawn(owner, [PYTHON, "-c", code], os.environb, pipes={1, 2, 3}, nulls={0})
-    assert owner.events == ["started"]
+    child = spawner.spawn(owner, [PYTHON, "-c", code], os.environb, pipes={1, 2, 3}, nulls={0})
+    assert child.pid > 0
     await soon(owner.closed)
     assert owner.data == {1: b"out eof", 2: b"err", 3: b"log"}
     assert owner.status == ExitStatus(5, None)
-    assert owner.events == ["started", "exited", "closed"]
+    assert owner.events == ["exited", "closed"]
 
 
 @async_test
@@ -471,13 +466,12 @@ async def test_a_child_that_ignores_the_request_is_killed(spawner: Spawner) -> N
         "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
         "os.write(1, b'ready'); time.sleep(60)"
     )
-    spawner.spawn(owner, [PYTHON, "-c", code], os.environb, pipes={1}, nulls={0, 2})
+    child = spawner.spawn(owner, [PYTHON, "-c", code], os.environb, pipes={1}, nulls={0, 2})
     await soon(owner.spoken)
-    assert owner.child is not None
-    owner.child.terminate(0.05)
+    child.terminate(0.05)
     await soon(owner.closed)
     assert owner.status == ExitStatus(None, signal.SIGKILL)
-    assert owner.child.force_killed
+    assert child.force_killed
 
 
 @async_test
@@ -529,7 +523,7 @@ async def test_who_tidies_up_hears_when_a_child_is_gone(spawner: Spawner) -> Non
     assert not gone.called
     spawner.kill_all()
     await soon(gone)
-    assert owner.events[-1] != "closed", "as soon as it is reaped"
+    assert "closed" not in owner.events, "as soon as it is reaped"
 
 
 # --- the guardian ---
@@ -667,30 +661,26 @@ def test_the_end_of_the_parent_is_noticed_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "getppid", lambda: parents[-1])
     clock = Clock()
     ended: list[bool] = []
-    watch = ParentWatch(clock, lambda: ended.append(True), 5)
-    watch.start()
+    watch = watch_parent(clock, 5, lambda: ended.append(True))
     clock.pump([PARENT_POLL_SECONDS] * 5)
     assert ended == []
     parents.append(1)
     clock.pump([PARENT_POLL_SECONDS] * 5)
     assert ended == [True]
-    watch.stop()
+    assert not watch.running
     assert clock.getDelayedCalls() == []
 
 
 def test_a_parent_that_is_gone_at_the_start_is_noticed_at_once() -> None:
     with subprocess.Popen(["/bin/true"]) as other:
         ended: list[bool] = []
-        watch = ParentWatch(Clock(), lambda: ended.append(True), other.pid)
-        watch.start()
+        watch_parent(Clock(), other.pid, lambda: ended.append(True))
         assert ended == [True]
 
 
 def test_a_watch_that_was_stopped_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    watch = ParentWatch(clock, lambda: pytest.fail("it was stopped"), os.getppid())
-    watch.start()
-    watch.stop()
+    watch = watch_parent(clock, os.getppid(), lambda: pytest.fail("it was stopped"))
     watch.stop()
     monkeypatch.setattr(os, "getppid", lambda: 1)
     clock.pump([PARENT_POLL_SECONDS] * 5)
