@@ -10705,24 +10705,57 @@ ID_PARAMETER = Parameter(
 )
 
 
-@frozen
+@define(eq=False)
 class ApiEndpoint:
-    """An endpoint: what it takes, and what it answers.
+    """An endpoint: what it takes and answers. As a decorator, it makes a method its handler.
 
-    ``body`` is a class, or ``bytes`` for the code of a contract. ``forms`` are answers of other
-    types than JSON, with their class if they have one; ``events`` the data of events, by name.
+    ``route`` is its path as Klein has it. ``body`` is a class, or ``bytes`` for the code of a
+    contract. ``forms`` are answers of other types than JSON, with their class if they have one;
+    ``events`` the data of events, by name.
+
+    The handler gets the request, what stands in the path, and the ``body``; what it returns is sent
+    as JSON, and what it raises as an error in JSON.
     """
 
-    name: str
     method: str
-    path: str
-    what: str
+    route: str
     answer: Any
-    body: Any
-    parameters: tuple[Parameter, ...]
-    errors: tuple[type[ManagerError], ...]
-    forms: Mapping[str, Any]
-    events: Mapping[str, Any]
+    body: Any = None
+    takes: Sequence[Parameter] = ()
+    errors: Sequence[type[ManagerError]] = ()
+    forms: Mapping[str, Any] = field(factory=dict)
+    events: Mapping[str, Any] = field(factory=dict)
+    name: str = field(init=False)
+    what: str = field(init=False)
+    #: What Klein calls.
+    handle: Callable[..., Awaitable[bytes | None]] = field(init=False)
+
+    def __call__(self, handler: Callable[..., Awaitable[Answer]]) -> Callable[..., Any]:
+        """Serve the endpoint with a method of the API."""
+        self.name, self.what = handler.__name__, inspect.getdoc(handler) or ""
+
+        @functools.wraps(handler)
+        async def handle(api: Any, request: Request, **arguments: Any) -> bytes | None:
+            cast(ApiRequest, request).route = self.route
+            try:
+                if self.body is not None:
+                    arguments["body"] = await api.read_body(request, self.body)
+                given = await handler(api, request, **arguments)
+                return cast(bytes | None, api.reply(request, 200, given))
+            except Exception as error:
+                is_gone = request.channel is None and isinstance(error, CancelledError)
+                answer: bytes | None = None if is_gone else api.reply_error(request, error)
+                error.__traceback__ = None  # where it was awaited, its frames hold the error
+                return answer
+
+        self.handle = handle
+        API_ENDPOINTS.append(self)
+        return handler
+
+    @property
+    def path(self) -> str:
+        """Its path as people write it."""
+        return re.sub("<.*?([a-z_]+)>", r"{\1}", self.route)
 
     @property
     def kinds(self) -> list[Any]:
@@ -10734,21 +10767,19 @@ class ApiEndpoint:
     def all_errors(self) -> Iterator[type[ManagerError]]:
         """Its own errors, and those that any endpoint of its kind has."""
         yield from self.errors
-        if self.body is not None or self.parameters:
+        if self.body is not None or self.takes:
             yield InvalidRequest
         if self.body is not None:
             yield from (UnsupportedEncoding, TemporaryFolderFailed, ResourcesExhausted)
         if "{" in self.path:
-            yield EndpointNotFound  # the id is not a number
+            yield from (ExecutionNotFound, EndpointNotFound)  # the latter if the id is no number
         if self.path.encode() not in PROBES:
             yield from (Unauthorized, CrossSiteRequest)
         yield from (BodyTooLarge, ManagerError)
 
 
-#: Every endpoint, in the order of the code, and what Klein calls for it: the path as Klein has it,
-#: the method, the function. ``api_endpoint`` makes both.
+#: Every endpoint, in the order of the code.
 API_ENDPOINTS: list[ApiEndpoint] = []
-API_ROUTES: list[tuple[str, str, Callable[..., Any]]] = []
 
 
 class OpenApi:
@@ -10789,7 +10820,7 @@ class OpenApi:
         self.json = json_of(self.document).replace(b"``", b"`")  # docstrings are not Markdown
 
     def _operation(self, endpoint: ApiEndpoint) -> dict[str, Any]:
-        parameters = [ID_PARAMETER] * ("{" in endpoint.path) + [*endpoint.parameters]
+        parameters = [ID_PARAMETER] * ("{" in endpoint.path) + [*endpoint.takes]
         operation: dict[str, Any] = {
             "operationId": endpoint.name,
             "summary": endpoint.what.partition("\n")[0],
@@ -11053,6 +11084,14 @@ DEPLOYED = Parameter(
 QUEUE_ERRORS = (QueueFull, NoPermit, Draining, ExecutionCancelled)
 
 
+#: What the start of an executor may raise.
+START_ERRORS = (VersionNotAvailable, SpawnFailed, ResourcesExhausted)
+CONTRACT_ERRORS = (*START_ERRORS, DetectionFailed)
+
+
+MODULE_ERRORS = (ModuleAlreadyRunning, ModuleFailed)
+
+
 def permit_seconds(request: Request) -> int | None:
     """Return for how long an execution may wait for permits; the answer will say so."""
     given = request.requestHeaders.getRawHeaders(b"prefer", [])
@@ -11062,69 +11101,11 @@ def permit_seconds(request: Request) -> int | None:
     return seconds
 
 
-#: What the start of an executor may raise.
-START_ERRORS = (VersionNotAvailable, SpawnFailed, ResourcesExhausted)
-CONTRACT_ERRORS = (*START_ERRORS, DetectionFailed)
-
-
 def wait_seconds(request: Request) -> float:
     """Return how long a request for a result may wait: ``?wait=10s`` or ``?wait_ms=10000``."""
     seconds: float | None = WAIT.of(request)
     given: int = WAIT_MS.of(request)
     return min(given / 1000 if seconds is None else seconds, MAX_WAIT_SECONDS)
-
-
-def api_endpoint(
-    method: str,
-    path: str,
-    answer: Any,
-    *,
-    body: Any = None,
-    takes: Iterable[Parameter] = (),
-    errors: Iterable[type[ManagerError]] = (),
-    forms: Mapping[str, Any] | None = None,
-    events: Mapping[str, Any] | None = None,
-) -> Callable[[Callable[..., Awaitable[Answer]]], Callable[..., Any]]:
-    """Make a method the handler of a route, which is an ``ApiEndpoint`` too.
-
-    It gets the request, what stands in the path, and the body as an instance of its class unless
-    that is ``bytes``; what it returns is sent as JSON, and what it raises as an error in JSON.
-    """
-
-    def decorate(handler: Callable[..., Awaitable[Answer]]) -> Callable[..., Any]:
-        API_ENDPOINTS.append(
-            ApiEndpoint(
-                name=handler.__name__,
-                method=method,
-                path=re.sub("<.*?([a-z_]+)>", r"{\1}", path),
-                what=inspect.getdoc(handler) or "",
-                answer=answer,
-                body=body,
-                parameters=tuple(takes),
-                errors=tuple(errors),
-                forms=forms or {},
-                events=events or {},
-            )
-        )
-
-        @functools.wraps(handler)
-        async def route(api: Any, request: Request, **arguments: Any) -> bytes | None:
-            cast(ApiRequest, request).route = path
-            try:
-                if body not in (None, bytes):
-                    arguments["body"] = await api.read_json(request, body)
-                given = await handler(api, request, **arguments)
-                return cast(bytes | None, api.reply(request, 200, given))
-            except Exception as error:
-                is_gone = request.channel is None and isinstance(error, CancelledError)
-                answer: bytes | None = None if is_gone else api.reply_error(request, error)
-                error.__traceback__ = None  # where it was awaited, its frames hold the error
-                return answer
-
-        API_ROUTES.append((path, method, route))
-        return route
-
-    return decorate
 
 
 # =============================================================================
@@ -11175,6 +11156,25 @@ class VariableBody:
     value: Annotated[SecretText, about("Never shown again.", "sk-secret")]
 
 
+def _parse_body(data: bytes, kind: type[Schema]) -> Schema:
+    """Return a body as it is if its class is ``bytes``, else its JSON as an instance of that."""
+    if kind is bytes:
+        return cast(Schema, data)
+    try:
+        return parse_json(data, kind)
+    except InvalidRequest:
+        if is_calldata_map(data):
+            raise InvalidRequest(
+                "body: this is calldata, which managers of executors newer than v0.2.7 "
+                "take; send JSON: README.md has its fields"
+            ) from None
+        raise
+
+
+#: An endpoint that takes the code of a contract, and when that is or was deployed.
+_contract_endpoint = functools.partial(ApiEndpoint, "POST", body=bytes, takes=[DEPLOYED])
+
+
 @define(eq=False, slots=False)  # Klein keeps something in it
 class Api:
     """The HTTP interface; each route is its path, its body, one call, its answer."""
@@ -11201,14 +11201,14 @@ class Api:
     def app(self) -> klein.Klein:
         """All endpoints as routes of Klein."""
         app = klein.Klein()
-        for path, method, route in API_ROUTES:
-            app.route(path, methods=[method])(route)
+        for each in API_ENDPOINTS:
+            app.route(each.route, methods=[each.method])(each.handle)
         app.handle_errors(werkzeug.exceptions.HTTPException)(type(self).no_route)
         return app.__get__(self, type(self))
 
     # --- status ---
 
-    @api_endpoint("GET", "/status", ManagerStatus)
+    @ApiEndpoint("GET", "/status", ManagerStatus)
     async def status(self, request: Request) -> Answer:
         """Answer what is going on; never waits for anything."""
         return ManagerStatus(
@@ -11239,7 +11239,7 @@ class Api:
 
     # --- executions ---
 
-    @api_endpoint(
+    @ApiEndpoint(
         "POST",
         "/genvm/run",
         RunStarted,
@@ -11257,13 +11257,7 @@ class Api:
         execution = await self._executions.run(body, key, permit_seconds(request))
         return RunStarted(id=execution.id)
 
-    @api_endpoint(
-        "GET",
-        "/genvm/<int:genvm_id>",
-        ExecutionAnswer,
-        takes=[WAIT, WAIT_MS],
-        errors=[ExecutionNotFound],
-    )
+    @ApiEndpoint("GET", "/genvm/<int:genvm_id>", ExecutionAnswer, takes=[WAIT, WAIT_MS])
     async def result(self, request: Request, genvm_id: int) -> Answer:
         """Answer the result of an execution, waiting for it if asked to."""
         execution = self._executions.get(genvm_id)
@@ -11277,12 +11271,12 @@ class Api:
             return b"".join(pieces)
         return await self.stream(request, pieces)
 
-    @api_endpoint(
+    @ApiEndpoint(
         "DELETE",
         "/genvm/<int:genvm_id>",
         ShutdownCompleted,
         takes=[GRACE],
-        errors=[ExecutionNotFound, ShutdownTimeout],
+        errors=[ShutdownTimeout],
     )
     async def stop(self, request: Request, genvm_id: int) -> Answer:
         """End an execution."""
@@ -11292,7 +11286,7 @@ class Api:
         await self._executions.stop(genvm_id, grace_ms / 1000)
         return ShutdownCompleted(genvm_id=genvm_id)
 
-    @api_endpoint("POST", "/drain", DrainAnswer, takes=[WAIT, WAIT_MS])
+    @ApiEndpoint("POST", "/drain", DrainAnswer, takes=[WAIT, WAIT_MS])
     async def drain(self, request: Request) -> Answer:
         """Refuse new executions from now on and finish those that were accepted.
 
@@ -11305,7 +11299,7 @@ class Api:
             return DrainAnswer(result="accepting")  # somebody changed their mind
         return DrainAnswer(result="drained" if settled else "draining")
 
-    @api_endpoint("POST", "/undrain", DrainAnswer)
+    @ApiEndpoint("POST", "/undrain", DrainAnswer)
     async def undrain(self, request: Request) -> Answer:
         """Accept executions again."""
         self._set_draining(request, False)
@@ -11318,52 +11312,33 @@ class Api:
 
     # --- contracts ---
 
-    @api_endpoint(
-        "POST",
+    @_contract_endpoint(
         "/genvm/run/readonly",
         ContractSchema,
-        body=bytes,
-        takes=[DEPLOYED],
         errors=(*CONTRACT_ERRORS, ContractFailed, *QUEUE_ERRORS),
     )
-    async def schema(self, request: Request) -> Answer:
+    async def schema(self, request: Request, body: bytes) -> Answer:
         """Answer a contract's schema; `Prefer: wait=N` is as for a run."""
-        moment = DEPLOYED.of(request)
-        wait = permit_seconds(request)
-        code = await self._read(request, bytes)
-        return await self.stream(request, await self._contracts.schema_pieces(code, moment, wait))
+        moment, wait = DEPLOYED.of(request), permit_seconds(request)
+        return await self.stream(request, await self._contracts.schema_pieces(body, moment, wait))
 
-    @api_endpoint(
-        "POST",
-        "/contract/detect-version",
-        DetectedVersion,
-        body=bytes,
-        takes=[DEPLOYED],
-        errors=CONTRACT_ERRORS,
-    )
-    async def detect_version(self, request: Request) -> Answer:
+    @_contract_endpoint("/contract/detect-version", DetectedVersion, errors=CONTRACT_ERRORS)
+    async def detect_version(self, request: Request, body: bytes) -> Answer:
         """Answer the major version that a contract asks for."""
-        moment = DEPLOYED.of(request)
-        code = await self._read(request, bytes)
-        return DetectedVersion(specified_major=await self._contracts.major(code, moment))
+        major = await self._contracts.major(body, DEPLOYED.of(request))
+        return DetectedVersion(specified_major=major)
 
-    @api_endpoint(
-        "POST",
-        "/contract/pre-deploy-writes",
-        DeploymentWrites,
-        body=bytes,
-        takes=[DEPLOYED],
-        errors=(*CONTRACT_ERRORS, UnsupportedMajor),
+    @_contract_endpoint(
+        "/contract/pre-deploy-writes", DeploymentWrites, errors=(*CONTRACT_ERRORS, UnsupportedMajor)
     )
-    async def pre_deploy_writes(self, request: Request) -> Answer:
+    async def pre_deploy_writes(self, request: Request, body: bytes) -> Answer:
         """Answer the storage writes that deploy a contract."""
         moment = DEPLOYED.of(request)
-        code = await self._read(request, bytes)
-        return await self.stream(request, await self._contracts.deployment_pieces(code, moment))
+        return await self.stream(request, await self._contracts.deployment_pieces(body, moment))
 
     # --- permits ---
 
-    @api_endpoint("GET", "/permits", PermitsAnswer)
+    @ApiEndpoint("GET", "/permits", PermitsAnswer)
     async def permits(self, request: Request) -> Answer:
         """Answer how many executions may run; ``permits`` is the total."""
         return PermitsAnswer(
@@ -11373,7 +11348,7 @@ class Api:
             waiting=self._gate.queue_length,
         )
 
-    @api_endpoint("POST", "/permits", PermitsSet, body=PermitsBody)
+    @ApiEndpoint("POST", "/permits", PermitsSet, body=PermitsBody)
     async def set_permits(self, request: Request, body: PermitsBody) -> Answer:
         """Change how many executions may run."""
         permits = automatic_permits() if body.permits is None else body.permits
@@ -11384,13 +11359,7 @@ class Api:
 
     # --- modules ---
 
-    @api_endpoint(
-        "POST",
-        "/module/start",
-        ModuleStarted,
-        body=ModuleBody,
-        errors=[ModuleAlreadyRunning, ModuleFailed],
-    )
+    @ApiEndpoint("POST", "/module/start", ModuleStarted, body=ModuleBody, errors=MODULE_ERRORS)
     async def start_module(self, request: Request, body: ModuleBody) -> Answer:
         """Start a module."""
         module = self._modules[body.module_type]
@@ -11398,20 +11367,14 @@ class Api:
         self.note_change(request, "module started", module=body.module_type)
         return ModuleStarted()
 
-    @api_endpoint("POST", "/module/stop", ModuleStopped, body=ModuleStopBody)
+    @ApiEndpoint("POST", "/module/stop", ModuleStopped, body=ModuleStopBody)
     async def stop_module(self, request: Request, body: ModuleStopBody) -> Answer:
         """Stop a module."""
         was_running = await self._modules[body.module_type].stop()
         self.note_change(request, "module stopped", module=body.module_type)
         return ModuleStopped(result="module_stopped" if was_running else "module_not_running")
 
-    @api_endpoint(
-        "POST",
-        "/module/restart",
-        ModuleRestarted,
-        body=ModuleBody,
-        errors=[ModuleAlreadyRunning, ModuleFailed],
-    )
+    @ApiEndpoint("POST", "/module/restart", ModuleRestarted, body=ModuleBody, errors=MODULE_ERRORS)
     async def restart_module(self, request: Request, body: ModuleBody) -> Answer:
         """Give a module another configuration without refusing a connection."""
         module = self._modules[body.module_type]
@@ -11421,7 +11384,7 @@ class Api:
 
     # --- models ---
 
-    @api_endpoint(
+    @ApiEndpoint(
         "POST",
         "/llm/check",
         list[CheckResult],
@@ -11439,7 +11402,7 @@ class Api:
 
     # --- configuration ---
 
-    @api_endpoint("POST", "/log/level", LogLevelSet, body=LogLevelBody)
+    @ApiEndpoint("POST", "/log/level", LogLevelSet, body=LogLevelBody)
     async def log_level(self, request: Request, body: LogLevelBody) -> Answer:
         """Change what is logged."""
         was_enabled = self._observer.enabled("info")
@@ -11452,7 +11415,7 @@ class Api:
             self.note_change(request, "log level set", to=body.level)
         return LogLevelSet(level=self._observer.level)
 
-    @api_endpoint(
+    @ApiEndpoint(
         "POST", "/manifest/reload", ManifestReloaded, errors=[ManifestError, ResourcesExhausted]
     )
     async def reload_manifest(self, request: Request) -> Answer:
@@ -11461,7 +11424,7 @@ class Api:
         self.note_change(request, "manifest reloaded as asked")
         return ManifestReloaded()
 
-    @api_endpoint("POST", "/env", VariableSet, body=VariableBody, errors=[EnvironmentRefused])
+    @ApiEndpoint("POST", "/env", VariableSet, body=VariableBody, errors=[EnvironmentRefused])
     async def set_variable(self, request: Request, body: VariableBody) -> Answer:
         """Set a variable for templates, and for children if they may have it."""
         key = body.key
@@ -11474,41 +11437,23 @@ class Api:
 
     # --- reading and writing ---
 
-    async def read_json(self, request: Request, schema: type[Schema]) -> Schema:
-        """Return the JSON in a request's body as an instance of a class; see ``structure``."""
-
-        def parse(data: bytes) -> Schema:
-            try:
-                return parse_json(data, schema)
-            except InvalidRequest:
-                if is_calldata_map(data):
-                    raise InvalidRequest(
-                        "body: this is calldata, which managers of executors newer than v0.2.7 "
-                        "take; send JSON: README.md has its fields"
-                    ) from None
-                raise
-
-        return await self._read(request, parse)
-
-    async def _read(self, request: Request, parse: Callable[[bytes], Value]) -> Value:
-        """Return what is made of a request's body, in a thread if it is large."""
+    async def read_body(self, request: Request, kind: type[Schema]) -> Schema:
+        """Return a request's body, read in a thread if it is large: see ``_parse_body``."""
         encoding = header_text(request, b"content-encoding") or "identity"
         if encoding.strip().lower() != "identity":
             raise UnsupportedEncoding(
                 f"Content-Encoding {shown(encoding)}: send the body without compression"
             )
-        content = request.content
+        # It is ours now: the request would keep it, and close it as soon as the client disconnects.
+        content, request.content = request.content, None
         assert content is not None  # handlers are called before a disconnect closes the body
         if isinstance(content, io.BytesIO):
-            request.content = None  # for as long as the request takes, which may wait
-            return parse(content.getvalue())
+            return _parse_body(content.getvalue(), kind)
 
-        def read() -> Value:
+        def read() -> Schema:
             with content:
-                return parse(content.read())
+                return _parse_body(content.read(), kind)
 
-        # The thread closes the body: the request would do it as soon as the client disconnects.
-        request.content = None
         return await in_thread(self._reactor, read)
 
     def no_route(self, request: Request, failure: Failure) -> bytes | None:
@@ -11517,9 +11462,9 @@ class Api:
         failure.cleanFailure()
         if isinstance(problem, werkzeug.exceptions.MethodNotAllowed):
             allowed = sorted(problem.valid_methods or ())
-            *others, last = allowed
-            methods = f"{', '.join(others)} or {last}" if others else last
-            error: ManagerError = MethodNotAllowed(f"use {methods} here", allowed=allowed)
+            error: ManagerError = MethodNotAllowed(
+                f"use {' or '.join(allowed)} here", allowed=allowed
+            )
         else:
             reason = "no such endpoint; GET / lists them"
             if re.fullmatch(b"/genvm/[^/]+(/events)?", request.path):
@@ -11586,6 +11531,7 @@ MAX_ID = 2**53
 
 
 @implementer(IPushProducer)
+@define(eq=False)
 class EventStream:
     """Sends one client Server-Sent Events (WHATWG HTML Living Standard, section 9.2).
 
@@ -11594,15 +11540,14 @@ class EventStream:
     dropped; what has to wait for it waits where it is kept anyway.
     """
 
-    def __init__(self, request: Request, reactor: Any, pull: Callable[[], bytes | None]) -> None:
-        self._request = request
-        self._reactor = reactor
-        self._pull = pull
-        self._is_paused = True  # until it runs, which may be refused
-        self._is_ending = False
-        self._next: DelayedCall | None = None
-        self._beat: DelayedCall | None = None
-        self._done: Deferred[None] = Deferred()
+    _request: Request
+    _reactor: Any
+    _pull: Callable[[], bytes | None]
+    _is_paused: bool = field(init=False, default=True)  # until it runs, which may be refused
+    _is_ending: bool = field(init=False, default=False)
+    _next: DelayedCall | None = field(init=False, default=None)
+    _beat: DelayedCall | None = field(init=False, default=None)
+    _done: Deferred[None] = field(init=False, factory=Deferred)
 
     def run(self) -> Deferred[None]:
         """Send what there is and what comes; fires once ``end`` was called and all is sent."""
@@ -11619,7 +11564,7 @@ class EventStream:
         self.wake()
         return self._done
 
-    def wake(self) -> None:
+    def wake(self, _event: object = None) -> None:
         """There may be something to send."""
         if self._next is None and not (self._is_paused or self._done.called):
             self._next = self._reactor.callLater(0, self._send)
@@ -11781,7 +11726,6 @@ class OperatorApi(Api):
     _streams: set[EventStream] = field(init=False, factory=set)
     _disks: SharedLook[list[str]] = field(init=False)
     _installed: SharedLook[list[InstalledVersion]] = field(init=False)
-    _documents: tuple[bytes, tuple[bytes, dict[str, str]]] | None = field(init=False, default=None)
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
@@ -11816,31 +11760,30 @@ class OperatorApi(Api):
 
     # --- documentation ---
 
-    @api_endpoint("GET", "/openapi.json", dict[str, Any])
+    @ApiEndpoint("GET", "/openapi.json", dict[str, Any])
     async def openapi(self, request: Request) -> Answer:
         """Answer this API as an OpenAPI document."""
-        return self._documentation()[0]
+        return self._documentation[0]
 
-    @api_endpoint("GET", "/docs", None, forms={"text/html": None})
+    @ApiEndpoint("GET", "/docs", None, forms={"text/html": None})
     async def docs(self, request: Request) -> Answer:
         """Answer this API as a page to read."""
-        _, (page, headers) = self._documentation()
+        _, (page, headers) = self._documentation
         for name, value in headers.items():
             request.setHeader(name, value)
         request.write(page)
         return None
 
+    @functools.cached_property
     def _documentation(self) -> tuple[bytes, tuple[bytes, dict[str, str]]]:
-        """Return document and page, which are made when somebody asks for the first time."""
-        if self._documents is None:
-            has_token = self._config.auth_token_file is not None
-            made = OpenApi(API_ENDPOINTS, self._config.error_status, has_token)
-            self._documents = made.json, documentation_page(made.document)
-        return self._documents
+        """Document and page, which are made when somebody asks for the first time."""
+        has_token = self._config.auth_token_file is not None
+        made = OpenApi(API_ENDPOINTS, self._config.error_status, has_token)
+        return made.json, documentation_page(made.document)
 
     # --- probes and figures ---
 
-    @api_endpoint("GET", "/", EndpointList)
+    @ApiEndpoint("GET", "/", EndpointList)
     async def endpoints(self, request: Request) -> Answer:
         """Answer which endpoints there are."""
         listed = [
@@ -11849,12 +11792,12 @@ class OperatorApi(Api):
         ]
         return EndpointList(version=__version__, endpoints=listed)
 
-    @api_endpoint("GET", "/livez", Alive)
+    @ApiEndpoint("GET", "/livez", Alive)
     async def livez(self, request: Request) -> Answer:
         """Answer that the event loop turns."""
         return Alive()
 
-    @api_endpoint("GET", "/readyz", Ready, takes=[FREE_PERMITS, WEIGHT], errors=[NotReady])
+    @ApiEndpoint("GET", "/readyz", Ready, takes=[FREE_PERMITS, WEIGHT], errors=[NotReady])
     async def readyz(self, request: Request) -> Answer:
         """Answer that executions can be run here; 503 with the reasons otherwise.
 
@@ -11903,7 +11846,7 @@ class OperatorApi(Api):
             reasons.append("no executor is installed: see GET /versions")
         return reasons
 
-    @api_endpoint("GET", "/metrics", None, forms={"text/plain": None})
+    @ApiEndpoint("GET", "/metrics", None, forms={"text/plain": None})
     async def metrics(self, request: Request) -> Answer:
         """Answer the figures in Prometheus' text format."""
         text = self._metrics.text()
@@ -11914,7 +11857,7 @@ class OperatorApi(Api):
 
     # --- lists ---
 
-    @api_endpoint("GET", "/versions", VersionList, errors=[ResourcesExhausted])
+    @ApiEndpoint("GET", "/versions", VersionList, errors=[ResourcesExhausted])
     async def versions(self, request: Request) -> Answer:
         """Answer which executors there are, and which deployment times select them."""
         try:
@@ -11925,18 +11868,18 @@ class OperatorApi(Api):
             ) from None
         return VersionList(reroute_to=self._config.reroute_to, versions=found)
 
-    @api_endpoint("GET", "/log/level", LogLevelAnswer)
+    @ApiEndpoint("GET", "/log/level", LogLevelAnswer)
     async def get_log_level(self, request: Request) -> Answer:
         """Answer what is logged."""
         return LogLevelAnswer(level=self._observer.level)
 
-    @api_endpoint("GET", "/env", VariableNames)
+    @ApiEndpoint("GET", "/env", VariableNames)
     async def variables(self, request: Request) -> Answer:
         """Answer which variables ``POST /env`` set; never what they hold."""
         names = self._variables.names().items()
         return VariableNames(variables=[VariableName(key=key, passed_on=on) for key, on in names])
 
-    @api_endpoint("GET", "/genvm", ExecutionPage, takes=[STATE, LIMIT, BEFORE])
+    @ApiEndpoint("GET", "/genvm", ExecutionPage, takes=[STATE, LIMIT, BEFORE])
     async def list_executions(self, request: Request) -> Answer:
         """Answer the executions that are known, newest first, page by page."""
         state, before = STATE.of(request), BEFORE.of(request)
@@ -11956,7 +11899,7 @@ class OperatorApi(Api):
 
     # --- events ---
 
-    @api_endpoint(
+    @ApiEndpoint(
         "GET",
         "/events",
         None,
@@ -11971,23 +11914,19 @@ class OperatorApi(Api):
         """Send what happens, as it happens."""
         reader = FeedReader(self._events, LAST_EVENT_ID.of(request))
         stream = EventStream(request, self._reactor, reader.next)
-
-        def follow(_event: ManagerEvent) -> None:
-            stream.wake()
-
-        self._events.followers[follow] = None
+        self._events.followers[stream.wake] = None
         try:
             await self._run(stream)
         finally:
-            del self._events.followers[follow]
+            del self._events.followers[stream.wake]
         return None
 
-    @api_endpoint(
+    @ApiEndpoint(
         "GET",
         "/genvm/<int:genvm_id>/events",
         None,
         takes=[FOLLOW],
-        errors=[ExecutionNotFound, ResourcesExhausted],
+        errors=[ResourcesExhausted],
         events={
             "stdout": OutputText,
             "stderr": OutputText,
@@ -12013,7 +11952,7 @@ class OperatorApi(Api):
             stream.end()
         execution.followers += (stream.wake,)
         ended = execution.ended.wait()
-        ended.addCallbacks(lambda _: stream.wake(), lambda _: stream.end())  # or never started
+        ended.addCallbacks(stream.wake, lambda _: stream.end())  # or never started
         try:
             await self._run(stream)
         finally:
