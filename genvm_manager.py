@@ -10735,8 +10735,8 @@ class ApiEndpoint:
         self.name, self.what = handler.__name__, inspect.getdoc(handler) or ""
 
         @functools.wraps(handler)
-        async def handle(api: Any, request: Request, **arguments: Any) -> bytes | None:
-            cast(ApiRequest, request).route = self.route
+        async def handle(api: Any, request: ApiRequest, **arguments: Any) -> bytes | None:
+            request.route = self.route
             try:
                 if self.body is not None:
                     arguments["body"] = await api.read_body(request, self.body)
@@ -10945,6 +10945,13 @@ def html_document(page: str, *rules: str, **texts: str) -> tuple[bytes, dict[str
     }
 
 
+def html_answer(request: Request, page: bytes, headers: Mapping[str, str]) -> bytes:
+    """Set the headers of a page; returns what is sent of it."""
+    for name, value in headers.items():
+        request.setHeader(name, value)
+    return b"" if request.method == b"HEAD" else page
+
+
 def documentation_page(document: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
     """Return what an OpenAPI document says as a page for people, and its headers."""
     operations = [
@@ -10955,26 +10962,27 @@ def documentation_page(document: Mapping[str, Any]) -> tuple[bytes, dict[str, st
     links = (
         f'<li><a href="#{o["operationId"]}">{_html(f"`{name}`")}</a>' for name, o in operations
     )
-    classes = (
-        f'<section id="{name}"><h2>{name}</h2><p>{_html(shape.get("description", ""))}</p>'
-        f"{_table(_members(shape))}</section>"
-        for name, shape in document["components"]["schemas"].items()
+    parts = (
+        '<!doctype html><html lang="en"><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        "<title>GenVM Manager API</title><style></style>",
+        f"<h1>GenVM Manager {__version__}</h1><p>The same for programs: ",
+        f'<a href="openapi.json">openapi.json</a>.</p><ul>{"".join(links)}</ul>',
+        *(_operation_section(name, operation) for name, operation in operations),
+        *(_class_section(*each) for each in document["components"]["schemas"].items()),
     )
-    body = "".join(
-        (
-            '<!doctype html><html lang="en"><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            "<title>GenVM Manager API</title><style></style>",
-            f"<h1>GenVM Manager {__version__}</h1><p>The same for programs: ",
-            f'<a href="openapi.json">openapi.json</a>.</p><ul>{"".join(links)}</ul>',
-            *(_section(name, operation) for name, operation in operations),
-            *classes,
-        )
-    )
-    return html_document(body, style=_DOCS_STYLE)
+    return html_document("".join(parts), style=_DOCS_STYLE)
 
 
-def _section(name: str, operation: Mapping[str, Any]) -> str:
+def _class_section(name: str, shape: Mapping[str, Any]) -> str:
+    """Return what a class means, and its members."""
+    members = shape.get("properties", {}).items()
+    table = _table([(each, member, member.get("description", "")) for each, member in members])
+    what = _html(shape.get("description", ""))
+    return f'<section id="{name}"><h2>{name}</h2><p>{what}</p>{table}</section>'
+
+
+def _operation_section(name: str, operation: Mapping[str, Any]) -> str:
     """Return what one operation does, takes and answers."""
     parts = [f"<h2>{_html(f'`{name}`')}</h2><p>{_html(operation['description'])}</p>"]
     taken = [(p["name"], p["schema"], p["description"]) for p in operation["parameters"]]
@@ -11001,11 +11009,6 @@ def _contents(title: str, contents: Mapping[str, Any]) -> str:
             text = example if isinstance(example, str) else json.dumps(example, indent=2)
             parts.append(f"<pre>{_html(text)}</pre>")
     return "".join(parts)
-
-
-def _members(shape: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
-    members = shape.get("properties", {}).items()
-    return [(name, member, member.get("description", "")) for name, member in members]
 
 
 def _table(rows: Iterable[tuple[str, Any, str]], title: str = "") -> str:
@@ -11080,15 +11083,10 @@ DEPLOYED = Parameter(
     place="header",
     required=True,
 )
-#: What an execution may meet while it waits.
+#: What may end the wait for permits, and what may go wrong afterwards.
 QUEUE_ERRORS = (QueueFull, NoPermit, Draining, ExecutionCancelled)
-
-
-#: What the start of an executor may raise.
 START_ERRORS = (VersionNotAvailable, SpawnFailed, ResourcesExhausted)
 CONTRACT_ERRORS = (*START_ERRORS, DetectionFailed)
-
-
 MODULE_ERRORS = (ModuleAlreadyRunning, ModuleFailed)
 
 
@@ -11209,7 +11207,7 @@ class Api:
     # --- status ---
 
     @ApiEndpoint("GET", "/status", ManagerStatus)
-    async def status(self, request: Request) -> Answer:
+    async def status(self, request: ApiRequest) -> Answer:
         """Answer what is going on; never waits for anything."""
         return ManagerStatus(
             llm_module=self._modules["llm"].state,
@@ -11247,7 +11245,7 @@ class Api:
         takes=[IDEMPOTENCY_KEY],
         errors=(*START_ERRORS, *QUEUE_ERRORS),
     )
-    async def run(self, request: Request, body: RunRequest) -> Answer:
+    async def run(self, request: ApiRequest, body: RunRequest) -> Answer:
         """Start an execution.
 
         With the header `Prefer: wait=N` (RFC 7240) nothing is started where no permit comes within
@@ -11258,7 +11256,7 @@ class Api:
         return RunStarted(id=execution.id)
 
     @ApiEndpoint("GET", "/genvm/<int:genvm_id>", ExecutionAnswer, takes=[WAIT, WAIT_MS])
-    async def result(self, request: Request, genvm_id: int) -> Answer:
+    async def result(self, request: ApiRequest, genvm_id: int) -> Answer:
         """Answer the result of an execution, waiting for it if asked to."""
         execution = self._executions.get(genvm_id)
         await self._executions.wait(execution, wait_seconds(request))
@@ -11278,7 +11276,7 @@ class Api:
         takes=[GRACE],
         errors=[ShutdownTimeout],
     )
-    async def stop(self, request: Request, genvm_id: int) -> Answer:
+    async def stop(self, request: ApiRequest, genvm_id: int) -> Answer:
         """End an execution."""
         grace_ms = GRACE.of(request)
         # Clients that mean "at once" say 20 ms and expect the end that an executor can report.
@@ -11287,7 +11285,7 @@ class Api:
         return ShutdownCompleted(genvm_id=genvm_id)
 
     @ApiEndpoint("POST", "/drain", DrainAnswer, takes=[WAIT, WAIT_MS])
-    async def drain(self, request: Request) -> Answer:
+    async def drain(self, request: ApiRequest) -> Answer:
         """Refuse new executions from now on and finish those that were accepted.
 
         With ``wait`` the answer comes once nothing runs and each result was read.
@@ -11300,12 +11298,12 @@ class Api:
         return DrainAnswer(result="drained" if settled else "draining")
 
     @ApiEndpoint("POST", "/undrain", DrainAnswer)
-    async def undrain(self, request: Request) -> Answer:
+    async def undrain(self, request: ApiRequest) -> Answer:
         """Accept executions again."""
         self._set_draining(request, False)
         return DrainAnswer(result="accepting")
 
-    def _set_draining(self, request: Request, draining: bool) -> None:
+    def _set_draining(self, request: ApiRequest, draining: bool) -> None:
         self._executions.draining = draining
         self._events.tell(DrainEvent, draining=draining)
         self.note_change(request, "draining" if draining else "accepting executions again")
@@ -11317,13 +11315,13 @@ class Api:
         ContractSchema,
         errors=(*CONTRACT_ERRORS, ContractFailed, *QUEUE_ERRORS),
     )
-    async def schema(self, request: Request, body: bytes) -> Answer:
+    async def schema(self, request: ApiRequest, body: bytes) -> Answer:
         """Answer a contract's schema; `Prefer: wait=N` is as for a run."""
         moment, wait = DEPLOYED.of(request), permit_seconds(request)
         return await self.stream(request, await self._contracts.schema_pieces(body, moment, wait))
 
     @_contract_endpoint("/contract/detect-version", DetectedVersion, errors=CONTRACT_ERRORS)
-    async def detect_version(self, request: Request, body: bytes) -> Answer:
+    async def detect_version(self, request: ApiRequest, body: bytes) -> Answer:
         """Answer the major version that a contract asks for."""
         major = await self._contracts.major(body, DEPLOYED.of(request))
         return DetectedVersion(specified_major=major)
@@ -11331,7 +11329,7 @@ class Api:
     @_contract_endpoint(
         "/contract/pre-deploy-writes", DeploymentWrites, errors=(*CONTRACT_ERRORS, UnsupportedMajor)
     )
-    async def pre_deploy_writes(self, request: Request, body: bytes) -> Answer:
+    async def pre_deploy_writes(self, request: ApiRequest, body: bytes) -> Answer:
         """Answer the storage writes that deploy a contract."""
         moment = DEPLOYED.of(request)
         return await self.stream(request, await self._contracts.deployment_pieces(body, moment))
@@ -11339,7 +11337,7 @@ class Api:
     # --- permits ---
 
     @ApiEndpoint("GET", "/permits", PermitsAnswer)
-    async def permits(self, request: Request) -> Answer:
+    async def permits(self, request: ApiRequest) -> Answer:
         """Answer how many executions may run; ``permits`` is the total."""
         return PermitsAnswer(
             permits=self._gate.limit,
@@ -11349,7 +11347,7 @@ class Api:
         )
 
     @ApiEndpoint("POST", "/permits", PermitsSet, body=PermitsBody)
-    async def set_permits(self, request: Request, body: PermitsBody) -> Answer:
+    async def set_permits(self, request: ApiRequest, body: PermitsBody) -> Answer:
         """Change how many executions may run."""
         permits = automatic_permits() if body.permits is None else body.permits
         self._gate.resize(permits)
@@ -11360,7 +11358,7 @@ class Api:
     # --- modules ---
 
     @ApiEndpoint("POST", "/module/start", ModuleStarted, body=ModuleBody, errors=MODULE_ERRORS)
-    async def start_module(self, request: Request, body: ModuleBody) -> Answer:
+    async def start_module(self, request: ApiRequest, body: ModuleBody) -> Answer:
         """Start a module."""
         module = self._modules[body.module_type]
         await module.start(body.config, body.allow_empty_backends)
@@ -11368,14 +11366,14 @@ class Api:
         return ModuleStarted()
 
     @ApiEndpoint("POST", "/module/stop", ModuleStopped, body=ModuleStopBody)
-    async def stop_module(self, request: Request, body: ModuleStopBody) -> Answer:
+    async def stop_module(self, request: ApiRequest, body: ModuleStopBody) -> Answer:
         """Stop a module."""
         was_running = await self._modules[body.module_type].stop()
         self.note_change(request, "module stopped", module=body.module_type)
         return ModuleStopped(result="module_stopped" if was_running else "module_not_running")
 
     @ApiEndpoint("POST", "/module/restart", ModuleRestarted, body=ModuleBody, errors=MODULE_ERRORS)
-    async def restart_module(self, request: Request, body: ModuleBody) -> Answer:
+    async def restart_module(self, request: ApiRequest, body: ModuleBody) -> Answer:
         """Give a module another configuration without refusing a connection."""
         module = self._modules[body.module_type]
         changed = await module.restart(body.config, body.allow_empty_backends)
@@ -11392,7 +11390,7 @@ class Api:
         errors=[ResourcesExhausted],
         forms={LINES_TYPE: CheckResult},
     )
-    async def check_models(self, request: Request, body: CheckBody) -> Answer:
+    async def check_models(self, request: ApiRequest, body: CheckBody) -> Answer:
         """Answer which models are available; line by line, as it is known, if that is asked for."""
         if not prefers(request, LINES_TYPE):
             return await self._check.check(body)
@@ -11403,7 +11401,7 @@ class Api:
     # --- configuration ---
 
     @ApiEndpoint("POST", "/log/level", LogLevelSet, body=LogLevelBody)
-    async def log_level(self, request: Request, body: LogLevelBody) -> Answer:
+    async def log_level(self, request: ApiRequest, body: LogLevelBody) -> Answer:
         """Change what is logged."""
         was_enabled = self._observer.enabled("info")
         if was_enabled:
@@ -11418,14 +11416,14 @@ class Api:
     @ApiEndpoint(
         "POST", "/manifest/reload", ManifestReloaded, errors=[ManifestError, ResourcesExhausted]
     )
-    async def reload_manifest(self, request: Request) -> Answer:
+    async def reload_manifest(self, request: ApiRequest) -> Answer:
         """Read the manifest again; a bad one changes nothing."""
         await self._manifest.reload(self._reactor)
         self.note_change(request, "manifest reloaded as asked")
         return ManifestReloaded()
 
     @ApiEndpoint("POST", "/env", VariableSet, body=VariableBody, errors=[EnvironmentRefused])
-    async def set_variable(self, request: Request, body: VariableBody) -> Answer:
+    async def set_variable(self, request: ApiRequest, body: VariableBody) -> Answer:
         """Set a variable for templates, and for children if they may have it."""
         key = body.key
         note = self._variables.set(key, body.value)
@@ -11437,7 +11435,7 @@ class Api:
 
     # --- reading and writing ---
 
-    async def read_body(self, request: Request, kind: type[Schema]) -> Schema:
+    async def read_body(self, request: ApiRequest, kind: type[Schema]) -> Schema:
         """Return a request's body, read in a thread if it is large: see ``_parse_body``."""
         encoding = header_text(request, b"content-encoding") or "identity"
         if encoding.strip().lower() != "identity":
@@ -11456,7 +11454,7 @@ class Api:
 
         return await in_thread(self._reactor, read)
 
-    def no_route(self, request: Request, failure: Failure) -> bytes | None:
+    def no_route(self, request: ApiRequest, failure: Failure) -> bytes | None:
         """Answer that no route takes the request."""
         problem = failure.value
         failure.cleanFailure()
@@ -11472,26 +11470,25 @@ class Api:
             error = EndpointNotFound(reason)
         return self.reply_error(request, error)
 
-    async def stream(self, request: Request, pieces: Iterator[bytes]) -> Answer:
+    async def stream(self, request: ApiRequest, pieces: Iterator[bytes]) -> Answer:
         """Send JSON piece by piece; returns what a handler returns when its answer is sent."""
         request.setHeader("content-type", JSON_TYPE)
         await PieceProducer(request, pieces).run()
         return None
 
-    def reply(self, request: Request, status: int, answer: Answer) -> bytes | None:
+    def reply(self, request: ApiRequest, status: int, answer: Answer) -> bytes | None:
         """Return an answer as JSON and set its headers; ``None`` was already sent."""
         if answer is None:
             return None
         body = answer if isinstance(answer, bytes) else json_of(answer)
-        request.setResponseCode(status, cast(ApiRequest, request).phrase)
+        request.setResponseCode(status, request.phrase)
         request.setHeader("content-type", JSON_TYPE)
         request.setHeader("content-length", str(len(body)))
         return b"" if request.method == b"HEAD" else body  # Twisted logs a body that it drops
 
-    def reply_error(self, request: Request, error: Exception) -> bytes | None:
+    def reply_error(self, request: ApiRequest, error: Exception) -> bytes | None:
         """Return an error as JSON; one that nobody foresaw is logged and not shown."""
-        asked = cast(ApiRequest, request)
-        request_id = asked.request_id
+        request_id = request.request_id
         if not isinstance(error, ManagerError):
             self.log.failure("a request failed unexpectedly", Failure(error), request_id=request_id)
             error = ManagerError(f"internal error; the log of the manager has it as {request_id}")
@@ -11499,13 +11496,13 @@ class Api:
             request.setHeader(name, value)
         error.message = self._observer.redactor.scrub(error.message)
         status = status_of_error(type(error), self._config.error_status)
-        asked.channel.site.note_refusal(status, error.code, asked.peer, request_id)
+        request.channel.site.note_refusal(status, error.code, request.peer, request_id)
         return self.reply(request, status, error_answer(error, request_id))
 
-    def note_change(self, request: Request, text: str, **fields: object) -> None:
+    def note_change(self, request: ApiRequest, text: str, **fields: object) -> None:
         """Log what somebody has changed, and who it was."""
-        asked = cast(ApiRequest, request)
-        self.log.info("{text}", text=text, **fields, peer=asked.peer, request_id=asked.request_id)
+        asker = {"peer": request.peer, "request_id": request.request_id}
+        self.log.info("{text}", text=text, **fields, **asker)
 
 
 # =============================================================================
@@ -11540,7 +11537,7 @@ class EventStream:
     dropped; what has to wait for it waits where it is kept anyway.
     """
 
-    _request: Request
+    _request: ApiRequest
     _reactor: Any
     _pull: Callable[[], bytes | None]
     _is_paused: bool = field(init=False, default=True)  # until it runs, which may be refused
@@ -11599,7 +11596,7 @@ class EventStream:
 
     def _drop(self) -> None:
         # An orderly end would wait until what was written is read.
-        cast(ApiRequest, self._request).channel.forceAbortClient()
+        self._request.channel.forceAbortClient()
 
     def _close(self) -> None:
         for call in (self._next, self._beat):
@@ -11761,17 +11758,14 @@ class OperatorApi(Api):
     # --- documentation ---
 
     @ApiEndpoint("GET", "/openapi.json", dict[str, Any])
-    async def openapi(self, request: Request) -> Answer:
+    async def openapi(self, request: ApiRequest) -> Answer:
         """Answer this API as an OpenAPI document."""
         return self._documentation[0]
 
     @ApiEndpoint("GET", "/docs", None, forms={"text/html": None})
-    async def docs(self, request: Request) -> Answer:
+    async def docs(self, request: ApiRequest) -> Answer:
         """Answer this API as a page to read."""
-        _, (page, headers) = self._documentation
-        for name, value in headers.items():
-            request.setHeader(name, value)
-        request.write(page)
+        request.write(html_answer(request, *self._documentation[1]))
         return None
 
     @functools.cached_property
@@ -11784,7 +11778,7 @@ class OperatorApi(Api):
     # --- probes and figures ---
 
     @ApiEndpoint("GET", "/", EndpointList)
-    async def endpoints(self, request: Request) -> Answer:
+    async def endpoints(self, request: ApiRequest) -> Answer:
         """Answer which endpoints there are."""
         listed = [
             EndpointSummary(method=each.method, path=each.path, what=each.what)
@@ -11793,12 +11787,12 @@ class OperatorApi(Api):
         return EndpointList(version=__version__, endpoints=listed)
 
     @ApiEndpoint("GET", "/livez", Alive)
-    async def livez(self, request: Request) -> Answer:
+    async def livez(self, request: ApiRequest) -> Answer:
         """Answer that the event loop turns."""
         return Alive()
 
     @ApiEndpoint("GET", "/readyz", Ready, takes=[FREE_PERMITS, WEIGHT], errors=[NotReady])
-    async def readyz(self, request: Request) -> Answer:
+    async def readyz(self, request: ApiRequest) -> Answer:
         """Answer that executions can be run here; 503 with the reasons otherwise.
 
         With ``permits=N`` it is a reason, too, that one with N permits would have to wait.
@@ -11813,7 +11807,7 @@ class OperatorApi(Api):
         if has_weight:
             is_free = not (reasons or self._gate.would_wait(1))
             free = self._gate.available if is_free else 0
-            cast(ApiRequest, request).phrase = b"%d%%" % free
+            request.phrase = b"%d%%" % free
         if reasons:
             raise NotReady(reasons)
         return Ready()
@@ -11847,7 +11841,7 @@ class OperatorApi(Api):
         return reasons
 
     @ApiEndpoint("GET", "/metrics", None, forms={"text/plain": None})
-    async def metrics(self, request: Request) -> Answer:
+    async def metrics(self, request: ApiRequest) -> Answer:
         """Answer the figures in Prometheus' text format."""
         text = self._metrics.text()
         request.setHeader("content-type", prometheus_client.exposition.CONTENT_TYPE_PLAIN_0_0_4)
@@ -11858,7 +11852,7 @@ class OperatorApi(Api):
     # --- lists ---
 
     @ApiEndpoint("GET", "/versions", VersionList, errors=[ResourcesExhausted])
-    async def versions(self, request: Request) -> Answer:
+    async def versions(self, request: ApiRequest) -> Answer:
         """Answer which executors there are, and which deployment times select them."""
         try:
             found = await self._installed.result()
@@ -11869,18 +11863,18 @@ class OperatorApi(Api):
         return VersionList(reroute_to=self._config.reroute_to, versions=found)
 
     @ApiEndpoint("GET", "/log/level", LogLevelAnswer)
-    async def get_log_level(self, request: Request) -> Answer:
+    async def get_log_level(self, request: ApiRequest) -> Answer:
         """Answer what is logged."""
         return LogLevelAnswer(level=self._observer.level)
 
     @ApiEndpoint("GET", "/env", VariableNames)
-    async def variables(self, request: Request) -> Answer:
+    async def variables(self, request: ApiRequest) -> Answer:
         """Answer which variables ``POST /env`` set; never what they hold."""
         names = self._variables.names().items()
         return VariableNames(variables=[VariableName(key=key, passed_on=on) for key, on in names])
 
     @ApiEndpoint("GET", "/genvm", ExecutionPage, takes=[STATE, LIMIT, BEFORE])
-    async def list_executions(self, request: Request) -> Answer:
+    async def list_executions(self, request: ApiRequest) -> Answer:
         """Answer the executions that are known, newest first, page by page."""
         state, before = STATE.of(request), BEFORE.of(request)
         limit = max(1, LIMIT.of(request))
@@ -11910,7 +11904,7 @@ class OperatorApi(Api):
             **{kind.kind: kind for kind in Happening.__subclasses__()},
         },
     )
-    async def events(self, request: Request) -> Answer:
+    async def events(self, request: ApiRequest) -> Answer:
         """Send what happens, as it happens."""
         reader = FeedReader(self._events, LAST_EVENT_ID.of(request))
         stream = EventStream(request, self._reactor, reader.next)
@@ -11935,7 +11929,7 @@ class OperatorApi(Api):
             "finished": ExecutionOutcome,
         },
     )
-    async def follow(self, request: Request, genvm_id: int) -> Answer:
+    async def follow(self, request: ApiRequest, genvm_id: int) -> Answer:
         """Send what an execution writes, as it comes, and then its end."""
         follow = FOLLOW.of(request)
         execution = self._executions.get(genvm_id)
@@ -12522,24 +12516,22 @@ class RootResource(Resource):
 
     def render(self, request: Request) -> Any:
         """Answer a request; see ``IResource``."""
+        asked = cast(ApiRequest, request)
         if request.path == b"/":
             request.setHeader("vary", "accept")
         try:
-            if not cast(ApiRequest, request).is_admitted:
+            if not asked.is_admitted:
                 self._policy.check(request)
             (request.method + b"".join(request.postpath or ())).decode()
         except UnicodeDecodeError:
             error = EndpointNotFound("no such endpoint: its path is not UTF-8")
-            return self._api.reply_error(request, error)
+            return self._api.reply_error(asked, error)
         except ManagerError as error:
-            return self._api.reply_error(request, error)
+            return self._api.reply_error(asked, error)
         if not wants_page(request):
             return self._routes.render(cast(IRequest, request))
-        cast(ApiRequest, request).route = "/"
-        page, headers = _page()
-        for name, value in headers.items():
-            request.setHeader(name, value)
-        return b"" if request.method == b"HEAD" else page
+        asked.route = "/"
+        return html_answer(request, *_page())
 
 
 # =============================================================================
