@@ -58,9 +58,9 @@ The file has five parts, and each section uses only what stands above it:
    2.21 HTTP answers and access: errors as JSON, who may ask.
    2.22 HTTP connections: limits.
    2.23 HTTP API: answers: their classes.
-   2.24 HTTP API: endpoints: their records, and the documentation that is made of them.
-   2.25 HTTP API: the routes that the reference has, and their kin.
-   2.26 HTTP API: operation: probes, figures, lists, events.
+   2.24 HTTP API: endpoints: their descriptions, and the documentation made from them.
+   2.25 HTTP API: the routes of the reference, and related ones.
+   2.26 HTTP API: operation: probes, metrics, lists, events.
    2.27 HTTP API: script of the page: a client of the API that runs in browsers.
    2.28 HTTP API: page: what a browser gets at GET /.
    2.29 Listeners: where requests come in, and what systemd hears.
@@ -10394,10 +10394,10 @@ class ApiSite(Site):
 # 2.23 HTTP API: answers
 # =============================================================================
 #
-# Owns the classes of what the routes answer, as far as it is not made further
-# up. Uses the classes of executions, checks and modules. Never fills one in.
+# Owns the classes of the answers that are not defined further up. Uses the
+# classes of executions, checks and modules. Never fills one in.
 
-FreePermits = Annotated[Count, about("Permits that are free.")]
+FreePermits = Annotated[Count, about("Permits that nobody holds.")]
 UsedPermits = Annotated[int, about("Permits that executions hold.")]
 LogLevel = Annotated[str, about("`trace`, `debug`, `info`, `warn` or `error`.", "info")]
 
@@ -10405,49 +10405,49 @@ LogLevel = Annotated[str, about("`trace`, `debug`, `info`, `warn` or `error`.", 
 class PermitCounts(Reply, frozen=True, kw_only=True):
     """Permits in ``GET /status``."""
 
-    max: Annotated[Count, about("Permits in all.")]
+    max: Annotated[Count, about("The total.")]
     current: FreePermits
     in_use: UsedPermits
     waiting: Annotated[Count, about("Executions that wait for permits.")]
 
 
 class QueueStatus(Reply, frozen=True, kw_only=True):
-    """What waits for permits."""
+    """The executions that wait for permits."""
 
     length: Count
     oldest_wait_ms: Annotated[Milliseconds, about("How long the first one has waited.")]
 
 
 class ManifestStatus(Reply, frozen=True, kw_only=True):
-    """What is known of the executors."""
+    """The state of the manifest."""
 
     versions: Annotated[Count, about("Executors that the manifest lists.")]
     problem: Annotated[str | None, about("What is wrong with the manifest.", None)]
 
 
 class ManagerStatus(Reply, frozen=True, kw_only=True):
-    """What is going on."""
+    """The state of the manager."""
 
     llm_module: ModuleState
     web_module: ModuleState
     permits: PermitCounts
     queue: QueueStatus
-    modules: Annotated[dict[str, ModuleStatus], about("By `llm` and `web`.")]
+    modules: Annotated[dict[str, ModuleStatus], about("Keyed by `llm` and `web`.")]
     manifest: ManifestStatus
     version: Annotated[str, about("The version of the manager.")]
-    instance: Annotated[Instance, about("The setting: the ids of executions modulo 100.")]
+    instance: Annotated[Instance, about("The setting: every execution id modulo 100.")]
     boot_id: Annotated[str, about("New at every start of the manager.")]
-    uptime_s: Annotated[float, Meta(title="seconds"), about("How long the manager runs.")]
+    uptime_s: Annotated[float, Meta(title="seconds"), about("How long the manager has run.")]
     draining: Annotated[bool, about("Whether new executions are refused.")]
     unread: Annotated[Count, about("Results that nobody has read yet.")]
     executions: Annotated[
         dict[str, ExecutionSummary],
-        about("By id: those that go on, and finished ones until their result is read."),
+        about("Keyed by id: active ones, and finished ones until their result is read."),
     ]
 
 
 class RunStarted(Reply, frozen=True, kw_only=True, tag_field="result", tag="started"):
-    """The process of an execution exists."""
+    """The process of the execution has been started."""
 
     id: GenvmId
 
@@ -10468,25 +10468,25 @@ class ShutdownCompleted(
 
 
 class DrainAnswer(Reply, frozen=True, kw_only=True):
-    """Whether new executions are accepted; ``drained`` where nothing runs or waits to be read."""
+    """Whether new executions are accepted; ``drained`` once nothing runs or waits to be read."""
 
     result: Literal["draining", "drained", "accepting"]
 
 
 class ContractSchema(Reply, frozen=True, kw_only=True):
-    """What a contract says of itself."""
+    """The schema of a contract."""
 
     schema: Annotated[str, about("As the contract's code returns it.", "{}")]
 
 
 class DetectedVersion(Reply, frozen=True, kw_only=True):
-    """Which executors run a contract."""
+    """Which executors can run a contract."""
 
     specified_major: Annotated[Count, about("The major version.", 0)]
 
 
 class DeploymentWrites(Reply, frozen=True, kw_only=True):
-    """What must be in the storage of a contract."""
+    """The storage writes that deploy a contract."""
 
     writes: Annotated[
         list[Annotated[list[str], Meta(min_length=2, max_length=2)]],
@@ -10504,7 +10504,7 @@ class PermitsAnswer(Reply, frozen=True, kw_only=True):
 
 
 class PermitsSet(Reply, frozen=True, kw_only=True, tag_field="result", tag="permits_set"):
-    """As many permits there are now."""
+    """The new number of permits."""
 
     permits: Count
 
@@ -10520,20 +10520,20 @@ class ModuleStopped(Reply, frozen=True, kw_only=True):
 
 
 class ModuleRestarted(Reply, frozen=True, kw_only=True, tag_field="result", tag="module_restarted"):
-    """The module runs with the configuration that was asked for."""
+    """The module runs with the requested configuration."""
 
-    changed: Annotated[bool, about("False where it had this configuration before.")]
-    generation: Annotated[Count, about("The process that serves, counted.")]
+    changed: Annotated[bool, about("False if it already had this configuration.")]
+    generation: Annotated[Count, about("The number of the process that serves.")]
 
 
 class LogLevelAnswer(Reply, frozen=True, kw_only=True):
-    """What is logged."""
+    """The log level."""
 
     level: LogLevel
 
 
 class LogLevelSet(Reply, frozen=True, kw_only=True, tag_field="result", tag="log_level_set"):
-    """What is logged from now on."""
+    """The new log level."""
 
     level: LogLevel
 
@@ -10541,25 +10541,27 @@ class LogLevelSet(Reply, frozen=True, kw_only=True, tag_field="result", tag="log
 class ManifestReloaded(
     Reply, frozen=True, kw_only=True, tag_field="result", tag="manifest_reloaded"
 ):
-    """The manifest was read again."""
+    """The manifest has been reloaded."""
 
 
 class VariableSet(Reply, frozen=True, kw_only=True, tag_field="result", tag="env_var_set"):
-    """A variable has its value."""
+    """The variable is set."""
 
     key: str
-    note: Annotated[str | UnsetType, about("That executors and modules do not get it.")] = UNSET
+    note: Annotated[str | UnsetType, about("Present if executors and modules do not get it.")] = (
+        UNSET
+    )
 
 
 class VariableName(Reply, frozen=True, kw_only=True):
-    """A variable that was set."""
+    """A variable set by ``POST /env``."""
 
     key: str
     passed_on: Annotated[bool, about("Whether executors and modules get it.")]
 
 
 class VariableNames(Reply, frozen=True, kw_only=True):
-    """The variables that were set; never what they hold."""
+    """The variables set by ``POST /env``, without their values."""
 
     variables: list[VariableName]
 
@@ -10568,30 +10570,30 @@ class EndpointSummary(Reply, frozen=True, kw_only=True):
     """An endpoint of this API."""
 
     method: str
-    path: Annotated[str, about("Where an id is `{genvm_id}`.", "/genvm/{genvm_id}")]
+    path: Annotated[str, about("An id is written `{genvm_id}`.", "/genvm/{genvm_id}")]
     what: Annotated[str, about("What it does.")]
 
 
 class EndpointList(Reply, frozen=True, kw_only=True, tag_field="name", tag="genvm-manager"):
-    """The endpoints that there are."""
+    """All endpoints."""
 
     version: Annotated[str, about("The version of the manager.")]
     endpoints: list[EndpointSummary]
 
 
 class Alive(Reply, frozen=True, kw_only=True, tag_field="result", tag="alive"):
-    """The event loop turns."""
+    """The event loop is running."""
 
 
 class Ready(Reply, frozen=True, kw_only=True, tag_field="result", tag="ready"):
-    """Executions can be run here."""
+    """The manager can run executions."""
 
 
 class SelectedPeriod(Reply, frozen=True, kw_only=True):
     """Deployment times that select a version."""
 
     begin: Instant
-    end: Annotated[Instant | None, about("Null where it lasts.")]
+    end: Annotated[Instant | None, about("Null if it has no end.")]
 
 
 class InstalledVersion(Reply, frozen=True, kw_only=True):
@@ -10601,7 +10603,7 @@ class InstalledVersion(Reply, frozen=True, kw_only=True):
     major: Count
     available_after: Instant
     program: Annotated[str, about("The path of its program.")]
-    found: Annotated[bool, about("Whether the program is there.")]
+    found: Annotated[bool, about("Whether the program exists.")]
     executable: bool
     selected: list[SelectedPeriod]
 
@@ -10609,7 +10611,7 @@ class InstalledVersion(Reply, frozen=True, kw_only=True):
 class VersionList(Reply, frozen=True, kw_only=True):
     """The executors that the manifest lists."""
 
-    reroute_to: Annotated[str | None, about("The folder that takes the place of all.", None)]
+    reroute_to: Annotated[str | None, about("The folder used in place of all of them.", None)]
     versions: list[InstalledVersion]
 
 
@@ -10627,7 +10629,7 @@ class ExecutionPage(Reply, frozen=True, kw_only=True):
 
 
 class PermitsEvent(Happening, frozen=True, kw_only=True):
-    """There are other permits now."""
+    """The number of permits has changed."""
 
     kind = "permits"
     permits: Count
@@ -10644,9 +10646,10 @@ class DrainEvent(Happening, frozen=True, kw_only=True):
 # 2.24 HTTP API: endpoints
 # =============================================================================
 #
-# Owns what an endpoint is, as a record: path, parameters, body, answers, errors.
-# The routes are made of it, and the API's documentation: OpenAPI, and a page to
-# read. Uses classes of answers and errors. Never knows what a handler does.
+# Owns the description of an endpoint: path, parameters, body, answers, errors.
+# The routes are made from it, and so is the documentation of the API: OpenAPI, and
+# a page to read. Uses the classes of answers and errors. Never knows what a
+# handler does.
 
 JSON_FORM = "application/json"
 CODE_FORM = "application/octet-stream"
@@ -10667,7 +10670,7 @@ class Parameter:
     required: bool = False
 
     def of(self, request: Request) -> Any:
-        """Return what a request has, or the default; raises ``InvalidRequest``."""
+        """Return its value in a request, or the default; raises ``InvalidRequest``."""
         if self.place == "header":
             text = header_text(request, self.name.lower().encode())
         else:
@@ -10682,7 +10685,7 @@ class Parameter:
 
 
 def whole_number(name: str, what: str, default: int, largest: int) -> Parameter:
-    """Return the query parameter for a number of at least 0; more counts as ``largest``."""
+    """Return a query parameter that is an integer of at least 0, capped at ``largest``."""
 
     def parse(text: str) -> int:
         if not text.isascii() or not text.isdigit():
@@ -10690,13 +10693,13 @@ def whole_number(name: str, what: str, default: int, largest: int) -> Parameter:
         return largest if len(text) > len(str(largest)) else min(int(text), largest)
 
     schema = {"type": "integer", "minimum": 0, "default": default}
-    return Parameter(name, f"{what} More than {largest} counts as that.", schema, parse, default)
+    return Parameter(name, f"{what} Capped at {largest}.", schema, parse, default)
 
 
-#: What each answer has beside its body.
+#: The headers of every answer.
 HEADERS = {
     "X-Request-Id": {
-        "description": "Under it the log has the request; a proxy may have chosen it.",
+        "description": "Identifies the request in the log; a proxy may have chosen it.",
         "schema": {"type": "string"},
     }
 }
@@ -10709,12 +10712,12 @@ ID_PARAMETER = Parameter(
 class ApiEndpoint:
     """An endpoint: what it takes and answers. As a decorator, it makes a method its handler.
 
-    ``route`` is its path as Klein has it. ``body`` is a class, or ``bytes`` for the code of a
-    contract. ``forms`` are answers of other types than JSON, with their class if they have one;
-    ``events`` the data of events, by name.
+    ``route`` is its path as Klein writes it. ``body`` is a class, or ``bytes`` for the code of a
+    contract. ``forms`` maps media types other than JSON to the class of the answer, if it has one;
+    ``events`` maps the names of events to the classes of their data.
 
-    The handler gets the request, what stands in the path, and the ``body``; what it returns is sent
-    as JSON, and what it raises as an error in JSON.
+    The handler gets the request, the id in the path if there is one, and the ``body``. What it
+    returns is sent as JSON, and so is what it raises.
     """
 
     method: str
@@ -10759,13 +10762,13 @@ class ApiEndpoint:
 
     @property
     def kinds(self) -> list[Any]:
-        """The classes of what it takes and answers."""
+        """The classes of its body and its answers."""
         kinds = (self.answer, self.body, *self.forms.values(), *self.events.values())
         return [kind for kind in kinds if kind not in (None, bytes)]
 
     @property
     def all_errors(self) -> Iterator[type[ManagerError]]:
-        """Its own errors, and those that any endpoint of its kind has."""
+        """Its own errors, and those common to all endpoints of its kind."""
         yield from self.errors
         if self.body is not None or self.takes:
             yield InvalidRequest
@@ -10783,7 +10786,7 @@ API_ENDPOINTS: list[ApiEndpoint] = []
 
 
 class OpenApi:
-    """The OpenAPI document of endpoints, and what is made of it."""
+    """The OpenAPI document of endpoints."""
 
     def __init__(
         self, endpoints: Sequence[ApiEndpoint], error_status: str, has_token: bool
@@ -10848,7 +10851,7 @@ class OpenApi:
         return operation
 
     def _media(self, kind: Any) -> dict[str, Any]:
-        """Return what the content of a type is, with an example."""
+        """Return the media type object of a class, with an example."""
         shape = self._shapes[kind]
         return {"schema": shape, "example": self.example(shape)}
 
@@ -10861,10 +10864,10 @@ class OpenApi:
         if endpoint.events:
             told = {name: self._shapes[kind] for name, kind in endpoint.events.items()}
             content[EVENTS_FORM] = {"schema": {"type": "string"}, "x-events": told}
-        return {"description": "It is done.", "headers": HEADERS, "content": content}
+        return {"description": "Success.", "headers": HEADERS, "content": content}
 
     def _failures(self, endpoint: ApiEndpoint) -> dict[str, Any]:
-        """Return the answers that are errors by status; each lists what it may mean."""
+        """Return the error responses by status; each lists its codes and what they mean."""
         by_status: dict[int, dict[str, str]] = {}
         for kind in endpoint.all_errors:
             if self._has_token or kind is not Unauthorized:
@@ -10890,7 +10893,7 @@ class OpenApi:
         }
 
     def example(self, shape: Mapping[str, Any]) -> Any:
-        """Return a value of a schema, by the examples of its parts."""
+        """Return a value that fits a schema, made from the examples of its parts."""
         if "examples" in shape:
             return shape["examples"][0]
         if "$ref" in shape:
@@ -10924,10 +10927,10 @@ pre { overflow-x: auto; padding: .5rem; border: 1px solid #8886; }
 
 
 def html_document(page: str, *rules: str, **texts: str) -> tuple[bytes, dict[str, str]]:
-    """Return a page and its headers, which let it use what is in it and nothing else.
+    """Return a page and its headers, which allow it its own style and script and nothing else.
 
-    ``texts`` go into the elements of their names, ``style`` and ``script``; ``rules`` of a content
-    security policy allow more.
+    ``texts`` fill the elements that they are named after, ``style`` and ``script``; ``rules`` are
+    further directives of the content security policy.
     """
     policy = ["default-src 'none'"]
     for tag, text in texts.items():
@@ -10946,14 +10949,14 @@ def html_document(page: str, *rules: str, **texts: str) -> tuple[bytes, dict[str
 
 
 def html_answer(request: Request, page: bytes, headers: Mapping[str, str]) -> bytes:
-    """Set the headers of a page; returns what is sent of it."""
+    """Set the headers of a page, and return the body of the response."""
     for name, value in headers.items():
         request.setHeader(name, value)
     return b"" if request.method == b"HEAD" else page
 
 
 def documentation_page(document: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
-    """Return what an OpenAPI document says as a page for people, and its headers."""
+    """Return an OpenAPI document as a page for people, and the headers of that."""
     operations = [
         (f"{method.upper()} {path}", operation)
         for path, methods in document["paths"].items()
@@ -10966,7 +10969,7 @@ def documentation_page(document: Mapping[str, Any]) -> tuple[bytes, dict[str, st
         '<!doctype html><html lang="en"><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         "<title>GenVM Manager API</title><style></style>",
-        f"<h1>GenVM Manager {__version__}</h1><p>The same for programs: ",
+        f"<h1>GenVM Manager {__version__}</h1><p>For programs: ",
         f'<a href="openapi.json">openapi.json</a>.</p><ul>{"".join(links)}</ul>',
         *(_operation_section(name, operation) for name, operation in operations),
         *(_class_section(*each) for each in document["components"]["schemas"].items()),
@@ -11021,7 +11024,7 @@ def _table(rows: Iterable[tuple[str, Any, str]], title: str = "") -> str:
 
 
 def _type_text(shape: Mapping[str, Any]) -> str:
-    """Return what values a schema allows, in words."""
+    """Return the type of a schema, in words."""
     if "$ref" in shape:
         name = shape["$ref"].rpartition("/")[2]
         return f'<a href="#{name}">{name}</a>'
@@ -11041,14 +11044,14 @@ def _html(text: str) -> str:
 
 
 def _form_of(kind: Any) -> dict[str, Any]:
-    """Return the schema of a class of ours that stands for a string."""
+    """Return the schema of one of our own classes, all of which are strings in JSON."""
     if issubclass(kind, datetime):
         return {"type": "string", "format": "date-time"}
     return getattr(kind, "form", {"type": "string"})
 
 
 def _tell_unit(member: dict[str, Any]) -> None:
-    """Say the form of a value, which is its title, where people look for it."""
+    """Move the unit of a value from its title to its description, where people look for it."""
     units = [part.pop("title") for part in (member, *member.get("anyOf", ())) if "title" in part]
     if units:
         member["description"] = f"{member.get('description', '')} ({units[0]})".strip()
@@ -11056,8 +11059,8 @@ def _tell_unit(member: dict[str, Any]) -> None:
 
 WAIT = Parameter(
     "wait",
-    f"How long the answer may wait: seconds, or a number with the unit ms, s, m or h; more than "
-    f"{MAX_WAIT_SECONDS:g} s counts as that.",
+    f"How long to wait before answering: seconds, or a number with the unit ms, s, m or h. Capped "
+    f"at {MAX_WAIT_SECONDS:g} s.",
     {
         "type": "string",
         "pattern": r"^([0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m)?|[0-9]{1,8}h)$",
@@ -11091,7 +11094,7 @@ MODULE_ERRORS = (ModuleAlreadyRunning, ModuleFailed)
 
 
 def permit_seconds(request: Request) -> int | None:
-    """Return for how long an execution may wait for permits; the answer will say so."""
+    """Return how long an execution may wait for permits, and confirm it in the answer."""
     given = request.requestHeaders.getRawHeaders(b"prefer", [])
     seconds = preferred_seconds(b",".join(given).decode("latin-1"))
     if seconds is not None:
@@ -11110,29 +11113,29 @@ def wait_seconds(request: Request) -> float:
 # 2.25 HTTP API
 # =============================================================================
 #
-# Owns the routes: the path, the form of the body, the call, the answer. Uses
-# endpoints, and all that it serves. Never constructs that.
+# Owns the routes: path, body, call, answer. Uses endpoints, and everything that
+# they serve. Never constructs any of that.
 
 
 @frozen
 class PermitsBody:
-    """Body of ``POST /permits``; null means what memory allows, as at the start."""
+    """Body of ``POST /permits``."""
 
-    permits: Annotated[Permits | None, about("Null is what memory allows now.", 8)]
+    permits: Annotated[Permits | None, about("Null: as many as memory allows now.", 8)]
 
 
 @frozen
 class LogLevelBody:
     """Body of ``POST /log/level``."""
 
-    level: Annotated[LevelName, about("In any letter case.", "info")]
+    level: Annotated[LevelName, about("In upper or lower case.", "info")]
 
 
 @frozen
 class ModuleStopBody:
     """Body of ``POST /module/stop``."""
 
-    module_type: Annotated[ModuleKind, about("In any letter case.", "web")]
+    module_type: Annotated[ModuleKind, about("In upper or lower case.", "web")]
 
 
 @frozen
@@ -11141,7 +11144,7 @@ class ModuleBody(ModuleStopBody):
 
     config: Annotated[
         AnyObject | None,
-        about("Null is the module's file in `config/`.", {"bind_address": "127.0.0.1:0"}),
+        about("Null: the module's file in `config/`.", {"bind_address": "127.0.0.1:0"}),
     ] = None
     allow_empty_backends: Annotated[bool, about("Start without a usable model (`llm`).")] = False
 
@@ -11155,7 +11158,7 @@ class VariableBody:
 
 
 def _parse_body(data: bytes, kind: type[Schema]) -> Schema:
-    """Return a body as it is if its class is ``bytes``, else its JSON as an instance of that."""
+    """Return a body unchanged if ``kind`` is ``bytes``, else its JSON as an instance of it."""
     if kind is bytes:
         return cast(Schema, data)
     try:
@@ -11163,13 +11166,13 @@ def _parse_body(data: bytes, kind: type[Schema]) -> Schema:
     except InvalidRequest:
         if is_calldata_map(data):
             raise InvalidRequest(
-                "body: this is calldata, which managers of executors newer than v0.2.7 "
-                "take; send JSON: README.md has its fields"
+                "body: this is calldata, as managers of executors newer than v0.2.7 expect it; "
+                "send JSON: README.md lists the fields"
             ) from None
         raise
 
 
-#: An endpoint that takes the code of a contract, and when that is or was deployed.
+#: An endpoint that takes the code of a contract and the time of its deployment.
 _contract_endpoint = functools.partial(ApiEndpoint, "POST", body=bytes, takes=[DEPLOYED])
 
 
@@ -11197,7 +11200,7 @@ class Api:
 
     @functools.cached_property
     def app(self) -> klein.Klein:
-        """All endpoints as routes of Klein."""
+        """All endpoints as Klein routes."""
         app = klein.Klein()
         for each in API_ENDPOINTS:
             app.route(each.route, methods=[each.method])(each.handle)
@@ -11208,7 +11211,7 @@ class Api:
 
     @ApiEndpoint("GET", "/status", ManagerStatus)
     async def status(self, request: ApiRequest) -> Answer:
-        """Answer what is going on; never waits for anything."""
+        """Report the state of the manager; never waits for anything."""
         return ManagerStatus(
             llm_module=self._modules["llm"].state,
             web_module=self._modules["web"].state,
@@ -11248,8 +11251,8 @@ class Api:
     async def run(self, request: ApiRequest, body: RunRequest) -> Answer:
         """Start an execution.
 
-        With the header `Prefer: wait=N` (RFC 7240) nothing is started where no permit comes within
-        N seconds: `no_permit`. The answer says `Preference-Applied: wait=N` then.
+        With the header `Prefer: wait=N` (RFC 7240), an execution that gets no permits within N
+        seconds is not started: `no_permit`. The answer then has `Preference-Applied: wait=N`.
         """
         key = IDEMPOTENCY_KEY.of(request) or None
         execution = await self._executions.run(body, key, permit_seconds(request))
@@ -11257,7 +11260,7 @@ class Api:
 
     @ApiEndpoint("GET", "/genvm/<int:genvm_id>", ExecutionAnswer, takes=[WAIT, WAIT_MS])
     async def result(self, request: ApiRequest, genvm_id: int) -> Answer:
-        """Answer the result of an execution, waiting for it if asked to."""
+        """Return the result of an execution, waiting for it if asked to."""
         execution = self._executions.get(genvm_id)
         await self._executions.wait(execution, wait_seconds(request))
         pieces = itertools.chain(
@@ -11279,16 +11282,16 @@ class Api:
     async def stop(self, request: ApiRequest, genvm_id: int) -> Answer:
         """End an execution."""
         grace_ms = GRACE.of(request)
-        # Clients that mean "at once" say 20 ms and expect the end that an executor can report.
+        # Clients that mean "at once" say 20 ms, and expect that the executor can still report.
         grace_ms = max(grace_ms, LEAST_GRACE_MS) if grace_ms else 0
         await self._executions.stop(genvm_id, grace_ms / 1000)
         return ShutdownCompleted(genvm_id=genvm_id)
 
     @ApiEndpoint("POST", "/drain", DrainAnswer, takes=[WAIT, WAIT_MS])
     async def drain(self, request: ApiRequest) -> Answer:
-        """Refuse new executions from now on and finish those that were accepted.
+        """Refuse new executions, and finish those that were accepted.
 
-        With ``wait`` the answer comes once nothing runs and each result was read.
+        With ``wait`` the answer comes once nothing runs and every result has been read.
         """
         seconds = wait_seconds(request)
         self._set_draining(request, True)
@@ -11299,7 +11302,7 @@ class Api:
 
     @ApiEndpoint("POST", "/undrain", DrainAnswer)
     async def undrain(self, request: ApiRequest) -> Answer:
-        """Accept executions again."""
+        """Accept new executions again."""
         self._set_draining(request, False)
         return DrainAnswer(result="accepting")
 
@@ -11316,13 +11319,13 @@ class Api:
         errors=(*CONTRACT_ERRORS, ContractFailed, *QUEUE_ERRORS),
     )
     async def schema(self, request: ApiRequest, body: bytes) -> Answer:
-        """Answer a contract's schema; `Prefer: wait=N` is as for a run."""
+        """Return a contract's schema; `Prefer: wait=N` works as for a run."""
         moment, wait = DEPLOYED.of(request), permit_seconds(request)
         return await self.stream(request, await self._contracts.schema_pieces(body, moment, wait))
 
     @_contract_endpoint("/contract/detect-version", DetectedVersion, errors=CONTRACT_ERRORS)
     async def detect_version(self, request: ApiRequest, body: bytes) -> Answer:
-        """Answer the major version that a contract asks for."""
+        """Return the major version that a contract requires."""
         major = await self._contracts.major(body, DEPLOYED.of(request))
         return DetectedVersion(specified_major=major)
 
@@ -11330,7 +11333,7 @@ class Api:
         "/contract/pre-deploy-writes", DeploymentWrites, errors=(*CONTRACT_ERRORS, UnsupportedMajor)
     )
     async def pre_deploy_writes(self, request: ApiRequest, body: bytes) -> Answer:
-        """Answer the storage writes that deploy a contract."""
+        """Return the storage writes that deploy a contract."""
         moment = DEPLOYED.of(request)
         return await self.stream(request, await self._contracts.deployment_pieces(body, moment))
 
@@ -11338,7 +11341,7 @@ class Api:
 
     @ApiEndpoint("GET", "/permits", PermitsAnswer)
     async def permits(self, request: ApiRequest) -> Answer:
-        """Answer how many executions may run; ``permits`` is the total."""
+        """Report how many executions may run; ``permits`` is the total."""
         return PermitsAnswer(
             permits=self._gate.limit,
             available=self._gate.available,
@@ -11348,7 +11351,7 @@ class Api:
 
     @ApiEndpoint("POST", "/permits", PermitsSet, body=PermitsBody)
     async def set_permits(self, request: ApiRequest, body: PermitsBody) -> Answer:
-        """Change how many executions may run."""
+        """Set how many executions may run."""
         permits = automatic_permits() if body.permits is None else body.permits
         self._gate.resize(permits)
         self._events.tell(PermitsEvent, permits=permits)
@@ -11374,7 +11377,7 @@ class Api:
 
     @ApiEndpoint("POST", "/module/restart", ModuleRestarted, body=ModuleBody, errors=MODULE_ERRORS)
     async def restart_module(self, request: ApiRequest, body: ModuleBody) -> Answer:
-        """Give a module another configuration without refusing a connection."""
+        """Give a module a new configuration without refusing a connection."""
         module = self._modules[body.module_type]
         changed = await module.restart(body.config, body.allow_empty_backends)
         self.note_change(request, "module restarted", module=body.module_type, changed=changed)
@@ -11391,7 +11394,7 @@ class Api:
         forms={LINES_TYPE: CheckResult},
     )
     async def check_models(self, request: ApiRequest, body: CheckBody) -> Answer:
-        """Answer which models are available; line by line, as it is known, if that is asked for."""
+        """Check which models are available; on request, each result is a line, sent at once."""
         if not prefers(request, LINES_TYPE):
             return await self._check.check(body)
         request.setHeader("content-type", LINES_TYPE)
@@ -11402,7 +11405,7 @@ class Api:
 
     @ApiEndpoint("POST", "/log/level", LogLevelSet, body=LogLevelBody)
     async def log_level(self, request: ApiRequest, body: LogLevelBody) -> Answer:
-        """Change what is logged."""
+        """Set the log level."""
         was_enabled = self._observer.enabled("info")
         if was_enabled:
             self.note_change(request, "log level set", to=body.level)
@@ -11417,9 +11420,9 @@ class Api:
         "POST", "/manifest/reload", ManifestReloaded, errors=[ManifestError, ResourcesExhausted]
     )
     async def reload_manifest(self, request: ApiRequest) -> Answer:
-        """Read the manifest again; a bad one changes nothing."""
+        """Reload the manifest; a bad one changes nothing."""
         await self._manifest.reload(self._reactor)
-        self.note_change(request, "manifest reloaded as asked")
+        self.note_change(request, "manifest reloaded on request")
         return ManifestReloaded()
 
     @ApiEndpoint("POST", "/env", VariableSet, body=VariableBody, errors=[EnvironmentRefused])
@@ -11428,7 +11431,7 @@ class Api:
         key = body.key
         note = self._variables.set(key, body.value)
         named = SECRET_NAMES.search(key)
-        # Children that were started before have the earlier values.
+        # Children started earlier still have the old values.
         self._observer.redactor.keep(("env", key), self._variables.values_of(key) if named else ())
         self.note_change(request, "environment variable set", key=key)
         return VariableSet(key=key, note=UNSET if note is None else note)
@@ -11436,7 +11439,7 @@ class Api:
     # --- reading and writing ---
 
     async def read_body(self, request: ApiRequest, kind: type[Schema]) -> Schema:
-        """Return a request's body, read in a thread if it is large: see ``_parse_body``."""
+        """Return a request's body, parsed in a thread if it is large; see ``_parse_body``."""
         encoding = header_text(request, b"content-encoding") or "identity"
         if encoding.strip().lower() != "identity":
             raise UnsupportedEncoding(
@@ -11455,7 +11458,7 @@ class Api:
         return await in_thread(self._reactor, read)
 
     def no_route(self, request: ApiRequest, failure: Failure) -> bytes | None:
-        """Answer that no route takes the request."""
+        """Refuse a request that no route takes."""
         problem = failure.value
         failure.cleanFailure()
         if isinstance(problem, werkzeug.exceptions.MethodNotAllowed):
@@ -11466,12 +11469,12 @@ class Api:
         else:
             reason = "no such endpoint; GET / lists them"
             if re.fullmatch(b"/genvm/[^/]+(/events)?", request.path):
-                reason = "no such execution: an id is a number, as POST /genvm/run answers it"
+                reason = "no such execution: an id is a number, as returned by POST /genvm/run"
             error = EndpointNotFound(reason)
         return self.reply_error(request, error)
 
     async def stream(self, request: ApiRequest, pieces: Iterator[bytes]) -> Answer:
-        """Send JSON piece by piece; returns what a handler returns when its answer is sent."""
+        """Send JSON piece by piece; returns what a handler returns once its answer is sent."""
         request.setHeader("content-type", JSON_TYPE)
         await PieceProducer(request, pieces).run()
         return None
@@ -11487,11 +11490,11 @@ class Api:
         return b"" if request.method == b"HEAD" else body  # Twisted logs a body that it drops
 
     def reply_error(self, request: ApiRequest, error: Exception) -> bytes | None:
-        """Return an error as JSON; one that nobody foresaw is logged and not shown."""
+        """Return an error as JSON; an unforeseen one is logged and not shown."""
         request_id = request.request_id
         if not isinstance(error, ManagerError):
             self.log.failure("a request failed unexpectedly", Failure(error), request_id=request_id)
-            error = ManagerError(f"internal error; the log of the manager has it as {request_id}")
+            error = ManagerError(f"internal error; the manager's log has it as {request_id}")
         for name, value in error_headers(error).items():
             request.setHeader(name, value)
         error.message = self._observer.redactor.scrub(error.message)
@@ -11500,7 +11503,7 @@ class Api:
         return self.reply(request, status, error_answer(error, request_id))
 
     def note_change(self, request: ApiRequest, text: str, **fields: object) -> None:
-        """Log what somebody has changed, and who it was."""
+        """Log what was changed, and by whom."""
         asker = {"peer": request.peer, "request_id": request.request_id}
         self.log.info("{text}", text=text, **fields, **asker)
 
@@ -11509,16 +11512,16 @@ class Api:
 # 2.26 HTTP API: operation
 # =============================================================================
 #
-# Owns the routes by which operators watch the manager: probes, metrics, events,
-# lists. Uses the API's own routes, and what it serves. Never changes anything.
+# Owns the routes with which operators watch the manager: probes, metrics, events,
+# lists. Uses the API and what it serves. Never changes anything.
 
-#: Seconds without an event after which a comment shows that the connection lives.
+#: Seconds without an event after which a comment shows that the connection is alive.
 HEARTBEAT_SECONDS = 15.0
-#: Seconds that a client may read nothing.
+#: Seconds for which a client may read nothing.
 STALLED_SECONDS = 30.0
 #: Clients that may follow events at once: each event is sent to all of them in one turn.
 MOST_STREAMS = 256
-#: What must be left for the manager to be ready.
+#: Descriptors and bytes of temporary space that must be left for the manager to be ready.
 READY_DESCRIPTORS = 32
 READY_TEMPORARY_BYTES = 16 * MIB
 LOOK_SECONDS = 2.0
@@ -11532,9 +11535,9 @@ MAX_ID = 2**53
 class EventStream:
     """Sends one client Server-Sent Events (WHATWG HTML Living Standard, section 9.2).
 
-    ``pull`` returns the next event as it goes over the wire, or nothing if there is none now;
+    ``pull`` returns the next event as it goes over the wire, or ``None`` if there is none yet;
     ``wake`` says that there may be one. A client that reads nothing for ``STALLED_SECONDS`` is
-    dropped; what has to wait for it waits where it is kept anyway.
+    dropped; nothing is buffered for it: what it has yet to read waits where it is kept anyway.
     """
 
     _request: ApiRequest
@@ -11547,10 +11550,10 @@ class EventStream:
     _done: Deferred[None] = field(init=False, factory=Deferred)
 
     def run(self) -> Deferred[None]:
-        """Send what there is and what comes; fires once ``end`` was called and all is sent."""
+        """Send events as they come; fires once ``end`` was called and everything is sent."""
         self._request.setHeader("content-type", "text/event-stream; charset=utf-8")
         self._request.setHeader("cache-control", "no-store")
-        self._request.setHeader("x-accel-buffering", "no")  # a proxy is not to wait for more
+        self._request.setHeader("x-accel-buffering", "no")  # or a proxy waits for more
         if self._request.method == b"HEAD":
             self._done.callback(None)
             return self._done
@@ -11567,7 +11570,7 @@ class EventStream:
             self._next = self._reactor.callLater(0, self._send)
 
     def end(self) -> None:
-        """Send what is there now, and end."""
+        """Send what there is now, then end."""
         self._is_ending = True
         self.wake()
 
@@ -11580,7 +11583,7 @@ class EventStream:
             batch += piece
         if batch:
             self._again(HEARTBEAT_SECONDS, self._heartbeat)
-            self._request.write(bytes(batch))  # which may find that the client does not read
+            self._request.write(bytes(batch))  # which pauses us if the client does not read
             self.wake()
         elif self._is_ending:
             self._close()
@@ -11595,7 +11598,7 @@ class EventStream:
         self._request.write(b":\n\n")
 
     def _drop(self) -> None:
-        # An orderly end would wait until what was written is read.
+        # An orderly close would wait until the client has read what was written.
         self._request.channel.forceAbortClient()
 
     def _close(self) -> None:
@@ -11609,7 +11612,7 @@ class EventStream:
     # --- IPushProducer ---
 
     def pauseProducing(self) -> None:
-        """The client does not read."""
+        """The client has stopped reading."""
         if not self._is_paused:
             self._is_paused = True
             self._again(STALLED_SECONDS, self._drop)
@@ -11626,7 +11629,7 @@ class EventStream:
 
 
 def look_at_executors(root: Path, manifest: Manifest) -> list[InstalledVersion]:
-    """Return what the manifest lists, and which of it is installed; may wait for a disk."""
+    """Return the versions of the manifest and whether each is installed; may wait for a disk."""
     selected = manifest.selections()
     looked = []
     for version in manifest.versions:
@@ -11679,14 +11682,14 @@ STATE = Parameter(
     _state_named,
 )
 FREE_PERMITS = whole_number(
-    "permits", "Permits that an execution could have at once.", 0, 1_000_000
+    "permits", "Permits that an execution must be able to get at once.", 0, 1_000_000
 )
-LIMIT = whole_number("limit", "How many at most, at least 1.", PAGE_ENTRIES, MAX_PAGE_ENTRIES)
+LIMIT = whole_number("limit", "The most entries, at least 1.", PAGE_ENTRIES, MAX_PAGE_ENTRIES)
 BEFORE = whole_number("before", "Only executions with smaller ids.", MAX_ID, MAX_ID)
 
 
 def _yes_or_no(text: str) -> bool:
-    """Return what true and false mean; raises ``ValueError``."""
+    """Return ``true`` or ``false`` as a value; raises ``ValueError``."""
     if text not in ("true", "false"):
         raise ValueError(f"expected true or false, got {shown(text)}")
     return text == "true"
@@ -11694,22 +11697,25 @@ def _yes_or_no(text: str) -> bool:
 
 FOLLOW = Parameter(
     "follow",
-    "Whether it goes on until the end; false is only what is there now.",
+    "Whether to go on until the end; false sends only what is there now.",
     {"type": "boolean", "default": True},
     _yes_or_no,
     True,
 )
 WEIGHT = Parameter(
     "weight",
-    "Whether the status line ends with the number of permits that one could have at once and a "
-    "percent sign in place of `OK`, as in `HTTP/1.1 200 8%`; 0% where it is not ready. HAProxy's "
-    "agent check takes that for a weight.",
+    "Whether the status line ends with the number of permits available at once and a percent sign "
+    "in place of `OK`, as in `HTTP/1.1 200 8%`; 0% if not ready. HAProxy's agent check reads that "
+    "as a weight.",
     {"type": "boolean", "default": False},
     _yes_or_no,
     False,
 )
 LAST_EVENT_ID = Parameter(
-    "Last-Event-ID", "The id of the last event that is known.", {"type": "string"}, place="header"
+    "Last-Event-ID",
+    "The id of the last event that the client has.",
+    {"type": "string"},
+    place="header",
 )
 
 
@@ -11734,7 +11740,7 @@ class OperatorApi(Api):
         )
 
     def note_answer(self, answered: AnsweredRequest) -> None:
-        """Count a request that is answered, and write its line in the log."""
+        """Count an answered request, and log it at ``debug``."""
         self._metrics.note_request(
             answered.route, answered.method, answered.status, answered.seconds
         )
@@ -11751,7 +11757,7 @@ class OperatorApi(Api):
             )
 
     def end_streams(self) -> None:
-        """End the answers that would go on for ever, at shutdown."""
+        """End the answers that would otherwise never end, at shutdown."""
         for stream in [*self._streams]:
             stream.end()
 
@@ -11759,18 +11765,18 @@ class OperatorApi(Api):
 
     @ApiEndpoint("GET", "/openapi.json", dict[str, Any])
     async def openapi(self, request: ApiRequest) -> Answer:
-        """Answer this API as an OpenAPI document."""
+        """Return this API as an OpenAPI document."""
         return self._documentation[0]
 
     @ApiEndpoint("GET", "/docs", None, forms={"text/html": None})
     async def docs(self, request: ApiRequest) -> Answer:
-        """Answer this API as a page to read."""
+        """Return this API as a page to read."""
         request.write(html_answer(request, *self._documentation[1]))
         return None
 
     @functools.cached_property
     def _documentation(self) -> tuple[bytes, tuple[bytes, dict[str, str]]]:
-        """Document and page, which are made when somebody asks for the first time."""
+        """The document and the page, made at the first request."""
         has_token = self._config.auth_token_file is not None
         made = OpenApi(API_ENDPOINTS, self._config.error_status, has_token)
         return made.json, documentation_page(made.document)
@@ -11779,7 +11785,7 @@ class OperatorApi(Api):
 
     @ApiEndpoint("GET", "/", EndpointList)
     async def endpoints(self, request: ApiRequest) -> Answer:
-        """Answer which endpoints there are."""
+        """List all endpoints."""
         listed = [
             EndpointSummary(method=each.method, path=each.path, what=each.what)
             for each in sorted(API_ENDPOINTS, key=lambda each: (each.method, each.path))
@@ -11788,14 +11794,14 @@ class OperatorApi(Api):
 
     @ApiEndpoint("GET", "/livez", Alive)
     async def livez(self, request: ApiRequest) -> Answer:
-        """Answer that the event loop turns."""
+        """Report that the event loop is running."""
         return Alive()
 
     @ApiEndpoint("GET", "/readyz", Ready, takes=[FREE_PERMITS, WEIGHT], errors=[NotReady])
     async def readyz(self, request: ApiRequest) -> Answer:
-        """Answer that executions can be run here; 503 with the reasons otherwise.
+        """Report that executions can be run here, or 503 with the reasons why not.
 
-        With ``permits=N`` it is a reason, too, that one with N permits would have to wait.
+        With ``permits=N``, one reason is that an execution of N permits would have to wait.
         """
         permits, has_weight = FREE_PERMITS.of(request), WEIGHT.of(request)
         reasons = await self._reasons()
@@ -11820,11 +11826,11 @@ class OperatorApi(Api):
                 said = f": {module.last_error}" if module.last_error else ""
                 reasons.append(f"the {kind} module is {module.state.value}{said}")
         if free_descriptors(READY_DESCRIPTORS) < READY_DESCRIPTORS:
-            reasons.append("too many open files: raise the limit of descriptors")
+            reasons.append("too many open files: raise the limit on descriptors")
         try:
             reasons += await self._disks.result()
         except DeferredTimeout:
-            reasons.append(f"a disk does not answer within {LOOK_SECONDS:g} s")
+            reasons.append(f"a disk did not answer within {LOOK_SECONDS:g} s")
         except ResourcesExhausted as error:
             reasons.append(error.message)
         return reasons
@@ -11842,7 +11848,7 @@ class OperatorApi(Api):
 
     @ApiEndpoint("GET", "/metrics", None, forms={"text/plain": None})
     async def metrics(self, request: ApiRequest) -> Answer:
-        """Answer the figures in Prometheus' text format."""
+        """Return the metrics in the text format of Prometheus."""
         text = self._metrics.text()
         request.setHeader("content-type", prometheus_client.exposition.CONTENT_TYPE_PLAIN_0_0_4)
         request.setHeader("content-length", str(len(text)))
@@ -11853,29 +11859,29 @@ class OperatorApi(Api):
 
     @ApiEndpoint("GET", "/versions", VersionList, errors=[ResourcesExhausted])
     async def versions(self, request: ApiRequest) -> Answer:
-        """Answer which executors there are, and which deployment times select them."""
+        """List the executors, and the deployment times that select them."""
         try:
             found = await self._installed.result()
         except DeferredTimeout:
             raise ResourcesExhausted(
-                f"the executors' folder does not answer within {FILE_SECONDS:g} s"
+                f"the executors' folder did not answer within {FILE_SECONDS:g} s"
             ) from None
         return VersionList(reroute_to=self._config.reroute_to, versions=found)
 
     @ApiEndpoint("GET", "/log/level", LogLevelAnswer)
     async def get_log_level(self, request: ApiRequest) -> Answer:
-        """Answer what is logged."""
+        """Return the log level."""
         return LogLevelAnswer(level=self._observer.level)
 
     @ApiEndpoint("GET", "/env", VariableNames)
     async def variables(self, request: ApiRequest) -> Answer:
-        """Answer which variables ``POST /env`` set; never what they hold."""
+        """List the variables set by ``POST /env``, without their values."""
         names = self._variables.names().items()
         return VariableNames(variables=[VariableName(key=key, passed_on=on) for key, on in names])
 
     @ApiEndpoint("GET", "/genvm", ExecutionPage, takes=[STATE, LIMIT, BEFORE])
     async def list_executions(self, request: ApiRequest) -> Answer:
-        """Answer the executions that are known, newest first, page by page."""
+        """List the known executions, newest first, page by page."""
         state, before = STATE.of(request), BEFORE.of(request)
         limit = max(1, LIMIT.of(request))
         found = (
@@ -11905,7 +11911,7 @@ class OperatorApi(Api):
         },
     )
     async def events(self, request: ApiRequest) -> Answer:
-        """Send what happens, as it happens."""
+        """Send events as they happen."""
         reader = FeedReader(self._events, LAST_EVENT_ID.of(request))
         stream = EventStream(request, self._reactor, reader.next)
         self._events.followers[stream.wake] = None
@@ -11930,7 +11936,7 @@ class OperatorApi(Api):
         },
     )
     async def follow(self, request: ApiRequest, genvm_id: int) -> Answer:
-        """Send what an execution writes, as it comes, and then its end."""
+        """Send what an execution writes, as it comes, and then how it ended."""
         follow = FOLLOW.of(request)
         execution = self._executions.get(genvm_id)
         reader = OutputReader(execution)
@@ -11968,22 +11974,22 @@ class OperatorApi(Api):
 # 2.27 HTTP API: script of the page
 # =============================================================================
 #
-# Owns what the page does in a browser: a client of the API like any other, which
-# follows the events and asks for what they do not say. Never puts what the
-# manager says into markup.
+# Owns what the page does in a browser. It is a client of the API like any other: it
+# follows the events, and asks for what they leave out. Never puts text from the
+# manager into markup.
 
 PAGE_SCRIPT: Final = r"""
 const SHOWN = 100;        // rows of a table
-const KEPT = 50_000;      // characters that are shown of a stream
-const RECORD = 2_000;     // characters that are shown of a record of a log
-const PLOTTED = 600_000, GAP = 70_000;  // milliseconds in all, and between points of a line
+const KEPT = 50_000;      // characters shown of a stream
+const RECORD = 2_000;     // characters shown of a log record
+const PLOTTED = 600_000, GAP = 70_000;  // milliseconds in all, and at most between joined points
 const SILENCE = 35_000;   // milliseconds without a heartbeat, which comes every 15 s
 const LOOK = 10_000;      // milliseconds from one GET /status to the next when nothing happens
-let status = null;        // what GET /status answered last, and what events said since
-let runs = new Map();     // what waits or runs, by id
-let ends = new Map();     // what has ended, by id
-const trouble = { events: "connecting", status: "" };  // of the two sources, while there is some
-let skew = 0;             // milliseconds that the manager's clock is ahead of ours
+let status = null;        // the last answer to GET /status, kept up to date by events
+let runs = new Map();     // executions that wait or run, by id
+let ends = new Map();     // executions that have ended, by id
+const trouble = { events: "connecting", status: "" };  // what is wrong with each source
+let skew = 0;             // milliseconds by which the manager's clock is ahead of ours
 const token = sessionStorage.getItem("token") ?? "";
 
 const $ = (id) => document.getElementById(id);
@@ -11994,7 +12000,7 @@ const reason = (error) => error.isAnswer ? error.message : "the manager does not
 const isWaiting = (run) => run.state === "waiting";
 const isLive = () => status && !isAsking && !trouble.events && !trouble.status;
 
-// What the manager says gets into the page by these two, as text.
+// Text from the manager enters the page through these two alone, as text.
 function put(element, text, kind = element.className) {
   if (element.textContent !== (text ?? "")) element.textContent = text;
   if (element.className !== kind) element.className = kind;
@@ -12013,8 +12019,8 @@ function duration(ms) {
   return `${whole(86_400)} d ${whole(3600) % 24} h`;
 }
 
-// --- asking the manager ---
-// Returns a response that is a success; where a token is needed, the page begins anew with it.
+// --- requests ---
+// Returns a successful response; if a token is needed, the page asks for it and reloads.
 async function call(method, path, { body, headers, signal } = {}) {
   const bytes = String.fromCharCode(...new TextEncoder().encode(token));
   const response = await fetch(path, {
@@ -12030,7 +12036,7 @@ async function call(method, path, { body, headers, signal } = {}) {
 }
 const read = async (...asked) => (await call(...asked)).json();
 
-// Yields kind, data and id of Server-Sent Events; calls `heard` whenever anything comes.
+// Yields kind, data and id of Server-Sent Events; calls `heard` whenever anything arrives.
 async function* eventsOf(path, options, heard = () => {}) {
   const { body } = await call("GET", path, options);
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
@@ -12056,14 +12062,14 @@ function askToken() {
   changed();
   return new Promise(() => {});
 }
-$("sign-in").onclose = () => $("sign-in").showModal();  // nothing goes without it
+$("sign-in").onclose = () => $("sign-in").showModal();  // nothing works without it
 $("token-form").onsubmit = (event) => {
   event.preventDefault();
   sessionStorage.setItem("token", $("token").value.trim());
   location.reload();
 };
 
-// --- what happens ---
+// --- events ---
 const happened = {
   queued: (e, at) => runs.set(e.genvm_id, { state: "waiting", version: e.version, since: at }),
   started: (e, at) => runs.set(e.genvm_id, { state: "running", version: e.version, since: at }),
@@ -12081,7 +12087,7 @@ function end(id, entry) {
   if (ends.size > 2 * SHOWN) ends = new Map(newestEnds());
 }
 
-let hearing = null;  // the attempt to hear events: how to end it, and when it heard something
+let hearing = null;  // the connection for events: how to end it, and when it last heard something
 async function follow() {
   for (let last, pause = 1000;; pause = Math.min(30_000, 2 * pause)) {
     const attempt = hearing = Object.assign(new AbortController(), { at: performance.now() });
@@ -12109,13 +12115,13 @@ async function follow() {
   }
 }
 
-let meanwhile = null;          // events since GET /status was asked, until it is dealt with
-let lookAt = 0, lookedAt = 0;  // when to ask it, and when that was done last
-let patience = 1000;           // least time in between: more where it takes the manager long
+let meanwhile = null;          // events since GET /status was sent, until its answer is used
+let lookAt = 0, lookedAt = 0;  // when to send it next, and when it was last answered
+let patience = 1000;           // the least time in between: more if the manager is slow
 let isListDue = true;          // whether to ask for those that have ended, too
 const lookAgain = () => { [lookAt, isListDue] = [0, true]; };
 
-// Learns what events do not say: deadlines, permits in use, who has left the queue.
+// Asks for what events leave out: deadlines, permits in use, who has left the queue.
 async function look() {
   const began = performance.now(), known = runs;
   [lookAt, meanwhile] = [Infinity, []];
@@ -12149,13 +12155,13 @@ async function look() {
   changed();
 }
 
-// --- showing it ---
+// --- display ---
 let isDrawing = 0;
-function changed() {  // a hidden tab draws when it is seen again
+function changed() {  // a hidden tab draws once it is visible again
   isDrawing ||= requestAnimationFrame(() => { isDrawing = 0; draw(); });
 }
 
-// Gives an element a child for each item, which stays the same while its item is there.
+// Gives an element one child for each item, which stays for as long as the item does.
 function fill(parent, items, build, refresh) {
   const focused = document.activeElement, wanted = new Map(items);
   const rows = parent.rowsByKey ??= new Map();
@@ -12196,12 +12202,13 @@ function draw() {
   (row, text) => put(row.lastChild, text));
   fill($("runs"), [...running, ...waiting].slice(0, SHOWN), buildRun, refreshRun);
   const more = all.length - SHOWN;
-  put($("runs-more"), more > 0 ? `and ${figure(more)} more: what runs comes first, and the newest`
-    : all.length ? "" : "Nothing runs, and nothing waits.");
+  put($("runs-more"), more > 0
+    ? `and ${figure(more)} more: running ones come first, then the newest`
+    : all.length ? "" : "Nothing is running or waiting.");
   fill($("modules"), Object.entries(status.modules), buildModule, refreshModule);
   fill($("ends"), ended, buildRow, refreshEnd);
-  put($("ends-more"), ended.length ? `the last ${SHOWN} at most; GET /genvm lists what is kept`
-    : "Nothing has ended lately.");
+  put($("ends-more"), ended.length ? `the last ${SHOWN} at most; GET /genvm lists all that are kept`
+    : "Nothing has finished lately.");
   put($("version"), status.version);
   put($("manifest"), status.manifest.problem);
   put($("drain"), draining ? "Accept executions again" : "Drain");
@@ -12225,7 +12232,7 @@ function buildRun(id, run) {
 function refreshRun(row, { state, since, deadline }) {
   const left = deadline - now();
   putCell(row.cells[1], state, since ? `for ${duration(now() - since)}` : "");
-  putCell(row.cells[2], left > 0 ? `in ${duration(left)}` : deadline ? "is over" : "", "");
+  putCell(row.cells[2], left > 0 ? `in ${duration(left)}` : deadline ? "has passed" : "", "");
 }
 function outcome({ cause, exit_code: code, signal }) {
   return joined(cause !== "exited" && cause, code != null && `exit code ${code}`,
@@ -12256,7 +12263,7 @@ function refreshModule(row, module) {
   put(error, module.last_error && `Last error: ${module.last_error}`, "bad");
 }
 
-const points = [];  // when that was known: how many ran, how many waited
+const points = [];  // how many ran and how many waited, and when
 function plot() {
   const at = performance.now(), waiting = [...runs.values()].filter(isWaiting).length;
   if (isLive()) points.push({ at, running: runs.size - waiting, waiting });
@@ -12283,7 +12290,7 @@ async function showOutput(id) {
     const pre = make("pre", { tabIndex: 0, ariaLabel: name, role: "region" });
     parts[name] = { head: make("h3", {}, name, make("small")), pre, text: "", isCut: false };
   }
-  let told = "It has not ended: what it writes appears here.", isDrawing = 0;
+  let told = "It has not ended: output appears here as it is written.", isDrawing = 0;
   const drawParts = () => {
     isDrawing = 0;
     if (controller.signal.aborted) return;
@@ -12317,18 +12324,18 @@ async function showOutput(id) {
 $("close-output").onclick = () => $("output").close();
 $("output").onclose = () => $("output").open || showing.abort();
 
-// --- acting ---
-// Does something if whoever is asked says so, and shows how it went.
+// --- actions ---
+// Does something if the user confirms it, and shows how it went.
 async function act(what, method, path, body, more = "") {
   put($("question"), `${what}?${more}`);
   put($("yes"), what);
   $("ask").returnValue = "";
   $("ask").showModal();
-  // The event comes later than the end: by then another question may be open.
+  // The event comes after the dialog is closed: by then another question may be open.
   await new Promise((resolve) => { $("ask").onclose = () => $("ask").open || resolve(); });
   let notice = "", problem = "";
   if ($("ask").returnValue === "yes") {
-    put($("notice"), `${what}: asked for`);
+    put($("notice"), `${what}: requested`);
     lookAt = 0;
     try {
       notice = `${what}: ${(await read(method, path, { body })).result.replaceAll("_", " ")}`;
@@ -12354,9 +12361,9 @@ $("set-level").onclick = () => {
   act(`Set log level to ${level}`, "POST", "log/level", { level });
 };
 $("drain").onclick = () => status?.draining ? act("Accept executions again", "POST", "undrain")
-  : act("Drain", "POST", "drain", null, " New executions are refused; the others go on.");
+  : act("Drain", "POST", "drain", null, " New executions are refused; accepted ones go on.");
 
-// --- time ---
+// --- timers ---
 function tick() {
   if (performance.now() >= lookAt && !meanwhile && !document.hidden) look();
   if (hearing && performance.now() - hearing.at > SILENCE) hearing.abort();
@@ -12374,8 +12381,8 @@ tick();
 # =============================================================================
 #
 # Owns the root of the site, and the page that a browser gets there: one document with
-# its style. Uses its script, and the API for all other requests. Never knows what is
-# going on: the page asks the API.
+# its style. Uses its script, and the API for all other requests. Never knows the state
+# of the manager: the page asks the API.
 
 _STYLE: Final = """
 :root {
@@ -12464,7 +12471,7 @@ _PAGE: Final = """<!doctype html><html lang="en"><meta charset="utf-8">
   </section>
   <section><h2>Modules</h2><div id="modules" class="pair"></div></section>
   <section aria-labelledby="ends-head">
-    <h2 id="ends-head" tabindex="-1">Recent ends</h2>
+    <h2 id="ends-head" tabindex="-1">Recently finished</h2>
     <table aria-labelledby="ends-head">
       <thead><tr><th>Execution<th>Outcome<th>Ran<th>Actions</thead><tbody id="ends"></tbody>
     </table><p id="ends-more" class="faint"></p>
@@ -12479,10 +12486,10 @@ _PAGE: Final = """<!doctype html><html lang="en"><meta charset="utf-8">
   <div id="streams"></div><button id="close-output">Close</button>
 </dialog>
 <dialog id="sign-in" aria-labelledby="sign-in-head">
-  <h2 id="sign-in-head">This manager asks for its token</h2>
+  <h2 id="sign-in-head">This manager requires its token</h2>
   <p id="token-note" role="alert" class="bad"></p>
   <form id="token-form" class="row"><label for="token">Token, kept in this tab only</label>
-    <input id="token" type="password" autocomplete="off" required><button>Use it</button></form>
+    <input id="token" type="password" autocomplete="off" required><button>Sign in</button></form>
 </dialog>
 <script type="module"></script>
 """
@@ -12490,7 +12497,7 @@ _PAGE: Final = """<!doctype html><html lang="en"><meta charset="utf-8">
 
 @functools.cache
 def _page() -> tuple[bytes, dict[str, str]]:
-    """Return the page and its headers; made when somebody first looks at it."""
+    """Return the page and its headers, made at the first request."""
     page, headers = html_document(
         _PAGE,
         "connect-src 'self'",
@@ -12504,7 +12511,7 @@ def _page() -> tuple[bytes, dict[str, str]]:
 
 
 class RootResource(Resource):
-    """The root of the site: the page for a browser, else Klein, if the request may be made."""
+    """The root of the site: it checks access, then sends a browser the page, or asks Klein."""
 
     isLeaf = True
 

@@ -542,7 +542,7 @@ def test_who_changed_what_stands_in_the_log(root: Root, start: Start) -> None:
         ("/log/level", {"level": "error"}, "log level set"),
         ("/log/level", {"level": "info"}, "log level set"),
         ("/env", {"key": "A_KEY", "value": "a-secret-value"}, "environment variable set"),
-        ("/manifest/reload", None, "manifest reloaded as asked"),
+        ("/manifest/reload", None, "manifest reloaded on request"),
         ("/module/stop", {"module_type": "llm"}, "module stopped"),
     ):
         daemon.post(path, body)

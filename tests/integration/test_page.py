@@ -154,7 +154,7 @@ async def test_a_run_as_it_goes(daemon: Daemon, shared_browser: Browser, tmp_pat
     daemon.post("/permits", {"permits": 1})
     async with showing(shared_browser, daemon) as page:
         await page.shows("#link", "Live")
-        await page.shows("#runs-more", "Nothing runs")
+        await page.shows("#runs-more", "Nothing is running")
         first = daemon.run(f"wait-file {tmp_path}/go", "exit 3", max_execution_minutes=2)
         waiting = daemon.send("POST", "/genvm/run", run_body("exit 0"))
         await page.shows("#runs", f"{first}")
@@ -166,7 +166,7 @@ async def test_a_run_as_it_goes(daemon: Daemon, shared_browser: Browser, tmp_pat
         (tmp_path / "go").touch()
         second = waiting.reply().json["id"]
         await page.shows("#ends", f"{second}")
-        await page.shows("#runs-more", "Nothing runs")
+        await page.shows("#runs-more", "Nothing is running")
         ends = await page.text("#ends")
         assert ends.index(f"{second}") < ends.index(f"{first}"), "the last one comes first"
         assert "exit code 3" in ends
@@ -307,7 +307,7 @@ async def test_the_token_is_asked_for_once(
 ) -> None:
     daemon = with_token(root, start)
     async with showing(shared_browser, daemon) as page:
-        await page.shows("#sign-in", "This manager asks for its token")
+        await page.shows("#sign-in", "This manager requires its token")
         await page.press("Escape")
         await page.press("Escape")
         await page.until("!!document.querySelector('#sign-in:modal')")
@@ -334,7 +334,7 @@ async def test_the_token_is_asked_for_once(
         await page.click("Drain")
         await page.shows("#figures", "refused (draining)")
     async with showing(shared_browser, daemon) as page:
-        await page.shows("#sign-in", "This manager asks for its token")
+        await page.shows("#sign-in", "This manager requires its token")
 
 
 @in_chromium
@@ -354,7 +354,7 @@ async def test_a_manager_that_goes_and_comes_back(
         await page.until("document.body.matches('.stale')")
         again = start(listen=("--port", port))
         await page.until("document.all.link.innerText === 'Live'")
-        await page.shows("#ends-more", "Nothing has ended lately")
+        await page.shows("#ends-more", "Nothing has finished lately")
         run = again.run("exit 4")
         await page.shows("#ends", f"{run}")
         # The console tells of each attempt while nobody listens.
@@ -408,7 +408,7 @@ async def test_focus_and_many_rows(
         assert await page.get("document.activeElement.ariaLabel") == name
         assert await page.text("#runs-more") == ""
         more = [daemon.send("POST", "/genvm/run", body) for _ in range(20)]
-        await page.shows("#runs-more", "and 20 more: what runs comes first, and the newest")
+        await page.shows("#runs-more", "and 20 more: running ones come first, then the newest")
         rows = await page.get(
             "[...document.all.runs.rows].map(row => row.cells[0].firstChild.data)"
         )
@@ -420,7 +420,7 @@ async def test_focus_and_many_rows(
         (tmp_path / "go").touch()
         for pending in (*waiting, *more):
             assert pending.reply().status == 200
-        await page.shows("#runs-more", "Nothing runs")
+        await page.shows("#runs-more", "Nothing is running")
         await page.until("document.all.ends.rows.length === 100")
 
 
@@ -436,7 +436,7 @@ async def test_names_for_those_who_do_not_see(
         assert all(all(names) for names in found.values()), found
         assert found["spinbutton"] == ["Permits (0 pauses)"]
         assert found["combobox"] == ["Log level"]
-        assert found["table"] == ["Running and waiting", "Recent ends"]
+        assert found["table"] == ["Running and waiting", "Recently finished"]
         assert {f"Output of {run}", f"Cancel {run}", "Stop the llm module"} < {*found["button"]}
         assert len({*found["button"]}) == len(found["button"]), "each says what it is for"
         await page.click(f"Cancel {run}")
@@ -446,4 +446,4 @@ async def test_names_for_those_who_do_not_see(
         assert found["button"] == ["Leave it", f"Cancel execution {run}"]
         await page.press("Escape")
         (tmp_path / "go").touch()
-        await page.shows("#runs-more", "Nothing runs")
+        await page.shows("#runs-more", "Nothing is running")
