@@ -335,7 +335,7 @@ from twisted.internet.tcp import Server as TcpServer
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import ILogObserver, LogEvent, Logger, formatEvent, globalLogBeginner
 from twisted.protocols.basic import LineReceiver
-from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
+from twisted.protocols.policies import ProtocolWrapper, TimeoutMixin, WrappingFactory
 from twisted.python.failure import Failure
 from twisted.web.error import SchemeNotSupported
 from twisted.web.http import RESPONSES, HTTPChannel, PotentialDataLoss
@@ -11516,9 +11516,9 @@ class Api:
 # lists. Uses the API and what it serves. Never changes anything.
 
 #: Seconds without an event after which a comment shows that the connection is alive.
-HEARTBEAT_SECONDS = 15.0
+HEARTBEAT_SECONDS = 15
 #: Seconds for which a client may read nothing.
-STALLED_SECONDS = 30.0
+STALLED_SECONDS = 30
 #: Clients that may follow events at once: each event is sent to all of them in one turn.
 MOST_STREAMS = 256
 #: Descriptors and bytes of temporary space that must be left for the manager to be ready.
@@ -11532,7 +11532,7 @@ MAX_ID = 2**53
 
 @implementer(IPushProducer)
 @define(eq=False)
-class EventStream:
+class EventStream(TimeoutMixin):
     """Sends one client Server-Sent Events (WHATWG HTML Living Standard, section 9.2).
 
     ``pull`` returns the next event as it goes over the wire, or ``None`` if there is none yet;
@@ -11546,7 +11546,6 @@ class EventStream:
     _is_paused: bool = field(init=False, default=True)  # until it runs, which may be refused
     _is_ending: bool = field(init=False, default=False)
     _next: DelayedCall | None = field(init=False, default=None)
-    _beat: DelayedCall | None = field(init=False, default=None)
     _done: Deferred[None] = field(init=False, factory=Deferred)
 
     def run(self) -> Deferred[None]:
@@ -11559,8 +11558,8 @@ class EventStream:
             return self._done
         self._is_paused = False
         self._request.write(b": events\n\n")
+        self.setTimeout(HEARTBEAT_SECONDS)
         self._request.registerProducer(self, True)
-        self._again(HEARTBEAT_SECONDS, self._heartbeat)
         self.wake()
         return self._done
 
@@ -11582,29 +11581,30 @@ class EventStream:
         while len(batch) < PIECE_BYTES and (piece := self._pull()) is not None:
             batch += piece
         if batch:
-            self._again(HEARTBEAT_SECONDS, self._heartbeat)
+            self.resetTimeout()
             self._request.write(bytes(batch))  # which pauses us if the client does not read
             self.wake()
         elif self._is_ending:
             self._close()
 
-    def _again(self, seconds: float, action: Callable[[], object]) -> None:
-        if self._beat is not None and self._beat.active():
-            self._beat.cancel()
-        self._beat = self._reactor.callLater(seconds, action)
+    def callLater(self, period: float, action: Callable[[], object]) -> DelayedCall:
+        """Use our own clock; see ``TimeoutMixin``."""
+        return cast(DelayedCall, self._reactor.callLater(period, action))
 
-    def _heartbeat(self) -> None:
-        self._again(HEARTBEAT_SECONDS, self._heartbeat)
-        self._request.write(b":\n\n")
-
-    def _drop(self) -> None:
-        # An orderly close would wait until the client has read what was written.
-        self._request.channel.forceAbortClient()
+    def timeoutConnection(self) -> None:
+        """Show that the connection is alive, or drop a client that does not read."""
+        if self._is_paused:
+            # An orderly close would wait until the client has read what was written.
+            self._request.channel.forceAbortClient()
+        else:
+            self.setTimeout(HEARTBEAT_SECONDS)
+            self._request.write(b":\n\n")
 
     def _close(self) -> None:
-        for call in (self._next, self._beat):
-            if call is not None and call.active():
-                call.cancel()
+        self.setTimeout(None)
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
         if not self._done.called:
             self._request.unregisterProducer()
             self._done.callback(None)
@@ -11615,16 +11615,16 @@ class EventStream:
         """The client has stopped reading."""
         if not self._is_paused:
             self._is_paused = True
-            self._again(STALLED_SECONDS, self._drop)
+            self.setTimeout(STALLED_SECONDS)
 
     def resumeProducing(self) -> None:
         """The client reads again."""
         self._is_paused = False
-        self._again(HEARTBEAT_SECONDS, self._heartbeat)
+        self.setTimeout(HEARTBEAT_SECONDS)
         self.wake()
 
     def stopProducing(self) -> None:
-        """The client is gone, which cancels who waits for us."""
+        """The client is gone, so the handler that waits for us is cancelled."""
         self._close()
 
 
@@ -11712,10 +11712,7 @@ WEIGHT = Parameter(
     False,
 )
 LAST_EVENT_ID = Parameter(
-    "Last-Event-ID",
-    "The id of the last event that the client has.",
-    {"type": "string"},
-    place="header",
+    "Last-Event-ID", "The id of the last event received.", {"type": "string"}, place="header"
 )
 
 
