@@ -13447,6 +13447,8 @@ def run_module_service(kind: str, alone: Alone | None = None) -> int:
         if kind not in MODULE_SERVICES:
             raise ConfigError(f"no service is built in for the {kind} module; set its command")
         refuse_scripts(kind, setup.config)
+        hide_proxies(observer.redactor)
+        observer.redactor.keep("configuration", secrets_in(setup.config))
         observer.set_level(LevelName.parse(setup.log_level))
         service = MODULE_SERVICES[kind].create(setup, reactor, observer.redactor)
         runtime = ServiceRuntime(service, reactor, observer, end)
@@ -13961,8 +13963,6 @@ class LlmService(ModuleService):
 
     @classmethod
     def create(cls, setup: ServiceSetup, reactor: Any, redactor: Redactor) -> LlmService:
-        hide_proxies(redactor)
-        redactor.keep("configuration", secrets_in(setup.config))
         settings = read_llm_settings(setup.config, allow_empty=setup.allow_empty_backends)
         for note in settings.notes:
             cls.log.warn("{text}", text=note)
@@ -14744,22 +14744,6 @@ class WebClient:
 
     _reactor: Any
     _rules: UrlRules
-    _tls: Late[Any] = field(
-        init=False,
-        default=Factory(lambda self: Late(self._reactor, LOAD_SECONDS, load_http), takes_self=True),
-    )
-
-    async def ready(self, url: str) -> None:
-        """Load what requests need, before the time of the first one starts.
-
-        Raises ``RequestFailure`` with the URL that somebody wants.
-        """
-        try:
-            await self._tls.get()
-        except CancelledError:
-            raise
-        except Exception as error:
-            raise refused("SENDING_REQUEST", url, connection_problem(error)[1]) from None
 
     async def fetch(self, request: WebRequest, traffic: Traffic) -> WebResponse:
         """Return the response at the end of all redirects; raises ``RequestFailure``."""
@@ -14818,7 +14802,7 @@ class WebClient:
         if not headers.hasHeader(b"user-agent"):
             headers.setRawHeaders(b"user-agent", [f"genvm-manager/{__version__}".encode()])
         checked = CheckedEndpoint(self._reactor, target, traffic)
-        targets = AgentEndpoints(await self._tls.get(), lambda _: checked)
+        targets = AgentEndpoints(load_http(), lambda _: checked)
         from twisted.web.client import Agent, FileBodyProducer, HTTPConnectionPool, ProxyAgent
 
         pool = HTTPConnectionPool(self._reactor, persistent=False)
@@ -14856,20 +14840,6 @@ def _too_much(traffic: Traffic) -> str:
 # --- signatures ---
 
 
-@frozen
-class Signer:
-    """The service that signs for the node; URL and headers hold ``#{...}`` placeholders."""
-
-    url: str
-    headers: dict[str, str]
-
-
-def signer_variables(caller: Caller) -> dict[str, str]:
-    """Return what a signer's URL and headers may refer to: the texts of the host's data."""
-    given = {name: text for name, text in caller.host_data.items() if isinstance(text, str)}
-    return {"node_address": "", "tx_id": "", **given}
-
-
 def digest_of(body: bytes) -> bytes:
     """Return the digest of a request's body, as RFC 9530 has it in ``Content-Digest``."""
     return b"sha-256=:" + base64.b64encode(hashlib.sha256(body).digest()) + b":"
@@ -14895,17 +14865,22 @@ def signature_base(request: WebRequest, created: int) -> tuple[str, str]:
 
 @define(eq=False)
 class RequestSigner:
-    """Signs requests by way of the signer service."""
+    """Signs requests through the node's signer; its URL and headers hold ``#{...}`` placeholders.
+
+    They may refer to the strings of the host's data.
+    """
 
     log = Logger()
 
-    _signer: Signer
+    _url: str
+    _headers: Mapping[str, str]
     _http: HttpClient
     _reactor: Any
 
     async def sign(self, request: WebRequest, caller: Caller) -> WebRequest:
         """Return the request with its signature; raises ``RequestFailure``."""
-        variables = signer_variables(caller)
+        given = {name: text for name, text in caller.host_data.items() if isinstance(text, str)}
+        variables = {"node_address": "", "tx_id": "", **given}
         kept = {k: v for k, v in request.headers.items() if k not in _SIGNED_HEADERS}
         ours = (variables["node_address"], variables["tx_id"])
         salt = base64.b64encode(secrets.token_bytes(32))
@@ -14924,10 +14899,10 @@ class RequestSigner:
         return prepared
 
     async def _ask(self, base: str, variables: Mapping[str, str]) -> bytes:
-        url = self._fill(self._signer.url, variables)
+        url = self._fill(self._url, variables)
         headers = {
             name.encode(): [self._header_value(self._fill(text, variables))]
-            for name, text in self._signer.headers.items()
+            for name, text in self._headers.items()
         }
         data = base.encode("latin-1")
         try:
@@ -15787,7 +15762,6 @@ class WebSettings:
     entry: WebEntry
     notes: tuple[str, ...]
     rules: UrlRules
-    signer: Signer | None
     webdriver: str | None
     render_timeout: float
 
@@ -15804,23 +15778,18 @@ def read_web_settings(config: AnyObject) -> WebSettings:
                 read(word)
             except (ValueError, UnicodeError) as error:
                 raise ConfigError(f"{path}[{index}]: {shown(word)}: {error}") from None
+    for name, value in entry.signer_headers.items():
+        if not isinstance(value, str) or HTTP_TOKEN.fullmatch(name) is None:
+            raise ConfigError(f"signer_headers.{name}: expected a header's name and its value")
     webdriver = _read_webdriver(entry.webdriver_host)
     is_external = webdriver is not None and webdriver != LOCAL_CHROMIUM
     return WebSettings(
         entry,
         tuple(unknown_keys(config, WebEntry, *MODULE_KEYS)),
         UrlRules(entry.always_allow_hosts, entry.extra_tld),
-        _read_signer(entry),
         webdriver,
         entry.render_timeout or (WEBDRIVER_SECONDS if is_external else RENDER_SECONDS),
     )
-
-
-def _read_signer(entry: WebEntry) -> Signer | None:
-    for name, value in entry.signer_headers.items():
-        if not isinstance(value, str) or HTTP_TOKEN.fullmatch(name) is None:
-            raise ConfigError(f"signer_headers.{name}: expected a header's name and its value")
-    return Signer(entry.signer_url, entry.signer_headers) if entry.signer_url else None
 
 
 def _read_webdriver(host: str) -> str | None:
@@ -15845,7 +15814,6 @@ class WebdriverClient:
     """Renders pages by way of a webdriver service."""
 
     _reactor: Any
-    _rules: UrlRules
     _http: HttpClient
     _host: str
     _timeout: float
@@ -15854,18 +15822,13 @@ class WebdriverClient:
         """Return a rendered page; raises ``RequestFailure``."""
         seconds = self._timeout + wait
         late = refused("TIMEOUT", target.url, f"no page within {seconds:g} s")
-        return await within(self._reactor, seconds, self._ask(target, mode, wait, traffic), late)
-
-    async def _ask(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Rendered:
-        # The service resolves the name again, so this is only half a promise; see README.
+        query = urlencode({"url": target.place, "mode": mode, "waitAfterLoaded": f"{wait:g}"})
         try:
-            await open_addresses(traffic.look_up, target)
+            await self._http.ready()  # loading does not count against the page's time
+            asked = self._ask(target, query, traffic)
+            reply = await within(self._reactor, seconds, asked, late)
         except DNSLookupError as error:
             raise page_failed(target.url, 0, str(error)) from None
-        query = urlencode({"url": target.place, "mode": mode, "waitAfterLoaded": f"{wait:g}"})
-        url = f"{self._host}/render?{query}"
-        try:
-            reply = await self._http.exchange("GET", url, RENDER_MAX_BYTES)
         except HttpFailure as failure:
             cause = "SENDING_REQUEST" if failure.status is None else "READING_BODY"
             raise self._failed(cause, reason=failure.detail) from None
@@ -15873,8 +15836,8 @@ class WebdriverClient:
         traffic.take(len(body))
         text = body.decode("utf-8", "replace")
         if reply.status != 200:
-            shown_body = text[:REPORTED_BODY_CHARACTERS]
-            raise self._failed("STATUS_NOT_OK", status=reply.status, body=shown_body)
+            said = text[:REPORTED_BODY_CHARACTERS]
+            raise self._failed("STATUS_NOT_OK", status=reply.status, body=said)
         given = reply.headers.getRawHeaders("resulting-status", [""])[0].strip()
         if not given.isascii() or not given.isdigit() or len(given) > 3:
             raise self._failed("READING_BODY", reason="no header Resulting-Status")
@@ -15882,6 +15845,11 @@ class WebdriverClient:
         if not page_loaded(status):
             raise page_failed(target.url, status, text)
         return body if mode == "screenshot" else text
+
+    async def _ask(self, target: Target, query: str, traffic: Traffic) -> HttpReply:
+        # The service resolves the name again, so this is only half a promise; see README.
+        await open_addresses(traffic.look_up, target)
+        return await self._http.exchange("GET", f"{self._host}/render?{query}", RENDER_MAX_BYTES)
 
     def _failed(self, cause: str, **context: CalldataValue) -> RequestFailure:
         return RequestFailure(cause, fatal=True, url=f"{self._host}/render", **context)
@@ -15895,6 +15863,7 @@ class WebService(ModuleService):
 
     _settings: WebSettings
     _reactor: Any
+    _http: HttpClient
     _client: WebClient
     _signer: RequestSigner | None
     _renderer: ChromiumRenderer | WebdriverClient | None
@@ -15905,21 +15874,20 @@ class WebService(ModuleService):
 
     @classmethod
     def create(cls, setup: ServiceSetup, reactor: Any, redactor: Redactor) -> WebService:
-        hide_proxies(redactor)
-        redactor.keep("configuration", secrets_in(setup.config))
         settings = read_web_settings(setup.config)
         for note in settings.notes:
             cls.log.warn("{text}", text=note)
-        rules = settings.rules
-        http = HttpClient.create(reactor)
-        signer = None if settings.signer is None else RequestSigner(settings.signer, http, reactor)
+        entry, http = settings.entry, HttpClient.create(reactor)
+        signer = None
+        if entry.signer_url:
+            signer = RequestSigner(entry.signer_url, entry.signer_headers, http, reactor)
         renderer: ChromiumRenderer | WebdriverClient | None = None
         if settings.webdriver == LOCAL_CHROMIUM:
             renderer = cls._chromium(settings, reactor)
         elif settings.webdriver is not None:
-            limit = settings.render_timeout
-            renderer = WebdriverClient(reactor, rules, http, settings.webdriver, limit)
-        return cls(settings, reactor, WebClient(reactor, rules), signer, renderer, Names(reactor))
+            renderer = WebdriverClient(reactor, http, settings.webdriver, settings.render_timeout)
+        client = WebClient(reactor, settings.rules)
+        return cls(settings, reactor, http, client, signer, renderer, Names(reactor))
 
     @classmethod
     def _chromium(cls, settings: WebSettings, reactor: Any) -> ChromiumRenderer:
@@ -15989,11 +15957,13 @@ class WebService(ModuleService):
         seconds = self._settings.entry.timeout
         late = refused("TIMEOUT", request.target.url, f"no complete answer within {seconds:g} s")
         counts.bytes_sent += len(request.body or b"")
-        await self._client.ready(request.target.url)
+        try:
+            await self._http.ready()  # loading does not count against the request's time
+        except HttpFailure as failure:
+            raise refused("SENDING_REQUEST", request.target.url, failure.detail) from None
         exchange = self._exchange(request, caller, traffic, sign=sign)
         response = await within(self._reactor, seconds, exchange, late)
-        headers = cast(CalldataValue, response.headers)
-        return {"response": {"status": response.status, "headers": headers, "body": response.body}}
+        return {"response": attrs.asdict(response, recurse=False)}
 
     def _read_request(self, members: dict[str, CalldataValue]) -> WebRequest:
         method = text_member(members, "method").upper()

@@ -43,12 +43,14 @@ from genvm_manager import (
     PageVisit,
     RequestFailure,
     RequestSigner,
-    Signer,
     SocksGate,
     Target,
     Traffic,
     UrlRules,
+    WebClient,
+    WebdriverClient,
     WebRequest,
+    WebService,
     address_is_public,
     canonical_host,
     collapse_text,
@@ -723,7 +725,7 @@ class UnreachableSigner:
 @pytest.mark.parametrize("size", [INLINE_DIGEST_BYTES, INLINE_DIGEST_BYTES + 1])
 def test_large_bodies_are_hashed_in_a_thread(threads: Threads, size: int) -> None:
     http, body = UnreachableSigner(), bytes(size)
-    signer = RequestSigner(Signer("http://signer/", {}), http_client(http), threads)
+    signer = RequestSigner("http://signer/", {}, http_client(http), threads)
     request = WebRequest("POST", RULES.check("https://example.com/"), {}, body)
     work = Deferred.fromCoroutine(signer.sign(request, Caller("c1", None, {})))
     assert (body in threads.running) == (size > INLINE_DIGEST_BYTES)
@@ -733,6 +735,42 @@ def test_large_bodies_are_hashed_in_a_thread(threads: Threads, size: int) -> Non
     assert isinstance(problem_of(work), RequestFailure)
     digest = base64.b64encode(hashlib.sha256(body).digest())
     assert b'"content-digest": sha-256=:' + digest + b":\n" in http.bases[0]
+
+
+class SilentServer:
+    """An HTTP client whose server never answers."""
+
+    def request(self, method: str, url: str, **_: object) -> Deferred[Any]:
+        """Return what never fires."""
+        return Deferred()
+
+
+@pytest.mark.parametrize("name", ["Request", "Render"])
+def test_loading_takes_nothing_of_a_time_limit(name: str) -> None:
+    """Neither of the signer's nor of the webdriver's, which are asked first."""
+    clock, loading = MemoryReactorClock(), Deferred[None]()
+    http = http_client(SilentServer(), loading)
+    config = {"always_allow_hosts": ["127.0.0.1"], "timeout": 5}
+    service = WebService(
+        read_web_settings(AnyObject(config)),
+        clock,
+        http,
+        WebClient(clock, RULES),
+        RequestSigner("http://signer/", {}, http, clock),
+        WebdriverClient(clock, http, "http://webdriver", 5.0),
+        Names(clock),
+    )
+    payload: Any = {"method": "GET", "url": "http://127.0.0.1/", "sign": True, "mode": "text"}
+    work = service.answer(name, payload, Caller("c1", None, {}))
+    answer = outcome(Deferred.fromCoroutine(work))
+    clock.advance(20)
+    assert answer == []
+    loading.callback(None)
+    clock.advance(4.9)
+    assert answer == []
+    clock.advance(0.2)
+    (failure,) = answer
+    assert failure.causes == ("TIMEOUT",)
 
 
 # --- text and configuration ---
@@ -801,7 +839,7 @@ def test_settings() -> None:
     assert settings.webdriver == "http://wd:4444"
     assert (float(settings.entry.timeout), settings.entry.max_renders) == (30, 2)
     assert settings.render_timeout == 75
-    assert settings.signer is None
+    assert settings.entry.signer_url == ""
     assert read_web_settings(AnyObject({"webdriver_host": ""})).webdriver is None
     chromium = read_web_settings(AnyObject({"webdriver_host": "chromium"}))
     assert (chromium.webdriver, chromium.render_timeout) == ("chromium", 30)

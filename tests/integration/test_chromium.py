@@ -1,4 +1,4 @@
-"""Sections 13i and 13j: pages rendered by a real Chromium, and what is left of it: nothing."""
+"""Sections 3.9 and 3.10: pages rendered by a real Chromium, and what is left of it: nothing."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""Section 13: a module's process, spoken to as executors and the manager do."""
+"""Sections 3.1 and 3.2: a module's process, spoken to as executors and the manager do."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import select
 import signal
 import socket
@@ -31,11 +30,11 @@ from genvm_manager import (
     HANDSHAKE_SECONDS,
     MESSAGE_MAX_BYTES,
     encode_calldata,
-    own_command,
 )
 
-from .executor_client import HELLO, Client, ok, prompt
+from .executor_client import HELLO, ok, prompt
 from .fake_providers import KEY, FakeProviders, Provider
+from .module_support import ModuleProcess, call, run_executor
 from .support import (
     SOURCE,
     WAIT,
@@ -47,110 +46,7 @@ from .support import (
     timed,
 )
 
-#: How the manager starts it.
-PROCESS = ("module-process", "llm")
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
-
-
-# --- the module's process ---
-
-
-class ModuleProcess:
-    """``genvm_manager.py module-process llm``, with the manager's ends of its pipes."""
-
-    def __init__(
-        self, config: object, *, listener: socket.socket | None = None, **setup: object
-    ) -> None:
-        made = listener or socket.create_server(("127.0.0.1", 0), backlog=1024)
-        self.address = made.getsockname()[:2]
-        self.events: list[dict[str, Any]] = []
-        self.records: list[dict[str, Any]] = []
-        self._changed = threading.Condition()
-        code = (
-            "import os, sys; fd = int(sys.argv[1]); os.dup2(fd, 3, inheritable=True)\n"
-            "if fd != 3: os.close(fd)\n"
-            "os.execv(sys.argv[2], sys.argv[2:])"
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-ISc", code, str(made.fileno()), *own_command(*PROCESS)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=[made.fileno()],
-        )
-        if listener is None:
-            made.close()
-        self._threads = [
-            threading.Thread(target=self._read, args=(stream, into), daemon=True)
-            for stream, into in (
-                (self.process.stdout, self.events),
-                (self.process.stderr, self.records),
-            )
-        ]
-        for thread in self._threads:
-            thread.start()
-        self.tell({"config": config, "allow_empty_backends": False, "log_level": "info", **setup})
-
-    @classmethod
-    def ready(cls, config: object, **setup: Any) -> ModuleProcess:
-        """Return a process that accepts connections."""
-        process = cls(config, **setup)
-        process.event("ready")
-        return process
-
-    def _read(self, stream: Any, into: list[dict[str, Any]]) -> None:
-        for line in stream:
-            with self._changed:
-                into.append(json.loads(line))
-                self._changed.notify_all()
-        with self._changed:
-            self._changed.notify_all()
-
-    def tell(self, message: object) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(message).encode() + b"\n")
-        self.process.stdin.flush()
-
-    def until(self, predicate: Callable[[], Any], what: str) -> Any:
-        with self._changed:
-            found = self._changed.wait_for(predicate, WAIT)
-            assert found, f"no {what}; log: {self.records}"
-            return found
-
-    def event(self, name: str) -> dict[str, Any]:
-        return cast(
-            dict[str, Any],
-            self.until(lambda: next((e for e in self.events if e["event"] == name), None), name),
-        )
-
-    def logged(self, message: str) -> dict[str, Any]:
-        def find() -> dict[str, Any] | None:
-            return next((r for r in self.records if r["message"] == message), None)
-
-        return cast(dict[str, Any], self.until(find, message))
-
-    def wait(self) -> int:
-        status = self.process.wait(WAIT)
-        for thread in self._threads:
-            thread.join(WAIT)
-        return status
-
-    def connect(self, hello: Any = HELLO, **options: Any) -> Client:
-        client = Client(self.address, **options)
-        if hello is not None:
-            client.send(hello)
-        return client
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        for thread in self._threads:
-            thread.join(WAIT)
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            assert stream is not None
-            with contextlib.suppress(OSError):
-                stream.close()
 
 
 @pytest.fixture(scope="module")
@@ -719,6 +615,19 @@ def test_bad_configurations(config: dict[str, Any], reason: str) -> None:
     assert KEY.strip() not in json.dumps(record)
 
 
+def test_keys_are_secrets_before_anything_can_go_wrong() -> None:
+    key = "key/with/slashes"
+    backend = {"host": "http://x", "provider": key, "key": key, "models": {"m": {}}}
+    module = ModuleProcess({"backends": {"a": backend}})
+    try:
+        assert module.wait() == 1
+    finally:
+        module.close()
+    (record,) = module.records
+    assert 'backends.a.provider: unknown "[redacted]"' in record["message"]
+    assert "slashes" not in json.dumps(record)
+
+
 def test_empty_backends_are_allowed_on_request(start: Start) -> None:
     module = start({}, allow_empty_backends=True)
     client = module.connect()
@@ -731,7 +640,7 @@ def test_empty_backends_are_allowed_on_request(start: Start) -> None:
 def test_a_line_that_is_no_setup_and_none_at_all() -> None:
     for line, status in ((b"no JSON\n", 1), (b'{"config": 1}\n', 1), (b"half a li", 0), (b"", 0)):
         ended = subprocess.run(
-            [sys.executable, str(SOURCE), *PROCESS],
+            [sys.executable, str(SOURCE), "module-process", "llm"],
             input=line,
             capture_output=True,
             timeout=WAIT,
@@ -754,46 +663,6 @@ def test_a_descriptor_that_is_no_listener(provider: Provider) -> None:
 
 
 # --- with the practice executor ---
-
-
-def run_executor(root: Root, host: Host, module: str, *extra: str) -> subprocess.Popen[bytes]:
-    account = "AAAAAAAAAAAAAAAAAAAAAAAAAAc="
-    message = {
-        "contract_address": account,
-        "sender_address": account,
-        "origin_address": account,
-        "chain_id": "1",
-        "value": None,
-        "is_init": False,
-    }
-    return subprocess.Popen(
-        [
-            str(root.practice()),
-            "--log-fd=1",
-            "run",
-            *extra,
-            "--host-data",
-            '{"node_address": "0xaa", "tx_id": "0xbb", "fee": 0.5}',
-            "--host",
-            host.uri,
-            "--message",
-            json.dumps(message),
-            "--cookie=c77",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "GENVM_LLM_MODULE": module},
-    )
-
-
-def call(root: Root, script: str, module: str, *extra: str) -> tuple[tuple[str, Any], str]:
-    """Run a contract's method; returns its outcome and the executor's log."""
-    with serving(Host(root.path / f"h{time.monotonic_ns()}", f"on method m\n{script}")) as host:
-        host.calls({"method": "m", "args": [], "kwargs": {}})
-        process = run_executor(root, host, module, *extra)
-        log, _ = process.communicate(timeout=WAIT)
-        assert process.returncode == 0
-        return host.outcome(), log.decode()
 
 
 @pytest.fixture

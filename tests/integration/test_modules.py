@@ -1,4 +1,4 @@
-"""Sections 12 and 12b: how the manager supervises modules, seen from outside.
+"""Sections 2.18 and 2.19: how the manager supervises modules, seen from outside.
 
 What a module's process does by itself is in test_module_service.py.
 """

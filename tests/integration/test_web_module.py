@@ -1,4 +1,4 @@
-"""Sections 13f to 13k: the Web module's process, real web servers, a webdriver and a signer."""
+"""Sections 3.6 to 3.11: the Web module's process, real web servers, a webdriver and a signer."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from cryptography.hazmat.primitives.asymmetric.utils import (
 
 from genvm_manager import CALLER_LOOKUPS, RENDER_MAX_BYTES, SIGNATURE_MAX_BYTES
 
+from .module_support import call
 from .support import WAIT, Root, eventually, memory_of, report, sockets_of, timed
-from .test_module_service import call
 from .web_support import Exchange, WebModule, WebServer, causes, render, request
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))

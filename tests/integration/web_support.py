@@ -5,12 +5,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import os
 import select
 import socket
 import socketserver
 import ssl
-import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
@@ -19,7 +17,7 @@ from urllib.parse import urlsplit
 from genvm_manager import own_command
 
 from .executor_client import Client
-from .test_module_service import ModuleProcess
+from .module_support import ModuleProcess
 
 HELLO = {"cookie": "w1", "host_data": {"node_address": "0xaa", "tx_id": "0xbb", "zone": "eu"}}
 
@@ -27,10 +25,8 @@ HELLO = {"cookie": "w1", "host_data": {"node_address": "0xaa", "tx_id": "0xbb", 
 #: What stands before the code of a module that is to know names that no name server knows; the
 #: real resolver answers for others.
 _WITH_NAMES = """
-import json, os, socket, sys, time
-listener, table, real = int(sys.argv.pop(1)), json.loads(sys.argv.pop(1)), socket.getaddrinfo
-os.dup2(listener, 3, inheritable=True)
-if listener != 3: os.close(listener)
+import json, socket, sys, time
+table, real = json.loads(sys.argv.pop(1)), socket.getaddrinfo
 def getaddrinfo(host, port, *rest, **options):
     name = str(host).removesuffix(".")
     if not name.endswith(".test"):
@@ -66,31 +62,13 @@ class WebModule(ModuleProcess):
         log_level: str = "debug",
         prefix: Sequence[str] = (),
     ) -> None:
-        listener = socket.create_server(("127.0.0.1", 0), backlog=100)
-        self.address = listener.getsockname()[:2]
-        self.events: list[dict[str, Any]] = []
-        self.records: list[dict[str, Any]] = []
-        self._changed = threading.Condition()
         command = own_command("module-process", "web")
         code = command.index("-c") + 1
         command[code] = _WITH_NAMES + command[code]
-        command[code + 1 : code + 1] = [str(listener.fileno()), json.dumps(dict(names or {}))]
-        self.process = subprocess.Popen(
-            [*prefix, *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=[listener.fileno()],
-            env={**os.environ, **(environment or {})},
+        command.insert(code + 1, json.dumps(dict(names or {})))
+        super().__init__(
+            config, command=[*prefix, *command], environment=environment, log_level=log_level
         )
-        listener.close()
-        streams = ((self.process.stdout, self.events), (self.process.stderr, self.records))
-        self._threads = [
-            threading.Thread(target=self._read, args=pair, daemon=True) for pair in streams
-        ]
-        for thread in self._threads:
-            thread.start()
-        self.tell({"config": config, "allow_empty_backends": False, "log_level": log_level})
 
     def client(self) -> Client:
         """Return a client that has said hello."""
