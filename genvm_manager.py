@@ -14175,9 +14175,10 @@ def without_key(value: CalldataValue, key: str) -> CalldataValue:
 # server or opens a connection.
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
-#: What is not part of a URL: around it, and anywhere in it.
+#: Stripped from both ends of a URL, dropped anywhere, and refused: control characters, surrogates.
 _AROUND_URLS = "".join(map(chr, range(0x21)))
 _NO_TABS = str.maketrans("", "", "\t\r\n")
+_NOT_IN_URLS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
 _NUMBER = re.compile(r"0x[0-9a-f]*|[0-9]+", re.ASCII)
@@ -14187,36 +14188,23 @@ _QUERY_CHARACTERS = _PATH_CHARACTERS + "?`{}^"
 _FRAGMENT_CHARACTERS = _PATH_CHARACTERS + "?{}^#"
 _DOTS = re.compile(r"(\.|%2e){1,2}", re.IGNORECASE)
 
-_FORBIDDEN_V4 = tuple(
-    map(
-        ipaddress.IPv4Network,
-        (
-            "0.0.0.0/8",
-            "10.0.0.0/8",
-            "100.64.0.0/10",  # carriers' own; 100.100.100.200 is a metadata service
-            "127.0.0.0/8",
-            "168.63.129.16/32",  # a metadata service at an address that looks public
-            "169.254.0.0/16",
-            "172.16.0.0/12",
-            "192.0.0.0/24",
-            "192.0.2.0/24",
-            "192.88.99.0/24",
-            "192.168.0.0/16",
-            "198.18.0.0/15",
-            "198.51.100.0/24",
-            "203.0.113.0/24",
-            "224.0.0.0/4",
-            "240.0.0.0/4",
-        ),
+_FORBIDDEN = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        *("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16"),  # this machine and its links
+        *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"),  # private networks
+        "100.64.0.0/10",  # carrier-grade NAT; 100.100.100.200 is a metadata service
+        "168.63.129.16/32",  # a metadata service at an address that looks public
+        *("192.0.0.0/24", "192.88.99.0/24", "198.18.0.0/15"),  # protocols, 6to4, benchmarks
+        *("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24"),  # documentation
+        *("224.0.0.0/4", "240.0.0.0/4"),  # multicast, reserved
+        *("::/3", "4000::/2", "8000::/1"),  # IPv6 outside 2000::/3, where all is public but:
+        *("2001::/23", "2002::/16"),  # protocols such as Teredo, 6to4
+        *("2001:db8::/32", "3fff::/20"),  # documentation
     )
 )
-#: All of IPv6 that is given out to the public, and what is special in it.
-_PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
-_FORBIDDEN_V6 = tuple(
-    map(ipaddress.IPv6Network, ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"))
-)
-#: Addresses that end in an IPv4 address: mapped ones, and those of NAT64.
-_CARRIERS_OF_V4 = tuple(map(ipaddress.IPv6Network, ("::ffff:0:0/96", "64:ff9b::/96")))
+#: IPv6 addresses that end in an IPv4 address: IPv4-mapped, and NAT64.
+_WITH_V4 = tuple(map(ipaddress.ip_network, ("::ffff:0:0/96", "64:ff9b::/96")))
 
 
 def address_is_public(text: str) -> bool:
@@ -14225,11 +14213,9 @@ def address_is_public(text: str) -> bool:
         address = ipaddress.ip_address(text)
     except ValueError:
         return False
-    if isinstance(address, ipaddress.IPv6Address):
-        if any(address in network for network in _CARRIERS_OF_V4):
-            return address_is_public(str(ipaddress.IPv4Address(address.packed[-4:])))
-        return address in _PUBLIC_V6 and not any(address in net for net in _FORBIDDEN_V6)
-    return not any(address in network for network in _FORBIDDEN_V4)
+    if any(address in network for network in _WITH_V4):
+        address = ipaddress.IPv4Address(address.packed[-4:])
+    return not any(address in network for network in _FORBIDDEN)
 
 
 def address_is_ours(text: str) -> bool:
@@ -14276,23 +14262,14 @@ def _canonical_label(label: str) -> str:
 
 
 def _numeric_host(labels: list[str]) -> str:
-    if len(labels) > 4 or not all(_NUMBER.fullmatch(label) for label in labels):
-        raise ValueError("invalid IP address")
-    # Eight is the base of what begins with a zero; "0x" alone is zero.
-    numbers = [
-        int(label[2:] or "0", 16)
-        if label.startswith("0x")
-        else int(label, 8 if label.startswith("0") else 10)
-        for label in labels
-        if len(label) < 40
-    ]
-    *heads, last = numbers
-    if len(numbers) != len(labels) or any(head > 255 for head in heads):
-        raise ValueError("invalid IP address")
-    if last >= 256 ** (4 - len(heads)):
-        raise ValueError("invalid IP address")
-    value = sum(head << (24 - 8 * place) for place, head in enumerate(heads)) + last
-    return str(ipaddress.IPv4Address(value))
+    try:
+        if not all(map(_NUMBER.fullmatch, labels)):
+            raise OSError
+        # The C library reads numbers as browsers do, but for "0x" alone, which is zero to them.
+        numbers = ("0" if label == "0x" else label for label in labels)
+        return socket.inet_ntoa(socket.inet_aton(".".join(numbers)))
+    except OSError:
+        raise ValueError("invalid IP address") from None
 
 
 def is_ip_literal(host: str) -> bool:
@@ -14365,7 +14342,7 @@ class UrlRules:
         """Return the target of a URL; raises ``RequestFailure``, which contracts can catch."""
         url = url.strip(_AROUND_URLS).translate(_NO_TABS)
         match = _SCHEME.match(url)
-        if match is None or len(url) > URL_MAX_CHARACTERS or not _is_plain(url):
+        if match is None or len(url) > URL_MAX_CHARACTERS or _NOT_IN_URLS.search(url):
             raise refused("MALFORMED_URL", url, "expected https://host/path")
         scheme = match[1].lower()
         if scheme not in DEFAULT_PORTS:
@@ -14418,11 +14395,6 @@ class UrlRules:
             quote(parts.query, safe=_QUERY_CHARACTERS) if has_query else None,
             fragment=quote(parts.fragment, safe=_FRAGMENT_CHARACTERS),
         )
-
-
-def _is_plain(url: str) -> bool:
-    """Tell whether a URL has no control characters, and no halves of characters."""
-    return not any(c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in url)
 
 
 def _without_dots(path: str) -> str:
