@@ -15087,26 +15087,18 @@ class _Relay(Protocol):
 class SocksConnection(_Relay):
     """A connection of Chromium: SOCKS 5 (RFC 1928) without authentication.
 
-    Chromium knows no authentication for it, so who it is shows in the descriptors of processes.
+    Chromium cannot authenticate itself here, so we look up which process has the other end.
     """
 
     _gate: SocksGate
     _data: bytearray = field(init=False, factory=bytearray)
-    _greeted: bool = field(init=False, default=False)
+    _more: Deferred[None] | None = field(init=False, default=None)
     _work: Deferred[None] | None = field(init=False, default=None)
 
     def connectionMade(self) -> None:
         self.transport.pauseProducing()
-        self._work = Deferred.fromCoroutine(self._enter())
+        self._work = Deferred.fromCoroutine(self._serve())
         self._work.addErrback(lambda _: self.transport.abortConnection())
-
-    async def _enter(self) -> None:
-        is_ours = await self._gate.is_ours(self.transport)
-        self._work = None
-        if is_ours and self._gate.enter(self.transport):
-            self.transport.resumeProducing()
-        else:
-            self.transport.abortConnection()
 
     def dataReceived(self, data: bytes) -> None:
         if self.peer is not None:
@@ -15115,33 +15107,31 @@ class SocksConnection(_Relay):
         self._data += data
         if len(self._data) > 64 * KIB:
             self.transport.abortConnection()
-        elif self._work is None:
-            self._parse()
+        elif self._more is not None:
+            more, self._more = self._more, None
+            more.callback(None)
 
-    def _parse(self) -> None:
-        data = self._data
-        if not self._greeted:
-            if len(data) < 2 or len(data) < 2 + data[1]:
-                return
-            del data[: 2 + data[1]]
-            self._greeted = True
-            self.transport.write(b"\x05\x00")
-        if len(data) < 5:
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._gate.leave(self.transport)
+        if self.peer is None and self._work is not None:
+            self._work.cancel()
+        super().connectionLost(reason)
+
+    async def _serve(self) -> None:
+        if not (await self._gate.is_ours(self.transport) and self._gate.enter(self.transport)):
+            self.transport.abortConnection()
             return
-        size = {1: 4, 3: 1 + data[4], 4: 16}.get(data[3])
-        if size is None or data[:2] != b"\x05\x01":
+        self.transport.resumeProducing()
+        _, methods = await self._take(2)
+        await self._take(methods)
+        self.transport.write(b"\x05\x00")
+        version, command, _, kind = await self._take(4)
+        size = (await self._take(1))[0] if kind == 3 else {1: 4, 4: 16}.get(kind)
+        if (version, command) != (5, 1) or size is None:
             self.transport.loseConnection()
             return
-        if len(data) < 6 + size:
-            return
-        place, port = bytes(data[4 : 4 + size]), int.from_bytes(data[4 + size : 6 + size])
-        kind = data[3]
-        del data[: 6 + size]
-        host = place[1:].decode("latin-1") if kind == 3 else str(ipaddress.ip_address(place))
-        self._work = Deferred.fromCoroutine(self._connect(host, port))
-        self._work.addErrback(lambda _: self.transport.abortConnection())
-
-    async def _connect(self, host: str, port: int) -> None:
+        place, port = await self._take(size), int.from_bytes(await self._take(2))
+        host = place.decode("latin-1") if kind == 3 else str(ipaddress.ip_address(place))
         try:
             far = await self._gate.open(host, port)
         except CancelledError:
@@ -15154,15 +15144,17 @@ class SocksConnection(_Relay):
         self.transport.write(b"\x05\x00\x00\x01" + bytes(6))
         far.join(self.transport)
         self.join(far.transport)
-        if self._data:
-            far.transport.write(bytes(self._data))
-            self._data.clear()
+        far.transport.write(bytes(self._data))
+        self._data.clear()
 
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self._gate.leave(self.transport)
-        if self.peer is None and self._work is not None:
-            self._work.cancel()
-        super().connectionLost(reason)
+    async def _take(self, count: int) -> bytes:
+        """Return the next bytes that Chromium sends."""
+        while len(self._data) < count:
+            self._more = Deferred()
+            await self._more
+        taken = bytes(self._data[:count])
+        del self._data[:count]
+        return taken
 
 
 class SocksGate(ServerFactory):
@@ -15178,7 +15170,7 @@ class SocksGate(ServerFactory):
         self._reactor = reactor
         self._rules = rules
         self.traffic = traffic
-        self._connections: list[Any] = []
+        self._connections: set[Any] = set()
         self._is_cut = False
         self.refusals: dict[str, RequestFailure] = {}
         self._port = reactor.listenTCP(0, self, interface="127.0.0.1")
@@ -15194,13 +15186,12 @@ class SocksGate(ServerFactory):
 
     def enter(self, connection: Any) -> bool:
         """Count a connection; False if there are too many, or none is wanted any more."""
-        self._connections.append(connection)
+        self._connections.add(connection)
         return len(self._connections) <= SOCKS_CONNECTIONS and not self._is_cut
 
     def leave(self, connection: Any) -> None:
         """Forget a connection."""
-        with contextlib.suppress(ValueError):
-            self._connections.remove(connection)
+        self._connections.discard(connection)
 
     async def open(self, host: str, port: int) -> Any:
         """Return the protocol of a connection; raises ``RequestFailure`` and other errors."""
@@ -15218,7 +15209,7 @@ class SocksGate(ServerFactory):
     def cut(self) -> None:
         """Close everything that goes through, and let nothing through any more."""
         self._is_cut = True
-        for connection in list(self._connections):
+        for connection in [*self._connections]:
             connection.abortConnection()
 
     def close(self) -> Deferred[Any]:
