@@ -13167,17 +13167,16 @@ class CallerSession(PeerConnection):
     _caller: Caller | None = field(init=False, default=None)
     _waiting: deque[bytes] = field(init=False, factory=deque)
     _work: Deferred[None] | None = field(init=False, default=None)
-    _busy: bool = field(init=False, default=False)
 
     def message_received(self, data: bytes) -> None:
         """Work on a message, or keep it until the ones before are answered."""
         self._waiting.append(data)
-        early = len(self._waiting) - (not self._busy)
+        is_busy = self._work is not None and not self._work.called
+        early = len(self._waiting) - (not is_busy)
         if early > EARLY_REQUESTS or sum(map(len, self._waiting)) > MESSAGE_MAX_BYTES:
             self.log.warn("an executor sent too many requests at once", **self._fields())
             self.close(CLOSE_POLICY, "wait for answers before more requests")
-        elif not self._busy:
-            self._busy = True
+        elif not is_busy:
             self._work = Deferred.fromCoroutine(self._serve()).addErrback(self._failed)
 
     def close(self, code: int, reason: str) -> None:
@@ -13196,15 +13195,12 @@ class CallerSession(PeerConnection):
         return {} if self._caller is None else self._caller.log_fields()
 
     async def _serve(self) -> None:
-        try:
-            while self._waiting:
-                data = self._waiting.popleft()
-                if self._caller is None:
-                    await self._greet(data)
-                else:
-                    self.send(await self._answer(data, self._caller))
-        finally:
-            self._busy = False
+        while self._waiting:
+            data = self._waiting.popleft()
+            if self._caller is None:
+                await self._greet(data)
+            else:
+                self.send(await self._answer(data, self._caller))
 
     def _failed(self, failure: Failure) -> None:
         if not failure.check(CancelledError):
@@ -13258,20 +13254,15 @@ class CallerSession(PeerConnection):
         return encode_calldata(failure.answer())
 
 
+@define(eq=False, slots=False)
 @implementer(IHalfCloseableProtocol)
 class ControlChannel(Protocol):
     """The pipes from and to the manager: JSON lines."""
 
-    transport: Any = None
-    log = Logger()
-
-    def __init__(
-        self, on_order: Callable[[dict[str, Any]], object], on_end: Callable[[], object]
-    ) -> None:
-        self._on_order = on_order
-        self._on_end = on_end
-        self.flushed: Event[None] = Event()
-        self._lines = LineSplitter(ORDER_MAX_BYTES, self._line)
+    _orders: LineSplitter
+    _on_end: Callable[[], object]
+    transport: Any = field(init=False, default=None)
+    flushed: Event[None] = field(init=False, factory=Event)
 
     def tell(self, message: dict[str, Any]) -> None:
         """Send a line to the manager, if there is one."""
@@ -13279,14 +13270,7 @@ class ControlChannel(Protocol):
             self.transport.write(json.dumps(message).encode() + b"\n")
 
     def dataReceived(self, data: bytes) -> None:
-        self._lines.add(data)
-
-    def _line(self, line: bytes, _cut: bool) -> None:
-        order = parse_log_line(line)
-        if order is None:
-            self.log.warn("the manager sent a line that is not a JSON object")
-        else:
-            self._on_order(order)
+        self._orders.add(data)
 
     def readConnectionLost(self) -> None:
         self._on_end()  # the manager is gone
@@ -13298,6 +13282,7 @@ class ControlChannel(Protocol):
         self.flushed.fire(None)
 
 
+@define(eq=False)
 class ServiceRuntime:
     """A module's process: its listener, its connections, its manager, its end.
 
@@ -13306,23 +13291,20 @@ class ServiceRuntime:
 
     log = Logger()
 
-    def __init__(
-        self,
-        service: ModuleService,
-        reactor: Any,
-        observer: LogObserver,
-        end: Callable[[int], object],
-    ) -> None:
-        self._service = service
-        self._reactor = reactor
-        self._observer = observer
-        self._end = end
-        self._port: Any = None
-        self._stats_timer: DelayedCall | None = None
-        self._draining = False
-        self.control = ControlChannel(self._take_order, lambda: end(0))
-        self._connections: set[PeerConnection] = set()
-        service.changed = self._stats_changed
+    _service: ModuleService
+    _reactor: Any
+    _observer: LogObserver
+    _end: Callable[[int], object]
+    control: ControlChannel = field(init=False)
+    _port: Any = field(init=False, default=None)
+    _connections: set[PeerConnection] = field(init=False, factory=set)
+    _stats_timer: DelayedCall | None = field(init=False, default=None)
+    _draining: bool = field(init=False, default=False)
+
+    def __attrs_post_init__(self) -> None:
+        orders = LineSplitter(ORDER_MAX_BYTES, self._take_order)
+        self.control = ControlChannel(orders, lambda: self._end(0))
+        self._service.changed = self._stats_changed
 
     def statistics(self) -> dict[str, Any]:
         """Return the statistics of service and connections."""
@@ -13374,39 +13356,29 @@ class ServiceRuntime:
     def _finish(self) -> None:
         if self.control.transport is None:
             self._end(0)
-        if self.control.transport is None or self.control.transport.disconnecting:
-            return
-        self._send_stats()
-        self.control.transport.loseConnection()
-        sent = self.control.flushed.wait().addTimeout(FINAL_STATS_SECONDS, self._reactor)
-        sent.addBoth(lambda _: self._end(0))
+        elif not self.control.transport.disconnecting:
+            self._send_stats()
+            self.control.transport.loseConnection()
+            sent = self.control.flushed.wait().addTimeout(FINAL_STATS_SECONDS, self._reactor)
+            sent.addBoth(lambda _: self._end(0))
 
     def _stats_changed(self) -> None:
         if self._stats_timer is None:
             self._stats_timer = self._reactor.callLater(STATS_SECONDS, self._send_stats)
 
     def _send_stats(self) -> None:
-        if self._stats_timer is not None and self._stats_timer.active():
-            self._stats_timer.cancel()
         self._stats_timer = None
         self.control.tell({"event": "stats", "stats": self.statistics()})
 
-    def _take_order(self, order: dict[str, Any]) -> None:
+    def _take_order(self, line: bytes, _cut: bool) -> None:
+        order = parse_log_line(line)
+        if order is None:
+            self.log.warn("the manager sent a line that is not a JSON object")
+            return
         try:
             self._observer.set_level(LevelName.parse(order["log_level"]))
         except (KeyError, ValueError):
             self.log.warn("the manager sent an unknown order")
-
-
-def _read_first_line(descriptor: int) -> tuple[bytes, bytes]:
-    """Wait for a whole line; return it and what came after it. Empty: there will be none."""
-    data = bytearray()
-    while (end := data.find(b"\n")) < 0:
-        piece = os.read(descriptor, 64 * KIB)
-        if not piece:
-            return b"", b""
-        data += piece
-    return bytes(data[: end + 1]), bytes(data[end + 1 :])
 
 
 @frozen
@@ -13430,9 +13402,12 @@ def run_module_service(kind: str, alone: Alone | None = None) -> int:
     reactor = own_reactor()
     observer = LogObserver(Config(), fd=2)
     globalLogBeginner.beginLoggingTo([cast(ILogObserver, observer)], redirectStandardIO=False)
-    line, orders = (b"", b"") if alone else _read_first_line(0)
-    if not (alone or line):
-        return 0
+    line = b""
+    if alone is None:
+        # Without a buffer: what follows the line is read by the reactor.
+        line = open(0, "rb", buffering=0, closefd=False).readline()  # noqa: SIM115
+        if not line.endswith(b"\n"):
+            return 0
 
     def end(status: int) -> None:
         service.close()
@@ -13461,7 +13436,6 @@ def run_module_service(kind: str, alone: Alone | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: reactor.callFromThread(runtime.drain))
     if alone is None:
         StandardIO(runtime.control, reactor=reactor)
-        runtime.control.dataReceived(orders)
         reactor.callWhenRunning(runtime.control.tell, {"event": "ready"})
     else:
         signal.signal(signal.SIGINT, lambda *_: reactor.callFromThread(end, 0))
@@ -14338,7 +14312,7 @@ class UrlRules:
         self._extra = {_canonical_label(word.removeprefix(".").lower()) for word in extra_tld}
         self._suffixes = _public_suffixes()
 
-    def check(self, url: str) -> Target:
+    def check(self, url: str, redirected_from: Target | None = None) -> Target:
         """Return the target of a URL; raises ``RequestFailure``, which contracts can catch."""
         url = url.strip(_AROUND_URLS).translate(_NO_TABS)
         match = _SCHEME.match(url)
@@ -14352,7 +14326,11 @@ class UrlRules:
             target = self._parse(scheme, url)
         except (ValueError, UnicodeError) as error:
             raise refused("MALFORMED_URL", url, str(error)) from None
-        return self.admit(target, url)
+        target = self.admit(target, url)
+        if scheme == "http" and redirected_from is not None and redirected_from.scheme == "https":
+            reason = "a redirect from https to http"
+            raise refused("SCHEMA_FORBIDDEN", url, reason, schema=scheme)
+        return target
 
     def admit(self, target: Target, url: str) -> Target:
         """Apply the rules for hosts and ports; raises ``RequestFailure``."""
@@ -14740,10 +14718,7 @@ class WebClient:
             url = urljoin(old.url, location.decode("utf-8"))
         except ValueError:
             raise refused("MALFORMED_URL", old.url, "a redirect to an invalid URL") from None
-        target = self._rules.check(url)
-        if old.scheme == "https" and target.scheme == "http":
-            raise refused("SCHEMA_FORBIDDEN", url, "a redirect from https to http", schema="http")
-        return request.redirected(status, target)
+        return request.redirected(status, self._rules.check(url, redirected_from=old))
 
     async def _exchange(self, request: WebRequest, traffic: Traffic) -> HttpReply:
         sent = self._send(request, traffic)
@@ -15251,16 +15226,12 @@ class BrowserProcess(ProcessProtocol):
         message = {"id": number, "method": method, "params": given}
         if session is not None:
             message["sessionId"] = session
-        answer: Deferred[dict[str, Any]] = Deferred(lambda _: self._forget(number))
-        self._waiting[number] = answer
+        self._waiting[number] = answer = Deferred[dict[str, Any]]()
         self.transport.writeToChild(3, json.dumps(message).encode() + b"\0")
         told = await answer
         if "error" in told:
             raise ValueError(f"{method}: {told['error'].get('message')}")
         return cast(dict[str, Any], told["result"])
-
-    def _forget(self, number: int) -> None:
-        self._waiting.pop(number, None)
 
     def tell(self, method: str, session: str, **given: Any) -> None:
         """Send a command whose answer does not matter."""
@@ -15359,31 +15330,35 @@ def collapse_text(text: str) -> str:
 Rendered: TypeAlias = str | bytes
 
 
+@define(eq=False)
 class PageVisit:
     """One page in one Chromium. Raises ``RequestFailure`` for what the page does wrong."""
 
     log = Logger()
 
-    def __init__(self, reactor: Any, rules: UrlRules, target: Target, gate: SocksGate) -> None:
-        self._reactor = reactor
-        self._rules = rules
-        self._target = target
-        self._gate = gate
-        self._session = ""
-        self._frame = ""
-        self._last = target
-        self._redirects = 0
-        self._status = 0
-        self._kind = ""
-        self._document = ""
-        self._arrived = False
-        self._received: Event[None] = Event()
-        self._parsed: Event[None] = Event()
-        self._loaded: Event[None] = Event()
-        self._failure: RequestFailure | None = None
-        self._over: Event[None] = Event()
+    _reactor: Any
+    _rules: UrlRules
+    _target: Target
+    _gate: SocksGate
+    browser: BrowserProcess = field(init=False)
+    _session: str = field(init=False, default="")
+    _frame: str = field(init=False, default="")
+    _last: Target = field(init=False)
+    _redirects: int = field(init=False, default=0)
+    _status: int = field(init=False, default=0)
+    _kind: str = field(init=False, default="")
+    _document: str = field(init=False, default="")
+    _arrived: bool = field(init=False, default=False)
+    _received: Event[None] = field(init=False, factory=Event)
+    _parsed: Event[None] = field(init=False, factory=Event)
+    _loaded: Event[None] = field(init=False, factory=Event)
+    _over: Event[None] = field(init=False, factory=Event)
+    _failure: RequestFailure | None = field(init=False, default=None)
+
+    def __attrs_post_init__(self) -> None:
+        self._last = self._target
         self.browser = BrowserProcess(self._event, self._gone)
-        traffic = gate.traffic
+        traffic = self._gate.traffic
         problem = f"the page brings more than {traffic.limit} bytes"
         traffic.exceeded.wait().addCallback(lambda _: self.fail(problem))
 
@@ -15396,7 +15371,10 @@ class PageVisit:
         await self._prepare()
         answer = await self._call("Page.navigate", url=self._target.place)
         if answer.get("errorText"):
-            self._navigation_failed(str(answer["errorText"]))
+            failure = self._failure or self._gate.refusals.get(self._last.host)
+            if failure is None and self._kind:  # what is not shown is downloaded, which is denied
+                failure = self._not_a_page()
+            raise failure or self._failed(str(answer["errorText"]))
         self._arrived = True
         await self._settle(late)
         with contextlib.suppress(DeferredTimeout):
@@ -15408,7 +15386,7 @@ class PageVisit:
                 page = await self._read(mode)
                 self._raise_failure()  # what was read may be what Chromium shows instead
                 return page
-        raise page_failed(self._target.url, self._status, "the page does not stay")
+        raise self._failed("the page does not stay")
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -15428,8 +15406,7 @@ class PageVisit:
 
     async def _read(self, mode: str) -> Rendered:
         if not page_loaded(self._status):
-            text = collapse_text(await self._evaluate(_TEXT_SCRIPT))
-            raise page_failed(self._target.url, self._status, text)
+            raise self._failed(collapse_text(await self._evaluate(_TEXT_SCRIPT)))
         if _NOT_PAGES.fullmatch(self._kind) and (mode != "screenshot" or self._kind == _PDF):
             raise self._not_a_page()
         if mode == "screenshot":
@@ -15444,13 +15421,7 @@ class PageVisit:
     async def _prepare(self) -> None:
         call = self.browser.call
         context = (await call("Target.createBrowserContext"))["browserContextId"]
-        page = await call(
-            "Target.createTarget",
-            url="about:blank",
-            browserContextId=context,
-            width=VIEWPORT_WIDTH,
-            height=VIEWPORT_HEIGHT,
-        )
+        page = await call("Target.createTarget", url="about:blank", browserContextId=context)
         made = await call("Target.attachToTarget", targetId=page["targetId"], flatten=True)
         self._session = made["sessionId"]
         await call("Browser.setDownloadBehavior", behavior="deny", browserContextId=context)
@@ -15478,18 +15449,14 @@ class PageVisit:
         )
         text = answer["result"].get("value")
         if not isinstance(text, str) or len(json_text(text).encode()) > RENDER_MAX_BYTES:
-            raise page_failed(self._target.url, self._status, "the page's text is too long")
+            raise self._failed("the page's text is too long")
         return text
 
-    def _not_a_page(self) -> RequestFailure:
-        problem = f"{self._kind} is not a page: ask for it with Request"
+    def _failed(self, problem: str) -> RequestFailure:
         return page_failed(self._target.url, self._status, problem)
 
-    def _navigation_failed(self, problem: str) -> NoReturn:
-        refusal = self._failure or self._gate.refusals.get(self._last.host)
-        if refusal is None and self._kind:  # what is not shown is downloaded, which is denied
-            refusal = self._not_a_page()
-        raise refusal or page_failed(self._target.url, self._status, problem)
+    def _not_a_page(self) -> RequestFailure:
+        return self._failed(f"{self._kind} is not a page: ask for it with Request")
 
     def _gone(self) -> None:
         for event in (self._received, self._parsed, self._loaded, self._over):
@@ -15518,19 +15485,23 @@ class PageVisit:
 
     def fail(self, problem: str) -> None:
         """End the visit; the first problem counts."""
-        if self._failure is None:
-            self._failure = page_failed(self._target.url, self._status, problem)
+        self._failure = self._failure or self._failed(problem)
         self.browser.end()
 
     def _check_document(self, given: dict[str, Any]) -> None:
         """Let a document be loaded if the rules allow its URL: the page itself or a frame."""
         url, number = str(given["request"]["url"]), given["requestId"]
         is_main = given.get("frameId") == self._frame
+        is_redirect = is_main and "redirectedRequestId" in given
+        old = self._last if is_redirect else None
+        self._redirects += is_redirect
         try:
-            if is_main or not url.startswith(("data:", "blob:")):
-                target = self._rules.check(url.partition("#")[0])
-                if is_main:
-                    self._follow(target, is_redirect="redirectedRequestId" in given)
+            if self._redirects > MAX_REDIRECTS:
+                raise refused("TOO_MANY_REDIRECTS", self._target.url, f"more than {MAX_REDIRECTS}")
+            if is_main:
+                self._last = self._rules.check(url.partition("#")[0], redirected_from=old)
+            elif not url.startswith(("data:", "blob:")):
+                self._rules.check(url.partition("#")[0])
         except RequestFailure as failure:
             if is_main:
                 self._failure = failure.with_traceback(None)  # its frames hold this visit
@@ -15547,16 +15518,6 @@ class PageVisit:
             problem = f"it went to {url}, which cannot be loaded"
             failure = page_failed(self._target.url, 0, problem)
             self._failure = self._gate.refusals.get(self._last.host, failure)
-
-    def _follow(self, target: Target, *, is_redirect: bool) -> None:
-        old, self._last = self._last, target
-        self._redirects += is_redirect
-        if self._redirects > MAX_REDIRECTS:
-            raise refused("TOO_MANY_REDIRECTS", self._target.url, f"more than {MAX_REDIRECTS}")
-        if is_redirect and old.scheme == "https" and target.scheme == "http":
-            raise refused(
-                "SCHEMA_FORBIDDEN", target.url, "a redirect from https to http", schema="http"
-            )
 
     def explain(self, status: ExitStatus) -> RequestFailure:
         """Return why Chromium is gone."""
@@ -15596,11 +15557,8 @@ class ChromiumRenderer:
 
     async def render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Rendered:
         """Return a rendered page; raises ``RequestFailure``. Cancelling ends Chromium."""
-        await self._slots.acquire()
-        try:
+        async with self._slots:
             return await self._render(target, mode, wait, traffic)
-        finally:
-            self._slots.release()
 
     async def _render(self, target: Target, mode: str, wait: float, traffic: Traffic) -> Rendered:
         gate = SocksGate(self._reactor, self._rules, traffic)
@@ -15718,14 +15676,14 @@ class WebEntry:
 class WebSettings:
     """What a configuration of the Web module comes to.
 
-    ``webdriver`` is a URL or ``chromium``, or none; ``notes`` are sentences for the log about what
+    ``webdriver`` is a URL, ``chromium`` or empty; ``notes`` are sentences for the log about what
     was left out.
     """
 
     entry: WebEntry
     notes: tuple[str, ...]
     rules: UrlRules
-    webdriver: str | None
+    webdriver: str
     render_timeout: float
 
 
@@ -15744,24 +15702,20 @@ def read_web_settings(config: AnyObject) -> WebSettings:
     for name, value in entry.signer_headers.items():
         if not isinstance(value, str) or HTTP_TOKEN.fullmatch(name) is None:
             raise ConfigError(f"signer_headers.{name}: expected a header's name and its value")
-    webdriver = _read_webdriver(entry.webdriver_host)
-    is_external = webdriver is not None and webdriver != LOCAL_CHROMIUM
+    webdriver, seconds = entry.webdriver_host, RENDER_SECONDS
+    if webdriver not in ("", LOCAL_CHROMIUM):
+        seconds = WEBDRIVER_SECONDS
+        try:
+            webdriver = provider_url(webdriver, "")
+        except ProviderError as error:
+            raise ConfigError(f"webdriver_host: {error.message.removeprefix('host: ')}") from None
     return WebSettings(
         entry,
         tuple(unknown_keys(config, WebEntry, *MODULE_KEYS)),
         UrlRules(entry.always_allow_hosts, entry.extra_tld),
         webdriver,
-        entry.render_timeout or (WEBDRIVER_SECONDS if is_external else RENDER_SECONDS),
+        entry.render_timeout or seconds,
     )
-
-
-def _read_webdriver(host: str) -> str | None:
-    if not host or host == LOCAL_CHROMIUM:
-        return host or None
-    try:
-        return provider_url(host, "")
-    except ProviderError as error:
-        raise ConfigError(f"webdriver_host: {error.message.removeprefix('host: ')}") from None
 
 
 @define
@@ -15847,7 +15801,7 @@ class WebService(ModuleService):
         renderer: ChromiumRenderer | WebdriverClient | None = None
         if settings.webdriver == LOCAL_CHROMIUM:
             renderer = cls._chromium(settings, reactor)
-        elif settings.webdriver is not None:
+        elif settings.webdriver:
             renderer = WebdriverClient(reactor, http, settings.webdriver, settings.render_timeout)
         client = WebClient(reactor, settings.rules)
         return cls(settings, reactor, http, client, signer, renderer, Names(reactor))

@@ -840,7 +840,7 @@ def test_settings() -> None:
     assert (float(settings.entry.timeout), settings.entry.max_renders) == (30, 2)
     assert settings.render_timeout == 75
     assert settings.entry.signer_url == ""
-    assert read_web_settings(AnyObject({"webdriver_host": ""})).webdriver is None
+    assert read_web_settings(AnyObject({"webdriver_host": ""})).webdriver == ""
     chromium = read_web_settings(AnyObject({"webdriver_host": "chromium"}))
     assert (chromium.webdriver, chromium.render_timeout) == ("chromium", 30)
     given = {"webdriver_host": "http://wd:4444/", "render_timeout": "40s"}
