@@ -15345,7 +15345,7 @@ class PageVisit:
     _frame: str = field(init=False, default="")
     _last: Target = field(init=False)
     _redirects: int = field(init=False, default=0)
-    _status: int = field(init=False, default=0)
+    _http_status: int = field(init=False, default=0)
     _kind: str = field(init=False, default="")
     _document: str = field(init=False, default="")
     _arrived: bool = field(init=False, default=False)
@@ -15405,7 +15405,7 @@ class PageVisit:
         await self._parsed.wait()
 
     async def _read(self, mode: str) -> Rendered:
-        if not page_loaded(self._status):
+        if not page_loaded(self._http_status):
             raise self._failed(collapse_text(await self._evaluate(_TEXT_SCRIPT)))
         if _NOT_PAGES.fullmatch(self._kind) and (mode != "screenshot" or self._kind == _PDF):
             raise self._not_a_page()
@@ -15453,7 +15453,7 @@ class PageVisit:
         return text
 
     def _failed(self, problem: str) -> RequestFailure:
-        return page_failed(self._target.url, self._status, problem)
+        return page_failed(self._target.url, self._http_status, problem)
 
     def _not_a_page(self) -> RequestFailure:
         return self._failed(f"{self._kind} is not a page: ask for it with Request")
@@ -15465,9 +15465,9 @@ class PageVisit:
     def _event(self, method: str, given: dict[str, Any]) -> None:
         if method == "Fetch.requestPaused":
             self._check_document(given)
-        elif method == "Page.loadEventFired" and self._status:
+        elif method == "Page.loadEventFired" and self._http_status:
             self._loaded.fire(None)
-        elif method == "Page.domContentEventFired" and self._status:
+        elif method == "Page.domContentEventFired" and self._http_status:
             self._parsed.fire(None)
         elif method == "Network.loadingFinished" and given["requestId"] == self._document:
             self._received.fire(None)
@@ -15475,7 +15475,7 @@ class PageVisit:
             self._check_arrival(given["frame"])
         elif method == "Network.responseReceived":
             if given["type"] == "Document" and given.get("frameId") == self._frame:
-                self._status = int(given["response"]["status"])
+                self._http_status = int(given["response"]["status"])
                 self._kind = str(given["response"].get("mimeType", "")).lower()
                 self._document = given["requestId"]
         elif method == "Page.javascriptDialogOpening":
