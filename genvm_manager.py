@@ -268,7 +268,6 @@ from typing import (
     get_origin,
 )
 from urllib.parse import quote, quote_plus, unquote, unquote_to_bytes, urlencode, urljoin, urlsplit
-from urllib.request import getproxies_environment
 from weakref import WeakValueDictionary
 
 import attrs
@@ -7094,7 +7093,7 @@ class Proxy:
     host: str
     port: int
     is_tls: bool = False
-    authorization: bytes = b""
+    authorization: str = ""
     secrets: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
@@ -7108,12 +7107,12 @@ class Proxy:
             parts, host, port = urlsplit(""), "", None
         if parts.scheme not in ("http", "https") or not host:
             raise ProxyError("a proxy in the environment is not usable: expected http://host:port")
-        authorization, secrets = b"", tuple[str, ...]()
+        authorization, secrets = "", tuple[str, ...]()
         if parts.username is not None:
             given = parts.password or ""
-            token = base64.b64encode(unquote_to_bytes(f"{parts.username}:{given}"))
-            authorization = b"Basic " + token
-            secrets = (token.decode(), given, unquote(given))
+            token = base64.b64encode(unquote_to_bytes(f"{parts.username}:{given}")).decode()
+            authorization = f"Basic {token}"
+            secrets = (token, given, unquote(given))
         is_tls = parts.scheme == "https"
         usual = 443 if is_tls else 80
         return cls(host, port or usual, is_tls, authorization, secrets)
@@ -7123,20 +7122,14 @@ class ProxyError(Exception):
     """A proxy cannot be used, cannot be reached, or refuses."""
 
 
-_PROXY_KINDS = ("http", "https", "all", "no")
-#: What urllib reads, and how it sees that it runs for a web server, which sets HTTP_PROXY for it.
-_PROXY_VARIABLES = [f"{kind}_proxy" for kind in _PROXY_KINDS]
-_PROXY_VARIABLES += [*map(str.upper, _PROXY_VARIABLES), "REQUEST_METHOD"]
+def _proxies() -> dict[str, str]:
+    """Return the proxies of the environment by scheme, and what ``no`` proxy is used for.
 
-
-def _proxies() -> Mapping[str, str]:
-    """Return the proxies of the environment by scheme."""
-    return _proxies_of(tuple(map(os.environ.get, _PROXY_VARIABLES)))
-
-
-@functools.lru_cache(maxsize=1)
-def _proxies_of(_values: tuple[str | None, ...]) -> Mapping[str, str]:
-    return getproxies_environment()  # it decodes the whole environment: 0.1 ms for each request
+    urllib would decode the whole environment, which takes 0.1 ms for each request.
+    """
+    get = os.environ.get
+    kinds = ("http", "https", "all", "no")
+    return {kind: get(f"{kind}_proxy", get(f"{kind}_proxy".upper(), "")) for kind in kinds}
 
 
 def proxy_for(scheme: str, host: str, port: int) -> Proxy | None:
@@ -7146,8 +7139,8 @@ def proxy_for(scheme: str, host: str, port: int) -> Proxy | None:
     case go first.
     """
     found = _proxies()
-    url = found.get(scheme) or found.get("all")
-    return Proxy.of(url) if url and not _is_excepted(host, port, found.get("no", "")) else None
+    url = found.get(scheme) or found["all"]
+    return Proxy.of(url) if url and not _is_excepted(host, port, found["no"]) else None
 
 
 def _is_excepted(host: str, port: int, excepted: str) -> bool:
@@ -7167,9 +7160,9 @@ def _is_excepted(host: str, port: int, excepted: str) -> bool:
 def hide_proxies(redactor: Redactor) -> None:
     """Never let the secrets of the proxies in the environment into a log."""
     found: set[str] = set()
-    for name, url in getproxies_environment().items():
+    for kind, url in _proxies().items():
         with contextlib.suppress(ProxyError):
-            found.update(Proxy.of(url).secrets if name != "no" else ())
+            found.update(Proxy.of(url).secrets if kind != "no" else ())
     redactor.keep("proxies", found)
 
 
@@ -7232,21 +7225,17 @@ class _Tunnel(ProtocolWrapper):
 @implementer(IStreamClientEndpoint)
 @frozen
 class ProxyEndpoint:
-    """Connects to a proxy, and through it to ``place`` if there is one: ``host:port``.
-
-    ``wrap`` may put a ``WrappingFactory`` around the protocol's factory, to see what passes.
-    """
+    """Connects to a proxy, and through it to ``place`` if there is one: ``host:port``."""
 
     _reactor: Any
     _proxy: Proxy
     _place: str = ""
-    _wrap: Callable[[Any], Any] | None = None
 
     def connect(self, protocolFactory: Any) -> Deferred[Any]:
         """See ``IStreamClientEndpoint``; fails with ``ProxyError``."""
         return Deferred.fromCoroutine(self._connect(protocolFactory))
 
-    async def _connect(self, protocol_factory: Any) -> Any:
+    async def _connect(self, factory: Any) -> Any:
         proxy, tunnel = self._proxy, None
         endpoint: Any = HostnameEndpoint(
             self._reactor, proxy.host, proxy.port, HTTP_CONNECT_SECONDS
@@ -7254,21 +7243,10 @@ class ProxyEndpoint:
         if proxy.is_tls:
             creator = load_http().creatorForNetloc(proxy.host.encode(), proxy.port)
             endpoint = endpoints.wrapClientTLS(creator, endpoint)
-        factory = protocol_factory
-        if self._place:
-            lines = [f"CONNECT {self._place} HTTP/1.1", f"Host: {self._place}"]
-            head = "\r\n".join(lines).encode()
-            if proxy.authorization:
-                head += b"\r\nProxy-Authorization: " + proxy.authorization
-            factory = WrappingFactory(protocol_factory)
-            factory.noisy = False
-            factory.protocol = functools.partial(_Tunnel, head=head + b"\r\n\r\n")
         try:
-            connection = await endpoint.connect(self._wrap(factory) if self._wrap else factory)
-            inner = connection.wrappedProtocol if self._wrap else connection
             if not self._place:
-                return inner
-            tunnel = inner
+                return await endpoint.connect(factory)
+            tunnel = await endpoint.connect(self._tunnels(factory))
             await tunnel.made.wait()
             return tunnel.wrappedProtocol
         except Exception as error:
@@ -7278,6 +7256,15 @@ class ProxyEndpoint:
                 raise CancelledError from None
             where = f"{proxy.host}:{proxy.port}"
             raise ProxyError(f"the proxy {where}: {connection_problem(error)[1]}") from None
+
+    def _tunnels(self, factory: Any) -> Any:
+        lines = [f"CONNECT {self._place} HTTP/1.1", f"Host: {self._place}"]
+        if self._proxy.authorization:
+            lines.append(f"Proxy-Authorization: {self._proxy.authorization}")
+        tunnels: Any = WrappingFactory(factory)
+        tunnels.noisy = False
+        tunnels.protocol = functools.partial(_Tunnel, head="\r\n".join([*lines, "", ""]).encode())
+        return tunnels
 
 
 @implementer(IAgentEndpointFactory)
@@ -7302,7 +7289,7 @@ def through_proxy(
     """Send a request for http to a proxy; fails with ``ProxyError`` where that wants a password."""
     headers = headers.copy()
     if proxy.authorization:
-        headers.setRawHeaders(b"proxy-authorization", [proxy.authorization])
+        headers.setRawHeaders("proxy-authorization", [proxy.authorization])
 
     def check(response: Any) -> Any:
         if response.code != 407:
@@ -7326,14 +7313,9 @@ class _RoutedAgent:
     _pool: Any
     _tls: Any
     _direct: Any
-    #: For http and for https. The pool keeps connections to a proxy by its agent's endpoint, but
-    #: what leads through one by its target: they would serve when there is another proxy, or none.
-    _agents: dict[Proxy, tuple[Any, Any]] = field(factory=dict)
 
     def request(self, method: bytes, uri: bytes, headers: Any = None, body: Any = None) -> Any:
-        if not _proxies():
-            return self._direct.request(method, uri, headers, body)
-        from twisted.web.client import URI, Agent, HTTPConnectionPool, ProxyAgent
+        from twisted.web.client import URI, Agent, ProxyAgent
 
         asked = URI.fromBytes(uri)
         try:
@@ -7342,15 +7324,12 @@ class _RoutedAgent:
             return fail()
         if proxy is None:
             return self._direct.request(method, uri, headers, body)
-        if proxy not in self._agents:
-            plain = ProxyAgent(ProxyEndpoint(self._reactor, proxy), self._reactor, self._pool)
-            tunnels = AgentEndpoints(self._tls, functools.partial(self._tunnel, proxy))
-            one_each = HTTPConnectionPool(self._reactor, persistent=False)
-            tunnel = Agent.usingEndpointFactory(self._reactor, tunnels, one_each)
-            self._agents[proxy] = plain, tunnel
-        plain, tunnel = self._agents[proxy]
         if asked.scheme == b"https":
-            return tunnel.request(method, uri, headers, body)
+            tunnels = AgentEndpoints(self._tls, functools.partial(self._tunnel, proxy))
+            agent = Agent.usingEndpointFactory(self._reactor, tunnels, self._pool)
+            return agent.request(method, uri, headers, body)
+        # The pool knows the proxy by its endpoint, which is the same value each time.
+        plain = ProxyAgent(ProxyEndpoint(self._reactor, proxy), self._reactor, self._pool)
         return through_proxy(plain, proxy, method, uri, headers or Headers(), body)
 
     def _tunnel(self, proxy: Proxy, uri: Any) -> ProxyEndpoint:
@@ -7395,14 +7374,10 @@ class HttpClient:
         made = self._late.made
         return succeed(None) if made is None else made[1].closeCachedConnections()
 
-    async def _request(self, method: str, url: str, **options: Any) -> Any:
-        client, _ = await self._late.get()
-        return await client.request(method, url, **options)
-
-    async def ready(self) -> None:
-        """Load what a request needs, which the first one would wait for; raises ``HttpFailure``."""
+    async def ready(self) -> Any:
+        """Return treq's client, which takes time to load once; raises ``HttpFailure``."""
         try:
-            await self._late.get()
+            return (await self._late.get())[0]
         except CancelledError:
             raise
         except Exception as error:
@@ -7422,22 +7397,25 @@ class HttpClient:
         A kept connection that the service closes while it is used again is not an answer: the
         request is sent once more. So it is on a new one, which cannot be told apart.
         """
-        for last in (False, True):
+        client = await self.ready()
+
+        async def attempt() -> HttpReply:
             # A redirect would take a key along to wherever it leads.
             options: dict[str, Any] = {"allow_redirects": False, "unbuffered": True}
-            options |= {"headers": headers, "data": data}
-            try:
-                sent = self._request(method, url, **options)
-                return without_proxy_secrets(await reply_of(sent, limit))
-            except HttpFailure as failure:
-                from twisted.web.client import ResponseNeverReceived
+            sent = maybeDeferred(client.request, method, url, headers=headers, data=data, **options)
+            return without_proxy_secrets(await reply_of(sent, limit))
 
-                error = failure.__cause__
-                if last or not isinstance(error, ResponseNeverReceived):
-                    raise
-                if not all(reason.check(ConnectionDone) for reason in error.reasons):
-                    raise
-        raise AssertionError("unreachable")
+        try:
+            return await attempt()
+        except HttpFailure as failure:
+            from twisted.web.client import ResponseNeverReceived
+
+            error = failure.__cause__
+            if not isinstance(error, ResponseNeverReceived):
+                raise
+            if not all(reason.check(ConnectionDone) for reason in error.reasons):
+                raise
+        return await attempt()
 
 
 # =============================================================================
@@ -14566,6 +14544,7 @@ class CheckedEndpoint:
     async def _connect(self, protocol_factory: Any) -> Any:
         target = self._target
         proxy = self._traffic.proxy_for(target)
+        metered = self._metered(protocol_factory)
         try:
             addresses = await open_addresses(self._traffic.look_up, target)
         except DNSLookupError:
@@ -14574,9 +14553,8 @@ class CheckedEndpoint:
         if proxy is not None:
             host = f"[{target.host}]" if ":" in target.host else target.host
             place = f"{host}:{target.port}" if self._tunnel else ""
-            way = ProxyEndpoint(self._reactor, proxy, place, self._metered)
-            return await way.connect(protocol_factory)
-        metered = self._metered(protocol_factory)
+            way = ProxyEndpoint(self._reactor, proxy, place)
+            return (await way.connect(metered)).wrappedProtocol
         while True:
             address = addresses.pop(0)
             kind = TCP6ClientEndpoint if ":" in address else TCP4ClientEndpoint
