@@ -6078,68 +6078,48 @@ def describe_outcome(outcome: HostOutcome) -> str:
     A return shows its decoded value as JSON; an error its message, whether it came as calldata
     ``{message, fingerprint}`` or as plain text, and its fingerprint if there is one.
     """
+    is_return = outcome.kind == "return"
+    plain = outcome.data[: 4 * OUTCOME_CHARACTERS].decode("utf-8", "replace")
     try:
         value = decode_calldata(outcome.data)
+        text = _value_text(value) if is_return else _error_text(value, plain)
     except CalldataError as error:
-        if outcome.kind == "return":
-            text = f"{len(outcome.data)} bytes that are not calldata ({error.message})"
-        else:
-            text = _plain_text(outcome.data)
-    else:
-        text = "" if outcome.kind == "return" else _error_text(outcome.data, value)
-        text = text or _value_text(value)
+        found = f"{len(outcome.data)} bytes that are not calldata ({error.message})"
+        text = found if is_return else plain
     if len(text) > OUTCOME_CHARACTERS:
         text = f"{text[:OUTCOME_CHARACTERS]}… (more than {OUTCOME_CHARACTERS} characters)"
     return f"{outcome.kind.replace('_', ' ')}: {text}"
 
 
-def _plain_text(data: bytes) -> str:
-    return data[: 4 * OUTCOME_CHARACTERS].decode("utf-8", "replace")
-
-
-def _error_text(data: bytes, value: CalldataValue) -> str:
-    """Return the message of an error whose data is calldata; empty if it has none.
-
-    Plain text can happen to be calldata, never a map: then the text is what was meant.
-    """
-    if isinstance(value, dict):
-        message = value.get("message")
-        if not isinstance(message, str):
-            return ""
-        fingerprint = value.get("fingerprint")
-        return message if fingerprint is None else f"{message} [{_value_text(fingerprint)}]"
-    text = _plain_text(data)
-    return text if text.isprintable() else ""
+def _error_text(value: CalldataValue, plain: str) -> str:
+    """Return the text of an error whose data is calldata, or ``plain`` text that looks like it."""
+    if not isinstance(value, dict):
+        return plain if plain.isprintable() else _value_text(value)
+    message, fingerprint = value.get("message"), value.get("fingerprint")
+    if not message or not isinstance(message, str):
+        return _value_text(value)
+    return message if fingerprint is None else f"{message} [{_value_text(fingerprint)}]"
 
 
 def _value_text(value: CalldataValue) -> str:
-    """Return ``value`` as JSON, of which no more is made than can be shown."""
-    return json.dumps(_shown_part(value, OUTCOME_CHARACTERS), ensure_ascii=False)
+    """Return ``value`` as JSON, without rendering more than can be shown."""
+    return json.dumps(_shown_part(value), ensure_ascii=False)
 
 
-def _shown_part(value: CalldataValue, limit: int) -> object:
+def _shown_part(value: CalldataValue) -> object:
+    limit = OUTCOME_CHARACTERS
     # The decoder has bounded the depth of the recursion.
     if isinstance(value, list):
-        return [_shown_part(item, limit) for item in value[:limit]]
+        return [_shown_part(item) for item in value[:limit]]
     if isinstance(value, dict):
         some = itertools.islice(value.items(), limit)
-        return {key[:limit]: _shown_part(item, limit) for key, item in some}
+        return {key[:limit]: _shown_part(item) for key, item in some}
     if isinstance(value, bytes):
         return f"0x{value[:limit].hex()}"
     if isinstance(value, int) and value.bit_length() > 1024:
         # Decimal conversion is quadratic, and Python refuses it beyond 4300 digits.
         return f"{value:#x}"
     return value[:limit] if isinstance(value, str) else value
-
-
-class HostError(IntEnum):
-    """The error byte that starts an answer."""
-
-    OK = 0
-    ABSENT = 1
-    FORBIDDEN = 2
-    I_AM_LEADER = 3
-    OUT_OF_STORAGE_GAS = 4
 
 
 @define(eq=False)
@@ -6247,14 +6227,19 @@ HOST_METHODS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
 FIELD_BYTES: Final = {"u8": 1, "u32": 4, "u64": 8, "account": 20, "slot": 32}
 TOPIC_BYTES: Final = 32
 STORAGE_MODES: Final = 3
-HOST_OK: Final = bytes((HostError.OK,))
+#: The error byte that starts an answer.
+HOST_OK: Final = b"\x00"
+HOST_ABSENT: Final = b"\x01"
+HOST_FORBIDDEN: Final = b"\x02"
+HOST_I_AM_LEADER: Final = b"\x03"
+HOST_OUT_OF_STORAGE_GAS: Final = b"\x04"
 _SENDS: Final = ("post_nondet_result", "post_message", "post_event", "deploy_contract", "eth_send")
 WRITES_AND_SENDS: Final = frozenset((*_SENDS, "storage_write"))
 # A host without a chain: the executor leads, nobody else's contracts exist, every balance is 0.
 FIXED_ANSWERS: Final = {
     **dict.fromkeys(_SENDS, HOST_OK),
-    "get_leader_nondet_result": bytes((HostError.I_AM_LEADER,)),
-    "eth_call": bytes((HostError.ABSENT,)),
+    "get_leader_nondet_result": HOST_I_AM_LEADER,
+    "eth_call": HOST_ABSENT,
     "get_balance": HOST_OK + bytes(32),
     "notify_nondet_disagreement": b"",
 }
@@ -6268,15 +6253,6 @@ FIXED_ANSWERS: Final = {
 # from bytes, answers, one outcome per run. Uses host state and events. Never
 # starts an executor, never listens by itself, and never holds more of a hostile
 # peer's data than its limits say.
-
-
-@frozen
-class HostRequest:
-    """One request of an executor: the method's name, and its arguments in order."""
-
-    method: str
-    numbers: tuple[int, ...]
-    blobs: tuple[bytes, ...]
 
 
 @define(eq=False)
@@ -6312,15 +6288,16 @@ class HostSession:
         request = None if self.outcome else self._next_request()
         if request is None:
             return None
-        self.state.requests[request.method] += 1
-        if request.method in WRITES_AND_SENDS and not self.state.writable:
-            if self.state.requests[request.method] == 1:
-                self._log.debug("read-only host refuses {method}", method=request.method)
-            return bytes((HostError.FORBIDDEN,))
-        if request.method in FIXED_ANSWERS:
-            return FIXED_ANSWERS[request.method]
-        handler: Callable[[HostRequest], bytes] = getattr(self, f"_on_{request.method}")
-        return handler(request)
+        method, arguments = request
+        self.state.requests[method] += 1
+        if method in WRITES_AND_SENDS and not self.state.writable:
+            if self.state.requests[method] == 1:
+                self._log.debug("read-only host refuses {method}", method=method)
+            return HOST_FORBIDDEN
+        if method in FIXED_ANSWERS:
+            return FIXED_ANSWERS[method]
+        handler: Callable[..., bytes] = getattr(self, f"_on_{method}")
+        return handler(*arguments)
 
     def lost(self) -> HostProtocolError:
         """Return the error of a connection that ended before a result came."""
@@ -6332,8 +6309,8 @@ class HostSession:
             f"after {self.state.requests.total()} requests"
         )
 
-    def _next_request(self) -> HostRequest | None:
-        """Return the next request, or None until more bytes are fed.
+    def _next_request(self) -> tuple[str, list[int | bytes]] | None:
+        """Return method and arguments of the next request, or None until more bytes are fed.
 
         Raises HostProtocolError for bytes that are not a request, and for a length over the limit
         as soon as it is seen. An incomplete request costs a few steps, however long it is.
@@ -6346,20 +6323,17 @@ class HostSession:
                 "of the host connection"
             )
         method, fields = HOST_METHODS[self._buffer[0]]
+        spans = self._spans(method, fields)
+        if spans is None:
+            return None
         with memoryview(self._buffer) as view:
-            spans = self._spans(method, fields, view)
-            if spans is None:
-                return None
-            numbers = [int.from_bytes(view[a:b], "little") for k, a, b in spans if k[0] == "u"]
-            blobs = [bytes(view[a:b]) for kind, a, b in spans if kind[0] != "u"]
+            parts = [(kind, bytes(view[start:end])) for kind, start, end in spans]
         end = spans[-1][2] if spans else 1
         del self._buffer[:end]
         self._consumed += end
-        return HostRequest(method, tuple(numbers), tuple(blobs))
+        return method, [int.from_bytes(p, "little") if k[0] == "u" else p for k, p in parts]
 
-    def _spans(
-        self, method: str, fields: tuple[str, ...], view: memoryview
-    ) -> list[tuple[str, int, int]] | None:
+    def _spans(self, method: str, fields: tuple[str, ...]) -> list[tuple[str, int, int]] | None:
         """Return (kind, start, end) of each argument, or None if the bytes end before them."""
         spans = []
         at, blob_bytes = 1, 0
@@ -6368,9 +6342,9 @@ class HostSession:
                 start, end = at, at + FIELD_BYTES[kind]
             else:
                 start = at + (4 if kind == "blob" else 1)
-                if start > len(view):
+                if start > len(self._buffer):
                     return None
-                length = int.from_bytes(view[at:start], "little")
+                length = int.from_bytes(self._buffer[at:start], "little")
                 end = start + length * (1 if kind == "blob" else TOPIC_BYTES)
                 blob_bytes += end - start
                 if blob_bytes > self._blob_limit:
@@ -6378,18 +6352,18 @@ class HostSession:
                         f"the executor announced {blob_bytes} bytes for {method}: "
                         f"the limit is {self._blob_limit}"
                     )
-            if end > len(view):
+            if end > len(self._buffer):
                 return None
             spans.append((kind, start, end))
             at = end
         return spans
 
-    def _on_get_calldata(self, request: HostRequest) -> bytes:
+    def _on_get_calldata(self) -> bytes:
         return HOST_OK + len(self.state.calldata).to_bytes(4, "little") + self.state.calldata
 
-    def _on_storage_read(self, request: HostRequest) -> bytes:
-        mode, index, length = request.numbers
-        account, slot = request.blobs
+    def _on_storage_read(
+        self, mode: int, account: bytes, slot: bytes, index: int, length: int
+    ) -> bytes:
         if mode >= STORAGE_MODES:
             raise HostProtocolError(f"the executor asked for unknown storage mode {mode}")
         if length > HOST_BLOB_LIMIT:
@@ -6399,26 +6373,24 @@ class HostSession:
         self._pieces = self.state.storage.read(account, slot, index, length)
         return HOST_OK + next(self._pieces, b"")
 
-    def _on_storage_write(self, request: HostRequest) -> bytes:
-        (index,), (slot, data) = request.numbers, request.blobs
+    def _on_storage_write(self, slot: bytes, index: int, data: bytes) -> bytes:
         if index + len(data) > STORAGE_INDEX_LIMIT:
             raise HostProtocolError("the executor wrote beyond the end of a storage slot")
         stored = self.state.storage.write(self.state.contract, slot, index, data)
-        return bytes((HostError.OK if stored else HostError.OUT_OF_STORAGE_GAS,))
+        return HOST_OK if stored else HOST_OUT_OF_STORAGE_GAS
 
-    def _on_consume_result(self, request: HostRequest) -> bytes:
-        (result,) = request.blobs
+    def _on_consume_result(self, result: bytes) -> bytes:
         if not result or result[0] >= len(OUTCOME_KINDS):
             raise HostProtocolError("the executor reported a result without a known result code")
         self.outcome = HostOutcome(OUTCOME_KINDS[result[0]], result[1:])
         self._buffer.clear()
-        return b"\x00"
+        return HOST_OK
 
-    def _on_consume_fuel(self, request: HostRequest) -> bytes:
-        self.state.fuel = max(0, self.state.fuel - request.numbers[0])
+    def _on_consume_fuel(self, fuel: int) -> bytes:
+        self.state.fuel = max(0, self.state.fuel - fuel)
         return b""
 
-    def _on_remaining_fuel_as_gen(self, request: HostRequest) -> bytes:
+    def _on_remaining_fuel_as_gen(self) -> bytes:
         return HOST_OK + min(self.state.fuel, FUEL_LIMIT).to_bytes(8, "little")
 
 
@@ -6431,36 +6403,33 @@ class HostProtocol(Protocol):
     and sends a limited number of pieces per turn, so a flood does not hold the reactor.
     """
 
-    factory: HostFactory = field(init=False)
     _PIECES_PER_TURN: ClassVar[int] = 200
     _log = Logger()
 
+    transport: Any = field(init=False, default=None)  # zope's interfaces tell mypy nothing
     _session: HostSession
     _reactor: Any
-    _transport: Any = field(init=False, default=None)  # zope's interfaces tell mypy nothing
-    _ended: bool = field(init=False, default=False)
+    _done: Event[HostOutcome]
     _blocked: bool = field(init=False, default=False)
     _next_turn: DelayedCall | None = field(init=False, default=None)
 
     def connectionMade(self) -> None:
-        self._transport = self.transport
         # The transport tells the producer of the answers when it is full.
-        self._transport.registerProducer(self, True)
+        self.transport.registerProducer(self, True)
 
     def dataReceived(self, data: bytes) -> None:
-        if not self._ended:
+        if not self._done.happened:
             self._session.feed(data)
             self._serve()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         # An executor that leaves before its result has broken the protocol.
         self._end(self._session.lost())
-        self.transport = self._transport = None
-        del self.factory  # it keeps us, and so did the transport
+        self.transport = None  # it keeps us
 
     def pauseProducing(self) -> None:
         self._blocked = True
-        self._transport.pauseProducing()
+        self.transport.pauseProducing()
 
     def resumeProducing(self) -> None:
         self._blocked = False
@@ -6472,14 +6441,14 @@ class HostProtocol(Protocol):
     def abandon(self, error: HostProtocolError) -> None:
         """End the run with ``error``, if it has not ended, and drop the connection."""
         self._end(error)
-        if self._transport is not None:
-            self._transport.abortConnection()
+        if self.transport is not None:
+            self.transport.abortConnection()
 
     def _serve(self) -> None:
         if self._next_turn is not None and self._next_turn.active():
             return
         for _ in range(self._PIECES_PER_TURN):
-            if self._blocked or self._ended:
+            if self._blocked or self._done.happened:
                 return
             try:
                 piece = self._session.step()
@@ -6487,29 +6456,29 @@ class HostProtocol(Protocol):
                 self._end(error)
                 return
             if piece is None:
-                self._transport.resumeProducing()
+                self.transport.resumeProducing()
                 return
-            self._transport.write(piece)
+            self.transport.write(piece)
             if self._session.outcome is not None:
                 self._end(self._session.outcome)
-        self._transport.pauseProducing()
+        self.transport.pauseProducing()
         self._next_turn = self._reactor.callLater(0, self._serve)
 
     def _end(self, result: HostOutcome | HostProtocolError) -> None:
         """Close the connection and report ``result``, once."""
-        if self._ended:
+        if self._done.happened:
             return
-        self._ended = True
         if self._next_turn is not None and self._next_turn.active():
             self._next_turn.cancel()
         # A transport does not close as long as a producer is registered.
-        self._transport.unregisterProducer()
+        self.transport.unregisterProducer()
         if isinstance(result, HostOutcome):
-            self._transport.loseConnection()
+            self.transport.loseConnection()
+            self._done.fire(result)
         else:
             self._log.warn("host connection failed: {problem}", problem=result.message)
-            self._transport.abortConnection()
-        self.factory.run_ended(result)
+            self.transport.abortConnection()
+            self._done.fail(result)
 
 
 @define(eq=False)
@@ -6523,21 +6492,17 @@ class HostFactory(ServerFactory[HostProtocol]):
     _reactor: Any
     _blob_limit: int = field(kw_only=True, default=HOST_BLOB_LIMIT)
     _connection: HostProtocol | None = field(init=False, default=None)
-    _done: Event[HostOutcome] = field(init=False, factory=Event)
+    #: Fires with the run's outcome, or fails with its HostProtocolError.
+    done: Event[HostOutcome] = field(init=False, factory=Event)
 
     def buildProtocol(self, addr: IAddress | None) -> HostProtocol | None:
         """Return the protocol of the run's connection, or None to have another one closed."""
-        if self._connection is not None or self._done.happened:
+        if self._connection is not None or self.done.happened:
             self._log.warn("second connection to a host that serves one run: closed")
             return None
         session = HostSession(self._state, blob_limit=self._blob_limit)
-        self._connection = HostProtocol(session, self._reactor)
-        self._connection.factory = self
+        self._connection = HostProtocol(session, self._reactor, self.done)
         return self._connection
-
-    def when_done(self) -> Deferred[HostOutcome]:
-        """Return a new Deferred of the run's outcome, or of its HostProtocolError."""
-        return self._done.wait()
 
     def abandon(self, reason: str) -> None:
         """Drop the connection; a run that has not ended fails with HostProtocolError(``reason``).
@@ -6546,16 +6511,9 @@ class HostFactory(ServerFactory[HostProtocol]):
         """
         error = HostProtocolError(reason)
         if self._connection is None:
-            self.run_ended(error)
+            self.done.fail(error)
         else:
             self._connection.abandon(error)
-
-    def run_ended(self, result: HostOutcome | HostProtocolError) -> None:
-        """Take the end of the run from its connection."""
-        if isinstance(result, HostOutcome):
-            self._done.fire(result)
-        else:
-            self._done.fail(result)
 
 
 # =============================================================================
@@ -6796,7 +6754,7 @@ class ContractOperations:
     ) -> tuple[HostOutcome | ManagerError, str]:
         """Return how a run ended, and the end of what its executor wrote to stderr."""
         execution = await self._executions.run(request, wait=wait)
-        result = factory.when_done()
+        result = factory.done.wait()
         watching = execution.ended.wait()
         watching.addCallback(lambda _: factory.abandon(_end_without_result(execution)))
         watching.addErrback(lambda failure: failure.trap(CancelledError))
@@ -17029,7 +16987,7 @@ class Demo:
             answer = await self._request("POST", "/genvm/run", body)
             result = await self._request("GET", f"/genvm/{answer['id']}?wait=30s")
             factory.abandon(f"the executor ended without a result: {result['status']['stderr']}")
-            outcome = await self._soon(factory.when_done())
+            outcome = await self._soon(factory.done.wait())
         finally:
             await port.stopListening()
         if outcome.kind != "return":

@@ -109,7 +109,7 @@ class Peer:
         self.state = state or make_state()
         self.factory = HostFactory(self.state, self.clock, **options)
         self.results: list[HostOutcome | Failure] = []
-        self.factory.when_done().addBoth(self.results.append)
+        self.factory.done.wait().addBoth(self.results.append)
         self.transport, self.protocol = self.connect()
 
     def connect(self) -> tuple[StringTransport, HostProtocol]:
@@ -439,9 +439,9 @@ def test_every_waiter_gets_the_outcome_early_or_late() -> None:
     def take(outcome: HostOutcome) -> None:
         seen.append(outcome)
 
-    peer.factory.when_done().addCallback(take)
+    peer.factory.done.wait().addCallback(take)
     peer.protocol.dataReceived(RESULT)
-    peer.factory.when_done().addCallback(take)
+    peer.factory.done.wait().addCallback(take)
     assert seen == [HostOutcome("return", encode_calldata("done"))] * 2
     assert len(peer.results) == 1
 
@@ -449,7 +449,7 @@ def test_every_waiter_gets_the_outcome_early_or_late() -> None:
 def test_a_cancelled_waiter_only_unsubscribes() -> None:
     peer = Peer()
     errors: list[Failure] = []
-    waiter: Deferred[HostOutcome] = peer.factory.when_done()
+    waiter: Deferred[HostOutcome] = peer.factory.done.wait()
     waiter.addErrback(errors.append)
     waiter.cancel()
     assert [error.type for error in errors] == [CancelledError]
@@ -461,7 +461,7 @@ def test_abandon_before_during_and_after() -> None:
     clock = Clock()
     unconnected = HostFactory(make_state(), clock)
     errors: list[Failure] = []
-    unconnected.when_done().addErrback(errors.append)
+    unconnected.done.wait().addErrback(errors.append)
     unconnected.abandon("the executor exited with status 1")
     assert errors[0].getErrorMessage() == "the executor exited with status 1"
     assert unconnected.buildProtocol(None) is None
