@@ -834,6 +834,22 @@ async def maybe_in_thread(
     return await in_thread(reactor, work, *arguments) if is_long else work(*arguments)
 
 
+async def one_at_a_time(
+    lock: DeferredLock, reactor: Any, work: Callable[..., Value], *arguments: Any
+) -> Value:
+    """Return what ``work`` returns, done in a thread while no other work is that shares the lock.
+
+    A caller that is cancelled does not end its thread: the next one waits for that all the same.
+    """
+
+    def release(outcome: Value) -> Value:
+        lock.release()
+        return outcome
+
+    await lock.acquire()
+    return await detached(in_thread(reactor, work, *arguments).addBoth(release))
+
+
 def unheard(*_: object, **__: object) -> None:
     """Hear what happens, and do nothing about it."""
 
@@ -6554,7 +6570,7 @@ class _Answer:
         self.stdout.add(data)
 
     def child_cut(self, fd: int) -> None:
-        """Of an answer, the first words count."""
+        """Do nothing: the first words count."""
 
     def child_exited(self, status: ExitStatus) -> None:
         self.status = status
@@ -6643,15 +6659,7 @@ class ContractOperations:
             return major_of(await self._asking.run(ask_executor, *asked), newest)
         if len(code) <= INLINE_CODE_BYTES:
             return stated_major(code, newest)
-        await self._inspecting.acquire()
-        inspecting = in_thread(self._reactor, stated_major, code, newest)
-        inspecting.addBoth(self._inspected)
-        # A client that leaves does not end the thread: the next one waits for that all the same.
-        return await detached(inspecting)
-
-    def _inspected(self, result: Value) -> Value:
-        self._inspecting.release()
-        return result
+        return await one_at_a_time(self._inspecting, self._reactor, stated_major, code, newest)
 
     async def check_detection(self) -> None:
         """Say in the log if the newest executor cannot be asked for versions but should be."""
@@ -6729,12 +6737,8 @@ class ContractOperations:
     def _request(self, major: int, moment: datetime, host: str) -> RunRequest:
         nobody = base64.b64encode(bytes(ADDRESS_BYTES)).decode()
         message = {
-            "contract_address": nobody,
-            "sender_address": nobody,
-            "origin_address": nobody,
-            "chain_id": "0",
-            "value": None,
-            "is_init": False,
+            **{f"{who}_address": nobody for who in ("contract", "sender", "origin")},
+            **{"chain_id": "0", "value": None, "is_init": False},
             "datetime": format_timestamp(moment),
         }
         return RunRequest(
@@ -6861,6 +6865,7 @@ def load_http() -> Any:
     return BrowserLikePolicyForHTTPS()
 
 
+@define(eq=False)
 class HttpFailure(Exception):
     """There is no whole response; ``status`` tells that its head had come.
 
@@ -6868,11 +6873,9 @@ class HttpFailure(Exception):
     ``timeout`` (no connection), or ``bad_response``. The cause is the exception that it was.
     """
 
-    def __init__(self, kind: str, detail: str, status: int | None = None) -> None:
-        super().__init__(detail)
-        self.kind = kind
-        self.detail = detail
-        self.status = status
+    kind: str
+    detail: str
+    status: int | None = None
 
 
 @frozen
@@ -7347,7 +7350,7 @@ class HttpClient:
         url: str,
         limit: int,
         *,
-        headers: Headers | None = None,
+        headers: Headers | dict[str, str] | None = None,
         data: bytes | None = None,
     ) -> HttpReply:
         """Return the reply, with a body of at most ``limit`` bytes; raises ``HttpFailure``.
@@ -7536,14 +7539,6 @@ class LlmAnswer:
     usage: Usage
 
 
-@frozen
-class ProviderRequest:
-    """Headers and body of an HTTP request to a provider."""
-
-    headers: dict[str, str]
-    body: dict[str, Any]
-
-
 class Provider:
     """One kind of provider: how it is asked and what its answers look like.
 
@@ -7564,14 +7559,14 @@ class Provider:
         model = quote(backend.model, safe="", errors="replace")
         return self.path_form.replace("{model}", model)
 
-    def request(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> ProviderRequest:
-        """Return the request for a prompt, which takes as long as the prompt is large."""
+    def all_headers(self, key: str) -> dict[str, str]:
+        """Return the headers of a request."""
         name, before = self.key_header
-        key = {name: before + backend.key} if backend.key else {}
-        return ProviderRequest({**self.headers, **key}, self.body(backend.model, prompt, mode))
+        own = {"Content-Type": "application/json", "User-Agent": f"genvm-manager/{__version__}"}
+        return {**self.headers, **({name: before + key} if key else {}), **own}
 
     def body(self, model: str, prompt: Prompt, mode: AnswerMode) -> dict[str, Any]:
-        """Return the body of the request."""
+        """Return the body of the request, which takes as long as the prompt is large."""
         raise NotImplementedError
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
@@ -7762,14 +7757,6 @@ PROVIDERS: dict[str, Provider] = {
 }
 
 
-def provider_named(name: str) -> Provider:
-    """Return a kind of provider; raises ``ProviderError`` for an unknown one."""
-    if name not in PROVIDERS:
-        known = ", ".join(PROVIDERS)
-        raise ProviderError(ErrorKind.CONFIG, f"provider: unknown {shown(name)}; known are {known}")
-    return PROVIDERS[name]
-
-
 # =============================================================================
 # 2.16 LLM client
 # =============================================================================
@@ -7785,50 +7772,40 @@ class LlmClient:
     _reactor: Any
     _http: HttpClient
 
-    def ask(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> Deferred[LlmAnswer]:
+    async def ask(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> LlmAnswer:
         """Return the model's answer; raises ``ProviderError``.
 
         The time limit covers everything from the name's resolution to the body's last byte, not
         what the process has to load for its first request. Cancelling drops the connection.
         """
-        return Deferred.fromCoroutine(self._ask(backend, prompt, mode))
-
-    async def ready(self, url: str = "") -> None:
-        """Load what a request needs; raises ``ProviderError``, with the URL if it is known."""
-        try:
-            await self._http.ready()
-        except HttpFailure as failure:
-            raise ProviderError(ErrorKind(failure.kind), str(failure), url=url) from None
-
-    async def _ask(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> LlmAnswer:
         provider, url = provider_of(backend)
-        await self.ready(url)
-        exchange = self._exchange(provider, backend, prompt, mode, url)
         detail = f"no complete answer within {backend.timeout:g} s"
         late = ProviderError(ErrorKind.TIMEOUT, detail, url=url)
-        return await within(self._reactor, backend.timeout, exchange, late)
+        try:
+            await self._http.ready()
+            exchange = self._exchange(provider, backend, prompt, mode, url)
+            return await within(self._reactor, backend.timeout, exchange, late)
+        except HttpFailure as failure:
+            kind, detail, status = ErrorKind(failure.kind), failure.detail, failure.status
+            detail = f"in the body of its answer: {detail}" if status else detail
+            raise ProviderError(kind, detail, url=url, status=status) from None
+
+    async def ready(self) -> None:
+        """Load what a request needs, if that can be; if not, ``ask`` tells why."""
+        with contextlib.suppress(HttpFailure):
+            await self._http.ready()
 
     async def _exchange(
         self, provider: Provider, backend: Backend, prompt: Prompt, mode: AnswerMode, url: str
     ) -> LlmAnswer:
-        def encode() -> tuple[Headers, bytes]:
-            request = provider.request(backend, prompt, mode)
-            headers = Headers({name: [value] for name, value in request.headers.items()})
-            headers.addRawHeader("Content-Type", "application/json")
-            headers.addRawHeader("User-Agent", f"genvm-manager/{__version__}")
-            return headers, json.dumps(request.body).encode()
+        def encode() -> bytes:
+            return json.dumps(provider.body(backend.model, prompt, mode)).encode()
 
-        is_long = prompt.size > INLINE_LLM_BYTES
-        headers, data = await maybe_in_thread(self._reactor, is_long, encode)
-        try:
-            reply = await self._http.exchange(
-                "POST", url, LLM_ANSWER_MAX_BYTES, headers=headers, data=data
-            )
-        except HttpFailure as failure:
-            status = failure.status
-            detail = f"in the body of its answer: {failure}" if status else str(failure)
-            kind = ErrorKind(failure.kind)
-            raise ProviderError(kind, detail, url=url, status=status) from None
+        data = await maybe_in_thread(self._reactor, prompt.size > INLINE_LLM_BYTES, encode)
+        headers = provider.all_headers(backend.key)
+        reply = await self._http.exchange(
+            "POST", url, LLM_ANSWER_MAX_BYTES, headers=headers, data=data
+        )
         body = reply.body
         if reply.status != 200:
             raise status_problem(reply.status, url, body, backend.key)
@@ -7863,6 +7840,7 @@ def masked(body: bytes, key: str) -> str:
     return text[: -6 * len(key) or None] if len(body) > limit else text
 
 
+@functools.lru_cache(maxsize=64)  # a module asks few, again and again
 def provider_url(host: str, path: str) -> str:
     """Return the URL of an endpoint; a trailing slash on ``host`` is tolerated.
 
@@ -7872,26 +7850,22 @@ def provider_url(host: str, path: str) -> str:
     if len(base) + len(path) > URL_MAX_CHARACTERS:
         detail = f"host: the URL has more than {URL_MAX_CHARACTERS} characters"
         raise ProviderError(ErrorKind.CONFIG, detail)
-    if not _is_usable(base):
-        detail = "host: expected a URL such as https://api.example.com"
-        raise ProviderError(ErrorKind.CONFIG, detail)
-    return base + path
-
-
-@functools.lru_cache(maxsize=64)  # a module asks few, again and again
-def _is_usable(base: str) -> bool:
-    try:
+    with contextlib.suppress(ValueError, TypeError):
         url = hyperlink.URL.from_text(base)
-        usable = url.scheme in ("http", "https") and url.host != "" and base.isprintable()
-    except (ValueError, TypeError):
-        return False
-    # Addresses are shown, and nobody sends what stands before an @.
-    return usable and not url.userinfo and not set("?# ") & set(base)
+        # Addresses are shown, and nobody sends what stands before an @.
+        is_plain = base.isprintable() and not url.userinfo and not set("?# ") & set(base)
+        if is_plain and url.host and url.scheme in ("http", "https"):
+            return base + path
+    detail = "host: expected a URL such as https://api.example.com"
+    raise ProviderError(ErrorKind.CONFIG, detail)
 
 
 def provider_of(backend: Backend) -> tuple[Provider, str]:
     """Return how and at which URL a backend is asked; raises ``ProviderError`` if it cannot be."""
-    provider = provider_named(backend.provider)
+    provider = PROVIDERS.get(backend.provider)
+    if provider is None:
+        detail = f"provider: unknown {shown(backend.provider)}; known are {', '.join(PROVIDERS)}"
+        raise ProviderError(ErrorKind.CONFIG, detail)
     if not HEADER_TEXT.fullmatch(backend.key):
         detail = "key: has characters that cannot be sent in a header"
         raise ProviderError(ErrorKind.CONFIG, detail)
@@ -8039,8 +8013,19 @@ class CheckResult(Reply, frozen=True, kw_only=True):
     http_status: Annotated[int | None, about("What the provider answered.", 200)]
 
 
-CheckedBackend: TypeAlias = tuple[Backend, int | None]  # with its time limit in milliseconds
-CheckedPrompt: TypeAlias = tuple[Prompt, int | None]
+CheckedPrompt: TypeAlias = tuple[Prompt, int | None]  # with its time limit in milliseconds
+#: The result of a pair; what is different is filled in.
+_NO_RESULT = CheckResult(
+    config_index=0,
+    prompt_index=0,
+    available=False,
+    error=None,
+    response=None,
+    latency_ms=0,
+    usage=None,
+    error_kind=None,
+    http_status=None,
+)
 
 
 @define(eq=False)
@@ -8048,7 +8033,7 @@ class _Asking:
     """The pairs of a request: those that wait for a slot, and the models that are asked now."""
 
     note: Callable[[int, CheckResult], object]
-    waiting: deque[tuple[int, CheckedBackend, CheckedPrompt]] = field(init=False, factory=deque)
+    waiting: deque[tuple[int, Backend, CheckedPrompt]] = field(init=False, factory=deque)
     asked: set[Deferred[Any]] = field(init=False, factory=set)
     done: Event[None] = field(init=False, factory=Event)
 
@@ -8071,7 +8056,7 @@ class AvailabilityCheck:
     #: The one whose turn it is stands first.
     _requests: deque[_Asking] = field(init=False, factory=deque)
     _turns: DeferredLock = field(init=False, factory=DeferredLock)
-    _one_reader: DeferredLock = field(init=False, factory=DeferredLock)
+    _reading: DeferredLock = field(init=False, factory=DeferredLock)
 
     async def check(
         self, body: CheckBody, report: Callable[[CheckResult], object] = unheard
@@ -8090,10 +8075,8 @@ class AvailabilityCheck:
         names = None if is_large and texts else {name for text in texts for name in names_in(text)}
         variables = await self._variables.for_request(self._reactor, names)
         if is_large:
-            await self._one_reader.acquire()  # however many clients ask and leave
-            reading = in_thread(self._reactor, self._read, body, variables)
-            reading.addBoth(self._read_one)
-            secrets, backends, prompts = await detached(reading)
+            reading = one_at_a_time(self._reading, self._reactor, self._read, body, variables)
+            secrets, backends, prompts = await reading
         else:
             secrets, backends, prompts = self._read(body, variables)
         with self._redactor.keeping(object(), secrets):
@@ -8109,7 +8092,7 @@ class AvailabilityCheck:
 
     async def _results(
         self,
-        backends: list[CheckedBackend | CheckResult],
+        backends: list[Backend | CheckResult],
         prompts: list[CheckedPrompt | CheckResult],
         report: Callable[[CheckResult], object],
     ) -> list[CheckResult]:
@@ -8117,10 +8100,9 @@ class AvailabilityCheck:
 
         def note(place: int, result: CheckResult) -> None:
             config, prompt = divmod(place, len(prompts))
-            results[place] = msgspec.structs.replace(
-                result, config_index=config, prompt_index=prompt
-            )
-            report(results[place])
+            result = msgspec.structs.replace(result, config_index=config, prompt_index=prompt)
+            results[place] = result
+            report(result)
 
         asking = _Asking(note)
         for place, (backend, prompt) in enumerate(itertools.product(backends, prompts)):
@@ -8133,10 +8115,6 @@ class AvailabilityCheck:
         if asking.waiting:
             await self._ask_all(asking)
         return [result for _, result in sorted(results.items())]
-
-    def _read_one(self, result: Value) -> Value:
-        self._one_reader.release()
-        return result
 
     async def _ask_all(self, asking: _Asking) -> None:
         """Return once the results of all pairs of a request are noted."""
@@ -8179,7 +8157,7 @@ class AvailabilityCheck:
 
     def _read(
         self, body: CheckBody, variables: RequestVariables
-    ) -> tuple[list[str], list[CheckedBackend | CheckResult], list[CheckedPrompt | CheckResult]]:
+    ) -> tuple[list[str], list[Backend | CheckResult], list[CheckedPrompt | CheckResult]]:
         """Return the secrets, and each item as intended or the result if it cannot be used.
 
         This may run in a thread.
@@ -8205,17 +8183,17 @@ class AvailabilityCheck:
         ]
         return secrets, backends, prompts
 
-    async def _ask(self, backend: CheckedBackend, prompt: CheckedPrompt) -> CheckResult:
+    async def _ask(self, backend: Backend, prompt: CheckedPrompt) -> CheckResult:
         """Return the result for one pair; only being cancelled makes it fail."""
         await self._turn()
-        target, limit_ms = backend[0], prompt[1] or backend[1] or LLM_SECONDS * 1000
-        target = attrs.evolve(target, timeout=min(limit_ms, MAX_CHECK_MS) / 1000)
+        asked, limit_ms = prompt
+        if limit_ms is not None:
+            backend = attrs.evolve(backend, timeout=min(limit_ms, MAX_CHECK_MS) / 1000)
         answer: LlmAnswer | ProviderError
+        await self._client.ready()
         start = self._reactor.seconds()
         try:
-            await self._client.ready()
-            start = self._reactor.seconds()
-            answer = await self._client.ask(target, prompt[0], AnswerMode.TEXT)
+            answer = await self._client.ask(backend, asked, AnswerMode.TEXT)
         except ProviderError as error:
             answer = error.with_traceback(None)  # it has this frame, which would keep it
         except CancelledError:
@@ -8230,18 +8208,9 @@ class AvailabilityCheck:
         text = str(answer.value)
         response = scrub(text[:CHECK_RESPONSE_CHARACTERS])
         if len(text) > CHECK_RESPONSE_CHARACTERS:
-            response = response[: -len(target.key) or None] + "…"  # the end may be half a key
-        return CheckResult(
-            config_index=0,  # its place is filled in later
-            prompt_index=0,
-            available=True,
-            error=None,
-            response=response,
-            latency_ms=latency_ms,
-            usage=answer.usage,
-            error_kind=None,
-            http_status=200,
-        )
+            response = response[: -len(backend.key) or None] + "…"  # the end may be half a key
+        found = {"response": response, "latency_ms": latency_ms, "usage": answer.usage}
+        return msgspec.structs.replace(_NO_RESULT, available=True, http_status=200, **found)
 
 
 def _is_large(body: CheckBody) -> bool:
@@ -8276,21 +8245,20 @@ def _readable(read: Callable[[], Value], scrub: Callable[[str], str]) -> Value |
         return _failed_check(ProviderError(ErrorKind.CONFIG, error.message), scrub)
 
 
-def _backend(
-    expanded: AnyObject | ConfigError, path: str, scrub: Callable[[str], str]
-) -> CheckedBackend:
+def _backend(expanded: AnyObject | ConfigError, path: str, scrub: Callable[[str], str]) -> Backend:
     if isinstance(expanded, ConfigError):
         raise expanded
     # A message shows the start of a value; let that be no key in a wrong place.
     found = structure(conceal(expanded, scrub), ProviderConfig, path=path)
     if not found.model:
         raise ProviderError(ErrorKind.CONFIG, f"{path}.model: expected a name, got nothing")
-    backend = Backend(found.host, found.provider, found.model, found.key)
+    seconds = min(found.timeout_ms or LLM_SECONDS * 1000, MAX_CHECK_MS) / 1000
+    backend = Backend(found.host, found.provider, found.model, found.key, seconds)
     try:
         provider_of(backend)
     except ProviderError as error:
         raise ProviderError(ErrorKind.CONFIG, f"{path}.{error.message}") from None
-    return backend, found.timeout_ms
+    return backend
 
 
 def _read_prompt(data: dict[str, Any], path: str) -> CheckedPrompt:
@@ -8304,14 +8272,10 @@ def _failed_check(
     # Masked before it is cut: half a key is a secret too.
     text = scrub(problem.message)
     limit = PROVIDER_MESSAGE_CHARACTERS + len(ADVICE.get(problem.kind, "")) + 20
-    return CheckResult(
-        config_index=0,  # its place is filled in later
-        prompt_index=0,
-        available=False,
+    return msgspec.structs.replace(
+        _NO_RESULT,
         error=text if len(text) <= limit else text[:limit] + "…",
-        response=None,
         latency_ms=latency_ms,
-        usage=None,
         error_kind=problem.kind,
         http_status=problem.status,
     )
@@ -13944,7 +13908,8 @@ class LlmService(ModuleService):
         counts, start = self._statistics[model.name], self._reactor.seconds()
         counts.requests += 1
         self.changed()
-        asked = self._client.ask(model.backend, question.prompt_for(model), question.mode)
+        asking = self._client.ask(model.backend, question.prompt_for(model), question.mode)
+        asked = Deferred.fromCoroutine(asking)
         try:
             # A failure of an exchange that was cancelled is not a reason to ask another model.
             answer = await detached(asked)

@@ -74,7 +74,7 @@ from genvm_manager import (
     connection_problem,
     json_of,
     parse_json,
-    provider_named,
+    provider_of,
     provider_url,
     status_problem,
     structure,
@@ -127,6 +127,7 @@ HEADERS = {
     "anthropic": {"x-api-key": KEY, "anthropic-version": "2023-06-01"},
     "google": {"x-goog-api-key": KEY},
 }
+OWN_HEADERS = ("Content-Type", "User-Agent")
 PLAIN_BODIES: dict[str, dict[str, Any]] = {
     "openai-compatible": {
         "model": "m-1",
@@ -244,16 +245,15 @@ FULL_BODIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_request_for_text(kind: str) -> None:
-    request = provider_named(kind).request(backend(kind), PLAIN, AnswerMode.TEXT)
-    assert provider_named(kind).path(backend(kind)) == PATHS[kind]
-    assert request.body == PLAIN_BODIES[kind]
-    assert json.loads(json.dumps(request.body)) == request.body
+    body = PROVIDERS[kind].body("m-1", PLAIN, AnswerMode.TEXT)
+    assert PROVIDERS[kind].path(backend(kind)) == PATHS[kind]
+    assert body == PLAIN_BODIES[kind]
+    assert json.loads(json.dumps(body)) == body
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_request_with_everything(kind: str) -> None:
-    request = provider_named(kind).request(backend(kind), FULL, AnswerMode.TEXT)
-    body = request.body
+    body = PROVIDERS[kind].body("m-1", FULL, AnswerMode.TEXT)
     if kind == "google":  # a seed is not in the protocol, see below
         config = {key: value for key, value in body["generationConfig"].items() if key != "seed"}
         body = {**body, "generationConfig": config}
@@ -262,7 +262,7 @@ def test_request_with_everything(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_seed_goes_where_the_protocol_has_it(kind: str) -> None:
-    body = provider_named(kind).request(backend(kind), FULL, AnswerMode.TEXT).body
+    body = PROVIDERS[kind].body("m-1", FULL, AnswerMode.TEXT)
     if kind in ("openai-compatible", "ollama"):
         assert (body if kind != "ollama" else body["options"])["seed"] == 42
     else:
@@ -272,7 +272,7 @@ def test_the_seed_goes_where_the_protocol_has_it(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_given_is_not_sent(kind: str) -> None:
     prompt = Prompt("x", system_message=None, seed=None)
-    text = json.dumps(provider_named(kind).request(backend(kind), prompt, AnswerMode.TEXT).body)
+    text = json.dumps(PROVIDERS[kind].body("m-1", prompt, AnswerMode.TEXT))
     for word in ("seed", "system", "null", "format", "tool"):
         assert word not in text
 
@@ -280,7 +280,7 @@ def test_what_is_not_given_is_not_sent(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_empty_and_zero_are_sent(kind: str) -> None:
     prompt = Prompt("", system_message="", seed=0, temperature=0)
-    body = provider_named(kind).request(backend(kind), prompt, AnswerMode.TEXT).body
+    body = PROVIDERS[kind].body("m-1", prompt, AnswerMode.TEXT)
     text = json.dumps(body)
     assert '"temperature": 0' in text
     assert "system" in text
@@ -290,7 +290,7 @@ def test_empty_and_zero_are_sent(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_temperature_and_limit(kind: str) -> None:
     prompt = attrs.evolve(PLAIN, temperature=None, max_tokens=None)
-    body = provider_named(kind).request(backend(kind), prompt, AnswerMode.TEXT).body
+    body = PROVIDERS[kind].body("m-1", prompt, AnswerMode.TEXT)
     assert "temperature" not in json.dumps(body)
     limits = re.findall(r'"(\w*_tokens|maxOutputTokens|num_predict)": (\w+)', json.dumps(body))
     # Anthropic demands one.
@@ -299,27 +299,26 @@ def test_without_temperature_and_limit(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", HEADERS)
 def test_headers_with_the_key(kind: str) -> None:
-    request = provider_named(kind).request(backend(kind), PLAIN, AnswerMode.TEXT)
-    assert request.headers == HEADERS[kind]
+    headers = PROVIDERS[kind].all_headers(KEY)
+    assert {name: headers[name] for name in headers if name not in OWN_HEADERS} == HEADERS[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_key_that_is_not_given_is_not_sent(kind: str) -> None:
-    request = provider_named(kind).request(backend(kind, key=""), PLAIN, AnswerMode.TEXT)
-    assert request.headers.keys() <= {"anthropic-version"}
+    assert PROVIDERS[kind].all_headers("").keys() <= {"anthropic-version", *OWN_HEADERS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_key_is_in_no_path_and_no_body(kind: str) -> None:
     for mode in AnswerMode:
-        request = provider_named(kind).request(backend(kind), FULL, mode)
-        assert KEY not in provider_named(kind).path(backend(kind)) + json.dumps(request.body)
+        body = PROVIDERS[kind].body("m-1", FULL, mode)
+        assert KEY not in PROVIDERS[kind].path(backend(kind)) + json.dumps(body)
 
 
 @pytest.mark.parametrize("use", [False, True])
 def test_only_one_limit_of_tokens_is_sent(use: bool) -> None:
     prompt = Prompt("x", max_tokens=7, use_max_completion_tokens=use)
-    body = provider_named("openai-compatible").request(backend(), prompt, AnswerMode.TEXT).body
+    body = PROVIDERS["openai-compatible"].body("m-1", prompt, AnswerMode.TEXT)
     limits = {name: body[name] for name in body if name.startswith("max_")}
     assert limits == {"max_completion_tokens" if use else "max_tokens": 7}
 
@@ -343,13 +342,13 @@ def test_only_one_limit_of_tokens_is_sent(use: bool) -> None:
     ],
 )
 def test_request_for_json(kind: str, addition: dict[str, Any], mode: AnswerMode) -> None:
-    request = provider_named(kind).request(backend(kind), PLAIN, mode)
-    assert request.body == {**PLAIN_BODIES[kind], **addition}
+    body = PROVIDERS[kind].body("m-1", PLAIN, mode)
+    assert body == {**PLAIN_BODIES[kind], **addition}
 
 
 @pytest.mark.parametrize("mode", [AnswerMode.JSON, AnswerMode.BOOL])
 def test_anthropic_is_forced_to_use_a_tool_for_json(mode: AnswerMode) -> None:
-    body = provider_named("anthropic").request(backend("anthropic"), PLAIN, mode).body
+    body = PROVIDERS["anthropic"].body("m-1", PLAIN, mode)
     (tool,) = body.pop("tools")
     assert body.pop("tool_choice") == {"type": "tool", "name": "json_out"}
     assert body == PLAIN_BODIES["anthropic"]
@@ -370,13 +369,13 @@ def test_anthropic_is_forced_to_use_a_tool_for_json(mode: AnswerMode) -> None:
     ],
 )
 def test_a_model_stays_within_its_part_of_the_path(model: str, segment: str) -> None:
-    path = provider_named("google").path(backend("google", model=model))
+    path = PROVIDERS["google"].path(backend("google", model=model))
     assert path == f"/v1beta/models/{segment}:generateContent"
 
 
 def test_unknown_provider() -> None:
     with pytest.raises(ProviderError) as caught:
-        provider_named("OpenAI")
+        provider_of(backend("OpenAI"))
     assert caught.value.kind is ErrorKind.CONFIG
     for name in ("OpenAI", *KINDS):
         assert name in caught.value.message
@@ -422,12 +421,12 @@ def answer(kind: str, text: str | None, *, cut: bool = False) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", ["OK", "", "  ```json\n{}```\n", "☃\ud800\x00"])
 def test_text_comes_as_it_is(kind: str, text: str) -> None:
-    assert provider_named(kind).answer(answer(kind, text), AnswerMode.TEXT) == text
+    assert PROVIDERS[kind].answer(answer(kind, text), AnswerMode.TEXT) == text
 
 
 @pytest.mark.parametrize("kind", ["openai-compatible", "google"])
 def test_no_text_within_the_limit_is_an_empty_text(kind: str) -> None:
-    assert provider_named(kind).answer(answer(kind, None, cut=True), AnswerMode.TEXT) == ""
+    assert PROVIDERS[kind].answer(answer(kind, None, cut=True), AnswerMode.TEXT) == ""
 
 
 @pytest.mark.parametrize(
@@ -438,15 +437,15 @@ def test_no_text_within_the_limit_is_an_empty_text(kind: str) -> None:
     ],
 )
 def test_openai_without_content(data: dict[str, Any]) -> None:
-    assert provider_named("openai-compatible").answer(data, AnswerMode.TEXT) == ""
+    assert PROVIDERS["openai-compatible"].answer(data, AnswerMode.TEXT) == ""
 
 
 @pytest.mark.parametrize("content", [{}, {"parts": []}, {"parts": [{}]}, {"role": "model"}, None])
 def test_google_without_text(content: Any) -> None:
     candidate = {"content": content, "finishReason": "MAX_TOKENS"}
-    assert provider_named("google").answer({"candidates": [candidate]}, AnswerMode.TEXT) == ""
+    assert PROVIDERS["google"].answer({"candidates": [candidate]}, AnswerMode.TEXT) == ""
     del candidate["content"]
-    assert provider_named("google").answer({"candidates": [candidate]}, AnswerMode.TEXT) == ""
+    assert PROVIDERS["google"].answer({"candidates": [candidate]}, AnswerMode.TEXT) == ""
 
 
 @pytest.mark.parametrize(
@@ -506,7 +505,7 @@ def test_the_parts_of_an_answer_that_are_no_thoughts_are_joined(kind: str, data:
 )
 def test_the_tool_of_anthropic_is_found_wherever_it_stands(before: list[Any]) -> None:
     data = {"content": [*before, {"type": "tool_use", "name": "json_out", "input": {"a": 1}}]}
-    assert provider_named("anthropic").answer(data, AnswerMode.JSON) == {"a": 1}
+    assert PROVIDERS["anthropic"].answer(data, AnswerMode.JSON) == {"a": 1}
 
 
 @pytest.mark.parametrize(
@@ -853,7 +852,8 @@ class Exchange:
         self.clock = ThreadlessReactor()
         self.result: list[Any] = []
         client = LlmClient(self.clock, http_client(self.http, loading))
-        self.waiting = client.ask(target or backend(), prompt, mode)
+        asking = client.ask(target or backend(), prompt, mode)
+        self.waiting = Deferred.fromCoroutine(asking)
         self.waiting.addBoth(self.result.append)
 
     def respond(self, code: int = 200) -> FakeResponse:
@@ -907,14 +907,10 @@ def test_what_is_sent(kind: str) -> None:
     ((method, url, options),) = exchange.http.requests
     assert (method, url) == ("POST", f"http://h{PATHS[kind]}")
     assert json.loads(options["data"]) == PLAIN_BODIES[kind]
-    headers = {
-        name.decode().lower(): [value.decode() for value in values]
-        for name, values in options["headers"].getAllRawHeaders()
-    }
-    expected = {name.lower(): [value] for name, value in HEADERS.get(kind, {}).items()}
-    headers = {k: v for k, v in headers.items() if kind != "ollama" or k != "authorization"}
-    expected["user-agent"] = [f"genvm-manager/{__version__}"]
-    assert headers == {**expected, "content-type": ["application/json"]}
+    headers = options["headers"]
+    headers = {k: v for k, v in headers.items() if kind != "ollama" or k != "Authorization"}
+    own = {"Content-Type": "application/json", "User-Agent": f"genvm-manager/{__version__}"}
+    assert headers == {**HEADERS.get(kind, {}), **own}
     assert options["allow_redirects"] is False
     assert exchange.clock.getDelayedCalls() == []
 

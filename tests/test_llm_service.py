@@ -679,7 +679,7 @@ class FakeClient:
         self.answers: list[Deferred[LlmAnswer]] = []
         self.cancelled = 0
 
-    def ask(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> Deferred[LlmAnswer]:
+    async def ask(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> LlmAnswer:
         def cancel(answer: Deferred[LlmAnswer]) -> None:
             self.cancelled += 1
             # This is what the real one fails with when it is cancelled while it sends.
@@ -687,7 +687,7 @@ class FakeClient:
 
         self.asked.append((backend, prompt, mode))
         self.answers.append(Deferred(cancel))
-        return self.answers[-1]
+        return await self.answers[-1]
 
 
 class Asking:
