@@ -229,7 +229,7 @@ import unicodedata
 import zipfile
 import zlib
 from array import array
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -8113,19 +8113,15 @@ class AvailabilityCheck:
             else:
                 asking.waiting.append((place, backend, prompt))
         if asking.waiting:
-            await self._ask_all(asking)
+            self._requests.append(asking)
+            self._give_slots()
+            try:
+                await asking.done.wait()
+            finally:
+                self._requests.remove(asking)
+                for asked in [*asking.asked]:
+                    asked.cancel()
         return [result for _, result in sorted(results.items())]
-
-    async def _ask_all(self, asking: _Asking) -> None:
-        """Return once the results of all pairs of a request are noted."""
-        self._requests.append(asking)
-        self._give_slots()
-        try:
-            await asking.done.wait()
-        finally:
-            self._requests.remove(asking)
-            for asked in [*asking.asked]:
-                asked.cancel()
 
     def _give_slots(self) -> None:
         """Have models asked for the requests in turn, as long as there are slots."""
@@ -13521,21 +13517,19 @@ def read_llm_settings(config: AnyObject, *, allow_empty: bool) -> LlmSettings:
     """Return the settings in a configuration; raises ``ManagerError`` that names the path."""
     top = structure(config, _TopEntry)
     timeout = top.timeout or MODULE_LLM_SECONDS
-    templates = {
-        name: _read_template(top.prompt_templates.get(kind.key), kind)
-        for name, kind in TEMPLATE_KINDS.items()
-    }
+    templates = {}
+    for name, kind in TEMPLATE_KINDS.items():
+        templates[name] = kind.default
+        if (given := top.prompt_templates.get(kind.key)) is not None:
+            path = f"prompt_templates.{kind.key}"
+            templates[name] = structure(given, TemplateText, path=path)
     notes = unknown_keys(config, _TopEntry, *MODULE_KEYS)
     found: list[tuple[tuple[float, str], tuple[LlmModel, ...]]] = []
     for backend_id, data in top.backends.items():
         path = f"backends.{backend_id}"
         try:
-            backend = _read_backend(backend_id, data, path, timeout)
-            if isinstance(backend, str):
-                notes.append(f"{path}: left out: {backend}")
-            else:
-                found.append(backend)
-        except (ConfigError, InvalidRequest) as error:  # the others may be well
+            found.append(_read_backend(backend_id, data, path, timeout))
+        except (ConfigError, InvalidRequest) as error:  # the others may be usable
             notes.append(f"{error.message}; left out")
         if isinstance(data, dict):
             notes += unknown_keys(data, _BackendEntry, "enabled", path=f"{path}.")
@@ -13554,10 +13548,10 @@ def read_llm_settings(config: AnyObject, *, allow_empty: bool) -> LlmSettings:
 
 def _read_backend(
     backend_id: str, data: object, path: str, timeout: float
-) -> tuple[tuple[float, str], tuple[LlmModel, ...]] | str:
-    """Return the place in the order and the models of a backend, or why it is left out."""
+) -> tuple[tuple[float, str], tuple[LlmModel, ...]]:
+    """Return a backend's sort key and models; raises ``ConfigError`` if it has to be left out."""
     if not structure(data, _Switch, path=path).enabled:
-        return "disabled"
+        raise ConfigError(f"{path}: disabled")
     entry = structure(data, _BackendEntry, path=path)
     key = entry.key or ""
     try:
@@ -13566,7 +13560,7 @@ def _read_backend(
         raise ConfigError(f"{path}.{error.message}") from None
     is_ours = entry.provider == "ollama" or is_loopback(urlsplit(entry.host).hostname or "")
     if not key and not is_ours:
-        return "it has no key"
+        raise ConfigError(f"{path}: it has no key")
     models = []
     for name, given in (entry.models or {}).items():
         model_path = f"{path}.models.{name}"
@@ -13578,7 +13572,7 @@ def _read_backend(
             place = (-_priority(model.meta, model_path), name)
             models.append((place, LlmModel(backend_id, backend, model)))
     if not models:
-        return "it has no models"
+        raise ConfigError(f"{path}: it has no models")
     models.sort(key=lambda item: item[0])
     return (-_priority(entry.meta, path), backend_id), tuple(model for _, model in models)
 
@@ -13586,12 +13580,6 @@ def _read_backend(
 def _priority(meta: object, path: str) -> float:
     value = meta.get("priority") if isinstance(meta, dict) else None
     return structure(0 if value is None else value, Number, path=f"{path}.meta.priority")
-
-
-def _read_template(data: object, kind: TemplateKind) -> TemplateText:
-    if data is None:
-        return kind.default
-    return structure(data, TemplateText, path=f"prompt_templates.{kind.key}")
 
 
 # =============================================================================
@@ -13819,21 +13807,20 @@ def failure_cause(error: ProviderError) -> str:
     return "READING_BODY" if error.status == 200 else "STATUS_NOT_OK"
 
 
+@define(eq=False, slots=False)
 class LlmService(ModuleService):
     """The LLM module."""
 
     log = Logger()
 
-    def __init__(
-        self, settings: LlmSettings, reactor: Any, client: LlmClient, redactor: Redactor
-    ) -> None:
-        self._settings = settings
-        self._reactor = reactor
-        self._client = client
-        self._redactor = redactor
-        self._statistics = {
-            model.name: ModelStatistics() for models in settings.backends for model in models
-        }
+    _settings: LlmSettings
+    _reactor: Any
+    _client: LlmClient
+    _redactor: Redactor
+    #: By the names of models.
+    _statistics: defaultdict[str, ModelStatistics] = field(
+        init=False, factory=lambda: defaultdict(ModelStatistics)
+    )
 
     @classmethod
     def create(cls, setup: ServiceSetup, reactor: Any, redactor: Redactor) -> LlmService:
@@ -13854,9 +13841,7 @@ class LlmService(ModuleService):
         }
 
     async def answer(self, name: str, payload: CalldataValue, caller: Caller) -> CalldataValue:
-        read = functools.partial(read_prompt, is_filtered=self._settings.filter_prompts)
-        readers: dict[str, Callable[[dict[str, CalldataValue]], Question]]
-        readers = {"Prompt": read, "PromptTemplate": self._read_template}
+        readers = {"Prompt": self._read_prompt, "PromptTemplate": self._read_template}
         if name not in readers:
             raise RequestFailure("UNKNOWN_REQUEST", request=name[:100])
         members = payload.get("payload") if isinstance(payload, dict) else None
@@ -13867,6 +13852,32 @@ class LlmService(ModuleService):
         question = await maybe_in_thread(self._reactor, is_long, readers[name], members)
         value = await self._ask(question, caller)
         return {"data": value, "consumed_gen": 0}
+
+    def _read_prompt(self, members: dict[str, CalldataValue]) -> Question:
+        modes = {"text": AnswerMode.TEXT, "json": AnswerMode.JSON}
+        wanted = members.get("response_format", "text")
+        mode = modes.get(wanted) if isinstance(wanted, str) else None
+        if mode is None:
+            raise bad_request(f"response_format: expected text or json, got {shown(wanted)}")
+        given = members.get("images")
+        given = [] if given is None else given
+        if not isinstance(given, list) or not all(type(data) is bytes for data in given):
+            raise bad_request("images: expected a list of bytes")
+        count, limit = len(given), MAX_PROMPT_IMAGES
+        if count > limit:
+            raise RequestFailure("TOO_MANY_IMAGES", fatal=False, count=count, limit=limit)
+        user = text_member(members, "prompt")
+        user = filtered(user) if self._settings.filter_prompts else user
+        if not user.strip():
+            raise RequestFailure("EMPTY_PROMPT", fatal=False)  # most providers refuse it
+        images = []
+        for index, data in enumerate(given):
+            try:
+                images.append(Image.of(cast(bytes, data)))
+            except ProviderError:
+                raise RequestFailure("INVALID_IMAGE", fatal=False, index=index) from None
+        system = ASK_JSON if mode is AnswerMode.JSON else None
+        return Question(user, system, mode, tuple(images))
 
     def _read_template(self, members: dict[str, CalldataValue]) -> Question:
         name = text_member(members, "template")
@@ -13967,35 +13978,6 @@ def filtered(text: str) -> str:
     text = _SHORT_PIECES.sub(lambda piece: unicodedata.normalize("NFKC", piece[0]), text)
     text = _WITHOUT_WIDTH.sub("", text)
     return _BLANKS.sub(lambda blanks: "\n\n"[: blanks[0].count("\n")] or " ", text).strip()
-
-
-def read_prompt(members: dict[str, CalldataValue], *, is_filtered: bool = True) -> Question:
-    """Return the question in the payload of a ``Prompt``; raises ``RequestFailure``."""
-    modes = {"text": AnswerMode.TEXT, "json": AnswerMode.JSON}
-    wanted = members.get("response_format", "text")
-    mode = modes.get(wanted) if isinstance(wanted, str) else None
-    if mode is None:
-        raise bad_request(f"response_format: expected text or json, got {shown(wanted)}")
-    images = members.get("images")
-    images = [] if images is None else images
-    if not isinstance(images, list) or not all(type(image) is bytes for image in images):
-        raise bad_request("images: expected a list of bytes")
-    count = len(images)
-    if count > MAX_PROMPT_IMAGES:
-        raise RequestFailure("TOO_MANY_IMAGES", fatal=False, count=count, limit=MAX_PROMPT_IMAGES)
-    user = text_member(members, "prompt")
-    user = filtered(user) if is_filtered else user
-    if not user.strip():
-        raise RequestFailure("EMPTY_PROMPT", fatal=False)  # most providers answer with an error
-    system = ASK_JSON if mode is AnswerMode.JSON else None
-    return Question(user, system, mode, tuple(_image(data, at) for at, data in enumerate(images)))
-
-
-def _image(data: CalldataValue, index: int) -> Image:
-    try:
-        return Image.of(cast(bytes, data))
-    except ProviderError:
-        raise RequestFailure("INVALID_IMAGE", fatal=False, index=index) from None
 
 
 def text_member(members: dict[str, CalldataValue], name: str) -> str:

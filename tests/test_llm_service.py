@@ -49,7 +49,6 @@ from genvm_manager import (
     json_object_to_calldata,
     parse_json_answer,
     read_llm_settings,
-    read_prompt,
     request_parts,
     rust_debug,
     rust_text,
@@ -257,11 +256,11 @@ def test_order_of_backends_and_models() -> None:
     )
     assert names(found) == [["high/m"], ["a/m"], ["b/z", "b/a", "b/c", "b/b"], ["low/m"]]
     assert sorted(found.notes) == [
-        "backends.all_off: left out: it has no models",
-        "backends.empty: left out: it has no models",
-        "backends.no_key: left out: it has no key",
-        "backends.none: left out: it has no models",
-        "backends.off: left out: disabled",
+        "backends.all_off: it has no models; left out",
+        "backends.empty: it has no models; left out",
+        "backends.no_key: it has no key; left out",
+        "backends.none: it has no models; left out",
+        "backends.off: disabled; left out",
     ]
 
 
@@ -324,7 +323,7 @@ def test_timeouts_and_defaults() -> None:
         ({"backends": {"a": backend(meta={"priority": "x"})}}, "backends.a.meta.priority: expec"),
         ({"backends": {}}, "backends: none can be used"),
         ({}, "backends: none can be used"),
-        ({"backends": {"a": backend(key="")}}, "(backends.a: left out: it has no key)"),
+        ({"backends": {"a": backend(key="")}}, "(backends.a: it has no key; left out)"),
         ({"timeout": True}, "timeout: expected seconds"),
         ({"prompt_templates": {"eq_comparative": "x"}}, "prompt_templates.eq_comparative"),
         ({"filter_prompts": "no"}, "filter_prompts: expected true or false"),
@@ -350,7 +349,7 @@ def test_what_is_disabled_or_has_no_key_is_not_looked_at() -> None:
         }
     )
     assert names(found) == [["a/m"]]
-    assert found.notes == ("backends.b: left out: disabled", "backends.c: left out: it has no key")
+    assert found.notes == ("backends.b: disabled; left out", "backends.c: it has no key; left out")
 
 
 def test_no_backend_may_be_what_is_wanted() -> None:
@@ -1118,6 +1117,5 @@ def test_an_integer_that_executors_cannot_hold_is_text(number: int, value: objec
 
 @pytest.mark.parametrize("text", ["", " \n\t", "\u200b \ufeff"])
 def test_an_empty_prompt_is_an_error_that_the_contract_can_catch(text: str) -> None:
-    with pytest.raises(RequestFailure) as caught:
-        read_prompt({"prompt": text})
-    assert (caught.value.causes, caught.value.fatal) == (("EMPTY_PROMPT",), False)
+    (error,) = Asking(backend()).prompt(prompt=text)
+    assert (error.causes, error.fatal) == (("EMPTY_PROMPT",), False)

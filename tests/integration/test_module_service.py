@@ -596,7 +596,7 @@ def test_ipv6(start: Start, provider: Provider) -> None:
 def bad_configurations() -> Iterator[tuple[dict[str, Any], str]]:
     good = {"host": "http://x", "provider": "openai-compatible", "key": KEY, "models": {"m": {}}}
     yield {}, "backends: none can be used (backends is empty)"
-    yield {"backends": {"a": {**good, "key": ""}}}, "backends.a: left out: it has no key"
+    yield {"backends": {"a": {**good, "key": ""}}}, "backends.a: it has no key; left out"
     yield {"backends": {"a": {**good, "provider": "x"}}}, 'backends.a.provider: unknown "x"'
     yield {"backends": {"a": {**good, "key": KEY + "\n"}}}, "backends.a.key: has characters"
 
