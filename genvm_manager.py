@@ -207,7 +207,6 @@ import itertools
 import json
 import marshal
 import math
-import operator
 import queue
 import random
 import re
@@ -228,7 +227,6 @@ import typing
 import unicodedata
 import zipfile
 import zlib
-from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
@@ -5105,33 +5103,30 @@ def execution_ids(start: float, instance: int = 0) -> Iterator[int]:
 
 
 @define(eq=False)
-class _RecordBlock:
-    """Records that follow each other, with a comma after each."""
-
-    text: bytearray = field(factory=bytearray)
-    ends: array[int] = field(factory=lambda: array("I"))
-
-    def start(self, index: int) -> int:
-        """Return where a record starts."""
-        return self.ends[index - 1] + 1 if index else 0
-
-
-@define(eq=False)
 class LogRecords:
-    """The last log records of an executor, each as the text of a JSON object.
+    """The last log records of an executor: the texts of JSON objects, one a line.
 
-    They are kept in blocks: most are small, and what lies between thousands of small objects is
-    not given back to the system when these are gone.
+    They are kept as one text, because the gaps that thousands of small objects leave when they go
+    are not given back to the system.
     """
 
-    _blocks: list[_RecordBlock] = field(init=False, factory=list)
+    _text: bytearray = field(init=False, factory=bytearray)
     _number: int = field(init=False, default=0)
-    #: How many records of the first block are forgotten.
-    _forgotten: int = field(init=False, default=0)
-    size: int = field(init=False, default=0)
-    dropped: int = field(init=False, default=0)
+    #: The number of the oldest record that is kept, counted from 0.
     first: int = field(init=False, default=0)
+    #: Bytes of those before it, without their newlines.
+    dropped: int = field(init=False, default=0)
     truncated: bool = field(init=False, default=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the records that are kept, without their newlines."""
+        return len(self._text) - self._number
+
+    @property
+    def start(self) -> int:
+        """Where the oldest record that is kept starts in the text of all that there were."""
+        return self.dropped + self.first
 
     def add(self, line: bytes, cut: bool) -> None:
         """Take a line of the log pipe."""
@@ -5139,73 +5134,43 @@ class LogRecords:
         if not line:
             return
         text = None if cut else _record_text(line)
-        cut = cut or text is None
-        text = text or _line_text(line)
-        self.truncated = self.truncated or cut
-        self._keep(text, (len(text),))
+        self.truncated = self.truncated or text is None
+        self._keep(text or _line_text(line), 1)
 
     def add_together(self, lines: bytes) -> bool:
         """Take some lines if each is a record as it should be; return whether they are."""
-        lengths = [*map(len, lines.split(b"\n"))]
-        if _are_records(lines, len(lengths)):
-            self._keep(lines.replace(b"\n", b","), lengths)
-            return True
-        return False
+        count = lines.count(b"\n") + 1
+        are_records = _are_records(lines, count)
+        if are_records:
+            self._keep(lines, count)
+        return are_records
 
-    def _keep(self, texts: bytes, lengths: Collection[int]) -> None:
-        """Keep records that have a comma between them."""
-        if not self._blocks or len(self._blocks[-1].text) + len(texts) > PIECE_BYTES:
-            self._blocks.append(_RecordBlock())
-        block = self._blocks[-1]
-        start = itertools.count(len(block.text))
-        block.ends.extend(map(operator.add, itertools.accumulate(lengths), start))
-        block.text += texts
-        block.text += b","
-        self.size += len(texts) - len(lengths) + 1
-        self._number += len(lengths)
-        while self._number > LOG_MAX_RECORDS or self.size > LOG_MAX_BYTES:
-            self._forget_oldest()
+    def _keep(self, lines: bytes, count: int) -> None:
+        self._text += lines
+        self._text += b"\n"
+        self._number += count
+        number, size, end = self._number, self.size, 0
+        while number > LOG_MAX_RECORDS or size > LOG_MAX_BYTES:
+            start, end = end, self._text.index(b"\n", end) + 1
+            number, size = number - 1, size - (end - start - 1)
+        if end:
+            self.first += self._number - number
+            self.dropped += self.size - size
+            del self._text[:end]
+            self._number, self.truncated = number, True
 
-    def _forget_oldest(self) -> None:
-        """Forget as many records of the first block as there are too many, or one."""
-        block, index = self._blocks[0], self._forgotten
-        count = max(1, min(self._number - LOG_MAX_RECORDS, len(block.ends) - index))
-        self._forgotten = index + count
-        length = block.ends[self._forgotten - 1] - block.start(index) - (count - 1)
-        self.size -= length
-        self.dropped += length
-        self.first += count
-        self._number -= count
-        self.truncated = True
-        if self._forgotten == len(block.ends):
-            del self._blocks[0]
-            self._forgotten = 0
-
-    @property
-    def memory(self) -> int:
-        """Bytes that they take."""
-        return sum(len(one.text) + one.ends.itemsize * len(one.ends) for one in self._blocks)
-
-    def read(self, number: int) -> bytes:
-        """Return a record by its number, counted from 0; nothing if there is none yet."""
-        after = self.first + self._number - number  # most readers want one of the last
-        for block in reversed(self._blocks):
-            if after <= len(block.ends):
-                index = len(block.ends) - after
-                known = after > 0
-                return bytes(block.text[block.start(index) : block.ends[index]]) if known else b""
-            after -= len(block.ends)
-        return b""
+    def read(self, at: int) -> bytes:
+        """Return the record that starts at a position; nothing if there is none yet."""
+        start = at - self.start
+        return bytes(self._text[start : self._text.find(b"\n", start)])
 
     def json_pieces(self) -> Iterator[bytes]:
         """Yield the JSON array of the records."""
         yield b"["
-        start = self._blocks[0].start(self._forgotten) if self._blocks else 0
-        for number, block in enumerate(self._blocks, 1):
-            end = len(block.text) - (number == len(self._blocks))  # without the last comma
-            for at in range(start, end, PIECE_BYTES):
-                yield bytes(block.text[at : min(at + PIECE_BYTES, end)])
-            start = 0
+        end = max(0, len(self._text) - 1)  # without the last newline
+        for at in range(0, end, PIECE_BYTES):
+            piece = self._text[at : min(at + PIECE_BYTES, end)]
+            yield bytes(piece.replace(b"\n", b","))
         yield b"]"
 
 
@@ -5317,11 +5282,6 @@ class Capture:
             tail.trim()
 
     @property
-    def size(self) -> int:
-        """Bytes that are kept."""
-        return self.records.memory + sum(tail.size for tail in self.tails.values())
-
-    @property
     def kept(self) -> int:
         """Bytes of output that are kept."""
         return self.records.size + sum(tail.size for tail in self.tails.values())
@@ -5340,10 +5300,6 @@ class Capture:
             "genvm_log": self.records.truncated,
         }
         return [name for name, is_cut in cut.items() if is_cut]
-
-    def stderr_tail(self, limit: int) -> bytes:
-        """Return the last bytes of stderr."""
-        return self.tails[STDERR].content[-limit:]
 
     def json_pieces(self) -> Iterator[bytes]:
         """Yield the JSON members ``stdout``, ``stderr`` and ``genvm_log`` in small pieces."""
@@ -6021,7 +5977,7 @@ class Executions:
         self._schedule_expiry()
 
     def _cost(self, execution: Execution) -> int:
-        captured = 0 if execution.capture is None else execution.capture.size
+        captured = 0 if execution.capture is None else execution.capture.kept
         return RECORD_BYTES + len(execution.idempotency_key or "") + captured
 
     def _drop_oldest(self) -> None:
@@ -6774,7 +6730,7 @@ class ContractOperations:
             # It may have reported a timeout, or its connection was seen to end before the process.
             outcome = HostProtocolError(_end_without_result(execution))
         capture = execution.capture
-        errors = b"" if capture is None else capture.stderr_tail(STDERR_SHOWN_BYTES)
+        errors = b"" if capture is None else capture.tails[STDERR].content[-STDERR_SHOWN_BYTES:]
         return outcome, errors.decode("utf-8", "replace").strip()
 
     async def _end(self, execution: Execution) -> None:
@@ -9290,10 +9246,10 @@ class OutputReader:
 
     def __init__(self, execution: Execution) -> None:
         self._execution = execution
-        self._read = {STDOUT: 0, STDERR: 0}
+        self._read = {STDOUT: 0, STDERR: 0, LOG_FD: 0}
         self._records = 0
         decoder = codecs.getincrementaldecoder("utf-8")
-        self._decoders = {fd: decoder("replace") for fd in self._read}
+        self._decoders = {fd: decoder("replace") for fd in (STDOUT, STDERR)}
         self.ended = False
 
     def next(self) -> tuple[str, bytes] | None:
@@ -9329,12 +9285,15 @@ class OutputReader:
     def _next_record(self, capture: Capture) -> tuple[str, bytes] | None:
         records, number = capture.records, self._records
         if number < records.first:
-            self._records = records.first
+            self._records, self._read[LOG_FD] = records.first, records.start
             missed = MissedOutput(stream="log", records=records.first - number)
             return "missed", json_of(missed)
-        record = records.read(number)
-        self._records += bool(record)
-        return ("log", record) if record else None
+        record = records.read(self._read[LOG_FD])
+        if not record:
+            return None
+        self._records += 1
+        self._read[LOG_FD] += len(record) + 1
+        return "log", record
 
 
 class Metrics:
@@ -11164,7 +11123,7 @@ class Api:
         )
         if execution.state is State.FINISHED:
             self._executions.note_reading(execution)
-        if execution.capture is None or execution.capture.size <= STREAMED_RESULT_BYTES:
+        if execution.capture is None or execution.capture.kept <= STREAMED_RESULT_BYTES:
             return b"".join(pieces)
         return await self.stream(request, pieces)
 
