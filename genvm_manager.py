@@ -681,30 +681,6 @@ def _attempt(work: Callable[..., Any], *arguments: Any) -> Any:
         return Failure()  # not in a variable: it has this frame, which would keep it
 
 
-def given_up(
-    waiting: Deferred[Value],
-    reactor: Any,
-    seconds: float,
-    may: Callable[[], bool],
-    error: Exception,
-) -> Deferred[Value]:
-    """Let a Deferred fail with an error after some seconds, if it ``may`` be given up then."""
-
-    def give_up() -> None:
-        if may():
-            waiting.cancel()
-
-    def stop(outcome: Any) -> Any:
-        if timer.active():
-            timer.cancel()
-        elif may() and isinstance(outcome, Failure) and outcome.check(CancelledError):
-            return Failure(error)
-        return outcome
-
-    timer = reactor.callLater(seconds, give_up)
-    return waiting.addBoth(stop)
-
-
 @define(eq=False)
 class SpareThreads:
     """Threads for work that may hang: a lookup of a name, a read of a file on a dead disk.
@@ -3786,6 +3762,8 @@ class ExitStatus:
 
 #: Few statuses differ, and each finished execution has one.
 _exit_status = functools.lru_cache(maxsize=256)(ExitStatus)
+#: Of a process that has not ended, or was never started.
+NO_EXIT: Final = ExitStatus(None, None)
 
 
 @define(eq=False)
@@ -5361,7 +5339,7 @@ class Execution:
     place: Deferred[Any] | None = None
     lease: Lease | None = None
     child: Child | None = None
-    exit: ExitStatus | None = None
+    exit: ExitStatus = NO_EXIT
     #: Whether it had to be killed because it ignored a request to stop.
     was_forced: bool = False
     capture: Capture | None = None
@@ -5388,19 +5366,6 @@ class Execution:
             key,
             request.fingerprint if key else b"",
         )
-
-    def move(self, state: State) -> None:
-        """Go to another state; only what ``TRANSITIONS`` allows happens."""
-        assert state in TRANSITIONS[self.state], f"{self.state} -> {state}"
-        self.state, self.summary = state, b""
-
-    def starts(self, reactor: Any, seconds: float | None) -> Deferred[None]:
-        """Return a Deferred for the start; ``NoPermit`` without permits after some seconds."""
-        starting = self.started.wait()
-        if seconds is None or starting.called:
-            return starting
-        error = NoPermit(f"no permits within {seconds:g} s; nothing was started")
-        return given_up(starting, reactor, seconds, lambda: self.lease is None, error)
 
     @property
     def deadline(self) -> float | None:
@@ -5449,27 +5414,13 @@ class Execution:
         assert self.cause is not None and self.finished_at is not None
         return ExecutionOutcome(
             finished_at=int(self.finished_at * 1000),
-            exit_code=None if self.exit is None else self.exit.code,
-            signal=None if self.exit is None else self.exit.signal,
+            exit_code=self.exit.code,
+            signal=self.exit.signal,
             cause=self.cause,
             started_at=None if self.started_at is None else timestamp_of(self.started_at),
             version=self.version,
             truncated=[] if self.capture is None else self.capture.truncated,
         )
-
-    def log_fields(self) -> dict[str, Any]:
-        """Return what the log tells of one that is finished."""
-        began = self.over if self.began is None else self.began
-        return {
-            "genvm_id": self.id,
-            "cause": None if self.cause is None else self.cause.value,
-            "exit_code": None if self.exit is None else self.exit.code,
-            "signal": None if self.exit is None else self.exit.signal,
-            "ran_s": round(self.over - began, 3),
-            "waited_s": round(began - self.asked, 3),
-            "permits": self.permits,
-            "idempotency_key": self.idempotency_key,
-        }
 
 
 class LogForwarder:
@@ -5592,7 +5543,8 @@ class Executions:
     _finished: deque[Execution] = field(init=False, factory=deque)
     _unread: dict[int, Execution] = field(init=False, factory=dict)
     _listing: bytes = field(init=False, default=b"")
-    _kept_bytes: int = field(init=False, default=0)
+    #: What finished executions count against ``retention_max_bytes``.
+    kept_bytes: int = field(init=False, default=0)
     _queued: int = field(init=False, default=0)
     _dropped_bytes: int = field(init=False, default=0)
     _expiry: DelayedCall | None = field(init=False, default=None)
@@ -5615,18 +5567,32 @@ class Executions:
         none: ``NoPermit`` after ``wait`` seconds. The last who gives up or is cancelled removes it.
         """
         execution = self._known(request, key) or self._enqueue(request, key)
+        starting = execution.started.wait()
+        has_given_up = False
+
+        def give_up() -> None:
+            nonlocal has_given_up
+            if execution.lease is None:
+                has_given_up = True
+                starting.cancel()
+
+        may_wait = wait is not None and not starting.called
+        timer = self._reactor.callLater(wait, give_up) if may_wait else None
         try:
-            await execution.starts(self._reactor, wait)
-        except (CancelledError, NoPermit) as error:
-            if execution.state is State.WAITING and execution.started.waiters == 0:
+            await starting
+        except CancelledError:
+            is_last = execution.state is State.WAITING and execution.started.waiters == 0
+            if is_last:
                 self._withdraw(execution)
                 self._forget(execution)
-            elif isinstance(error, NoPermit):
-                raise NoPermit(
-                    f"no permits within {wait:g} s; another request with this key still waits for "
-                    "them: ask again with it"
-                ) from None
-            raise
+            if not has_given_up:
+                raise
+            others = "another request with this key still waits for them: ask again with it"
+            outcome = "nothing was started" if is_last else others
+            raise NoPermit(f"no permits within {wait:g} s; {outcome}") from None
+        finally:
+            if timer is not None and timer.active():
+                timer.cancel()
         return execution
 
     def get(self, genvm_id: int) -> Execution:
@@ -5650,30 +5616,20 @@ class Executions:
         Raises ``ShutdownTimeout`` if it had to be killed, ``ExecutionNotFound``.
         """
         execution = self.get(genvm_id)
-        if execution.state is State.WAITING:
-            self._withdraw(execution)
-            self._finish(execution, Cause.CANCELLED)
-            execution.started.fail(
-                ExecutionCancelled("cancelled while waiting for permits", genvm_id=genvm_id)
-            )
-        elif execution.state is not State.FINISHED:
-            self._terminate(execution, Cause.CANCELLED, grace)
-            ended = await self._ends_within(execution, grace + KILL_SECONDS)
-            if execution.was_forced or not ended:
-                raise ShutdownTimeout("timeout during shutdown", genvm_id=genvm_id)
+        if execution.state is State.FINISHED:
+            return
+        reason = ExecutionCancelled("cancelled while waiting for permits", genvm_id=genvm_id)
+        self._end(execution, Cause.CANCELLED, grace, reason)
+        ended = await self._ends_within(execution, grace + KILL_SECONDS)
+        if execution.was_forced or not ended:
+            raise ShutdownTimeout("timeout during shutdown", genvm_id=genvm_id)
 
     def close(self, grace: float) -> Deferred[None]:
         """Refuse new executions, end all others, and fire when none is left."""
         self._closed = True
         for execution in [*self._records.values()]:
-            if execution.state is State.WAITING:
-                self._withdraw(execution)
-                self._finish(execution, Cause.SHUTDOWN)
-                execution.started.fail(
-                    Draining("the manager is shutting down", genvm_id=execution.id)
-                )
-            elif execution.state is not State.FINISHED:
-                self._terminate(execution, Cause.SHUTDOWN, grace)
+            reason = Draining("the manager is shutting down", genvm_id=execution.id)
+            self._end(execution, Cause.SHUTDOWN, grace, reason)
         self._check_all_ended()
         return self._all_ended.wait()
 
@@ -5704,18 +5660,9 @@ class Executions:
             self._listing = b"{" + b",".join(entries) + b"}"
         return self._listing
 
-    def _move(self, execution: Execution, state: State) -> None:
-        execution.move(state)
-        self._listing = b""
-
     def newest_first(self) -> Iterator[Execution]:
         """Yield all that are known."""
         return reversed(self._records.values())
-
-    @property
-    def kept_bytes(self) -> int:
-        """What finished executions count against ``retention_max_bytes``."""
-        return self._kept_bytes
 
     def count_by_state(self) -> dict[State, int]:
         """Return how many executions are in each state."""
@@ -5887,6 +5834,20 @@ class Executions:
 
     # --- end ---
 
+    def _move(self, execution: Execution, state: State) -> None:
+        """Go to another state; only what ``TRANSITIONS`` allows happens."""
+        assert state in TRANSITIONS[execution.state], f"{execution.state} -> {state}"
+        execution.state, execution.summary, self._listing = state, b"", b""
+
+    def _end(self, execution: Execution, cause: Cause, grace: float, reason: ManagerError) -> None:
+        """End an execution: at once if it waits, whose clients hear the reason."""
+        if execution.state is State.WAITING:
+            self._withdraw(execution)
+            self._finish(execution, cause)
+            execution.started.fail(reason)
+        elif execution.state is not State.FINISHED:
+            self._terminate(execution, cause, grace)
+
     def _deadline(self, execution: Execution) -> None:
         execution.deadline_timer = None
         self._terminate(execution, Cause.DEADLINE, DEADLINE_GRACE_SECONDS)
@@ -5921,28 +5882,40 @@ class Executions:
         execution.cause = cause
         execution.finished_at, execution.over = self._now(), self._reactor.seconds()
         self._retain(execution)
-        failed = execution.exit is not None and execution.exit.code != 0
-        self._log_end(execution, {"stderr": unread} if failed and unread else {})
+        self._log_end(execution, cause, unread)
         self._tell_end(execution)
         ended, execution.ended, execution.child = execution.ended, HAPPENED, None
         ended.fire(None)
         self._check_all_ended()
 
-    def _log_end(self, execution: Execution, details: Mapping[str, str]) -> None:
+    def _log_end(self, execution: Execution, cause: Cause, unread: str) -> None:
+        details = {"stderr": unread} if unread and execution.exit.code != 0 else {}
         if not details and not self._log_enabled("info"):
             return
+        began = execution.over if execution.began is None else execution.began
         say = self.log.warn if details else self.log.info
-        say("execution finished", **execution.log_fields(), **details)
+        say(
+            "execution finished",
+            genvm_id=execution.id,
+            cause=cause.value,
+            exit_code=execution.exit.code,
+            signal=execution.exit.signal,
+            ran_s=round(execution.over - began, 3),
+            waited_s=round(began - execution.asked, 3),
+            permits=execution.permits,
+            idempotency_key=execution.idempotency_key,
+            **details,
+        )
 
     def _tell_end(self, execution: Execution) -> None:
-        exit_, capture, began = execution.exit, execution.capture, execution.began
+        capture, began = execution.capture, execution.began
         self._tell(
             FinishedEvent,
             genvm_id=execution.id,
             version=execution.version,
             cause=execution.cause,
-            exit_code=None if exit_ is None else exit_.code,
-            signal=None if exit_ is None else exit_.signal,
+            exit_code=execution.exit.code,
+            signal=execution.exit.signal,
             ran_ms=None if began is None else _milliseconds(execution.over - began),
             captured_bytes=0 if capture is None else capture.kept,
             dropped_bytes=0 if capture is None else capture.dropped,
@@ -5971,8 +5944,8 @@ class Executions:
     def _retain(self, execution: Execution) -> None:
         self._finished.append(execution)
         self._unread[execution.id] = execution
-        self._kept_bytes += self._cost(execution)
-        while self._kept_bytes > self._config.retention_max_bytes and len(self._finished) > 1:
+        self.kept_bytes += self._cost(execution)
+        while self.kept_bytes > self._config.retention_max_bytes and len(self._finished) > 1:
             self._drop_oldest()
         self._schedule_expiry()
 
@@ -5983,7 +5956,7 @@ class Executions:
     def _drop_oldest(self) -> None:
         execution = self._finished.popleft()
         cost = self._cost(execution)
-        self._kept_bytes -= cost
+        self.kept_bytes -= cost
         self._forget(execution)
         self._trim_soon(cost)
 
@@ -6743,10 +6716,9 @@ class ContractOperations:
 def _end_without_result(execution: Execution) -> str:
     if execution.cause is Cause.DEADLINE:
         return f"no result within {READONLY_SECONDS:g} s"
-    status = execution.exit
-    if status is None or execution.cause is not Cause.EXITED:
+    if execution.cause is not Cause.EXITED:
         return "the run was ended before it had a result"
-    return f"the executor ended without a result ({status})"
+    return f"the executor ended without a result ({execution.exit})"
 
 
 def _schema_of(outcome: HostOutcome | ManagerError, errors: str) -> str:
