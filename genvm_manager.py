@@ -3251,7 +3251,7 @@ class Manifest:
                 return by_numbers[major, minor, patch]
         raise VersionNotAvailable(
             f"no executor of major {major} is available at {format_timestamp(moment)}; "
-            f"the manifest has {self._listed()}"
+            f"the manifest has {self.listed()}"
         )
 
     def selections(self) -> dict[str, list[Period]]:
@@ -3265,17 +3265,8 @@ class Manifest:
                 periods.append(Period(periods.pop().begin if is_longer else begin, end))
         return found
 
-    def newest_major(self, moment: datetime) -> int:
-        """Return the highest major available at a moment; raises ``VersionNotAvailable``."""
-        available = [v.major for v in self.versions if v.available_after <= moment]
-        if not available:
-            raise VersionNotAvailable(
-                f"no executor is available at {format_timestamp(moment)}; "
-                f"the manifest has {self._listed()}"
-            )
-        return max(available)
-
-    def _listed(self) -> str:
+    def listed(self) -> str:
+        """Return the newest versions, for a message."""
         if not self.versions:
             return "no version at all: install executors and name them in the manifest"
         listed = ", ".join(str(version) for version in self.versions[-_LISTED_VERSIONS:])
@@ -3375,20 +3366,18 @@ class ManifestStore:
         await self._loading.acquire()
         try:
             self.manifest = await FILE_THREADS.run(reactor, FILE_SECONDS, self._read)
+            self.problem = None
         except FileNotFoundError:
             self.problem = f"{self.path.name} does not exist; the old one stays"
-            raise ManifestError(self.problem) from None
         except DeferredTimeout:
-            self.problem = (
-                f"{self.path.name}: not read within {FILE_SECONDS:g} s; the old one stays"
-            )
-            raise ManifestError(self.problem) from None
+            late = f"not read within {FILE_SECONDS:g} s; the old one stays"
+            self.problem = f"{self.path.name}: {late}"
         except ManifestError as error:
             self.problem = error.message
-            raise
         finally:
             self._loading.release()
-        self.problem = None
+        if self.problem is not None:
+            raise ManifestError(self.problem)
         self.log.info("manifest reloaded", versions=len(self.manifest.versions))
         self._warn_of_newer()
 
@@ -3422,13 +3411,16 @@ class ManifestStore:
 
         With ``reroute_to`` it needs no manifest entry: without one, that of the replacement counts.
         """
-        try:
-            return self.manifest.newest_major(moment)
-        except VersionNotAvailable:
-            if self.reroute_to is None:
-                raise
-            match = VERSION_KEY.fullmatch(self.reroute_to)
-            return int(match.group(1)) if match else 0
+        available = [v.major for v in self.manifest.versions if v.available_after <= moment]
+        if available:
+            return max(available)
+        if self.reroute_to is None:
+            raise VersionNotAvailable(
+                f"no executor is available at {format_timestamp(moment)}; "
+                f"the manifest has {self.manifest.listed()}"
+            )
+        match = VERSION_KEY.fullmatch(self.reroute_to)
+        return int(match.group(1)) if match else 0
 
     def _read(self) -> Manifest:
         try:
@@ -3537,10 +3529,6 @@ def stated_version(code: bytes) -> str | None:
     return text_version(code)
 
 
-class _HugeDirectory(Exception):
-    """An archive has a larger directory than is read."""
-
-
 class _ArchiveFile(io.BytesIO):
     """Code as a file of which zipfile reads no huge directory, wherever it finds one.
 
@@ -3549,7 +3537,7 @@ class _ArchiveFile(io.BytesIO):
 
     def read(self, size: int | None = -1) -> bytes:
         if size is not None and size > MAX_CENTRAL_DIRECTORY:
-            raise _HugeDirectory
+            raise zipfile.LargeZipFile
         return super().read(size)
 
 
@@ -3557,7 +3545,7 @@ def _zip_version(code: bytes) -> tuple[bool, str | None]:
     """Return whether the code is an archive that a zip library opens, and its version."""
     try:
         archive = zipfile.ZipFile(_ArchiveFile(code))
-    except _HugeDirectory:
+    except zipfile.LargeZipFile:
         return True, None
     except Exception:  # zipfile raises many things for what is not an archive
         return False, None
@@ -3578,35 +3566,32 @@ def _zip_version(code: bytes) -> tuple[bool, str | None]:
 
 def _wasm_version(code: bytes) -> str | None:
     at = len(_WASM_HEADER)
-    for _ in range(MAX_SECTIONS):
-        if at >= len(code):
-            return None
-        kind = code[at]
-        size, start = _uleb32(code, at + 1)
-        at = start + size
-        if size < 0 or at > len(code):
-            return None
-        if kind == 0:
-            name_size, name_start = _uleb32(code, start)
-            name_end = name_start + name_size
-            if name_size < 0 or name_end > at:
-                return None
-            if code[name_start:name_end] == _WASM_VERSION_SECTION:
-                try:
-                    return code[name_end:at].decode("utf-8")
-                except UnicodeDecodeError:
-                    return None
+    # What follows a broken section, or is not UTF-8, states nothing.
+    with contextlib.suppress(IndexError, ValueError):
+        for _ in range(MAX_SECTIONS):
+            is_custom = code[at] == 0
+            start, at = _sized_part(code, at + 1, len(code))
+            if is_custom:
+                name, name_end = _sized_part(code, start, at)
+                if code[name:name_end] == _WASM_VERSION_SECTION:
+                    return code[name_end:at].decode()
     return None
 
 
-def _uleb32(code: bytes, at: int) -> tuple[int, int]:
-    """Return an unsigned LEB128 number of 32 bits and where it ends; -1 if it is none."""
-    value = 0
+def _sized_part(code: bytes, at: int, limit: int) -> tuple[int, int]:
+    """Return where a part starts and ends that follows its size (unsigned LEB128, 32 bits).
+
+    Raises ``ValueError`` if there is no such size, or if it reaches beyond the limit.
+    """
+    size = 0
     for index, byte in enumerate(code[at : at + 5]):
-        value |= (byte & 0x7F) << (7 * index)
+        size |= (byte & 0x7F) << (7 * index)
         if byte < 0x80:
-            return (value, at + index + 1) if value < 1 << 32 else (-1, at)
-    return -1, at
+            start = at + index + 1
+            if start + size > limit:
+                break
+            return start, start + size
+    raise ValueError("no such part")
 
 
 # =============================================================================
