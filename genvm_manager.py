@@ -4196,21 +4196,19 @@ class BirthMarks:
     finite or the kernel has no such limit there are no marks, only the environment.
     """
 
-    _LIMIT: ClassVar[int | None] = getattr(resource, "RLIMIT_RTTIME", None)
+    _LIMIT: ClassVar[int] = getattr(resource, "RLIMIT_RTTIME", -1)
     _BITS: ClassVar[int] = 32
 
     def __init__(self, boot_id: str) -> None:
         digest = hashlib.sha256(boot_id.encode()).digest()
         self.manager = 1 << 30 | int.from_bytes(digest[:4], "big") >> 2
-        self._ours = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-        if self._LIMIT is not None:
-            self._ours = resource.getrlimit(self._LIMIT)
-        self.are_possible = self._LIMIT is not None and self._ours[1] == resource.RLIM_INFINITY
+        self._ours = resource.getrlimit(self._LIMIT) if self._LIMIT >= 0 else (0, 0)
+        self.are_possible = self._ours[1] == resource.RLIM_INFINITY
 
     @contextlib.contextmanager
     def marking(self, number: int) -> Iterator[None]:
         """Mark what is started meanwhile as the child with some number."""
-        if self._LIMIT is None or not self.are_possible:
+        if not self.are_possible:
             yield
             return
         mark = self.manager << self._BITS | number % (1 << self._BITS)
@@ -4223,7 +4221,7 @@ class BirthMarks:
     def number_of(self, pid: int) -> int | None:
         """Return the number of the child that a process comes from, if it is one of ours."""
         with contextlib.suppress(OSError):
-            if self._LIMIT is not None and self.are_possible:
+            if self.are_possible:
                 mark = resource.prlimit(pid, self._LIMIT)[0]
                 if mark >> self._BITS == self.manager:
                     return mark % (1 << self._BITS)
@@ -5043,6 +5041,8 @@ LOG_LINE_MAX_MEMBERS = 50_000
 UNREAD_STDERR_BYTES = 2000
 #: The same for a line that goes to the manager's log, where each member is looked at for secrets.
 FORWARDED_MEMBERS = 1000
+#: What a finished execution is reckoned to cost beyond its output.
+RECORD_BYTES = 2 * KIB
 #: The last two digits of an id are the ``instance`` of the manager that has it.
 ID_STEP = 100
 #: Ids count tenths of milliseconds since 2025 at first, and stay below 2**53 until the year 2310.
@@ -5257,12 +5257,9 @@ class Capture:
     @property
     def truncated(self) -> list[OutputName]:
         """Names of what was cut."""
-        cut: dict[OutputName, bool] = {
-            "stdout": self.tails[STDOUT].truncated,
-            "stderr": self.tails[STDERR].truncated,
-            "genvm_log": self.records.truncated,
-        }
-        return [name for name, is_cut in cut.items() if is_cut]
+        parts: tuple[BoundedTail | LogRecords, ...] = (*self.tails.values(), self.records)
+        names = get_args(OutputName)
+        return [name for name, part in zip(names, parts, strict=True) if part.truncated]
 
     def json_pieces(self) -> Iterator[bytes]:
         """Yield the JSON members ``stdout``, ``stderr`` and ``genvm_log`` in small pieces."""
@@ -5365,24 +5362,29 @@ class Execution:
         return 1 if self.is_sync else 2
 
     @property
+    def cost(self) -> int:
+        """Bytes that it counts against ``retention_max_bytes``."""
+        captured = 0 if self.capture is None else self.capture.kept
+        return RECORD_BYTES + len(self.idempotency_key or "") + captured
+
+    @property
     def arguments_size(self) -> int:
         """Bytes of memory that its arguments take."""
         return sum(map(sys.getsizeof, self.arguments)) + 8 * len(self.arguments)
 
     def summary_json(self) -> bytes:
         """Return the entry of ``GET /status``, which is the same until the state is another one."""
-        if self.summary:
-            return self.summary
-        entry = ExecutionSummary(
-            state=self.state,
-            version=self.version,
-            is_sync=self.is_sync,
-            started_at=None if self.started_at is None else timestamp_of(self.started_at),
-            strict_deadline=None if self.deadline is None else timestamp_of(self.deadline),
-            has_result=self.state is State.FINISHED,
-            result=self.outcome() if self.state is State.FINISHED else None,
-        )
-        self.summary = json_of(entry)
+        if not self.summary:
+            entry = ExecutionSummary(
+                state=self.state,
+                version=self.version,
+                is_sync=self.is_sync,
+                started_at=None if self.started_at is None else timestamp_of(self.started_at),
+                strict_deadline=None if self.deadline is None else timestamp_of(self.deadline),
+                has_result=self.state is State.FINISHED,
+                result=self.outcome() if self.state is State.FINISHED else None,
+            )
+            self.summary = json_of(entry)
         return self.summary
 
     def result_pieces(self) -> Iterator[bytes]:
@@ -5466,8 +5468,6 @@ class LogForwarder:
 # permits, children and the manifest. Never knows HTTP.
 
 LISTED_FINISHED = 1000
-#: What a finished execution is reckoned to cost beyond its output.
-RECORD_BYTES = 2 * KIB
 #: Seconds from SIGTERM to SIGKILL at a deadline, in which an executor can tell its host.
 DEADLINE_GRACE_SECONDS = 0.5
 #: Seconds after SIGKILL in which a process must have ended and its output be read, on any machine.
@@ -5590,10 +5590,12 @@ class Executions:
             )
         return execution
 
-    async def wait(self, execution: Execution, seconds: float) -> None:
-        """Return when an execution has ended, or after some seconds."""
-        if seconds > 0 and not execution.ended.happened:
-            await self._ends_within(execution, seconds)
+    def wait(self, execution: Execution, seconds: float) -> Deferred[bool]:
+        """Tell, after some seconds at most, whether an execution has ended."""
+        if seconds <= 0 or execution.ended.happened:
+            return succeed(execution.ended.happened)
+        waiting = execution.ended.wait().addCallback(lambda _: True)
+        return waiting.addTimeout(seconds, self._reactor, lambda _result, _seconds: False)
 
     async def stop(self, genvm_id: int, grace: float) -> None:
         """End an execution: SIGTERM, and SIGKILL after ``grace`` seconds; return once it is over.
@@ -5605,7 +5607,7 @@ class Executions:
             return
         reason = ExecutionCancelled("cancelled while waiting for permits", genvm_id=genvm_id)
         self._end(execution, Cause.CANCELLED, grace, reason)
-        ended = await self._ends_within(execution, grace + KILL_SECONDS)
+        ended = await self.wait(execution, grace + KILL_SECONDS)
         if execution.was_forced or not ended:
             raise ShutdownTimeout("timeout during shutdown", genvm_id=genvm_id)
 
@@ -5615,7 +5617,7 @@ class Executions:
         for execution in [*self._records.values()]:
             reason = Draining("the manager is shutting down", genvm_id=execution.id)
             self._end(execution, Cause.SHUTDOWN, grace, reason)
-        self._check_all_ended()
+        self._check_idle()
         return self._all_ended.wait()
 
     def dispose(self) -> None:
@@ -5649,12 +5651,9 @@ class Executions:
         """Yield all that are known."""
         return reversed(self._records.values())
 
-    def count_by_state(self) -> dict[State, int]:
+    def count_by_state(self) -> Counter[State]:
         """Return how many executions are in each state."""
-        counts = dict.fromkeys(State, 0)
-        for execution in self._records.values():
-            counts[execution.state] += 1
-        return counts
+        return Counter(execution.state for execution in self._records.values())
 
     @property
     def unread(self) -> int:
@@ -5664,11 +5663,16 @@ class Executions:
     def settles_within(self, seconds: float) -> Deferred[bool]:
         """Tell, after some seconds at most, whether nothing runs and each result was read."""
         waiting = self._settled.wait()
-        self._check_settled()
+        self._check_idle()
         return waiting.addTimeout(seconds, self._reactor, lambda _result, _seconds: False)
 
-    def _check_settled(self) -> None:
-        if not self._unread and len(self._finished) == len(self._records):
+    def _check_idle(self) -> None:
+        """Tell those who wait for it that nothing runs, or that each result was read as well."""
+        if len(self._finished) < len(self._records):
+            return
+        if self._closed:
+            self._all_ended.fire(None)
+        if not self._unread:
             settled, self._settled = self._settled, Event()
             settled.fire(True)
 
@@ -5676,7 +5680,7 @@ class Executions:
         """Somebody has read, or nobody will ever read, the result of an execution."""
         if self._unread.pop(execution.id, None) is not None:
             self._listing = b""
-            self._check_settled()
+            self._check_idle()
 
     # --- admission ---
 
@@ -5745,7 +5749,7 @@ class Executions:
             execution.ended.fail(ExecutionNotFound(reason, genvm_id=execution.id))
         if execution.idempotency_key is not None:
             del self._by_key[execution.idempotency_key]
-        self._check_settled()
+        self._check_idle()
 
     # --- start ---
 
@@ -5763,6 +5767,7 @@ class Executions:
             self._spawn(self._ready.popleft())
 
     def _spawn(self, execution: Execution) -> None:
+        names: dict[str, Any] = {"genvm_id": execution.id, "version": execution.version}
         program = executor_program(self._config.root, execution.version)
         argv = [program, *execution.arguments]
         self._drop_arguments(execution)
@@ -5798,19 +5803,14 @@ class Executions:
             self._release(execution)
             reason = f"executor {execution.version} cannot be started: {error.message}"
             self.log.error("{text}", text=reason, genvm_id=execution.id, program=program)
-            self._tell(
-                FailedEvent, genvm_id=execution.id, version=execution.version, code=error.code
-            )
+            self._tell(FailedEvent, **names, code=error.code)
             execution.started.fail(type(error)(reason))
         else:
             if self._log_enabled("debug"):
-                self.log.debug(
-                    "execution started", genvm_id=execution.id, version=execution.version
-                )
+                self.log.debug("execution started", **names)
             self._tell(
                 StartedEvent,
-                genvm_id=execution.id,
-                version=execution.version,
+                **names,
                 waited_ms=_milliseconds(waited),
                 spawn_ms=_milliseconds(self._reactor.seconds() - execution.began),
             )
@@ -5867,48 +5867,41 @@ class Executions:
         execution.cause = cause
         execution.finished_at, execution.over = self._now(), self._reactor.seconds()
         self._retain(execution)
-        self._log_end(execution, cause, unread)
-        self._tell_end(execution)
+        self._report_end(execution, cause, unread)
         ended, execution.ended, execution.child = execution.ended, HAPPENED, None
         ended.fire(None)
-        self._check_all_ended()
+        self._check_idle()
 
-    def _log_end(self, execution: Execution, cause: Cause, unread: str) -> None:
-        details = {"stderr": unread} if unread and execution.exit.code != 0 else {}
-        if not details and not self._log_enabled("info"):
-            return
-        began = execution.over if execution.began is None else execution.began
-        say = self.log.warn if details else self.log.info
-        say(
-            "execution finished",
-            genvm_id=execution.id,
-            cause=cause.value,
-            exit_code=execution.exit.code,
-            signal=execution.exit.signal,
-            ran_s=round(execution.over - began, 3),
-            waited_s=round(began - execution.asked, 3),
-            permits=execution.permits,
-            idempotency_key=execution.idempotency_key,
-            **details,
-        )
-
-    def _tell_end(self, execution: Execution) -> None:
-        capture, began = execution.capture, execution.began
+    def _report_end(self, execution: Execution, cause: Cause, unread: str) -> None:
+        """Tell the log, and who follows events, how an execution ended."""
+        exit_, capture, over = execution.exit, execution.capture, execution.over
+        began = over if execution.began is None else execution.began
+        details = {"stderr": unread} if unread and exit_.code != 0 else {}
+        if details or self._log_enabled("info"):
+            say = self.log.warn if details else self.log.info
+            say(
+                "execution finished",
+                genvm_id=execution.id,
+                cause=cause.value,
+                exit_code=exit_.code,
+                signal=exit_.signal,
+                ran_s=round(over - began, 3),
+                waited_s=round(began - execution.asked, 3),
+                permits=execution.permits,
+                idempotency_key=execution.idempotency_key,
+                **details,
+            )
         self._tell(
             FinishedEvent,
             genvm_id=execution.id,
             version=execution.version,
-            cause=execution.cause,
-            exit_code=execution.exit.code,
-            signal=execution.exit.signal,
-            ran_ms=None if began is None else _milliseconds(execution.over - began),
+            cause=cause,
+            exit_code=exit_.code,
+            signal=exit_.signal,
+            ran_ms=None if execution.began is None else _milliseconds(over - began),
             captured_bytes=0 if capture is None else capture.kept,
             dropped_bytes=0 if capture is None else capture.dropped,
         )
-
-    def _check_all_ended(self) -> None:
-        if self._closed and len(self._finished) == len(self._records):
-            self._all_ended.fire(None)
 
     def _release(self, execution: Execution) -> None:
         lease, execution.lease = execution.lease, None
@@ -5920,30 +5913,21 @@ class Executions:
             execution.deadline_timer.cancel()
             execution.deadline_timer = None
 
-    def _ends_within(self, execution: Execution, seconds: float) -> Deferred[bool]:
-        waiting = execution.ended.wait().addCallback(lambda _: True)
-        return waiting.addTimeout(seconds, self._reactor, lambda _result, _seconds: False)
-
     # --- retention ---
 
     def _retain(self, execution: Execution) -> None:
         self._finished.append(execution)
         self._unread[execution.id] = execution
-        self.kept_bytes += self._cost(execution)
+        self.kept_bytes += execution.cost
         while self.kept_bytes > self._config.retention_max_bytes and len(self._finished) > 1:
             self._drop_oldest()
         self._schedule_expiry()
 
-    def _cost(self, execution: Execution) -> int:
-        captured = 0 if execution.capture is None else execution.capture.kept
-        return RECORD_BYTES + len(execution.idempotency_key or "") + captured
-
     def _drop_oldest(self) -> None:
         execution = self._finished.popleft()
-        cost = self._cost(execution)
-        self.kept_bytes -= cost
+        self.kept_bytes -= execution.cost
         self._forget(execution)
-        self._trim_soon(cost)
+        self._trim_soon(execution.cost)
 
     def _trim_soon(self, freed: int) -> None:
         """Give memory back to the system in some seconds, when so many bytes more are free."""
@@ -9370,8 +9354,9 @@ class Metrics:
         states = prometheus_client.core.GaugeMetricFamily(
             "genvm_executions", "Executions that are known, by state.", labels=["state"]
         )
-        for state, count in executions.count_by_state().items():
-            states.add_metric([state.value], count)
+        counts = executions.count_by_state()
+        for state in State:
+            states.add_metric([state.value], counts[state])
         yield states
         lost = prometheus_client.core.CounterMetricFamily(
             "genvm_log_lines_dropped", "Lines that the log has not taken."

@@ -305,7 +305,7 @@ def test_who_waits_for_the_result_of_a_run_that_never_started_hears_of_it(how: s
     world = World(permits=0)
     asked = world.ask()
     asked.addErrback(lambda _: None)
-    waiting = outcome(ensureDeferred(world.executions.wait(world.executions.get(1), 100)))
+    waiting = outcome(world.executions.wait(world.executions.get(1), 100))
     if how == "spawn fails":
         world.spawner.problem = "not found"
         world.gate.resize(1)
@@ -663,16 +663,13 @@ def test_stopping_what_does_not_exist_is_an_error() -> None:
 def test_waiting_for_a_result_ends_with_the_run_or_with_the_time() -> None:
     world = World()
     execution, process = world.start()
-    waits = [
-        outcome(ensureDeferred(world.executions.wait(execution, seconds)))
-        for seconds in (0, 5, 10, 120)
-    ]
+    waits = [outcome(world.executions.wait(execution, seconds)) for seconds in (0, 5, 10, 120)]
     assert [len(wait) for wait in waits] == [1, 0, 0, 0]
     world.clock.advance(5)
     assert [len(wait) for wait in waits] == [1, 1, 0, 0]
     process.end()
     assert [len(wait) for wait in waits] == [1, 1, 1, 1]
-    assert len(outcome(ensureDeferred(world.executions.wait(execution, 5)))) == 1
+    assert len(outcome(world.executions.wait(execution, 5))) == 1
     world.executions.dispose()
     assert world.clock.getDelayedCalls() == []
 
@@ -680,12 +677,12 @@ def test_waiting_for_a_result_ends_with_the_run_or_with_the_time() -> None:
 def test_a_thousand_may_wait_for_one_result_and_leave() -> None:
     world = World()
     execution, process = world.start()
-    waits = [ensureDeferred(world.executions.wait(execution, 120)) for _ in range(1000)]
+    waits = [world.executions.wait(execution, 120) for _ in range(1000)]
     results = [outcome(wait) for wait in waits]
     for wait in waits[::2]:
         wait.cancel()
     process.end()
-    assert [type(result[0]) for result in results] == [CancelledError, type(None)] * 500
+    assert [type(result[0]) for result in results] == [CancelledError, bool] * 500
 
 
 # --- disconnects ---
