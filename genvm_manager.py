@@ -5073,7 +5073,7 @@ class LogRecords:
     are not given back to the system.
     """
 
-    _joined: bytearray = field(init=False, factory=bytearray)
+    _kept_lines: bytearray = field(init=False, factory=bytearray)
     _number: int = field(init=False, default=0)
     #: The number of the oldest record that is kept, counted from 0.
     first: int = field(init=False, default=0)
@@ -5084,7 +5084,7 @@ class LogRecords:
     @property
     def size(self) -> int:
         """Bytes of the records that are kept, without their newlines."""
-        return len(self._joined) - self._number
+        return len(self._kept_lines) - self._number
 
     @property
     def start(self) -> int:
@@ -5109,30 +5109,30 @@ class LogRecords:
         return are_records
 
     def _keep(self, lines: bytes, count: int) -> None:
-        self._joined += lines
-        self._joined += b"\n"
+        self._kept_lines += lines
+        self._kept_lines += b"\n"
         self._number += count
         number, size, end = self._number, self.size, 0
         while number > LOG_MAX_RECORDS or size > LOG_MAX_BYTES:
-            start, end = end, self._joined.index(b"\n", end) + 1
+            start, end = end, self._kept_lines.index(b"\n", end) + 1
             number, size = number - 1, size - (end - start - 1)
         if end:
             self.first += self._number - number
             self.dropped += self.size - size
-            del self._joined[:end]
+            del self._kept_lines[:end]
             self._number, self.truncated = number, True
 
     def read(self, at: int) -> bytes:
         """Return the record that starts at a position; nothing if there is none yet."""
         start = at - self.start
-        return bytes(self._joined[start : self._joined.find(b"\n", start)])
+        return bytes(self._kept_lines[start : self._kept_lines.find(b"\n", start)])
 
     def json_pieces(self) -> Iterator[bytes]:
         """Yield the JSON array of the records."""
         yield b"["
-        end = max(0, len(self._joined) - 1)  # without the last newline
+        end = max(0, len(self._kept_lines) - 1)  # without the last newline
         for at in range(0, end, PIECE_BYTES):
-            piece = self._joined[at : min(at + PIECE_BYTES, end)]
+            piece = self._kept_lines[at : min(at + PIECE_BYTES, end)]
             yield bytes(piece.replace(b"\n", b","))
         yield b"]"
 
