@@ -1058,6 +1058,8 @@ TEMPLATE = re.compile(r"\$\{(?:ENV\[([A-Za-z0-9_]*)\]|([A-Za-z0-9_]*))\}")
 class Timestamp(datetime):
     """An instant in UTC, from an RFC 3339 text."""
 
+    form: ClassVar = {"type": "string", "format": "date-time"}
+
     @classmethod
     def parse(cls, value: object) -> datetime:
         """Return the instant; raises ``ValueError``."""
@@ -10593,7 +10595,8 @@ class OpenApi:
         kinds = [*dict.fromkeys((ErrorAnswer, *(k for each in endpoints for k in each.kinds)))]
         shapes, self._components = msgspec.json.schema_components(
             kinds,
-            schema_hook=_form_of,
+            # Classes of our own are strings in JSON.
+            schema_hook=lambda kind: getattr(kind, "form", {"type": "string"}),
             ref_template="#/components/schemas/{name}",
         )
         self._shapes = dict(zip(kinds, shapes, strict=True))
@@ -10684,10 +10687,8 @@ class OpenApi:
         shape = self._shapes[ErrorAnswer]
         narrowed = {"allOf": [shape], "properties": {"code": {"enum": sorted(codes)}}}
         code, what = min(codes.items())
-        return {
-            "schema": narrowed,
-            "example": {**self.example(shape), "error": what, "code": code},
-        }
+        example = {**self.example(shape), "error": what, "code": code}
+        return {"schema": narrowed, "example": example}
 
     def example(self, shape: Mapping[str, Any]) -> Any:
         """Return a value that fits a schema, made from the examples of its parts."""
@@ -10699,17 +10700,13 @@ class OpenApi:
             return self.example(shape["anyOf"][0])
         if "enum" in shape:
             return shape["enum"][0]
-        members = shape.get("properties", {})
-        named = [n for n in members if n in shape["required"] or "examples" in members[n]]
-        values: dict[str, Callable[[], Any]] = {
-            "object": lambda: {name: self.example(members[name]) for name in named},
-            "array": lambda: [self.example(shape["items"])] if shape.get("items") else [],
-            "string": str,
-            "integer": int,
-            "number": int,
-            "boolean": bool,
-        }
-        return values[shape["type"]]()
+        if shape["type"] == "object":
+            members = shape.get("properties", {})
+            named = [n for n in members if n in shape["required"] or "examples" in members[n]]
+            return {name: self.example(members[name]) for name in named}
+        if shape["type"] == "array":
+            return [self.example(shape["items"])] if shape.get("items") else []
+        return {"string": "", "integer": 0, "number": 0, "boolean": False}[shape["type"]]
 
 
 _DOCS_STYLE: Final = """
@@ -10838,13 +10835,6 @@ def _html(text: str) -> str:
     """Return a text as HTML; text in backticks is code."""
     text = text.replace("``", "`").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub("`([^`]*)`", r"<code>\1</code>", text)
-
-
-def _form_of(kind: Any) -> dict[str, Any]:
-    """Return the schema of one of our own classes, all of which are strings in JSON."""
-    if issubclass(kind, datetime):
-        return {"type": "string", "format": "date-time"}
-    return getattr(kind, "form", {"type": "string"})
 
 
 def _tell_unit(member: dict[str, Any]) -> None:
@@ -11425,32 +11415,6 @@ class EventStream(TimeoutMixin):
         self._close()
 
 
-def look_at_executors(root: Path, manifest: Manifest) -> list[InstalledVersion]:
-    """Return the versions of the manifest and whether each is installed; may wait for a disk."""
-    selected = manifest.selections()
-    looked = []
-    for version in manifest.versions:
-        program = executor_program(root, version.key)
-        looked.append(
-            InstalledVersion(
-                version=version.key,
-                major=version.major,
-                available_after=format_timestamp(version.available_after),
-                program=program,
-                found=os.path.exists(program),
-                executable=os.access(program, os.X_OK),
-                selected=[
-                    SelectedPeriod(
-                        begin=format_timestamp(period.begin),
-                        end=None if period.end is None else format_timestamp(period.end),
-                    )
-                    for period in selected.get(version.key, [])
-                ],
-            )
-        )
-    return looked
-
-
 def temporary_problem() -> str | None:
     """Return what is wrong with the temporary folder, if anything; may wait for a disk."""
     folder = tempfile.gettempdir()
@@ -11527,11 +11491,7 @@ class OperatorApi(Api):
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
         self._disks = SharedLook(self._reactor, LOOK_SECONDS, self._disk_reasons)
-        self._installed = SharedLook(
-            self._reactor,
-            FILE_SECONDS,
-            lambda: look_at_executors(self._config.root, self._manifest.manifest),
-        )
+        self._installed = SharedLook(self._reactor, FILE_SECONDS, self._installed_versions)
 
     def note_answer(self, answered: AnsweredRequest) -> None:
         """Count an answered request, and log it at ``debug``."""
@@ -11661,6 +11621,33 @@ class OperatorApi(Api):
                 f"the executors' folder did not answer within {FILE_SECONDS:g} s"
             ) from None
         return VersionList(reroute_to=self._config.reroute_to, versions=found)
+
+    def _installed_versions(self) -> list[InstalledVersion]:
+        """Return the versions of the manifest and whether each is installed; runs in a thread."""
+        manifest = self._manifest.manifest
+        selected = manifest.selections()
+        found = []
+        for version in manifest.versions:
+            program = executor_program(self._config.root, version.key)
+            periods = [
+                SelectedPeriod(
+                    begin=format_timestamp(period.begin),
+                    end=None if period.end is None else format_timestamp(period.end),
+                )
+                for period in selected.get(version.key, [])
+            ]
+            found.append(
+                InstalledVersion(
+                    version=version.key,
+                    major=version.major,
+                    available_after=format_timestamp(version.available_after),
+                    program=program,
+                    found=os.path.exists(program),
+                    executable=os.access(program, os.X_OK),
+                    selected=periods,
+                )
+            )
+        return found
 
     @ApiEndpoint("GET", "/log/level", LogLevelAnswer)
     async def get_log_level(self, request: ApiRequest) -> Answer:
