@@ -1359,10 +1359,7 @@ def parse_foreign_json(data: bytes) -> object:
     """
     if data.count(b",") > MAX_JSON_MEMBERS:
         raise ValueError(f"more than {MAX_JSON_MEMBERS} members")
-    try:
-        return msgspec.json.decode(data)
-    except msgspec.DecodeError:
-        return json.loads(data)
+    return json.loads(data)
 
 
 def structure(data: object, schema: type[Schema], *, path: str = "") -> Schema:
@@ -1378,26 +1375,26 @@ def structure(data: object, schema: type[Schema], *, path: str = "") -> Schema:
 
 def nearest(key: object, known: Iterable[str]) -> str | None:
     """Return the known key that somebody must have meant: one slip away, two in a long one."""
-    text = str(key)
-    slips = 1 if len(text) < 8 else 2
-    near = [name for name in known if abs(len(name) - len(text)) <= slips]
-    found = min(near, key=lambda name: _slips(text, name), default=None)
-    return found if found is not None and _slips(text, found) <= slips else None
+    text, names = str(key), [*known]
+    for slips in range(2 if len(text) < 8 else 3):
+        for name in names:
+            if _is_near(text, name, slips):
+                return name
+    return None
 
 
-def _slips(one: str, other: str) -> int:
-    """Return how many letters must be added, left out, replaced, or swapped with the next."""
-    before: list[int] = []
-    row: list[int] = [*range(len(other) + 1)]
-    for i, letter in enumerate(one, 1):
-        above, row = row, [i]
-        for j, wanted in enumerate(other, 1):
-            best = min(above[j] + 1, row[-1] + 1, above[j - 1] + (letter != wanted))
-            if i > 1 and j > 1 and (letter, one[i - 2]) == (other[j - 2], wanted):
-                best = min(best, before[j - 2] + 1)
-            row.append(best)
-        before = above
-    return row[-1]
+def _is_near(one: str, other: str, slips: int) -> bool:
+    """Tell whether so many letters at most are added, left out, replaced, or swapped."""
+    if abs(len(one) - len(other)) > slips:
+        return False
+    if not (one and other):
+        return True
+    if one[0] == other[0]:
+        return _is_near(one[1:], other[1:], slips)
+    ways = [(one[1:], other), (one, other[1:]), (one[1:], other[1:])]
+    if one[:2] == other[1::-1]:
+        ways.append((one[2:], other[2:]))
+    return slips > 0 and any(_is_near(*way, slips - 1) for way in ways)
 
 
 def unknown_key(meant: str | None) -> str:
@@ -1491,11 +1488,10 @@ def _problem(error: msgspec.ValidationError, data: object, prefix: str, root: st
 
 def _body_problem(error: msgspec.ValidationError, data: bytes, schema: Any) -> str:
     """Return what is wrong with a request body that may be JSON, and where."""
-    whole = None
     try:
         whole = msgspec.json.decode(data)
     except msgspec.ValidationError:  # it has a number that Python does not take
-        pass
+        whole = None
     except msgspec.DecodeError as syntax:
         return _syntax_problem(syntax, data)
     except RecursionError:
@@ -1607,6 +1603,7 @@ def _is_listed(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+@define(eq=False)
 class Variables:
     """The environment in which we were started, and the variables that POST /env set.
 
@@ -1614,19 +1611,16 @@ class Variables:
     root's ``config``; ``for_executors`` and ``for_modules`` are the environments of such children.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        allow: Sequence[str] = ENV_ALLOW,
-        executor_env: Sequence[str] = ("*",),
-        environ: Mapping[bytes, bytes] | None = None,
-    ) -> None:
-        self._folder = folder
-        self._allow = allow
-        self._executor_env = executor_env
-        self._environ = dict(os.environb if environ is None else environ)
-        self._set: dict[str, str] = {}
-        self._past: dict[str, deque[str]] = {}
+    _folder: Path
+    _allow: Sequence[str] = ENV_ALLOW
+    _executor_env: Sequence[str] = ("*",)
+    _environ: Mapping[bytes, bytes] = field(factory=os.environb.copy)
+    _set: dict[str, str] = field(init=False, factory=dict)
+    _past: dict[str, deque[str]] = field(init=False, factory=dict)
+    for_modules: Mapping[bytes, bytes] = field(init=False)
+    for_executors: Mapping[bytes, bytes] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
         self._hand_out()
 
     def __call__(self, name: str) -> str:
@@ -1945,8 +1939,7 @@ class Config:
 
     Each one is a flag (``--queue-limit``), an environment variable (``GENVM_MANAGER_QUEUE_LIMIT``)
     and a key of the YAML file (``queue_limit``). ``notes`` are sentences for the log about what
-    was accepted without effect; ``explicit_manifest`` tells that the manifest must exist;
-    ``reread`` reads it all again, without looking at other files.
+    was accepted without effect; ``reread`` reads it all again, without looking at other files.
     """
 
     host: str = _setting(TEXT, "127.0.0.1", "address to listen on")
@@ -2014,8 +2007,7 @@ class Config:
     )
     auth_token_file: Path | None = _setting(PATH, None, "file with the Bearer token to require")
     allow_unauthenticated: bool = _setting(FLAG, False, "listen beyond loopback without a token")
-    notes: tuple[str, ...] = field(default=())
-    explicit_manifest: bool = field(default=False)
+    notes: tuple[str, ...] = ()
     reread: Callable[[], Config] = field(
         default=Factory(lambda self: lambda: self, takes_self=True), eq=False, repr=False
     )
@@ -2084,27 +2076,25 @@ def load_config(
     notes: list[str] = []
     problems: list[str] = []
     given: dict[str, Any] = {}  # as the kinds of settings have parsed them
-    sources = [("flag --", {key: flags[key] for key in flags if key != "config"}, "-")]
-    from_environ = {
-        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
-        for name, value in environ.items()
-        if name.startswith(ENVIRONMENT_PREFIX)
-    }
-    config_path = flags.get("config") or from_environ.pop("config", None)
-    from_environ.pop("config", None)
-    for name in sorted(set(from_environ) - set(SETTINGS)):
-        notes.append(f"environment variable {ENVIRONMENT_PREFIX}{name.upper()} is unknown: ignored")
-        del from_environ[name]
-    sources.append((f"environment variable {ENVIRONMENT_PREFIX}", from_environ, "_"))
     origins: dict[str, str] = {}
-    for label, texts, joiner in reversed(sources):
-        for name, text in texts.items():
-            origins[name] = label + (name.upper() if joiner == "_" else name.replace("_", joiner))
+    texts = [
+        (name.removeprefix(ENVIRONMENT_PREFIX).lower(), text, f"environment variable {name}")
+        for name, text in environ.items()
+        if name.startswith(ENVIRONMENT_PREFIX)
+    ]
+    texts += [(name, text, f"flag --{name.replace('_', '-')}") for name, text in flags.items()]
+    config_path = ""
+    for name, text, origin in texts:
+        if name == "config":
+            config_path = text or config_path
+        elif name not in SETTINGS:
+            notes.append(f"{origin} is unknown: ignored")
+        else:
+            origins[name] = origin
             try:
-                kind = SETTINGS[name]
-                given[name] = kind.parse(kind.from_text(text))
+                given[name] = SETTINGS[name].parse(SETTINGS[name].from_text(text))
             except ValueError as error:
-                problems.append(f"{origins[name]}: {error}")
+                problems.append(f"{origin}: {error}")
     root = given.get("root") or default_root(environ, file or Path(__file__))
     path = Path(config_path) if config_path else root / "config" / "genvm-manager.yaml"
     if config_path or path.exists():
@@ -2121,10 +2111,9 @@ def load_config(
     if environ.get("GENVMROOT"):
         origins.setdefault("root", "environment variable GENVMROOT")
     given["root"] = root
-    explicit = "manifest_path" in given
     given.setdefault("manifest_path", root / "data" / "manifest.yaml")
     reread = functools.partial(load_config, flags, environ, file=file, alone=True)
-    config = Config(**given, notes=tuple(notes), explicit_manifest=explicit, reread=reread)
+    config = Config(**given, notes=tuple(notes), reread=reread)
     if not alone:
         _check_together(config, origins)
     return config
@@ -2179,7 +2168,7 @@ def _check_together(config: Config, origins: Mapping[str, str]) -> None:
         advice = "name the folder of a GenVM release, or make one to try this with practice-root"
         refuse("root", f"{config.root} is not a folder; {advice}")
     manifest = config.manifest_path
-    if config.explicit_manifest and not is_there("manifest_path", manifest, Path.exists):
+    if "manifest_path" in origins and not is_there("manifest_path", manifest, Path.exists):
         refuse("manifest_path", f"{manifest} does not exist")
     if config.reroute_to is not None:
         folder = config.root / "executor" / config.reroute_to
@@ -2266,18 +2255,24 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
     fields = {line.split(":")[0]: int(line.split()[1]) * KIB for line in lines if ":" in line}
     memory, swap = fields.get("MemAvailable", 0), fields.get("SwapFree", 0)
     for folder in _control_groups(proc, cgroups):
-        limit, used = _cgroup_number(folder, "memory.max"), _cgroup_number(folder, "memory.current")
-        if limit is None:
-            limit = _cgroup_number(folder, "memory.limit_in_bytes")
-            used = _cgroup_number(folder, "memory.usage_in_bytes")
-        if limit is not None:
-            reclaimable = _cgroup_stat(folder, "inactive_file")
-            memory = min(memory, max(0, limit - (used or 0) + reclaimable))
-        swap_limit = _cgroup_number(folder, "memory.swap.max")
-        if swap_limit is not None:
-            swap_used = _cgroup_number(folder, "memory.swap.current") or 0
-            swap = min(swap, max(0, swap_limit - swap_used))
+        # Page cache that the kernel gives up on demand.
+        cache = re.search(r"^inactive_file (\d+)$", _text_of(folder / "memory.stat"), re.MULTILINE)
+        spare = int(cache[1]) if cache else 0
+        memory = min(
+            memory,
+            _left(folder / "memory.max", folder / "memory.current", spare),
+            _left(folder / "memory.limit_in_bytes", folder / "memory.usage_in_bytes", spare),
+        )
+        swap = min(swap, _left(folder / "memory.swap.max", folder / "memory.swap.current"))
     return memory + swap
+
+
+def _left(limit: Path, used: Path, spare: int = 0) -> int:
+    """Return how many bytes a control group leaves us, by the files with its limit and its use."""
+    most, taken = _text_of(limit).strip(), _text_of(used).strip()
+    if not most.isdigit():
+        return sys.maxsize
+    return max(0, int(most) - int(taken or 0) + spare)
 
 
 def _text_of(path: Path) -> str:
@@ -2301,17 +2296,6 @@ def _control_groups(proc: Path, cgroups: Path) -> Iterator[Path]:
             if folder == base:
                 break
             folder = folder.parent
-
-
-def _cgroup_number(folder: Path, name: str) -> int | None:
-    text = _text_of(folder / name).strip()
-    return int(text) if text.isdigit() else None
-
-
-def _cgroup_stat(folder: Path, name: str) -> int:
-    """Return one figure of ``memory.stat``: page cache that the kernel gives up on demand."""
-    lines = _text_of(folder / "memory.stat").splitlines()
-    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
 
 
 # =============================================================================
@@ -2512,17 +2496,6 @@ _DEEPEST_FIELD = 20
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
-def _dropped_note(count: int) -> bytes:
-    """Return the log line that tells how many lines were dropped."""
-    record = {
-        "time": timestamp_of(time.time()),
-        "level": "warn",
-        "message": "log lines dropped: the log is not read as fast as it is written",
-        "dropped": count,
-    }
-    return json.dumps(record).encode() + b"\n"
-
-
 @define(eq=False)
 class LogStream:
     """Lines go to a descriptor that is open already, such as stdout."""
@@ -2550,39 +2523,32 @@ class LogStream:
             view = view[count:]
         self._is_torn = False
 
-    def reopen(self) -> None:
-        """Do nothing: what is written to was opened by others."""
 
-
-class LogFile:
+@define(eq=False)
+class LogFile(LogStream):
     """A log file of a bounded size, with a number of older ones, which may be zero.
 
     It is opened again when somebody else moved or removed it, and may be truncated at any time.
     ``log_file.1`` is the youngest of the older ones.
     """
 
-    def __init__(self, path: Path, max_bytes: int, backups: int) -> None:
-        self._path = path
-        self._max_bytes = max_bytes
-        self._backups = backups
-        self._stream: LogStream | None = None
-        self._fd = -1
+    _fd: int = field(init=False, default=-1)
+    _path: Path
+    _max_bytes: int
+    _backups: int
+
+    def __attrs_post_init__(self) -> None:
         self._open()
 
     def write(self, data: bytes) -> None:
         """Write whole lines; raises ``OSError`` where that is not possible now."""
-        if self._stream is None or not self._is_in_place():
+        if not self._is_in_place():
             self._open()
         if self._max_bytes and 0 < os.fstat(self._fd).st_size > self._max_bytes - len(data):
             # A file that cannot be rotated grows: its lines are worth more than its bound.
             with contextlib.suppress(OSError):
                 self._rotate()
-        assert self._stream is not None
-        self._stream.write(data)
-
-    def reopen(self) -> None:
-        """Open the file anew, at the next line."""
-        self._stream = None
+        super().write(data)
 
     def _is_in_place(self) -> bool:
         try:
@@ -2595,7 +2561,7 @@ class LogFile:
         fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
         if self._fd >= 0:
             os.close(self._fd)
-        self._fd, self._stream = fd, LogStream(fd)
+        self._fd, self._is_torn = fd, False
 
     def _rotate(self) -> None:
         names = [f"{self._path}.{n}" if n else str(self._path) for n in range(self._backups + 1)]
@@ -2607,6 +2573,7 @@ class LogFile:
         self._open()
 
 
+@define(eq=False)
 class LogWriter:
     """Writes lines from a thread of its own, so that a reader who stops never stops the reactor.
 
@@ -2615,25 +2582,20 @@ class LogWriter:
     (a daemon forks between the two, and threads do not survive a fork).
     """
 
-    def __init__(
-        self,
-        write: Callable[[bytes], object],
-        flush_seconds: float = LOG_FLUSH_SECONDS,
-    ) -> None:
-        self._write = write
-        self._flush_seconds = flush_seconds
-        # Nobody who puts a line waits for the thread: a lock that both take would make each line
-        # cost two changes of threads.
-        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._put_bytes = 0
-        self._taken_bytes = 0
-        self._refused = 0
-        self._failed = 0
-        self._noted = 0
-        self._putting = threading.Lock()
-        self._ending = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._stuck = False
+    _write: Callable[[bytes], object]
+    _flush_seconds: float = LOG_FLUSH_SECONDS
+    # Nobody who puts a line waits for the thread: a lock that both take would make each line
+    # cost two changes of threads.
+    _lines: queue.SimpleQueue[bytes | None] = field(init=False, factory=queue.SimpleQueue)
+    _put_bytes: int = field(init=False, default=0)
+    _taken_bytes: int = field(init=False, default=0)
+    _refused: int = field(init=False, default=0)
+    _failed: int = field(init=False, default=0)
+    _noted: int = field(init=False, default=0)
+    _putting: threading.Lock = field(init=False, factory=threading.Lock)
+    _ending: threading.Event = field(init=False, factory=threading.Event)
+    _thread: threading.Thread | None = field(init=False, default=None)
+    _stuck: bool = field(init=False, default=False)
 
     @property
     def dropped(self) -> int:
@@ -2649,7 +2611,7 @@ class LogWriter:
         """Write a line; drop it where too many wait, or where nobody read until the end."""
         if self._thread is None:
             if not self._stuck:
-                self._write_safely(line)
+                self._write_all([line])
             return
         with self._putting:
             waiting = self._put_bytes - self._taken_bytes
@@ -2677,9 +2639,8 @@ class LogWriter:
                 if line is None:
                     break
                 batch.append(line)
-            data = b"".join(batch)
-            self._write_safely(data)
-            self._taken_bytes += len(data)
+            self._write_all(batch)
+            self._taken_bytes += sum(map(len, batch))
             # After the lines that it came too late for.
             self._tell_dropped(self._refused if self._lines.empty() else missed)
             if line is None:
@@ -2690,19 +2651,26 @@ class LogWriter:
     def _tell_dropped(self, missed: int) -> None:
         dropped = missed + self._failed - self._noted
         if dropped:
-            before = self._failed
-            self._write_safely(_dropped_note(dropped))
-            if self._failed == before:
+            record = {
+                "time": timestamp_of(time.time()),
+                "level": "warn",
+                "message": "log lines dropped: the log is not read as fast as it is written",
+                "dropped": dropped,
+            }
+            if self._is_written(json.dumps(record).encode() + b"\n"):
                 self._noted += dropped
-            else:
-                self._failed = before  # a note that cannot be written is not a lost line
 
-    def _write_safely(self, data: bytes) -> None:
+    def _write_all(self, lines: list[bytes]) -> None:
+        if not self._is_written(b"".join(lines)):
+            self._failed += len(lines)
+
+    def _is_written(self, data: bytes) -> bool:
         # A log that nobody can read any more (closed pipe, full disk) is no reason to stop serving.
         try:
             self._write(data)
         except (OSError, ValueError):
-            self._failed += data.count(b"\n")
+            return False
+        return True
 
 
 @implementer(ILogObserver)
@@ -2718,10 +2686,8 @@ class LogObserver:
         self.has_stdout = config.log_file is None and write is None
         on_terminal = self.has_stdout and os.isatty(fd)
         self._as_text = config.log_format == "text" or (config.log_format == "auto" and on_terminal)
-        self._target: LogStream | LogFile = LogStream(fd)
-        if config.log_file is not None:
-            self._target = self._open_file(config.log_file)
-        self.writer = LogWriter(write or self._target.write)
+        stream = LogStream(fd) if config.log_file is None else self._open_file(config.log_file)
+        self.writer = LogWriter(write or stream.write)
 
     def _open_file(self, path: Path) -> LogFile:
         bounds = (self._config.log_file_max_bytes, self._config.log_file_backups)
@@ -2732,12 +2698,7 @@ class LogObserver:
 
     def use_file(self, path: Path) -> None:
         """Write to a rotated file from now on."""
-        self._target = self._open_file(path)
-        self.writer = LogWriter(self._target.write)
-
-    def reopen(self) -> None:
-        """Open the log file anew: somebody moved it away."""
-        self._target.reopen()
+        self.writer = LogWriter(self._open_file(path).write)
 
     def set_level(self, level: str) -> None:
         """Let only events of this level or above pass, from now on."""
@@ -2770,7 +2731,7 @@ class LogObserver:
 
     def _plain(self, value: object, depth: int = 0) -> object:
         """Return a value as JSON can hold it, without secrets."""
-        if value is None or isinstance(value, (bool, int)):
+        if value is None or isinstance(value, int):
             return value
         if isinstance(value, float) and math.isfinite(value):
             return value
@@ -2812,14 +2773,14 @@ def say(text: str) -> None:
         raise SystemExit(UNREAD_STATUS) from None
 
 
+@define(eq=False)
 class Seldom:
     """Lets what may happen very often be logged once in a while, with how often it happened."""
 
-    def __init__(self, clock: Any, seconds: float) -> None:
-        self._clock = clock
-        self._seconds = seconds
-        self._counts: Counter[str] = Counter()
-        self._quiet_until: dict[str, float] = {}
+    _clock: Any
+    _interval: float
+    _counts: Counter[str] = field(init=False, factory=Counter)
+    _quiet_until: dict[str, float] = field(init=False, factory=dict)
 
     def count(self, what: str) -> int:
         """Return how often it happened since it was logged last, or 0 if it is not time yet.
@@ -2830,7 +2791,7 @@ class Seldom:
         now = self._clock.seconds()
         if now < self._quiet_until.get(what, now):
             return 0
-        self._quiet_until[what] = now + self._seconds
+        self._quiet_until[what] = now + self._interval
         return self._counts.pop(what)
 
 
@@ -17115,7 +17076,6 @@ class ManagerService(Service):
     async def _reload(self) -> None:
         """Read anew what may change while it runs; what is wrong stays as it was."""
         self._systemd.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        self.observer.reopen()
         steps: list[tuple[str, Callable[[], Any], Callable[[Any], object]]] = [
             ("settings", self.config.reread, self._use_settings),
             ("token", self._read_token, self._use_token),
@@ -17157,8 +17117,7 @@ class ManagerService(Service):
             self.observer.redactor.keep(("token", token), (token,))
 
     def _asked_to_reopen(self) -> None:
-        self.observer.reopen()
-        self.log.info("log file reopened")
+        self.log.info("log file reopened")  # as before each line, where it was moved or removed
 
     def _asked_for_state(self) -> None:
         self.log.info(

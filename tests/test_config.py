@@ -306,7 +306,10 @@ def test_a_configuration_of_the_manager_that_we_replace_loads(tmp_path: Path) ->
     for key in LEGACY_SETTINGS:
         about = [note for note in config.notes if f"{path}: {key} " in note]
         assert len(about) == 1, "each is said once"
-    assert load_config({"root": str(tmp_path)}, {}).explicit_manifest
+    manifest.unlink()
+    assert (
+        refused({"root": str(tmp_path)}, {}) == f"{path}: manifest_path: {manifest} does not exist"
+    )
 
 
 # --- templates ---
@@ -387,7 +390,6 @@ def test_with_no_file_the_manager_has_defaults_and_says_so(tmp_path: Path) -> No
     config = load_config({"root": str(tmp_path)}, {})
     assert (config.host, config.port, DEFAULT_PORT) == ("127.0.0.1", None, 3999)
     assert config.manifest_path == tmp_path / "data" / "manifest.yaml"
-    assert not config.explicit_manifest
     assert (config.queue_limit, config.max_body_bytes) == (1024, 64 * MIB)
     assert (config.execution_retention, config.retention_max_bytes) == (300.0, 256 * MIB)
     assert (config.capture_max_bytes, config.shutdown_grace) == (4 * MIB, 0.7)
