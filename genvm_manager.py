@@ -16,24 +16,24 @@
 """GenVM Manager: runs GenVM executors for blockchain nodes, behind an HTTP API.
 
 A node (the *host*) posts an execution; the manager picks the executor version, waits for permits,
-starts the executor as a process, captures what it says, enforces its deadline, and hands the
-result back. ``python genvm_manager.py serve`` runs it, ``twistd -ny twistd.tac`` runs it as a
+starts the executor as a process, captures its output, enforces its deadline, and returns the
+result. ``python genvm_manager.py serve`` runs it, ``twistd -ny twistd.tac`` runs it as a
 Twisted application, ``python genvm_manager.py demo`` shows it at work; ``README.md`` has the API
 by example.
 
-The file has five parts, and each section uses only what stands above it:
+The file has five parts; each section uses only what is defined above it:
 
 1. Foundations:
    1.1  Errors and constants: what can go wrong, with stable codes.
-   1.2  Waiting: events, operations that nobody cancels, work in threads.
-   1.3  The reactor: its clock, and whose an event is.
-   1.4  Text and schemas: from text and plain data to typed values.
-   1.5  Variables: what POST /env sets, and who gets it.
-   1.6  Settings: which there are, their forms and defaults.
+   1.2  Waiting: events, operations that outlive their caller, work in threads.
+   1.3  The reactor: its clock, its resolver, and events for the right descriptor.
+   1.4  Text and schemas: typed values from text and plain data.
+   1.5  Variables: what POST /env sets, and which processes get it.
+   1.6  Settings: their names, types and defaults.
    1.7  Configuration: settings from flags, environment and file.
-   1.8  Secrets: what is masked.
-   1.9  Logging: JSON lines, levels, a writer that nobody waits for.
-   1.10 Calldata and code: the values that contracts exchange, the version that a text states.
+   1.8  Secrets: what is masked in text that leaves the manager.
+   1.9  Logging: JSON lines, levels, a writer that never blocks the reactor.
+   1.10 Calldata and code: the values that contracts exchange, the version of a script.
 2. Manager:
    2.1  Versions and manifest: which executor a deployment time selects.
    2.2  Contracts: how a contract's code lies in storage, and which version it states.
@@ -90,21 +90,21 @@ The file has five parts, and each section uses only what stands above it:
    5.6  Commands: what the command line does.
 """
 
-# ruff: noqa: E402 - what stands between the imports saves the rest of them
+# ruff: noqa: E402 - the code between the imports may make the rest of them unnecessary
 from __future__ import annotations
 
 import os
 import site
 import sys
 
-#: Tells the same process after the exec below who had started it.
+#: Tells this process, after the exec below, which process started it.
 _STARTED_BY = "GENVM_STARTED_BY"
 _own, _, _starter = os.environ.pop(_STARTED_BY, "").partition(":")
-#: The process that started us, noted at once: it may be gone before anyone looks again.
+#: The process that started us, recorded at once: it may be gone later.
 PARENT = int(_starter) if _own == str(os.getpid()) else os.getppid()
 
 
-#: Modules of the packages above, of the extra of Twisted's too.
+#: Modules of the packages listed above, including those of Twisted's extra.
 _NEEDED = (
     *("OpenSSL", "attrs", "klein", "msgspec", "prometheus_client", "publicsuffixlist"),
     *("service_identity", "treq", "twisted", "wsproto", "yaml"),
@@ -112,9 +112,9 @@ _NEEDED = (
 
 
 def what_is_missing() -> str | None:
-    """Return why this Python cannot run the file, if so, and what can.
+    """Return why this Python cannot run the file, and how to run it instead; ``None`` if it can.
 
-    An older Python gets here: it must be able to compile the whole file.
+    An older Python gets here too, so it must be able to compile the whole file.
     """
     from importlib.util import find_spec
     from shlex import join
@@ -129,23 +129,23 @@ def what_is_missing() -> str | None:
         return None
     words = sys.argv[1:] if __name__ == "__main__" else []
     command = join(["uv", "run", os.path.abspath(__file__), *words])
-    return f"genvm-manager needs {lacks}; this brings what it needs: {command}"
+    return f"genvm-manager needs {lacks}; this command provides what it needs: {command}"
 
 
 def own_command(*words: str) -> list[str]:
-    """Return a command line that runs this file, imported where that can be.
+    """Return a command line that runs this file, as an imported module where possible.
 
-    Python keeps the syntax tree of a script for as long as it runs and compiles it at each start,
-    while what is imported comes from the bytecode cache: that saves 24 MiB and 0.2 s a process.
-    Twisted, which can do without TLS, is imported without it: see ``load_http``.
+    Python compiles a script at each start and keeps its syntax tree in memory, whereas a module
+    comes from the bytecode cache: that saves 24 MiB and 0.2 s per process. Twisted is imported
+    without TLS at first: see ``load_http``.
     """
     folder, name = os.path.split(os.path.abspath(__file__))
     module = name.removesuffix(".py")
-    # The packages of the account come with code of theirs: they are left out unless we use them.
+    # The account's own packages may run code at startup: leave them out unless we need them.
     flags = ["-P"] if site.USER_SITE in sys.path else ["-s", "-P"]
     if not (name.endswith(".py") and module.isidentifier()):
         return [sys.executable, *flags, os.path.join(folder, name), *words]
-    # Until that is imported, Ctrl-C ends it without a word.
+    # Until the import is done, Ctrl-C ends the process silently.
     code = "import signal as s, sys; s.getsignal(2) == s.SIG_IGN or s.signal(2, s.SIG_DFL); "
     code += "sys.path.insert(0, sys.argv.pop(1)); sys.modules['OpenSSL'] = None; "
     code += f"from {module} import main; sys.exit(main())"
@@ -153,12 +153,12 @@ def own_command(*words: str) -> list[str]:
 
 
 def open_standard_streams() -> None:
-    """Make stdin, stdout and stderr exist: what is opened later must not take their numbers."""
+    """Open stdin, stdout and stderr if closed: files opened later must not get their numbers."""
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(fd)
         except OSError:
-            # It takes the lowest number that is free.
+            # This gets the lowest free number.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115  # as Python's own
@@ -167,7 +167,7 @@ def open_standard_streams() -> None:
 if __name__ == "__main__":
     open_standard_streams()
 _is_script = os.path.basename("".join(sys.argv[:1])) == "genvm-manager"
-#: Whether TLS is left out for now: 12 MiB and 0.1 s, which only who asks a server needs.
+#: Whether TLS is left out for now: 12 MiB and 0.1 s, needed only to talk to servers.
 IS_LEAN = sys.modules.get("OpenSSL", sys) is None or (_is_script and "twisted" not in sys.modules)
 if IS_LEAN:
     sys.modules.pop("OpenSSL", None)
@@ -175,7 +175,7 @@ if (_missing := what_is_missing()) is not None:
     if __name__ == "__main__":
         sys.exit(_missing)
     raise ImportError(_missing)
-# Not with options for Python, such as those of a profiler, which would be lost.
+# Not if Python itself was given options, such as a profiler's, which would be lost.
 if __name__ == "__main__" and sys.executable and sys.orig_argv[1:] == sys.argv:
     command = own_command(*sys.argv[1:])
     if "-c" in command:
@@ -353,7 +353,7 @@ if IS_LEAN:
 
 
 class _WhenUsed:
-    """A module that is imported whenever something of it is looked up."""
+    """A module that is imported when one of its attributes is first used."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -370,18 +370,18 @@ if typing.TYPE_CHECKING:
     import wsproto.utilities
     from wsproto.frame_protocol import Opcode, RsvBits
 else:
-    wsproto = _WhenUsed("wsproto")  # 0.8 MiB and 17 ms, for modules alone
+    wsproto = _WhenUsed("wsproto")  # 0.8 MiB and 17 ms, needed by modules only
     if "klein" not in globals():
-        # The process of a module, which has no HTTP API: 4 MiB and 0.05 s.
+        # A module's process, which has no HTTP API, saves 4 MiB and 0.05 s.
         klein, prometheus_client, werkzeug = map(
             _WhenUsed, ("klein", "prometheus_client", "werkzeug")
         )
 
 
-def _of_no_module(decorate: Any) -> Any:
+def _without_module(decorate: Any) -> Any:
     """Return a decorator of attrs that does not find the module of a class.
 
-    It would give the methods of each class a copy of all names there: 1,500 here, 2 MiB in all.
+    It would give the methods of each class a copy of the module's 1,500 globals: 2 MiB in all.
     """
 
     def decorator(cls: Any = None, **options: Any) -> Any:
@@ -396,7 +396,7 @@ def _of_no_module(decorate: Any) -> Any:
 
 
 if not typing.TYPE_CHECKING:
-    define, frozen = _of_no_module(define), _of_no_module(frozen)
+    define, frozen = _without_module(define), _without_module(frozen)
 
 __version__ = "0.2.0"
 __all__ = ["Config", "ManagerService", "load_config", "main", "makeApplication", "makeService"]
@@ -406,7 +406,7 @@ __all__ = ["Config", "ManagerService", "load_config", "main", "makeApplication",
 # 1. Foundations
 ###############################################################################
 #
-# What everything else stands on. Knows neither executors nor HTTP.
+# What everything else builds on. Knows neither executors nor HTTP.
 
 
 # =============================================================================
@@ -414,12 +414,12 @@ __all__ = ["Config", "ManagerService", "load_config", "main", "makeApplication",
 # =============================================================================
 #
 # Owns every error that a client or an operator can meet, each with a stable
-# code, and what their messages call a value. Uses nothing but the standard library:
-# the practice executor carries this section under a bare Python. Never knows an HTTP
-# status: the table that maps codes to statuses is in section 2.21.
+# code, and the words with which messages describe a value. Uses nothing but the
+# standard library: the practice executor carries this section under a bare Python.
+# Never knows an HTTP status: section 2.21 maps codes to statuses.
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-#: What users call the types of plain values.
+#: How messages describe the types of plain values.
 _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (bool, "true or false"),
     ((int, float), "a number"),
@@ -432,7 +432,7 @@ _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
 
 
 def kind_of(value: object) -> str:
-    """Return what a value of JSON, YAML or calldata is, for a message that must not show it."""
+    """Describe a JSON, YAML or calldata value by its type, for a message that must not show it."""
     for types, name in _KINDS:
         if isinstance(value, types):
             return name
@@ -443,9 +443,9 @@ class ManagerError(Exception):
     """An error with a stable code and a message that says what is wrong and what to do.
 
     ``code`` is snake_case and never changes once released; ``retryable`` tells a client whether
-    the same request can succeed later without a change; ``genvm_id`` names the execution that is
-    concerned, if any. Clients of GenVM's own manager know some errors by how their text begins:
-    by ``prefix``; where it is the whole text, ``advice`` says what to do.
+    the same request can succeed later; ``genvm_id`` names the execution concerned, if any. Clients
+    of GenVM's own manager recognize some errors by the ``prefix`` of their text; where they compare
+    the whole text, ``advice`` says what to do.
     """
 
     code: ClassVar[str] = "internal_error"
@@ -464,7 +464,7 @@ class ManagerError(Exception):
 
 
 class InvalidRequest(ManagerError, code="invalid_request"):
-    """A request does not have the form that its endpoint documents."""
+    """A request does not match what its endpoint documents."""
 
 
 class EndpointNotFound(ManagerError, code="endpoint_not_found"):
@@ -512,7 +512,7 @@ class SpawnFailed(ManagerError, code="spawn_failed"):
 
 
 class ResourcesExhausted(SpawnFailed, code="resources_exhausted", retryable=True):
-    """There is no process, thread, descriptor or memory to be had; that passes."""
+    """No process, thread, descriptor or memory is available at the moment."""
 
 
 class ExecutionNotFound(ManagerError, code="execution_not_found"):
@@ -524,19 +524,19 @@ class ExecutionCancelled(ManagerError, code="execution_cancelled"):
 
 
 class ShutdownTimeout(ManagerError, code="shutdown_timeout"):
-    """An execution did not end in time on request and was killed."""
+    """An execution did not stop in time when asked to, and was killed."""
 
 
 class QueueFull(ManagerError, code="queue_full", retryable=True):
-    """As many executions wait for permits as the queue may hold."""
+    """The queue of executions that wait for permits is full."""
 
 
 class NoPermit(ManagerError, code="no_permit", retryable=True):
-    """The execution had no permits within the time that the request allows, and left the queue."""
+    """The execution got no permits within the time that the request allows, and left the queue."""
 
 
 class Draining(ManagerError, code="draining", retryable=True):
-    """The manager refuses new executions because it drains or shuts down."""
+    """The manager refuses new executions because it is draining or shutting down."""
 
 
 class NotReady(ManagerError, code="not_ready", retryable=True):
@@ -548,23 +548,23 @@ class NotReady(ManagerError, code="not_ready", retryable=True):
 
 
 class EnvironmentRefused(ManagerError, code="environment_refused"):
-    """The environment variable cannot be set, or may not be."""
+    """The environment variable cannot or must not be set."""
 
 
 class UnsupportedMajor(ManagerError, code="unsupported_major"):
-    """The contract is of a major version for which this is not known."""
+    """This operation is not supported for the contract's major version."""
 
 
 class DetectionFailed(ManagerError, code="detection_failed"):
-    """The executor that was asked for a contract's version gave no answer."""
+    """The executor that was asked for a contract's version did not give one."""
 
 
 class ContractFailed(ManagerError, code="contract_failed"):
-    """A read-only run ended without a value: an error of the contract or of the executor."""
+    """A read-only run ended without a value: the contract or the executor failed."""
 
 
 class TemporaryFolderFailed(ManagerError, code="temporary_folder_failed"):
-    """The temporary folder cannot hold what a request needs."""
+    """The temporary folder cannot be used for what a request needs."""
 
     def __init__(self, reason: object) -> None:
         super().__init__(
@@ -574,7 +574,7 @@ class TemporaryFolderFailed(ManagerError, code="temporary_folder_failed"):
 
 
 class ModuleAlreadyRunning(ManagerError, code="module_already_running"):
-    """The module runs, or is about to; ``advice`` says more."""
+    """The module is running or starting; ``advice`` says more."""
 
     def __init__(self, advice: str) -> None:
         super().__init__(self.code)
@@ -582,7 +582,7 @@ class ModuleAlreadyRunning(ManagerError, code="module_already_running"):
 
 
 class ModuleFailed(ManagerError, code="module_failed", prefix="module_failed_to_start: "):
-    """A module did not start: its configuration, its address or its process is at fault."""
+    """A module did not start, because of its configuration, its address or its process."""
 
 
 class CalldataError(ManagerError, code="calldata_invalid"):
@@ -597,9 +597,9 @@ class HostProtocolError(ManagerError, code="host_protocol_error"):
 # 1.2 Waiting
 # =============================================================================
 #
-# Owns what everything else waits with: the one-shot event with any number of
-# waiters, operations that outlive who asked for them, and work in threads, be it
-# long or likely to hang. Uses errors. Never knows what is waited for.
+# Owns how everything else waits: one-shot events with any number of waiters,
+# operations that outlive their caller, time limits, and work in threads that takes
+# long or may hang. Uses errors. Never knows what is waited for.
 
 Value = TypeVar("Value")
 #: Seconds for a name server to answer, and for a file to be read.
@@ -609,7 +609,7 @@ FILE_SECONDS = 10.0
 
 @define(eq=False)
 class Event(Generic[Value]):
-    """Something that happens once; everybody who waits gets a Deferred of their own.
+    """Something that happens once; each waiter gets a Deferred of its own.
 
     Cancelling a waiter only unsubscribes it, so a client that disconnects never disturbs another.
     """
@@ -619,12 +619,12 @@ class Event(Generic[Value]):
 
     @property
     def happened(self) -> bool:
-        """Whether the event lies in the past."""
+        """Whether the event has happened."""
         return self._outcome is not None
 
     @property
     def waiters(self) -> int:
-        """How many wait now."""
+        """How many are waiting."""
         return len(self._waiters)
 
     def wait(self) -> Deferred[Value]:
@@ -639,7 +639,7 @@ class Event(Generic[Value]):
         return waiter
 
     def fire(self, value: Value) -> None:
-        """Let the event happen; only the first call counts."""
+        """Make the event happen; only the first call counts."""
         if self._outcome is None:
             self._outcome = (value,)
             waiters, self._waiters = self._waiters, []
@@ -647,22 +647,22 @@ class Event(Generic[Value]):
                 waiter.callback(value)
 
     def fail(self, error: Exception) -> None:
-        """Let the event fail; only the first call counts."""
+        """Make the event fail; only the first call counts."""
         if self._outcome is None:
             self._outcome = error
             waiters, self._waiters = self._waiters, []
             for waiter in waiters:
                 waiter.errback(error)
-                # Who waits raises the error: the frames in it would keep them and this event.
+                # Waiters raise the error: its frames would keep them and this event alive.
                 error.__traceback__ = None
 
     def follow(self, operation: Deferred[Value]) -> None:
-        """Let the event happen, or fail, as an operation does."""
+        """Make the event happen or fail as an operation does."""
         operation.addCallbacks(self.fire, lambda failure: self.fail(failure.value))
 
 
 def detached(operation: Deferred[Value]) -> Deferred[Value]:
-    """Return a Deferred for the result of an operation that goes on if the caller is cancelled."""
+    """Return a Deferred for an operation's result; cancelling it does not cancel the operation."""
     done: Event[Value] = Event()
     waiter = done.wait()
     done.follow(operation)
@@ -678,15 +678,15 @@ def _attempt(work: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return work(*arguments)
     except BaseException:
-        return Failure()  # not in a variable: it has this frame, which would keep it
+        return Failure()  # not in a variable, which would make a cycle with this frame
 
 
 @define(eq=False)
 class SpareThreads:
-    """Threads for work that may hang: a lookup of a name, a read of a file on a dead disk.
+    """Threads for work that may hang: looking up a name, reading a file on a dead disk.
 
-    Such work cannot be called off, so it has a thread of its own, which nobody waits for, not even
-    at the end of the process. At most ``most`` of them exist at once.
+    Such work cannot be cancelled, so each piece has a thread of its own that nothing waits for, not
+    even the end of the process. At most ``most`` of them exist at once.
     """
 
     _most: int
@@ -697,10 +697,10 @@ class SpareThreads:
     ) -> Deferred[Value]:
         """Return a Deferred for what ``work`` returns.
 
-        It fails with Twisted's ``TimeoutError`` after some seconds, if there is a limit, and with
-        ``ResourcesExhausted`` where there is no thread.
+        It fails with Twisted's ``TimeoutError`` after ``seconds``, if there is a limit, and with
+        ``ResourcesExhausted`` if no thread is available.
         """
-        done: Deferred[Value] = Deferred()  # without a canceller: it ignores what comes too late
+        done: Deferred[Value] = Deferred()  # without a canceller it ignores a late result
 
         def over(outcome: Any) -> None:
             self._busy -= 1
@@ -711,7 +711,7 @@ class SpareThreads:
 
         try:
             if self._busy >= self._most:
-                raise RuntimeError(f"{self._busy} threads hang already")
+                raise RuntimeError(f"{self._busy} threads are stuck already")
             threading.Thread(target=run, name="spare", daemon=True).start()
         except RuntimeError as error:
             return fail(_no_thread(error))
@@ -723,10 +723,10 @@ FILE_THREADS = SpareThreads(8)
 
 
 def in_time(path: object, work: Callable[[], Value]) -> Value:
-    """Return what ``work`` finds at a path, where a pipe or a dead disk may hold it for ever.
+    """Return what ``work`` finds at a path, where a pipe or a dead disk may block it for ever.
 
     Raises what ``work`` raises, and ``OSError`` after ``FILE_SECONDS``. This is for the main thread
-    before its reactor runs; in another one the work is just done, and who started that limits it.
+    before its reactor runs; any other thread just does the work, and its starter limits the time.
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
@@ -740,7 +740,7 @@ def in_time(path: object, work: Callable[[], Value]) -> Value:
         raise OSError(errno.EAGAIN, str(error), str(path)) from None
     thread.join(FILE_SECONDS)
     if not outcomes:
-        reason = "it is a pipe that nobody writes to or reads, or its disk does not answer"
+        reason = "it is a pipe with nobody at the other end, or its disk does not respond"
         text = f"no answer within {FILE_SECONDS:g} s: {reason}"
         raise OSError(errno.ETIMEDOUT, text, str(path))
     (outcome,) = outcomes
@@ -751,7 +751,7 @@ def in_time(path: object, work: Callable[[], Value]) -> Value:
 
 @define(eq=False)
 class SharedLook(Generic[Value]):
-    """A look at something that may hang, in one thread for all who ask while it goes on."""
+    """Work that may hang, done in one thread for all who ask while it is under way."""
 
     _reactor: Any
     _limit: float
@@ -760,7 +760,7 @@ class SharedLook(Generic[Value]):
     _looking: Event[Value] | None = field(init=False, default=None)
 
     def result(self) -> Deferred[Value]:
-        """Return a Deferred for what is found; see ``SpareThreads.run``."""
+        """Return a Deferred for the result; see ``SpareThreads.run``."""
         looking = self._looking
         if looking is None:
             self._looking = looking = Event()
@@ -772,12 +772,12 @@ class SharedLook(Generic[Value]):
 
 @define(eq=False)
 class Late(SharedLook[Value]):
-    """What is made in a thread when somebody first needs it."""
+    """A value that is made in a thread when it is first needed."""
 
     made: Value | None = field(init=False, default=None)
 
     async def get(self) -> Value:
-        """Return it; see ``SpareThreads.run`` for what is raised."""
+        """Return the value; see ``SpareThreads.run`` for what is raised."""
         if self.made is None:
             self.made = await self.result()
         return self.made
@@ -786,13 +786,13 @@ class Late(SharedLook[Value]):
 def in_thread(reactor: Any, work: Callable[..., Value], *arguments: Any) -> Deferred[Value]:
     """Return a Deferred for what ``work`` returns, which takes long but cannot hang.
 
-    It fails with ``ResourcesExhausted`` where there is no thread.
+    It fails with ``ResourcesExhausted`` if no thread is available.
     """
 
     def attempt() -> Any:
         outcome = _attempt(work, *arguments)
         if isinstance(outcome, Failure) and outcome.check(ManagerError):
-            outcome.cleanFailure()  # the frames in it lead to those of the pool, which keep it
+            outcome.cleanFailure()  # its frames lead to the pool's, which keep it alive
         return outcome
 
     try:
@@ -804,7 +804,7 @@ def in_thread(reactor: Any, work: Callable[..., Value], *arguments: Any) -> Defe
 async def maybe_in_thread(
     reactor: Any, is_long: bool, work: Callable[..., Value], *arguments: Any
 ) -> Value:
-    """Return what ``work`` returns; it is done in a thread if it takes long, see ``in_thread``."""
+    """Return what ``work`` returns, which is done in a thread if it is long; see ``in_thread``."""
     return await in_thread(reactor, work, *arguments) if is_long else work(*arguments)
 
 
@@ -825,13 +825,13 @@ async def one_at_a_time(
 
 
 def unheard(*_: object, **__: object) -> None:
-    """Hear what happens, and do nothing about it."""
+    """Do nothing, as a callback."""
 
 
 def within(
     reactor: Any, seconds: float, work: Coroutine[Any, Any, Value], late: Exception
 ) -> Deferred[Value]:
-    """Return a Deferred for what ``work`` returns; after some seconds it fails with ``late``."""
+    """Return a Deferred for what ``work`` returns; it fails with ``late`` after some seconds."""
 
     def too_late(_result: object, _seconds: float) -> Failure:
         return Failure(late)
@@ -843,19 +843,19 @@ def within(
 # 1.3 The reactor
 # =============================================================================
 #
-# Owns what Twisted's reactor has to do otherwise in a process of ours: its clock,
-# names, descriptors; and how the process gives memory back. Uses waiting. Never knows
-# what runs in it.
+# Owns what Twisted's reactor does differently in our processes (its clock, name
+# lookups, descriptors), and how a process returns memory to the system. Uses
+# waiting. Never knows what runs in the reactor.
 
-#: Seconds between looks for a free descriptor, and as many are accepted at once at most.
+#: Seconds between checks for a free descriptor, and how many connections are accepted at once.
 ACCEPT_RETRY_SECONDS = 0.1
 ACCEPTS = 16
 
 
 def give_back_memory() -> None:
-    """Return free memory to the system, where the libc is glibc; it takes 0.1 ms per MiB.
+    """Return free memory to the system if the libc is glibc; it takes 0.1 ms per MiB.
 
-    By itself glibc returns only what lies at the end of the heap.
+    By itself glibc returns only what is at the end of the heap.
     """
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -875,10 +875,10 @@ def free_descriptors(most: int) -> int:
 def accept_with_room(
     reactor: Any, port: Any, room_of: Callable[[int], int] = free_descriptors
 ) -> None:
-    """Let the clients of a listening port wait in its backlog while there is no room for them.
+    """Leave the clients of a listening port in its backlog while there is no room for them.
 
-    Twisted would close their connections without an answer where no descriptor is free.
-    ``room_of`` returns how many may be accepted, up to some number.
+    Twisted would close their connections without an answer when no descriptor is free.
+    ``room_of`` returns how many may be accepted, up to a given number.
     """
     accept = port.doRead
 
@@ -916,7 +916,7 @@ class _Resolution:
 class SpareResolver:
     """Looks up names for the reactor in threads that nothing else waits for.
 
-    IP literals and ``localhost`` need none.
+    IP literals and ``localhost`` need no thread.
     """
 
     _reactor: Any
@@ -955,12 +955,12 @@ class SpareResolver:
 
 @define(eq=False)
 class _Registrations:
-    """Adds descriptors to a reactor right before it asks for events, never within a batch of them.
+    """Adds descriptors to a reactor just before it polls for events, never within a batch of them.
 
-    The reactor takes a batch of events, each with the number of a descriptor, and looks up whom the
-    number belongs to when it is that event's turn. What handles an earlier one may have closed that
-    descriptor and opened another with the same number, say a pipe of a new process, which would
-    then be taken for what hung up.
+    The reactor fetches a batch of events, each with the number of a descriptor, and looks up the
+    object behind that number only when it handles the event. The handler of an earlier event may
+    have closed that descriptor and opened another with the same number, say a pipe of a new
+    process, which would then be taken for the one that hung up.
     """
 
     log: ClassVar = Logger()
@@ -970,7 +970,7 @@ class _Registrations:
     late: dict[Any, None] = field(factory=dict)
 
     def add_later(self, descriptor: Any) -> None:
-        """Do what ``addReader`` or ``addWriter`` does, as soon as that is safe."""
+        """Do what ``addReader`` or ``addWriter`` does, once that is safe."""
         self.late[descriptor] = None
 
     def drop(self, descriptor: Any) -> None:
@@ -979,32 +979,32 @@ class _Registrations:
         self.remove(descriptor)
 
     def write(self) -> None:
-        """Let clients' connections write what they have; mostly they need not be watched then."""
+        """Let clients' connections write; most of them then need not be watched at all."""
         for descriptor in [*self.late]:
             is_client = isinstance(descriptor, TcpServer) and not descriptor.disconnecting
-            if is_client and descriptor in self.late:  # what wrote before may have closed it
+            if is_client and descriptor in self.late:  # an earlier write may have closed it
                 try:
-                    descriptor.doWrite()  # an error comes again once it is watched
+                    descriptor.doWrite()  # an error shows again once it is watched
                 except Exception:
                     self.log.failure("a connection cannot be written to")
                     descriptor.connectionLost(Failure())
 
     def register(self) -> None:
-        """Register what was added since the last batch of events."""
+        """Register the descriptors added since the last batch of events."""
         while self.late:
             descriptor, _ = self.late.popitem()
             try:
                 self.add(descriptor)
-            except Exception:  # the kernel has no room for another one
+            except Exception:  # the kernel has no room for it
                 self.log.failure("a descriptor cannot be watched")
                 descriptor.connectionLost(Failure())
 
 
 def own_reactor() -> Any:
-    """Return the reactor of this process, fit for it; call this before there is any timer.
+    """Return the reactor of this process, adapted to it; call this before there is any timer.
 
-    Its time is monotonic, while Twisted takes the wall clock, by which a deadline comes early or
-    never when somebody sets it. No descriptor gets the events of another one.
+    Its clock is monotonic; Twisted uses the wall clock, with which a deadline comes early or never
+    when somebody sets it. No descriptor gets another one's events.
     """
     from twisted.internet import reactor as installed
 
@@ -1024,7 +1024,7 @@ def own_reactor() -> Any:
             writers.write()
             readers.register()
             writers.register()
-            # What that has called may be due earlier.
+            # The calls above may have scheduled something earlier.
             delay = reactor.timeout() if delay is None or delay > 0 else delay
         dispatch(delay)
 
@@ -2260,14 +2260,14 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
         spare = int(cache[1]) if cache else 0
         memory = min(
             memory,
-            _left(folder / "memory.max", folder / "memory.current", spare),
-            _left(folder / "memory.limit_in_bytes", folder / "memory.usage_in_bytes", spare),
+            _cgroup_left(folder / "memory.max", folder / "memory.current", spare),
+            _cgroup_left(folder / "memory.limit_in_bytes", folder / "memory.usage_in_bytes", spare),
         )
-        swap = min(swap, _left(folder / "memory.swap.max", folder / "memory.swap.current"))
+        swap = min(swap, _cgroup_left(folder / "memory.swap.max", folder / "memory.swap.current"))
     return memory + swap
 
 
-def _left(limit: Path, used: Path, spare: int = 0) -> int:
+def _cgroup_left(limit: Path, used: Path, spare: int = 0) -> int:
     """Return how many bytes a control group leaves us, by the files with its limit and its use."""
     most, taken = _text_of(limit).strip(), _text_of(used).strip()
     if not most.isdigit():
