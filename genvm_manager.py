@@ -750,7 +750,7 @@ def in_time(path: object, work: Callable[[], Value]) -> Value:
 
 
 @define(eq=False)
-class SharedLook(Generic[Value]):
+class SharedWork(Generic[Value]):
     """Work that may hang, done in one thread for all who ask while it is under way."""
 
     _reactor: Any
@@ -771,7 +771,7 @@ class SharedLook(Generic[Value]):
 
 
 @define(eq=False)
-class Late(SharedLook[Value]):
+class Lazy(SharedWork[Value]):
     """A value that is made in a thread when it is first needed."""
 
     made: Value | None = field(init=False, default=None)
@@ -824,7 +824,7 @@ async def one_at_a_time(
     return await detached(in_thread(reactor, work, *arguments).addBoth(release))
 
 
-def unheard(*_: object, **__: object) -> None:
+def do_nothing(*_: object, **__: object) -> None:
     """Do nothing, as a callback."""
 
 
@@ -1037,13 +1037,13 @@ def own_reactor() -> Any:
 # =============================================================================
 #
 # Owns how text and plain data become typed values: timestamps, durations,
-# ${...} templates, JSON bodies, schemas. Uses errors. Never touches the reactor.
+# ${...} templates, YAML, JSON bodies, schemas. Uses errors. Never touches the reactor.
 
 TIMESTAMP = re.compile(
     r"(\d{4})-(\d{2})-(\d{2})[Tt ](\d{2}):(\d{2}):(\d{2})(?:\.(\d+))?([Zz]|[+-]\d{2}:\d{2})",
     re.ASCII,
 )
-#: What GenVM's own manager reads too: fewer digits, blanks, UTC.
+#: What GenVM's own manager accepts as well: fewer digits, blanks, "UTC".
 LOOSE_TIMESTAMP = re.compile(
     r"(\d{4})-(\d{1,2})-(\d{1,2})[Tt ](\d{1,2}):(\d{1,2}):(\d{1,2})(?:\.(\d+))?"
     r" ?([Zz]|UTC|[+-]\d{2}:\d{2})",
@@ -1071,9 +1071,9 @@ class Timestamp(datetime):
 def parse_timestamp(text: str, form: re.Pattern[str] = TIMESTAMP) -> datetime:
     """Return the instant that an RFC 3339 timestamp names, in UTC.
 
-    With ``LOOSE_TIMESTAMP`` it may be written as GenVM's own manager takes it in JSON and in the
-    manifest: ``2025-6-1T0:0:0Z``, ``2025-06-01 00:00:00 UTC``. Digits beyond microseconds are
-    dropped, a leap second counts as the last moment of its minute.
+    ``LOOSE_TIMESTAMP`` also allows what GenVM's own manager accepts in JSON and in the manifest:
+    ``2025-6-1T0:0:0Z``, ``2025-06-01 00:00:00 UTC``. Digits beyond microseconds are dropped; a leap
+    second counts as the last microsecond of its minute.
     Raises ``ValueError`` with a message for the user.
     """
     match = form.fullmatch(text)
@@ -1109,13 +1109,13 @@ def timestamp_of(seconds: float) -> str:
     return f"{_second_of(whole)}.{milliseconds:03}Z"
 
 
-@functools.lru_cache(maxsize=4)  # most are of this second
+@functools.lru_cache(maxsize=4)  # most timestamps are of the current second
 def _second_of(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat()[:-6]
 
 
 def parse_duration(value: object) -> float:
-    """Return seconds from a number of seconds or from text such as ``500ms``, ``10s``, ``5m``.
+    """Return the seconds in a number, or in a string such as ``500ms``, ``10s`` or ``5m``.
 
     Raises ``ValueError`` with a message for the user.
     """
@@ -1132,13 +1132,13 @@ def parse_duration(value: object) -> float:
 
 
 class Concealed(str):
-    """A string that messages do not show, not even in part; they show ``instead``."""
+    """A string of which messages show nothing; they show ``instead``."""
 
     instead = ""
 
     @classmethod
     def of(cls, text: str, instead: str) -> str:
-        """Return a string with what is shown for it, if that is something else."""
+        """Return a string for which messages show another one."""
         if text == instead:
             return text
         concealed = cls(text)
@@ -1147,7 +1147,7 @@ class Concealed(str):
 
 
 def with_texts(value: object, change: Callable[[str], object]) -> object:
-    """Return plain data with what a function makes of each text in it; keys stay."""
+    """Return plain data with each string in it changed by a function; keys stay as they are."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -1158,7 +1158,7 @@ def with_texts(value: object, change: Callable[[str], object]) -> object:
 
 
 def conceal(value: object, scrub: Callable[[str], str]) -> object:
-    """Return plain data of which messages show only what is left of a text without secrets."""
+    """Return plain data of which messages show the strings without their secrets."""
     return with_texts(value, lambda text: Concealed.of(text, scrub(text)))
 
 
@@ -1170,7 +1170,7 @@ def shown(value: object, limit: int = 60) -> str:
         value = value[: limit + 1]
     text = ""
     try:
-        # Piece by piece: a large value is not rendered beyond what is shown.
+        # Piece by piece: only the part of a large value that is shown gets rendered.
         for piece in json.JSONEncoder(ensure_ascii=False, default=str).iterencode(value):
             text += piece[: limit + 1]
             if len(text) > limit:
@@ -1183,8 +1183,8 @@ def shown(value: object, limit: int = 60) -> str:
 def expand_template(text: str, variables: Mapping[str, str], variable: Callable[[str], str]) -> str:
     """Replace ``${NAME}`` and ``${ENV[NAME]}`` in one pass; inserted text is not expanded again.
 
-    ``variable`` returns what a variable of the environment stands for. Raises ``ConfigError`` for
-    any other name that is unknown, and what ``variable`` raises.
+    ``variable`` returns the value of an environment variable. Raises ``ConfigError`` for any other
+    unknown name, and whatever ``variable`` raises.
     """
 
     def value_of(match: re.Match[str]) -> str:
@@ -1193,7 +1193,7 @@ def expand_template(text: str, variables: Mapping[str, str], variable: Callable[
             return variable(in_environment)
         if name not in variables:
             known = ", ".join(sorted(variables))
-            raise ConfigError(f"unknown variable ${{{name}}}; known are {known} and ${{ENV[NAME]}}")
+            raise ConfigError(f"unknown variable ${{{name}}}; use one of {known} or ${{ENV[NAME]}}")
         return variables[name]
 
     found = TEMPLATE.sub(value_of, text)
@@ -1203,12 +1203,12 @@ def expand_template(text: str, variables: Mapping[str, str], variable: Callable[
 def expand_templates(
     value: object, variables: Mapping[str, str], variable: Callable[[str], str]
 ) -> object:
-    """Return plain data with every text expanded; see ``expand_template``."""
+    """Return plain data with every string expanded; see ``expand_template``."""
     return with_texts(value, lambda text: expand_template(text, variables, variable))
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping: one of the two would be lost without a word."""
+    """Refuses a key that appears twice in a mapping: one of the two would be silently lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -1221,15 +1221,15 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-#: The start of a problem in which nothing is quoted but tokens such as ``<block end>``, and single
+#: The start of a problem's text that quotes only tokens such as ``<block end>`` and single
 #: characters.
 _UNQUOTED = re.compile(r"""(?:[^'"]|(['"])(?:<[a-z ]+>|\\?.)\1)*""", re.DOTALL)
 
 
 def yaml_problem(error: Exception) -> tuple[str, int | None]:
-    """Return what is wrong with a text that is not YAML, and the line if that is known.
+    """Return what is wrong with a text that is not YAML, and the line if known.
 
-    Never a piece of the text: it may be a key.
+    It never quotes the text, which may contain a key.
     """
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
         stated = cast(re.Match[str], _UNQUOTED.match(error.problem))
@@ -1244,12 +1244,12 @@ def yaml_problem(error: Exception) -> tuple[str, int | None]:
 
 
 def read_yaml(path: Path) -> object:
-    """Return the data in a YAML file; raises ``ConfigError`` with what is wrong, ``OSError``."""
+    """Return the data in a YAML file; raises ``OSError``, and ``ConfigError`` for bad YAML."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError:
         raise
-    except Exception as error:  # PyYAML raises many kinds for a tag that does not fit its value
+    except Exception as error:  # PyYAML raises many types for a tag that does not fit its value
         problem, line = yaml_problem(error)
         place = f"line {line}: " if line else ""
         raise ConfigError(f"not YAML: {place}{problem}") from None
@@ -1259,17 +1259,17 @@ def read_yaml(path: Path) -> object:
 
 MAX_EXECUTION_MINUTES = 24 * 60
 
-#: Schema types; a class in a schema that has ``parse`` reads its values with it.
+#: Schema types. A schema may also use a class whose ``parse`` reads its values.
 NonNegativeInt = Annotated[int, Meta(ge=0)]
 PositiveInt = Annotated[int, Meta(gt=0)]
 Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
 ExecutionMinutes = Annotated[float, Meta(gt=0)]
-#: An object whose members are checked later.
+#: An object whose members are validated later.
 AnyObject = dict[str, Any]
 
 
 class SecretText(str):
-    """A string from a request that no error message may show."""
+    """A string in a request that no error message may show."""
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -1280,7 +1280,7 @@ class SecretText(str):
 
 
 class Name(str):
-    """A string that is not empty and that the operating system can take."""
+    """A string that is not empty and that the operating system accepts."""
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -1302,14 +1302,14 @@ class Duration(float):
 
 
 def _parse_special(kind: type[Any], value: object) -> object:
-    """Read what is not a type of JSON; see ``dec_hook`` of msgspec."""
+    """Parse a type that JSON does not have; see msgspec's ``dec_hook``."""
     if issubclass(kind, Path):
         return Path(os.path.abspath(Name.parse(value)))
     return kind.parse(value)
 
 
 GZIP_MARK = b"\x1f\x8b"
-#: More members than any useful request has; each costs memory many times its text.
+#: More members than any useful request has; each takes many times the memory of its text.
 MAX_JSON_MEMBERS = 500_000
 Schema = TypeVar("Schema")
 
@@ -1324,23 +1324,23 @@ def json_of(answer: object) -> bytes:
     try:
         # The hook is for our own classes of strings, such as the names of levels.
         return msgspec.json.encode(answer, enc_hook=str.__str__)
-    except UnicodeEncodeError:  # half a surrogate pair, such as a model may say, is an escape
+    except UnicodeEncodeError:  # half a surrogate pair, as a model may write it, is escaped
         return json.dumps(answer).encode()
 
 
 def parse_json(data: bytes, schema: type[Schema]) -> Schema:
     """Return the JSON object in a request body as an instance of a schema.
 
-    Unknown keys are ignored. Raises ``InvalidRequest`` that names the place and the reason.
+    Unknown keys are ignored. Raises ``InvalidRequest`` with the place and the reason.
     """
     if not data.strip():
         raise InvalidRequest("body: expected a JSON object, got nothing")
     if data.startswith(GZIP_MARK):
-        raise UnsupportedEncoding("body: it is compressed with gzip; send it without compression")
+        raise UnsupportedEncoding("body: compressed with gzip; send it without compression")
     if data.count(b",") > MAX_JSON_MEMBERS:
         raise InvalidRequest(f"body: more than {MAX_JSON_MEMBERS} members")
     try:
-        data.decode()  # msgspec does not look at the characters of what it passes over
+        data.decode()  # msgspec does not validate the text that it skips
         return cast(Schema, _decoder(cast(Hashable, schema)).decode(data))
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"body: not UTF-8 at byte {error.start}") from None
@@ -1353,9 +1353,9 @@ def parse_json(data: bytes, schema: type[Schema]) -> Schema:
 
 
 def parse_foreign_json(data: bytes) -> object:
-    """Return the value of a JSON text that may have half a surrogate pair; raises ``ValueError``.
+    """Return the value of JSON that may contain half a surrogate pair; raises ``ValueError``.
 
-    Programs cut the text of models anywhere; what is left is still worth reading.
+    Programs cut a model's text anywhere; what is left is still worth reading.
     """
     if data.count(b",") > MAX_JSON_MEMBERS:
         raise ValueError(f"more than {MAX_JSON_MEMBERS} members")
@@ -1365,7 +1365,7 @@ def parse_foreign_json(data: bytes) -> object:
 def structure(data: object, schema: type[Schema], *, path: str = "") -> Schema:
     """Return plain data as an instance of a schema; unknown keys are ignored.
 
-    Raises ``InvalidRequest`` that names the path and the reason.
+    Raises ``InvalidRequest`` with the path and the reason.
     """
     try:
         return msgspec.convert(data, schema, dec_hook=_parse_special)
@@ -1374,38 +1374,38 @@ def structure(data: object, schema: type[Schema], *, path: str = "") -> Schema:
 
 
 def nearest(key: object, known: Iterable[str]) -> str | None:
-    """Return the known key that somebody must have meant: one slip away, two in a long one."""
+    """Return the known key that was probably meant: one typo away, or two in a long one."""
     text, names = str(key), [*known]
-    for slips in range(2 if len(text) < 8 else 3):
+    for typos in range(2 if len(text) < 8 else 3):
         for name in names:
-            if _is_near(text, name, slips):
+            if _is_near(text, name, typos):
                 return name
     return None
 
 
-def _is_near(one: str, other: str, slips: int) -> bool:
-    """Tell whether so many letters at most are added, left out, replaced, or swapped."""
-    if abs(len(one) - len(other)) > slips:
+def _is_near(one: str, other: str, typos: int) -> bool:
+    """Tell whether at most ``typos`` letters are added, left out, replaced, or swapped."""
+    if abs(len(one) - len(other)) > typos:
         return False
     if not (one and other):
         return True
     if one[0] == other[0]:
-        return _is_near(one[1:], other[1:], slips)
+        return _is_near(one[1:], other[1:], typos)
     ways = [(one[1:], other), (one, other[1:]), (one[1:], other[1:])]
     if one[:2] == other[1::-1]:
         ways.append((one[2:], other[2:]))
-    return slips > 0 and any(_is_near(*way, slips - 1) for way in ways)
+    return typos > 0 and any(_is_near(*way, typos - 1) for way in ways)
 
 
 def unknown_key(meant: str | None) -> str:
-    """Return what is wrong with a key that nothing knows."""
+    """Return what to say about an unknown key."""
     return "unknown key: ignored" if meant is None else f"unknown key; did you mean {meant}?"
 
 
 def unknown_keys(data: object, schema: Any, *more: str, path: str = "") -> list[str]:
-    """Return notes on the keys in plain data that neither a schema nor ``more`` has.
+    """Return notes on the keys in plain data that are neither in a schema nor in ``more``.
 
-    Raises ``ConfigError`` for one that is nearly one of those.
+    Raises ``ConfigError`` for a key that is nearly one of those.
     """
     known = [*(item.name for item in attrs.fields(schema)), *more]
     notes = []
@@ -1419,7 +1419,7 @@ def unknown_keys(data: object, schema: Any, *more: str, path: str = "") -> list[
 
 
 def setting(value: object, kind: Any) -> Any:
-    """Return one plain value as a schema type; raises ``ValueError`` that says what is wrong."""
+    """Return one plain value as a schema type; raises ``ValueError`` with what is wrong."""
     try:
         return structure(value, kind)
     except InvalidRequest as error:
@@ -1444,7 +1444,7 @@ _BOUNDS = {">=": "of at least", "<=": "of at most", ">": "above", "<": "below"}
 def _problems(
     error: msgspec.ValidationError, data: object, schema: Any, prefix: str, root: str = ""
 ) -> str:
-    """Return all that is wrong in plain data, of which msgspec tells only the first."""
+    """Return everything that is wrong in plain data; msgspec reports only the first problem."""
     found = []
     if attrs.has(schema) and isinstance(data, dict):
         types = typing.get_type_hints(schema, include_extras=True)
@@ -1476,7 +1476,7 @@ def _problem(error: msgspec.ValidationError, data: object, prefix: str, root: st
             expected += f" {_BOUNDS[sign]} {bound.removesuffix('.0')}"
         for name, index in _STEP.findall(place):
             data = cast(Any, data)[name or int(index)]
-        # A container, or what stands in the place of one, may hold secrets.
+        # A container, or a value in the place of one, may hold secrets.
         hidden = {"array", "object"}.intersection(kinds) or isinstance(data, (list, dict))
         reason = f"expected {expected}, got {kind_of(data) if hidden else shown(data)}"
     elif reason in ("Number out of range", "Integer value out of range"):
@@ -1487,10 +1487,10 @@ def _problem(error: msgspec.ValidationError, data: object, prefix: str, root: st
 
 
 def _body_problem(error: msgspec.ValidationError, data: bytes, schema: Any) -> str:
-    """Return what is wrong with a request body that may be JSON, and where."""
+    """Return what is wrong with a request body, which may not even be JSON, and where."""
     try:
         whole = msgspec.json.decode(data)
-    except msgspec.ValidationError:  # it has a number that Python does not take
+    except msgspec.ValidationError:  # it has a number that Python rejects
         whole = None
     except msgspec.DecodeError as syntax:
         return _syntax_problem(syntax, data)
@@ -1500,7 +1500,7 @@ def _body_problem(error: msgspec.ValidationError, data: bytes, schema: Any) -> s
 
 
 def _syntax_problem(error: msgspec.DecodeError, data: bytes) -> str:
-    """Return where a text is not JSON, and why."""
+    """Return where and why a text is not JSON."""
     match = re.fullmatch(r"JSON is malformed: (.*) \(byte (\d+)\)", str(error))
     if match is None:
         return "body: not JSON: it ends too early, or has an incomplete surrogate pair"
@@ -1513,39 +1513,39 @@ def _syntax_problem(error: msgspec.DecodeError, data: bytes) -> str:
 # 1.5 Variables
 # =============================================================================
 #
-# Owns the variables that POST /env sets: which may be set, who gets them, and
-# what ${ENV[NAME]} stands for in files and in requests. Uses text and waiting.
-# Never changes our own environment: libraries in this process read that.
+# Owns the variables that POST /env sets: which may be set, which processes get
+# them, and what ${ENV[NAME]} stands for in files and in requests. Uses text and
+# waiting. Never changes our own environment, which libraries in this process read.
 
-#: Of one argument or variable: the kernel's MAX_ARG_STRLEN (32 pages), less the NUL at the end.
+#: Largest argument or variable: the kernel's MAX_ARG_STRLEN (32 pages) without the final NUL.
 ARGUMENT_MAX_BYTES = 131_071
-#: What the environment may have in all: at the usual stack limit, Linux has 2 MiB for it and the
-#: arguments together.
+#: Largest environment: at the usual stack limit, Linux allows 2 MiB for it and the arguments
+#: together.
 ENVIRONMENT_MAX_BYTES = 1 << 20
-#: Variables that executors and modules get when POST /env sets them, unless it is configured.
+#: Variables set by POST /env that executors and modules get, unless configured otherwise.
 ENV_ALLOW = ("*KEY", "*TOKEN", "*SECRET", "*URL", "GENVM_*", "DEBUG*")
-#: Variables that decide what code a child loads, and those by which we know our children: POST /env
-#: refuses them.
+#: Variables that decide what code a child loads, and those by which we recognize our children:
+#: POST /env refuses them.
 _REFUSED = re.compile(
     r"LD_.*|DYLD_.*|PATH|PYTHON.*|BASH_ENV|ENV|SHELLOPTS|BASHOPTS|BASH_FUNC_.*|IFS|GCONV_PATH"
     r"|LOCPATH|NLSPATH|PERL5?(LIB|OPT)|PERL5DB|RUBY(LIB|OPT)|NODE_(OPTIONS|PATH)|GLIBC_TUNABLES"
     r"|LUA_.*|MALLOC_.*|HOSTALIASES|RESOLV_HOST_CONF|TMPDIR"
     r"|GENVM_(MANAGED_BY|STARTED_BY|MANAGER_.*)"
 )
-#: Variables that lead to code by a detour, or that say which certificates are trusted, where names
-#: are looked up, or where files lie: they may be set for templates, and are never passed on.
+#: Variables that lead to code indirectly, or that determine which certificates are trusted, where
+#: names are looked up, or where files are: they may be set for templates, but are never passed on.
 _WITHHELD = re.compile(
     r"OPENSSL_.*|SSL_?.*|.*_CA_BUNDLE|NODE_EXTRA_CA_CERTS|NODE_TLS_.*|GIO_.*|GTK_.*|GST_.*|QT_.*"
     r"|_?JAVA_.*|JDK_.*|CLASSPATH|HOME|XDG_.*|TE?MP(DIR)?|LOCALDOMAIN|RES_OPTIONS|TZDIR|GENVMROOT"
     r"|DEBUGINFOD_.*"
 )
-#: A variable whose name is like this holds a secret.
+#: A variable with a name like this holds a secret.
 SECRET_NAMES = re.compile(r"key|token|secret|password|authorization|headers", re.IGNORECASE)
-#: A larger file in the folder of configurations is not looked at for templates.
+#: Larger files in the configuration folder are not searched for templates.
 _FILE_MAX_BYTES = 1 << 20
-#: Each change and each start looks at all that were set.
+#: Each change and each start goes through all that are set.
 _VARIABLES_MAX = 1000
-#: Values of a variable that stay secret after it was set anew.
+#: How many earlier values of a variable stay secret.
 _PAST_VALUES = 8
 
 
@@ -1565,12 +1565,12 @@ class AllowedVariable(str):
 
 
 def names_in(text: str) -> Iterator[str]:
-    """Yield the names that ``${ENV[NAME]}`` has in a text."""
+    """Yield the names of the variables that a text uses in ``${ENV[NAME]}``."""
     return (match[1] for match in TEMPLATE.finditer(text) if match[1] is not None)
 
 
 def _names_in_files(folder: Path) -> set[str]:
-    """Return the names that ``${ENV[NAME]}`` has in the files below a folder."""
+    """Return the names of the variables that the files below a folder use."""
     names: set[str] = set()
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):
@@ -1581,14 +1581,14 @@ def _names_in_files(folder: Path) -> set[str]:
 
 @define
 class RequestVariables:
-    """What ``${ENV[NAME]}`` stands for in one request; ``inserted`` are the values it was given."""
+    """What ``${ENV[NAME]}`` stands for in one request; ``inserted`` collects the values used."""
 
     _variables: Variables
     _allowed: AbstractSet[str]
     inserted: set[str] = field(factory=set)
 
     def __call__(self, name: str) -> str:
-        """Return a variable's value; raises ``ConfigError`` for one that requests may not use."""
+        """Return a variable's value; raises ``ConfigError`` if requests may not use it."""
         if name not in self._allowed:
             raise ConfigError(
                 f"the environment variable {name} may not be used in a request; set it by "
@@ -1605,10 +1605,10 @@ def _is_listed(name: str, patterns: Iterable[str]) -> bool:
 
 @define(eq=False)
 class Variables:
-    """The environment in which we were started, and the variables that POST /env set.
+    """The environment in which we were started, and the variables that POST /env has set.
 
-    A call returns what ``${ENV[NAME]}`` stands for in a file of the operator's. ``folder`` is the
-    root's ``config``; ``for_executors`` and ``for_modules`` are the environments of such children.
+    A call returns what ``${ENV[NAME]}`` stands for in one of the operator's files. ``folder`` is
+    the root's ``config``; ``for_executors`` and ``for_modules`` are the environments of children.
     """
 
     _folder: Path
@@ -1624,7 +1624,7 @@ class Variables:
         self._hand_out()
 
     def __call__(self, name: str) -> str:
-        """Return a variable's value, which is empty if it is not set."""
+        """Return a variable's value, or an empty string if it is not set."""
         if name in self._set:
             return self._set[name]
         return os.fsdecode(self._environ.get(os.fsencode(name), b""))
@@ -1635,7 +1635,7 @@ class Variables:
         Raises ``EnvironmentRefused``.
         """
         if not key or {"=", "\0"} & set(key):
-            # It is not shown: who writes KEY=value here has a secret in it.
+            # Not shown: a key written as KEY=value contains a secret.
             raise EnvironmentRefused("key: must not be empty, nor contain = or NUL")
         if "\0" in value:
             raise EnvironmentRefused("value: must not contain NUL")
@@ -1663,7 +1663,7 @@ class Variables:
         return not _WITHHELD.fullmatch(key) and _is_listed(key, self._allow)
 
     def _hand_out(self) -> None:
-        """Make the environments of children, once for all that start until the next change."""
+        """Build the environments for all children that start until the next change."""
         passed = {k: v for k, v in self._set.items() if self._is_passed_on(k)}
         encoded = {os.fsencode(k): os.fsencode(v) for k, v in passed.items()}
         self.for_modules = {**self._environ, **encoded}
@@ -1679,7 +1679,7 @@ class Variables:
         size = len(os.fsencode(key)) + len(os.fsencode(value)) + 1
         total = sum(len(k) + len(v) + 2 for k, v in {**self._environ, **given}.items())
         if len(given) > _VARIABLES_MAX:
-            raise EnvironmentRefused(f"key: {_VARIABLES_MAX} variables are set, which is the most")
+            raise EnvironmentRefused(f"key: {_VARIABLES_MAX} variables are set already, the most")
         if size > ARGUMENT_MAX_BYTES or total > ENVIRONMENT_MAX_BYTES:
             raise EnvironmentRefused(
                 f"value: {size} bytes with its key, {total} in the whole environment; shorten it: "
@@ -1691,17 +1691,17 @@ class Variables:
         return self._past[key]
 
     def names(self) -> dict[str, bool]:
-        """Return the names that were set, and whether executors and modules get them."""
+        """Return the names of the variables set, and whether executors and modules get them."""
         return {name: self._is_passed_on(name) for name in sorted(self._set)}
 
     async def for_request(
         self, reactor: Any, names: Collection[str] | None = None
     ) -> RequestVariables:
-        """Return what a request may use: what it could set itself, what files use, ``env_allow``.
+        """Return the variables a request may use: those set by POST /env, used in files, allowed.
 
-        ``names`` are those that it has, if that is known. Raises ``ConfigError``.
+        ``names`` are those that it uses, if known. Raises ``ConfigError``.
         """
-        # A pattern opens nothing: it is about what children get.
+        # A pattern in env_allow allows nothing here: it is about what children get.
         allowed = {*self._set, *self._allow}
         if names is None or not allowed.issuperset(names):
             try:
@@ -1717,13 +1717,13 @@ class Variables:
 # 1.6 Settings
 # =============================================================================
 #
-# Owns which settings there are: the form of each, its default, its help. Uses
-# text and schemas. Never knows where a value comes from.
+# Owns the settings: the type of each, its default, its help. Uses text and
+# schemas. Never knows where a value comes from.
 
 LOG_LEVELS = {"trace": 5, "debug": 10, "info": 20, "warn": 30, "error": 40, "critical": 50}
 ENVIRONMENT_PREFIX = "GENVM_MANAGER_"
 MODULE_KINDS = ("llm", "web")
-#: What the configuration of any module may have.
+#: Keys that the configuration of any module may have.
 MODULE_KEYS = ("bind_address", "host", "port", "lua_script_path")
 LEGACY_SETTINGS = ("threads", "blocking_threads", "log_disable")
 
@@ -1768,7 +1768,7 @@ _HOST = re.compile(r"(?:\[([\da-fA-F:.]+)\]|([^\s\[\]:/?#@\\]+))(?::\d{0,5})?", 
 def host_name(host: str) -> str:
     """Return the name or IP literal in a ``Host`` header, without port and brackets.
 
-    It is empty for what is not a host.
+    The result is empty if it is not a host.
     """
     match = _HOST.fullmatch(host)
     return (match[1] or match[2]).lower() if match else ""
@@ -1791,22 +1791,22 @@ class AllowedHost(str):
         return cls(name)
 
 
-#: Options of executors that the manager itself gives.
+#: Executor options that the manager itself sets.
 _OWN_OPTIONS = ("--log-fd", "--host", "--host-data", "--message", "--cookie")
 
 
 def reserved_argument(text: str) -> str | None:
-    """Return why a text may not be a further argument for an executor, if so."""
+    """Return why a text may not be an extra argument for an executor, or ``None`` if it may."""
     option = text.partition("=")[0]
     if option in _OWN_OPTIONS:
-        return f"{option} is given by the manager itself; leave it out"
+        return f"{option} is set by the manager itself; leave it out"
     return (
         "-- would end the options, and the manager's follow; leave it out" if text == "--" else None
     )
 
 
 class ExtraArgument(str):
-    """A further argument for executors, beside those that the manager gives."""
+    """An argument for executors, in addition to those that the manager sets."""
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -1818,9 +1818,9 @@ class ExtraArgument(str):
 
 
 class ModuleCommands(dict[str, tuple[str, ...]]):
-    """The commands of external modules by their kind: a program and its arguments each.
+    """The commands of external modules by kind: each a program and its arguments.
 
-    No words stand for the built-in module; a kind that is not there is ``auto``.
+    An empty command means the built-in module; a kind that is missing is ``auto``.
     """
 
     @classmethod
@@ -1870,21 +1870,21 @@ class Endpoint(str):
 
     @property
     def interface(self) -> str | None:
-        """The address of this machine that a port is to be at, empty for all; else ``None``."""
+        """The local address to bind a port to, empty for all; ``None`` if there is no port."""
         (kind, *_), options = endpoint_parts(str(self))
         return options.get("interface", "") if kind in ("tcp", "ssl") else None
 
 
 @frozen
 class SettingKind:
-    """How a setting is read: the type of its plain value, and how a flag's text becomes that."""
+    """How a setting is read: the type of its value, and how to make plain data of a flag's text."""
 
     type: Any
     metavar: str
     from_text: Callable[[str], object] = str
 
     def parse(self, value: object) -> object:
-        """Return a plain value as the setting holds it; raises ``ValueError``."""
+        """Return the setting's value from plain data; raises ``ValueError``."""
         if get_origin(self.type) is Literal and value not in get_args(self.type):
             *others, last = get_args(self.type)
             raise ValueError(f"expected {', '.join(others)} or {last}, got {shown(value)}")
@@ -1892,7 +1892,7 @@ class SettingKind:
 
 
 def _plain_integer(text: str) -> object:
-    # Not YAML's integers: there 010 is 8 and 1:30 is 90.
+    # Not as YAML does it: there 010 is 8 and 1:30 is 90.
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else text
 
 
@@ -1935,11 +1935,11 @@ def _setting(kind: SettingKind, default: Any, help_text: str) -> Any:
 
 @frozen(kw_only=True)
 class Config:
-    """Every setting of the manager, as in force.
+    """Every setting of the manager, with the value in force.
 
     Each one is a flag (``--queue-limit``), an environment variable (``GENVM_MANAGER_QUEUE_LIMIT``)
-    and a key of the YAML file (``queue_limit``). ``notes`` are sentences for the log about what
-    was accepted without effect; ``reread`` reads it all again, without looking at other files.
+    and a key of the YAML file (``queue_limit``). ``notes`` tell the log what was accepted without
+    effect; ``reread`` reads all settings again, without looking at the files they name.
     """
 
     host: str = _setting(TEXT, "127.0.0.1", "address to listen on")
@@ -2014,7 +2014,7 @@ class Config:
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
-        """All places to listen at; unix sockets are the last."""
+        """All endpoints to listen on, unix sockets last."""
         found = list(self.listen)
         if self.port is not None or not (self.socket or self.listen):
             port = DEFAULT_PORT if self.port is None else self.port
@@ -2025,13 +2025,13 @@ class Config:
 
 
 def _quoted(argument: str) -> str:
-    """Return a text as an endpoint string has it."""
+    """Return a text escaped for an endpoint string."""
     return re.sub(r"([\\:=])", r"\\\1", argument)
 
 
 DEFAULT_PORT = 3999
 TOKEN_MIN_CHARACTERS = 16
-#: What nobody but the owner, and its group for reading, may do with the file of the token.
+#: Only the owner may write the token's file; only the owner and the group may read it.
 TOKEN_MODE_REFUSED = stat.S_IWGRP | stat.S_IRWXO
 SETTINGS: dict[str, SettingKind] = {
     item.name: item.metadata["kind"] for item in attrs.fields(Config) if "kind" in item.metadata
@@ -2042,18 +2042,18 @@ SETTINGS: dict[str, SettingKind] = {
 # 1.7 Configuration
 # =============================================================================
 #
-# Owns where the values of settings come from (flag, environment, file), what
-# holds for them together, and the automatic number of permits. Uses settings.
+# Owns where the values of settings come from (flag, environment, file), the rules
+# for settings in combination, and the automatic number of permits. Uses settings.
 # Never touches the reactor.
 
 
 def template_variables(root: Path) -> dict[str, str]:
-    """Return the variables that configuration texts may use."""
+    """Return the variables that templates in a configuration may use."""
     return {"exeDir": str(root / "bin"), "genvmRoot": str(root), "genvmVersion": __version__}
 
 
 def default_root(environ: Mapping[str, str], file: Path) -> Path:
-    """Return ``GENVMROOT``, else the parent of the ``bin`` that holds the file, else the cwd."""
+    """Return ``GENVMROOT``, else the parent of ``bin`` if the file is in that, else the cwd."""
     if environ.get("GENVMROOT"):
         return Path(os.path.abspath(environ["GENVMROOT"]))
     folder = file.resolve().parent
@@ -2069,13 +2069,13 @@ def load_config(
 ) -> Config:
     """Return the settings in force: flags over environment over file over defaults.
 
-    ``flags`` and ``environ`` hold texts; ``flags`` may name the YAML file as ``config``. Raises
-    ``ConfigError`` naming source, key and reason of everything that is wrong. ``alone`` is for
-    settings that need not fit together, nor to what they name.
+    ``flags`` and ``environ`` hold strings; ``flags`` may name the YAML file as ``config``. Raises
+    ``ConfigError`` with the source, key and reason of everything that is wrong. With ``alone``,
+    neither combinations of settings nor the files they name are checked.
     """
     notes: list[str] = []
     problems: list[str] = []
-    given: dict[str, Any] = {}  # as the kinds of settings have parsed them
+    given: dict[str, Any] = {}  # as parsed by their kinds
     origins: dict[str, str] = {}
     texts = [
         (name.removeprefix(ENVIRONMENT_PREFIX).lower(), text, f"environment variable {name}")
@@ -2153,28 +2153,28 @@ def _read_settings(
 
 
 def _check_together(config: Config, origins: Mapping[str, str]) -> None:
-    """Refuse settings that are each valid but not together, naming where they come from."""
+    """Refuse settings that are valid alone but not together, naming where they come from."""
 
     def refuse(name: str, reason: str) -> NoReturn:
         raise ConfigError(f"{origins.get(name, name)}: {reason}")
 
-    def is_there(name: str, path: Path, look: Callable[[Path], bool]) -> bool:
+    def matches(name: str, path: Path, look: Callable[[Path], bool]) -> bool:
         try:
             return in_time(path, lambda: look(path))
         except OSError as error:
             refuse(name, f"{path}: {error.strerror}")
 
-    if "root" in origins and not is_there("root", config.root, Path.is_dir):
-        advice = "name the folder of a GenVM release, or make one to try this with practice-root"
+    if "root" in origins and not matches("root", config.root, Path.is_dir):
+        advice = "name the folder of a GenVM release, or make one for a trial with practice-root"
         refuse("root", f"{config.root} is not a folder; {advice}")
     manifest = config.manifest_path
-    if "manifest_path" in origins and not is_there("manifest_path", manifest, Path.exists):
+    if "manifest_path" in origins and not matches("manifest_path", manifest, Path.exists):
         refuse("manifest_path", f"{manifest} does not exist")
     if config.reroute_to is not None:
         folder = config.root / "executor" / config.reroute_to
         if config.reroute_to in {".", ".."} or set(config.reroute_to) & {"/", "\0"}:
             refuse("reroute_to", f"expected a folder's name, got {shown(config.reroute_to)}")
-        if not is_there("reroute_to", folder, Path.is_dir):
+        if not matches("reroute_to", folder, Path.is_dir):
             refuse("reroute_to", f"{folder} is not a directory")
     if config.auth_token_file is not None:
         try:
@@ -2187,7 +2187,7 @@ def _check_together(config: Config, origins: Mapping[str, str]) -> None:
 
 
 def why_closed(config: Config, host: str) -> str | None:
-    """Return why the manager may not listen at an address, if so; an empty one is all of them."""
+    """Return why the manager may not listen on a host (empty: all addresses), or ``None``."""
     if is_loopback(host) or config.auth_token_file is not None or config.allow_unauthenticated:
         return None
     return (
@@ -2196,9 +2196,9 @@ def why_closed(config: Config, host: str) -> str | None:
     )
 
 
-@functools.lru_cache(maxsize=64)  # asked for each request
+@functools.lru_cache(maxsize=64)  # called for each request
 def is_loopback(host: str) -> bool:
-    """Tell whether a host name or IP literal stands for this machine only."""
+    """Tell whether a host name or IP literal means this machine only."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -2208,7 +2208,7 @@ def is_loopback(host: str) -> bool:
 def read_token(path: Path, *, is_patient: bool = False) -> str:
     """Return the Bearer token in a file; raises ``ConfigError`` if there is none.
 
-    Who is patient waits as long as it takes: at a terminal, somebody may have to type first.
+    With ``is_patient`` there is no time limit: somebody may have to type a password first.
     """
     read = functools.partial(path.read_text, encoding="utf-8")
     try:
@@ -2222,7 +2222,7 @@ def read_token(path: Path, *, is_patient: bool = False) -> str:
 
 
 def good_token(path: Path) -> str:
-    """Return the Bearer token in a file; raises ``ConfigError`` also where it guards nothing."""
+    """Return the Bearer token in a file; raises ``ConfigError`` if there is none or it is weak."""
     token, quoted = read_token(path), shlex.quote(str(path))
     problem = None
     if len(token) < TOKEN_MIN_CHARACTERS:
@@ -2236,7 +2236,7 @@ def good_token(path: Path) -> str:
     return token
 
 
-#: Bytes that an execution may need.
+#: Bytes of memory that one execution may need.
 PERMIT_BYTES = 4 * GIB
 
 
@@ -2248,14 +2248,13 @@ def automatic_permits(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Return how many bytes of memory and swap we can still get; 0 if that cannot be read.
 
-    What a control group (version 2 or 1) leaves us counts where it is less than what the machine
-    has.
+    The limits of our control groups (version 2 or 1) count if they leave less than the machine.
     """
     lines = _text_of(proc / "meminfo").splitlines()
     fields = {line.split(":")[0]: int(line.split()[1]) * KIB for line in lines if ":" in line}
     memory, swap = fields.get("MemAvailable", 0), fields.get("SwapFree", 0)
     for folder in _control_groups(proc, cgroups):
-        # Page cache that the kernel gives up on demand.
+        # Page cache, which the kernel frees on demand.
         cache = re.search(r"^inactive_file (\d+)$", _text_of(folder / "memory.stat"), re.MULTILINE)
         spare = int(cache[1]) if cache else 0
         memory = min(
@@ -2268,7 +2267,7 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
 
 
 def _cgroup_left(limit: Path, used: Path, spare: int = 0) -> int:
-    """Return how many bytes a control group leaves us, by the files with its limit and its use."""
+    """Return the bytes that a control group leaves us, from the files with its limit and usage."""
     most, taken = _text_of(limit).strip(), _text_of(used).strip()
     if not most.isdigit():
         return sys.maxsize
@@ -2276,7 +2275,7 @@ def _cgroup_left(limit: Path, used: Path, spare: int = 0) -> int:
 
 
 def _text_of(path: Path) -> str:
-    """Return what a file has; nothing where it cannot be read."""
+    """Return the content of a file, empty if it cannot be read."""
     try:
         return path.read_text()
     except OSError:
@@ -2284,7 +2283,7 @@ def _text_of(path: Path) -> str:
 
 
 def _control_groups(proc: Path, cgroups: Path) -> Iterator[Path]:
-    """Yield the control groups that hold this process, from the innermost outwards."""
+    """Yield the control groups that contain this process, from the innermost outwards."""
     for line in _text_of(proc / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
@@ -2302,17 +2301,18 @@ def _control_groups(proc: Path, cgroups: Path) -> Iterator[Path]:
 # 1.8 Secrets
 # =============================================================================
 #
-# Owns which texts are secret, and their masking wherever text leaves the
+# Owns which strings are secret, and masks them in any text that leaves the
 # manager. Uses text. Never knows where a text goes.
 
 
 @frozen
 class _Sieve:
-    """Finds where a text may have a secret, in a time that does not depend on how many there are.
+    """Finds where a text may contain a secret, in a time independent of the number of secrets.
 
-    A text is cut into blocks of ``size`` bytes, beginning at each multiple of ``stride`` below
-    that. Of a secret as many blocks are known as there are bytes in a stride, so that one of them
-    is met wherever it stands; with each, how far from its start, and how long the secret is.
+    A text is cut into blocks of ``size`` bytes, once from each multiple of ``stride`` below
+    ``size``. Of each secret, as many consecutive blocks are known as a stride has bytes, so that
+    the cuts meet one of them wherever the secret is. Each known block has its offset in the secret
+    and the secret's length.
     """
 
     shortest: int
@@ -2320,11 +2320,11 @@ class _Sieve:
     stride: int
     _known: dict[int, dict[tuple[int, int], int]] = field(factory=dict)
 
-    #: So many blocks are looked up in one call of C, and one by one if there is a known one.
+    #: So many blocks are looked up by one call into C, and one by one only if one is known.
     PIECE: ClassVar[int] = 1024
 
     def add(self, secret: bytes) -> None:
-        """Know a secret."""
+        """Add a secret."""
         for block, place in self._blocks(secret):
             places = self._known.setdefault(block, {})
             places[place] = places.get(place, 0) + 1
@@ -2340,7 +2340,7 @@ class _Sieve:
                 del self._known[block]
 
     def spans(self, text: bytes) -> Iterator[tuple[int, int]]:
-        """Yield begin and end of what may be a secret."""
+        """Yield begin and end of each candidate for a secret."""
         for shift in range(0, self.size if self._known else 0, self.stride):
             whole = (len(text) - shift) // self.size * self.size
             if whole <= 0:
@@ -2356,7 +2356,7 @@ class _Sieve:
                         yield begin, begin + length
 
     def _blocks(self, secret: bytes) -> Iterator[tuple[int, tuple[int, int]]]:
-        """Yield blocks where there is most variety: other texts have what repeats itself."""
+        """Yield the blocks where the bytes vary most: repetitions also occur in other texts."""
         length = self.size + self.stride - 1
         last = len(secret) - length
         starts = (last * quarter // 4 for quarter in range(5))
@@ -2369,19 +2369,19 @@ class _Sieve:
 class Redactor:
     """Replaces known secrets in texts that leave the process.
 
-    A secret belongs to an owner, and is forgotten when no owner has it any more. Whatever its
-    owners are, and however many secrets there are, the time for a text grows with its length only.
+    A secret belongs to one or more owners, and is forgotten with the last of them. The time that a
+    text takes depends only on its length, not on the number of secrets or owners.
     """
 
     MASK: ClassVar[str] = "[redacted]"
-    #: Shorter texts are too likely to be ordinary words.
+    #: Shorter strings are too likely to be ordinary words.
     SHORTEST: ClassVar[int] = 4
-    #: A longer one is known by pieces, and in no other spelling; likewise all beyond a number of
-    #: characters of one owner, since other spellings take long to make.
+    #: A longer secret is masked in pieces, and not in other spellings, which take long to make; nor
+    #: are those beyond the first so many characters of one owner.
     LONGEST: ClassVar[int] = 16 * KIB
     SPELLED: ClassVar[int] = 32 * KIB
-    #: Of so many bytes one may have to be compared with a secret; a text in which it is more
-    #: either consists of secrets or was made to take long, and is masked as a whole.
+    #: One candidate is expected in so many bytes; a text with many more either consists of secrets
+    #: or was made to take long, and is masked as a whole.
     BYTES_PER_TRY: ClassVar[int] = 16
     TRIES: ClassVar[int] = 10_000
 
@@ -2391,7 +2391,7 @@ class Redactor:
         self._sieves = (_Sieve(15, 8, 8), _Sieve(7, 4, 4), _Sieve(self.SHORTEST, 4, 1))
 
     def keep(self, owner: object, secrets: Iterable[str]) -> None:
-        """Never let these texts pass as long as their owner has them, in place of its others."""
+        """Mask these strings from now on for an owner, instead of its earlier ones."""
         forms, left = set[bytes](), self.SPELLED
         for secret in secrets:
             left -= len(secret)
@@ -2411,12 +2411,12 @@ class Redactor:
                 self._sieve(form).remove(form)
 
     def drop(self, owner: object) -> None:
-        """An owner has ended, and what it alone had may pass."""
+        """Forget an owner, and with it the secrets that nobody else has."""
         self.keep(owner, ())
 
     @contextlib.contextmanager
     def keeping(self, owner: object, secrets: Iterable[str] = ()) -> Iterator[None]:
-        """Keep an owner's secrets for as long as a request takes; an error of it has none."""
+        """Keep an owner's secrets for the duration of a request, and mask them in its errors."""
         self.keep(owner, secrets)
         try:
             yield
@@ -2461,7 +2461,7 @@ _PLAIN = re.compile(r"[\w.~-]*", re.ASCII)
 
 
 def _spellings(secret: str, longest: int, *, all_of_them: bool) -> Iterator[bytes]:
-    """Yield a secret, each of its lines, and all as JSON, URLs and Python spell them."""
+    """Yield a secret and each of its lines, as they are and as JSON, URLs and Python write them."""
     pieces = [secret[at : at + longest] for at in range(0, len(secret), longest)]
     all_of_them = all_of_them and len(pieces) == 1
     for text in {*pieces, *map(str.strip, secret.splitlines())}:
@@ -2478,10 +2478,9 @@ def _spellings(secret: str, longest: int, *, all_of_them: bool) -> Iterator[byte
 # 1.9 Logging
 # =============================================================================
 #
-# Owns where log events go: one JSON object (or line of text) each, the level
-# that can change at any time, and a writer that never makes the reactor wait
-# for a slow reader. Uses configuration and secrets. Never decides what is worth
-# logging.
+# Owns how log events are written: one JSON object (or line of text) each, a level
+# that can change at any time, and a writer that never makes the reactor wait for
+# a slow reader. Uses configuration and secrets. Never decides what is worth logging.
 
 LOG_BACKLOG_BYTES = 8 * MIB
 LOG_FLUSH_SECONDS = 0.2
@@ -2491,22 +2490,22 @@ _EVENT_FIELDS_LEFT_OUT = frozenset(
 )
 
 
-#: Levels of a field's value that are shown as such.
+#: Levels of nesting in a field's value that are kept; anything deeper becomes a string.
 _DEEPEST_FIELD = 20
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 @define(eq=False)
 class LogStream:
-    """Lines go to a descriptor that is open already, such as stdout."""
+    """Writes log lines to a descriptor that is already open, such as stdout."""
 
     _fd: int
     _is_torn: bool = field(init=False, default=False)
 
     def write(self, data: bytes) -> None:
-        """Write whole lines; after a failure the next ones begin on a line of their own.
+        """Write whole lines; after a failure the next ones start on a new line.
 
-        Raises ``OSError`` where they cannot be written.
+        Raises ``OSError`` if they cannot be written.
         """
         end_of_torn = b"\n" if self._is_torn else b""
         view = memoryview(end_of_torn + data)
@@ -2526,10 +2525,10 @@ class LogStream:
 
 @define(eq=False)
 class LogFile(LogStream):
-    """A log file of a bounded size, with a number of older ones, which may be zero.
+    """A log file of limited size, and a number of older ones, which may be zero.
 
-    It is opened again when somebody else moved or removed it, and may be truncated at any time.
-    ``log_file.1`` is the youngest of the older ones.
+    It may be moved, removed or truncated at any time: each write goes to the file that is at the
+    path by then. ``log_file.1`` is the most recent of the older ones.
     """
 
     _fd: int = field(init=False, default=-1)
@@ -2541,11 +2540,11 @@ class LogFile(LogStream):
         self._open()
 
     def write(self, data: bytes) -> None:
-        """Write whole lines; raises ``OSError`` where that is not possible now."""
+        """Write whole lines; raises ``OSError`` if that is not possible."""
         if not self._is_in_place():
             self._open()
         if self._max_bytes and 0 < os.fstat(self._fd).st_size > self._max_bytes - len(data):
-            # A file that cannot be rotated grows: its lines are worth more than its bound.
+            # A file that cannot be rotated grows: its lines matter more than its limit.
             with contextlib.suppress(OSError):
                 self._rotate()
         super().write(data)
@@ -2557,7 +2556,7 @@ class LogFile(LogStream):
             return False
 
     def _open(self) -> None:
-        # To append is what lets others truncate it: there is no offset that would leave a gap.
+        # Appending lets others truncate it: there is no offset that would leave a gap.
         fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
         if self._fd >= 0:
             os.close(self._fd)
@@ -2575,17 +2574,17 @@ class LogFile(LogStream):
 
 @define(eq=False)
 class LogWriter:
-    """Writes lines from a thread of its own, so that a reader who stops never stops the reactor.
+    """Writes lines from its own thread, so that a stalled reader never stalls the reactor.
 
-    At most ``LOG_BACKLOG_BYTES`` wait; what comes on top is dropped, and the number of dropped
-    lines is logged as soon as there is room. Until ``start`` is called, lines are written at once
-    (a daemon forks between the two, and threads do not survive a fork).
+    At most ``LOG_BACKLOG_BYTES`` wait; any more are dropped, and the number of dropped lines is
+    logged once there is room. Until ``start`` is called, lines are written at once: a daemon forks
+    before that, and threads do not survive a fork.
     """
 
     _write: Callable[[bytes], object]
     _flush_seconds: float = LOG_FLUSH_SECONDS
-    # Nobody who puts a line waits for the thread: a lock that both take would make each line
-    # cost two changes of threads.
+    # Putting a line never waits for the thread: a lock shared with it would cost two thread
+    # switches for each line.
     _lines: queue.SimpleQueue[bytes | None] = field(init=False, factory=queue.SimpleQueue)
     _put_bytes: int = field(init=False, default=0)
     _taken_bytes: int = field(init=False, default=0)
@@ -2599,7 +2598,7 @@ class LogWriter:
 
     @property
     def dropped(self) -> int:
-        """Lines that were not written."""
+        """How many lines were not written."""
         return self._refused + self._failed
 
     def start(self) -> None:
@@ -2608,7 +2607,7 @@ class LogWriter:
         self._thread.start()
 
     def put(self, line: bytes) -> None:
-        """Write a line; drop it where too many wait, or where nobody read until the end."""
+        """Write a line; drop it if too many wait, or if the thread was still stuck at ``stop``."""
         if self._thread is None:
             if not self._stuck:
                 self._write_all([line])
@@ -2622,7 +2621,7 @@ class LogWriter:
         self._lines.put(line)
 
     def stop(self) -> None:
-        """Write what waits, for a bounded time, and end; later lines are written at once."""
+        """Write what waits, for a limited time, and end the thread; later lines go out at once."""
         thread, self._thread = self._thread, None
         if thread is not None:
             self._lines.put(None)
@@ -2641,11 +2640,11 @@ class LogWriter:
                 batch.append(line)
             self._write_all(batch)
             self._taken_bytes += sum(map(len, batch))
-            # After the lines that it came too late for.
+            # After the lines that were taken in time.
             self._tell_dropped(self._refused if self._lines.empty() else missed)
             if line is None:
                 return
-            # Each line that has to wake the thread costs the reactor more than it takes to make it.
+            # Waking the thread for each line would cost the reactor more than making the line.
             self._ending.wait(LOG_REST_SECONDS)
 
     def _tell_dropped(self, missed: int) -> None:
@@ -2665,7 +2664,7 @@ class LogWriter:
             self._failed += len(lines)
 
     def _is_written(self, data: bytes) -> bool:
-        # A log that nobody can read any more (closed pipe, full disk) is no reason to stop serving.
+        # A log that cannot be written any more (closed pipe, full disk) is no reason to stop.
         try:
             self._write(data)
         except (OSError, ValueError):
@@ -2675,7 +2674,7 @@ class LogWriter:
 
 @implementer(ILogObserver)
 class LogObserver:
-    """The one observer of the process: formats events and hands them to its ``writer``."""
+    """The process's only observer: formats events and passes them to its ``writer``."""
 
     def __init__(
         self, config: Config, write: Callable[[bytes], object] | None = None, *, fd: int = 1
@@ -2697,16 +2696,16 @@ class LogObserver:
             raise ConfigError(f"log_file: {path} cannot be opened: {error.strerror}") from None
 
     def use_file(self, path: Path) -> None:
-        """Write to a rotated file from now on."""
+        """Log to a rotated file from now on."""
         self.writer = LogWriter(self._open_file(path).write)
 
     def set_level(self, level: str) -> None:
-        """Let only events of this level or above pass, from now on."""
+        """Log only events of this level or above from now on."""
         self.level = level
         self._threshold = LOG_LEVELS[level]
 
     def enabled(self, level: str) -> bool:
-        """Tell whether events of a level pass, to save the work of making them."""
+        """Tell whether events of a level are logged, to save the work of making them."""
         return LOG_LEVELS[level] >= self._threshold
 
     def __call__(self, event: LogEvent) -> None:
@@ -2744,30 +2743,30 @@ class LogObserver:
 
     def _line(self, record: dict[str, object]) -> bytes:
         if not self._as_text:
-            # In ASCII: programs that read logs have many ideas of where a line ends.
+            # In ASCII: programs that read logs disagree on where a line ends.
             return json.dumps(record).encode() + b"\n"
         time_, level, message = record.pop("time"), record.pop("level"), record.pop("message")
         traceback = record.pop("traceback", None)
         details = "".join(f" {key}={shown(value, 200)}" for key, value in record.items())
         line = one_line(f"{time_} {level!s:<5} {message}{details}")
         if traceback:
-            # Indented, so that no text of others passes for a line of ours.
+            # Indented, so that foreign text cannot pass for one of our lines.
             line += "".join(f"\n    {one_line(part)}" for part in str(traceback).splitlines())
         return (line + "\n").encode("utf-8", "backslashreplace")
 
 
-#: The exit status of a command whose output cannot be written: as if SIGPIPE had ended it.
+#: Exit status of a command whose output cannot be written, as if SIGPIPE had ended it.
 UNREAD_STATUS = 141
 
 
 def say(text: str) -> None:
-    """Print a line for the user of a command; where it cannot be written, the command ends."""
+    """Print a line for the user of a command, which ends if the line cannot be written."""
     try:
         print(text, flush=True)
     except OSError as error:
         if error.errno != errno.EPIPE:
             print(f"genvm-manager: stdout: {error.strerror}", file=sys.stderr)
-        # What is left of it is written at the end, and must not fail again.
+        # The rest of it is flushed at exit, and must not fail again.
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         raise SystemExit(UNREAD_STATUS) from None
@@ -2775,7 +2774,7 @@ def say(text: str) -> None:
 
 @define(eq=False)
 class Seldom:
-    """Lets what may happen very often be logged once in a while, with how often it happened."""
+    """Limits how often frequent events are logged, and counts them in between."""
 
     _clock: Any
     _interval: float
@@ -2783,9 +2782,9 @@ class Seldom:
     _quiet_until: dict[str, float] = field(init=False, factory=dict)
 
     def count(self, what: str) -> int:
-        """Return how often it happened since it was logged last, or 0 if it is not time yet.
+        """Return how often an event has happened since it was last logged; 0 if it is too soon.
 
-        There may be few different ones.
+        Every name is remembered, so there must be few.
         """
         self._counts[what] += 1
         now = self._clock.seconds()
@@ -2796,13 +2795,13 @@ class Seldom:
 
 
 def _message(event: LogEvent) -> str:
-    """Return the text of an event; most of ours is in one field, which saves formatting it."""
+    """Return the text of an event; most of our events have it in one field, ready to use."""
     text = event.get("text")
     return text if event.get("log_format") == "{text}" and type(text) is str else formatEvent(event)
 
 
 def one_line(text: str, keep: str = "") -> str:
-    """Return text without what moves a terminal's cursor, turns its text, or ends a line."""
+    """Return text with control characters, line ends and changes of direction escaped."""
 
     def escaped(match: re.Match[str]) -> str:
         found = match.group()
@@ -2818,7 +2817,7 @@ def event_level(event: LogEvent) -> str:
         return name if name in LOG_LEVELS else "info"
     name = str(event["log_level"].name) if "log_level" in event else "info"
     if name == "info" and str(event.get("log_namespace", "")).startswith(("twisted.", "-", "log_")):
-        return "debug"  # the framework's own chatter about factories and connections
+        return "debug"  # Twisted's own chatter about factories and connections
     return name
 
 
@@ -2827,12 +2826,13 @@ def event_level(event: LogEvent) -> str:
 # =============================================================================
 #
 # Owns the binary format of the values that executors, hosts and modules exchange,
-# and what executors, too, know of a contract's code: its slot, the version in a
-# text. Uses errors. Never does I/O, and never uses a package outside the standard
-# library: the practice executor carries this section under a bare Python.
+# and what executors also know about a contract's code: its storage slot, and the
+# version that a script states. Uses errors. Never does I/O, and never uses a
+# package outside the standard library: the practice executor carries this section
+# under a bare Python.
 #
-# Calldata: each value starts with the ULEB128 of (n << 3) | tag; that is 7 bits a
-# byte, the least significant first, without a zero group at the end.
+# Calldata: each value starts with (n << 3) | tag as ULEB128, that is 7 bits per
+# byte, least significant first, without a zero byte at the end.
 #
 #   tag 0  n = 0 null, 1 false, 2 true, 3 an address, whose 20 bytes follow
 #   tag 1  the integer n, of any size
@@ -2840,8 +2840,8 @@ def event_level(event: LogEvent) -> str:
 #   tag 3  n bytes
 #   tag 4  a string of n bytes of UTF-8
 #   tag 5  an array: n values
-#   tag 6  a map: n times the ULEB128 of a key's length, the key in UTF-8, a value;
-#          keys strictly ascend
+#   tag 6  a map: n times the length of a key as ULEB128, the key in UTF-8, a value;
+#          keys are in strictly ascending order
 
 CALLDATA_MAX_DEPTH: Final = 128
 """How many arrays and maps may be nested in one value: few enough for recursion."""
@@ -2866,7 +2866,7 @@ _SHOWN_KEY_CHARACTERS: Final = 40
 
 
 class Address(bytes):
-    """The 20 bytes of an account, which calldata keeps apart from other bytes.
+    """The 20 bytes of an account, which calldata distinguishes from other bytes.
 
     It equals plain bytes of the same content. Raises CalldataError for any other length.
     """
@@ -2892,9 +2892,9 @@ CalldataValue: TypeAlias = (
 def encode_calldata(value: CalldataValue) -> bytes:
     """Return ``value`` as calldata; map keys are sorted.
 
-    Raises CalldataError, with the path to the culprit, for a value that has no calldata form (a
-    float, a lone surrogate, a key that is not a string) or is nested deeper than
-    ``CALLDATA_MAX_DEPTH``, as a value that contains itself always is.
+    Raises CalldataError, with the path to the problem, for a value that has no calldata form (a
+    float, a lone surrogate, a key that is not a string) or that is nested deeper than
+    ``CALLDATA_MAX_DEPTH``, as one that contains itself always is.
     """
     out = bytearray()
     _encode(out, value, ())
@@ -2905,7 +2905,7 @@ def decode_calldata(data: bytes) -> CalldataValue:
     """Return the one value that ``data`` holds; safe for hostile bytes.
 
     Time and memory are linear in the length of ``data``, and bounded by ``CALLDATA_MAX_DEPTH`` and
-    ``CALLDATA_MAX_VALUES``. Raises CalldataError, with the offset of the culprit, for everything
+    ``CALLDATA_MAX_VALUES``. Raises CalldataError, with the offset of the problem, for everything
     that the format forbids.
     """
     return _Decoder(data).decode()
@@ -2962,7 +2962,7 @@ _Path: TypeAlias = tuple[str | int, ...]
 
 
 def _encode(out: bytearray, value: CalldataValue, path: _Path) -> None:
-    """Append a value, which is at a path in the whole."""
+    """Append a value; ``path`` is where it is within the whole value."""
     if value is None or isinstance(value, bool):
         out.append(_CONSTANT_HEADERS[value])
     elif isinstance(value, int):
@@ -2993,7 +2993,7 @@ def _encode_entries(out: bytearray, entries: dict[str, CalldataValue], path: _Pa
     for key in entries:
         if not isinstance(key, str):
             raise _no_form(path, f"map keys are strings, not {kind_of(key)}")
-    # By code points, which is the order of the bytes of UTF-8, too.
+    # By code points, which gives the same order as the bytes of UTF-8.
     for key, item in sorted(entries.items(), key=lambda entry: entry[0]):
         inner = (*path, key)
         text = _utf8(key, inner)
@@ -3035,7 +3035,7 @@ class _Decoder:
         return value
 
     def _value(self, depth: int) -> CalldataValue:
-        """Return the next value, which so many containers hold."""
+        """Return the next value, which is inside ``depth`` containers."""
         start = self._at
         header = self._uleb128()
         number, tag = header >> 3, header & 7
@@ -3061,7 +3061,7 @@ class _Decoder:
         if header == _HEADER_ADDRESS:
             return Address(self._take(ADDRESS_BYTES))
         if header not in _CONSTANTS:
-            raise self._error(start, "a type that does not exist")
+            raise self._error(start, "an unknown type")
         return _CONSTANTS[header]
 
     def _map(self, entries: int, depth: int) -> dict[str, CalldataValue]:
@@ -3086,7 +3086,7 @@ class _Decoder:
             raise self._error(start, "the bytes end inside a number")
         self._at = found.end()
         if self._data[self._at - 1] == 0:
-            raise self._error(start, "a number with a needless zero at its end")
+            raise self._error(start, "a number with a redundant zero at its end")
         return _join_groups(found.group())
 
     def _take(self, length: int) -> bytes:
@@ -3113,18 +3113,18 @@ CODE_SLOT: Final = hashlib.sha3_256(bytes(32) + (1).to_bytes(4, "little")).diges
 """The storage slot that holds a contract's code."""
 
 DEFAULT_VERSION: Final = "v0.1.0"
-"""The version of a contract that states none, as most do."""
+"""The version of a contract that states none, which is most of them."""
 
-#: What executors trim: the white space of Unicode, of which Python's own ``strip`` has more.
+#: What executors trim: Unicode's white space; Python's own ``strip`` removes more.
 SPACES: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
-#: Bytes that are decoded at once: other threads run in between.
+#: Bytes decoded at once; other threads can run in between.
 _TEXT_STEP: Final = 64 * KIB
 
 
 def text_version(code: bytes) -> str | None:
-    """Return the version that the first line of a text states; None if it is not a contract."""
+    """Return the version stated in the first line of a script; None if it is not a contract."""
     mark = next((mark for mark in (b"//", b"#", b"--") if code.startswith(mark)), None)
     if mark is None or not _is_text(code):
         return None
@@ -3134,7 +3134,7 @@ def text_version(code: bytes) -> str | None:
 
 
 def _is_text(code: bytes) -> bool:
-    """Tell whether bytes are UTF-8, in steps that let other threads run."""
+    """Tell whether bytes are UTF-8, in steps between which other threads can run."""
     pieces = (code[at : at + _TEXT_STEP] for at in range(0, len(code), _TEXT_STEP))
     try:
         for _ in codecs.iterdecode(pieces, "utf-8"):
@@ -5485,7 +5485,7 @@ class Executions:
     _now: Callable[[], float] = time.time
     _modules_down: Callable[[], list[str]] = list
     _log_enabled: Callable[[str], bool] = bool
-    _tell: Callable[..., object] = unheard
+    _tell: Callable[..., object] = do_nothing
     _records: dict[int, Execution] = field(init=False, factory=dict)
     _by_key: dict[str, Execution] = field(init=False, factory=dict)
     _finished: deque[Execution] = field(init=False, factory=deque)
@@ -7169,7 +7169,7 @@ class HttpClient:
     treq's client and the pool are made for the first request.
     """
 
-    _late: Late[tuple[Any, Any]]
+    _lazy: Lazy[tuple[Any, Any]]
 
     @classmethod
     def create(cls, reactor: Any, *, use_proxy: bool = True) -> HttpClient:
@@ -7188,17 +7188,17 @@ class HttpClient:
             refuse_all = DefaultCookiePolicy(allowed_domains=[])
             return HTTPClient(agent, IndexableCookieJar(refuse_all)), pool
 
-        return cls(Late(reactor, LOAD_SECONDS, make))
+        return cls(Lazy(reactor, LOAD_SECONDS, make))
 
     def close(self) -> Deferred[None]:
         """Close the connections that are kept for further requests."""
-        made = self._late.made
+        made = self._lazy.made
         return succeed(None) if made is None else made[1].closeCachedConnections()
 
     async def ready(self) -> Any:
         """Return treq's client, which takes time to load once; raises ``HttpFailure``."""
         try:
-            return (await self._late.get())[0]
+            return (await self._lazy.get())[0]
         except CancelledError:
             raise
         except Exception as error:
@@ -7919,7 +7919,7 @@ class AvailabilityCheck:
     _reading: DeferredLock = field(init=False, factory=DeferredLock)
 
     async def check(
-        self, body: CheckBody, report: Callable[[CheckResult], object] = unheard
+        self, body: CheckBody, report: Callable[[CheckResult], object] = do_nothing
     ) -> list[CheckResult]:
         """Return one result for each pair, by configuration first; raises ``InvalidRequest``.
 
@@ -8553,7 +8553,7 @@ class Module:
     _spawner: Spawner
     _variables: Variables
     _observer: LogObserver
-    _tell: Callable[..., object] = unheard
+    _tell: Callable[..., object] = do_nothing
     _command: tuple[str, ...] | None = field(
         init=False,
         default=Factory(lambda self: module_command(self._config, self.kind), takes_self=True),
@@ -10066,7 +10066,7 @@ class ApiSite(Site):
         self._requests = itertools.count(1)
         self.closing = False
         self.clock: Callable[[], float] = reactor.seconds
-        self.answered: Callable[[AnsweredRequest], object] = unheard
+        self.answered: Callable[[AnsweredRequest], object] = do_nothing
         self._emptied: Event[None] = Event()
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
@@ -11446,13 +11446,13 @@ class OperatorApi(Api):
 
     _metrics: Metrics
     _streams: set[EventStream] = field(init=False, factory=set)
-    _disks: SharedLook[list[str]] = field(init=False)
-    _installed: SharedLook[list[InstalledVersion]] = field(init=False)
+    _disks: SharedWork[list[str]] = field(init=False)
+    _installed: SharedWork[list[InstalledVersion]] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
-        self._disks = SharedLook(self._reactor, LOOK_SECONDS, self._disk_reasons)
-        self._installed = SharedLook(self._reactor, FILE_SECONDS, self._installed_versions)
+        self._disks = SharedWork(self._reactor, LOOK_SECONDS, self._disk_reasons)
+        self._installed = SharedWork(self._reactor, FILE_SECONDS, self._installed_versions)
 
     def note_answer(self, answered: AnsweredRequest) -> None:
         """Count an answered request, and log it at ``debug``."""
@@ -17079,7 +17079,7 @@ class ManagerService(Service):
         steps: list[tuple[str, Callable[[], Any], Callable[[Any], object]]] = [
             ("settings", self.config.reread, self._use_settings),
             ("token", self._read_token, self._use_token),
-            *(("certificate", item.read_certificate, unheard) for item in self._listeners),
+            *(("certificate", item.read_certificate, do_nothing) for item in self._listeners),
         ]
         for what, read, use in steps:
             try:
@@ -17694,7 +17694,7 @@ class RemoteManager:
         """Return the outcome of a request, which is cancelled once the manager hangs."""
         doing = Deferred.fromCoroutine(work)
         looking = Deferred.fromCoroutine(self._until_it_hangs())
-        looking.addCallbacks(lambda _: doing.cancel(), unheard)
+        looking.addCallbacks(lambda _: doing.cancel(), do_nothing)
         try:
             return await doing
         finally:

@@ -22,7 +22,7 @@ from genvm_manager import (
     Child,
     ChildListener,
     HttpClient,
-    Late,
+    Lazy,
     OutputTurns,
     SpareThreads,
     SpawnFailed,
@@ -240,7 +240,7 @@ class FakeSpawner:
 def http_client(treq: Any, loading: Deferred[None] | None = None) -> HttpClient:
     """Return a client that asks through one of treq's, or a fake of it, once that is loaded."""
 
-    class Loading(Late[Any]):
+    class Loading(Lazy[Any]):
         async def get(self) -> Any:
             await (loading or succeed(None))
             return treq, None

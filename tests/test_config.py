@@ -163,7 +163,7 @@ def test_an_unknown_variable_of_ours_is_said_and_ignored(tmp_path: Path) -> None
         ("log_file: [a]", "expected a string"),
         ("env_allow: PATH", "expected an array"),
         ("env_allow: [1]", "[0]: expected a string, got 1"),
-        ("readonly_extra_args: [a, --host=x]", "[1]: --host is given by the manager itself"),
+        ("readonly_extra_args: [a, --host=x]", "[1]: --host is set by the manager itself"),
         ("env_allow: [A, PATH]", "[1]: PATH changes what code children load"),
         ("env_allow: [OPENSSL_CONF]", "[0]: OPENSSL_CONF changes what code"),
         ("reroute_to: ${nope}", "unknown variable ${nope}"),

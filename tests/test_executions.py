@@ -57,9 +57,9 @@ from genvm_manager import (
     Timestamp,
     Variables,
     VersionNotAvailable,
+    do_nothing,
     execution_ids,
     parse_manifest,
-    unheard,
 )
 
 from .support import FakeProcess, FakeSpawner, observing, outcome
@@ -88,7 +88,7 @@ class World:
     """Executions whose time and processes are in the hands of the test."""
 
     def __init__(
-        self, permits: int = 4, tell: Callable[..., object] = unheard, **settings: Any
+        self, permits: int = 4, tell: Callable[..., object] = do_nothing, **settings: Any
     ) -> None:
         self.clock = Clock()
         self.config = Config(root=Path("/genvm"), permits=permits, **settings)

@@ -117,7 +117,7 @@ def test_an_option_of_the_manager_is_no_extra_argument(daemon: Daemon, option: s
         reply = refused(daemon, changed(extra_args=words), "invalid_request")
         place = f"extra_args[{len(words) - 1 if '=' in words[-1] else 0}]"
         assert (
-            reply.json["error"] == f"{place}: {option} is given by the manager itself; leave it out"
+            reply.json["error"] == f"{place}: {option} is set by the manager itself; leave it out"
         )
 
 
