@@ -811,9 +811,9 @@ async def maybe_in_thread(
 async def one_at_a_time(
     lock: DeferredLock, reactor: Any, work: Callable[..., Value], *arguments: Any
 ) -> Value:
-    """Return what ``work`` returns, done in a thread while no other work is that shares the lock.
+    """Return what ``work`` returns, done in a thread, with one thread at a time for each lock.
 
-    A caller that is cancelled does not end its thread: the next one waits for that all the same.
+    If the caller is cancelled, its thread goes on and the next caller still waits for it.
     """
 
     def release(outcome: Value) -> Value:
