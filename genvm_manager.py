@@ -44,7 +44,7 @@ The file has five parts; each section uses only what is defined above it:
    2.7  Execution requests: what clients ask to run, and what they hear of it.
    2.8  Execution records: one each, with its output and result.
    2.9  Executions: from request to the end of retention.
-   2.10 Host state: a contract's storage, calldata and rights in memory.
+   2.10 Host state: a contract's storage, calldata and permissions in memory.
    2.11 Embedded host: the host's side of the protocol that executors speak.
    2.12 Contract operations: version, deployment writes, schema.
    2.13 Outgoing HTTP: a response, with limits.
@@ -5924,18 +5924,18 @@ class Executions:
 # 2.10 Host state
 # =============================================================================
 #
-# Owns what a host knows of one run: the contract's storage in memory, its
-# calldata, its rights, and what a run came to. Uses calldata and contracts.
-# Never sees a socket.
+# Owns what a host knows about one run: the contract's storage in memory, its
+# calldata, its permissions, and the outcome. Uses calldata and contracts. Never
+# sees a socket.
 
 
-#: What the blobs of one request may have together, and what one storage read may ask for.
+#: The most bytes that all blobs of one request may have, and that one storage read may ask for.
 HOST_BLOB_LIMIT: Final = 64 * MIB
-#: What a host keeps in its storage before it answers ``OUT_OF_STORAGE_GAS``.
+#: How many bytes a host stores before it answers ``OUT_OF_STORAGE_GAS``.
 HOST_STORAGE_LIMIT: Final = 256 * MIB
 #: The largest fuel that the protocol can state.
 FUEL_LIMIT: Final = (1 << 53) - 1
-#: How much of an outcome a person is shown.
+#: How many characters of an outcome are shown to a person.
 OUTCOME_CHARACTERS: Final = 4000
 OutcomeKind = Literal["return", "user_error", "vm_error", "internal_error"]
 OUTCOME_KINDS: Final[tuple[OutcomeKind, ...]] = get_args(OutcomeKind)
@@ -5943,14 +5943,14 @@ OUTCOME_KINDS: Final[tuple[OutcomeKind, ...]] = get_args(OutcomeKind)
 
 @frozen
 class HostOutcome:
-    """What a run came to: a return carries calldata, an error calldata or plain text."""
+    """The outcome of a run: a return carries calldata, an error calldata or plain text."""
 
     kind: OutcomeKind
     data: bytes
 
 
 def describe_outcome(outcome: HostOutcome) -> str:
-    """Return ``outcome`` as one text for a person, cut to about ``OUTCOME_CHARACTERS``.
+    """Return ``outcome`` as text for a person, cut to about ``OUTCOME_CHARACTERS``.
 
     A return shows its decoded value as JSON; an error its message, whether it came as calldata
     ``{message, fingerprint}`` or as plain text, and its fingerprint if there is one.
@@ -6003,7 +6003,7 @@ def _shown_part(value: CalldataValue) -> object:
 class HostStorage:
     """Sparse memory per (account, slot), zero where nothing was written.
 
-    It grows only with what was written, and never beyond ``limit`` bytes, bookkeeping included.
+    It grows only as data is written, and never beyond ``limit`` bytes, bookkeeping included.
     Several runs may share one.
     """
 
@@ -6016,9 +6016,9 @@ class HostStorage:
     def write(
         self, account: bytes, slot: bytes, index: int, data: bytes, *, share: bool = False
     ) -> bool:
-        """Store ``data`` from offset ``index`` on; False, with nothing stored, if it is full.
+        """Store ``data`` at offset ``index``; return False, storing nothing, if it does not fit.
 
-        With ``share``, pages are parts of ``data`` itself where they can be, and no copies.
+        With ``share``, pages refer to ``data`` instead of copying it, where that is possible.
         """
         spans = list(self._spans(index, len(data)))
         growth = 0
@@ -6042,7 +6042,7 @@ class HostStorage:
         return True
 
     def read(self, account: bytes, slot: bytes, index: int, length: int) -> Iterator[bytes]:
-        """Yield the ``length`` bytes from offset ``index`` on, a page at a time."""
+        """Yield ``length`` bytes from offset ``index``, a page at a time."""
         for number, start, end, _ in self._spans(index, length):
             page = self._pages.get((account, slot, number), b"")
             yield bytes(page[start:end]).ljust(end - start, b"\0")
@@ -6059,10 +6059,10 @@ class HostStorage:
 
 @define
 class HostState:
-    """What a host knows of one run: the contract called, its calldata, its rights and fuel.
+    """What a host knows about one run: the contract called, its calldata, permissions and fuel.
 
-    With ``writable`` false, everything that writes or sends is refused. A writable host stores
-    what is written; what is sent is accepted and counted, for there is no chain to send it to.
+    Unless it is ``writable``, it refuses to write or send anything. A writable host stores what is
+    written; what is sent is accepted and counted, since there is no chain to send it to.
     """
 
     contract: bytes
@@ -6075,13 +6075,13 @@ class HostState:
     def deploy(self, writes: Iterable[tuple[bytes, bytes]]) -> None:
         """Apply deployment writes (section 2.2) to the contract's storage.
 
-        The storage refers to the code instead of having a copy. Raises HostProtocolError if they
-        exceed the limit of the storage.
+        The storage refers to the code instead of copying it. Raises HostProtocolError if the code
+        does not fit.
         """
         for key, value in writes:
             slot, index = key[:32], int.from_bytes(key[32:], "little")
             if not self.storage.write(self.contract, slot, index, value, share=True):
-                raise HostProtocolError("the contract does not fit in the storage of the host")
+                raise HostProtocolError("the contract does not fit in the host's storage")
 
 
 HOST_METHODS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
@@ -6112,7 +6112,7 @@ HOST_I_AM_LEADER: Final = b"\x03"
 HOST_OUT_OF_STORAGE_GAS: Final = b"\x04"
 _SENDS: Final = ("post_nondet_result", "post_message", "post_event", "deploy_contract", "eth_send")
 WRITES_AND_SENDS: Final = frozenset((*_SENDS, "storage_write"))
-# A host without a chain: the executor leads, nobody else's contracts exist, every balance is 0.
+# A host without a chain: the executor leads, no other contract exists, every balance is 0.
 FIXED_ANSWERS: Final = {
     **dict.fromkeys(_SENDS, HOST_OK),
     "get_leader_nondet_result": HOST_I_AM_LEADER,
@@ -6126,18 +6126,18 @@ FIXED_ANSWERS: Final = {
 # 2.11 Embedded host
 # =============================================================================
 #
-# Owns the server side of the host protocol: requests
-# from bytes, answers, one outcome per run. Uses host state and events. Never
-# starts an executor, never listens by itself, and never holds more of a hostile
-# peer's data than its limits say.
+# Owns the server side of the host protocol: it parses requests, answers them,
+# and reports one outcome per run. Uses host state and events. Never starts an
+# executor, never listens by itself, and never buffers more of a hostile peer's
+# data than its limits allow.
 
 
 @define(eq=False)
 class HostSession:
-    """The host's side of one connection, without the connection: bytes in, answers out.
+    """The host's side of one connection, without I/O: bytes in, answers out.
 
-    An answer comes piece by piece, so that a large one is never in memory as a whole. ``outcome``
-    is None until the executor reports its result; from then on the session ignores whatever comes.
+    Answers are produced in pieces, so a large one is never in memory as a whole. ``outcome`` is
+    None until the executor reports its result; after that the session ignores its input.
     """
 
     _log = Logger()
@@ -6150,12 +6150,12 @@ class HostSession:
     _pieces: Iterator[bytes] = field(init=False, factory=lambda: iter(()))
 
     def feed(self, data: bytes) -> None:
-        """Take bytes of the executor."""
+        """Take bytes from the executor."""
         if self.outcome is None:
             self._buffer += data
 
     def step(self) -> bytes | None:
-        """Return the next piece of an answer, which may be empty; None without a whole request.
+        """Return the next piece of an answer, which may be empty; None if more bytes are needed.
 
         Raises HostProtocolError if the executor broke the protocol.
         """
@@ -6177,7 +6177,7 @@ class HostSession:
         return handler(*arguments)
 
     def lost(self) -> HostProtocolError:
-        """Return the error of a connection that ended before a result came."""
+        """Return the error for a connection that ended before a result."""
         where = "without a result"
         if self._buffer and self._buffer[0] < len(HOST_METHODS):
             where = f"inside a {HOST_METHODS[self._buffer[0]][0]} request"
@@ -6187,10 +6187,10 @@ class HostSession:
         )
 
     def _next_request(self) -> tuple[str, list[int | bytes]] | None:
-        """Return method and arguments of the next request, or None until more bytes are fed.
+        """Return method and arguments of the next request, or None if it is incomplete.
 
         Raises HostProtocolError for bytes that are not a request, and for a length over the limit
-        as soon as it is seen. An incomplete request costs a few steps, however long it is.
+        as soon as it is seen. Looking at an incomplete request is cheap, however long it is.
         """
         if not self._buffer:
             return None
@@ -6211,7 +6211,7 @@ class HostSession:
         return method, [int.from_bytes(p, "little") if k[0] == "u" else p for k, p in parts]
 
     def _spans(self, method: str, fields: tuple[str, ...]) -> list[tuple[str, int, int]] | None:
-        """Return (kind, start, end) of each argument, or None if the bytes end before them."""
+        """Return (kind, start, end) of each argument, or None if not all of them are there."""
         spans = []
         at, blob_bytes = 1, 0
         for kind in fields:
@@ -6276,8 +6276,8 @@ class HostSession:
 class HostProtocol(Protocol):
     """One connection of an executor: moves bytes between a transport and a HostSession.
 
-    It stops reading while the executor does not take its answers, so neither direction piles up,
-    and sends a limited number of pieces per turn, so a flood does not hold the reactor.
+    It stops reading while the executor does not read its answers, so nothing piles up in either
+    direction, and sends a limited number of pieces per turn, so a flood cannot block the reactor.
     """
 
     _PIECES_PER_TURN: ClassVar[int] = 200
@@ -6291,7 +6291,7 @@ class HostProtocol(Protocol):
     _next_turn: DelayedCall | None = field(init=False, default=None)
 
     def connectionMade(self) -> None:
-        # The transport tells the producer of the answers when it is full.
+        # The transport pauses the producer of the answers when its buffer is full.
         self.transport.registerProducer(self, True)
 
     def dataReceived(self, data: bytes) -> None:
@@ -6302,7 +6302,7 @@ class HostProtocol(Protocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         # An executor that leaves before its result has broken the protocol.
         self._end(self._session.lost())
-        self.transport = None  # it keeps us
+        self.transport = None  # it refers to us
 
     def pauseProducing(self) -> None:
         self._blocked = True
@@ -6373,7 +6373,7 @@ class HostFactory(ServerFactory[HostProtocol]):
     done: Event[HostOutcome] = field(init=False, factory=Event)
 
     def buildProtocol(self, addr: IAddress | None) -> HostProtocol | None:
-        """Return the protocol of the run's connection, or None to have another one closed."""
+        """Return a protocol for the run's connection, or None, which closes any further one."""
         if self._connection is not None or self.done.happened:
             self._log.warn("second connection to a host that serves one run: closed")
             return None
@@ -6384,7 +6384,7 @@ class HostFactory(ServerFactory[HostProtocol]):
     def abandon(self, reason: str) -> None:
         """Drop the connection; a run that has not ended fails with HostProtocolError(``reason``).
 
-        For an executor that ended, perhaps without a word, or a caller that waits no longer.
+        For when the executor has ended, perhaps without a result, or nobody waits any longer.
         """
         error = HostProtocolError(reason)
         if self._connection is None:
@@ -6401,19 +6401,19 @@ class HostFactory(ServerFactory[HostProtocol]):
 # that deploy it, its schema. Uses contracts, executions and the embedded host.
 # Never knows HTTP.
 
-#: Seconds for an executor to name the version of a contract.
+#: Seconds for an executor to report the version of a contract.
 ASK_SECONDS = 10.0
 #: How many executors are asked for versions at once.
 ASK_CONCURRENCY = 4
 READONLY_SECONDS = 30.0
-#: The ``host_data`` of runs that no node asks for; executors demand both members.
+#: The ``host_data`` of runs that no node has asked for; executors require both members.
 NOBODY = '{"node_address":"0x","tx_id":"0x"}'
-#: Seconds for an executor to end by itself once its result is there.
+#: Seconds for an executor to exit on its own after its result.
 READONLY_GRACE_SECONDS = 1.0
 STDERR_SHOWN_BYTES = 2000
-#: Bytes that one request of a read-only run may have; the last one carries the schema.
+#: The most bytes of one host request in a read-only run; the last request carries the schema.
 READONLY_BLOB_LIMIT = 4 * MIB
-#: Work on more code than this is done in a thread: the worst takes some milliseconds.
+#: More code than this is examined in a thread: the worst case takes some milliseconds.
 INLINE_CODE_BYTES = 16 * KIB
 _BASE64_STEP = 48 * KIB
 _JSON_STEP = 16 * KIB
@@ -6421,7 +6421,7 @@ _JSON_STEP = 16 * KIB
 
 @define(eq=False)
 class _Answer:
-    """What a short-lived child says on its stdout."""
+    """The stdout and the exit status of a short-lived child."""
 
     stdout: BoundedTail = field(init=False, factory=lambda: BoundedTail(KIB))
     status: ExitStatus | None = field(init=False, default=None)
@@ -6431,7 +6431,7 @@ class _Answer:
         self.stdout.add(data)
 
     def child_cut(self, fd: int) -> None:
-        """Do nothing: the first words count."""
+        """Do nothing: only the start of the output matters."""
 
     def child_exited(self, status: ExitStatus) -> None:
         self.status = status
@@ -6507,10 +6507,10 @@ class ContractOperations:
     _closed: Event[None] | None = field(init=False, default=None)
 
     async def major(self, code: bytes, moment: datetime) -> int:
-        """Return the major version that runs a contract deployed at a moment.
+        """Return the major version that runs a contract deployed at ``moment``.
 
-        Raises ``InvalidRequest`` where there is no code, ``VersionNotAvailable``; asking an
-        executor can raise ``DetectionFailed`` too.
+        Raises ``InvalidRequest`` if there is no code, ``VersionNotAvailable``, and, if an executor
+        is asked, ``DetectionFailed`` or ``SpawnFailed``.
         """
         require_code(code)
         newest = self._manifest.newest_major(moment)
@@ -6523,7 +6523,7 @@ class ContractOperations:
         return await one_at_a_time(self._inspecting, self._reactor, stated_major, code, newest)
 
     async def check_detection(self) -> None:
-        """Say in the log if the newest executor cannot be asked for versions but should be."""
+        """Log a warning if executors should be asked for versions but the newest cannot be."""
         if self._config.version_detection == "executor":
             try:
                 await self.major(b"# v0.1.0\n", datetime.now(UTC))
@@ -6548,8 +6548,8 @@ class ContractOperations:
     ) -> Iterator[bytes]:
         """Return the JSON of a contract's schema, in small pieces.
 
-        The contract runs with nothing but its own code in storage, and takes one permit, for which
-        it may ``wait`` so many seconds. Raises ``ContractFailed`` and what ``Executions.run`` does.
+        The contract runs with nothing but its own code in storage. It waits at most ``wait``
+        seconds for its one permit. Raises ``ContractFailed`` and what ``Executions.run`` does.
         """
         state = HostState(bytes(ADDRESS_BYTES), encode_calldata({"method": "#get-schema"}))
         state.deploy(deployment_writes(code))
@@ -6569,7 +6569,7 @@ class ContractOperations:
 
     @contextlib.asynccontextmanager
     async def _serving(self, factory: HostFactory) -> AsyncIterator[str]:
-        """Serve one run on a socket that only our user can reach; gives its URI."""
+        """Serve one run on a socket that only our user can reach; yield its URI."""
         try:
             folder = tempfile.TemporaryDirectory(prefix="genvm-readonly-")
         except OSError as error:
@@ -6589,7 +6589,7 @@ class ContractOperations:
                 await maybeDeferred(port.stopListening)
 
     def close(self) -> Deferred[None]:
-        """Fire once no read-only run is left; their executions must have been ended."""
+        """Return a Deferred for the end of all read-only runs; end their executions first."""
         self._closed = Event()
         if self._read_only == 0:
             self._closed.fire(None)
@@ -6616,8 +6616,8 @@ class ContractOperations:
 
     async def _run(
         self, request: RunRequest, factory: HostFactory, wait: float | None
-    ) -> tuple[HostOutcome | ManagerError, str]:
-        """Return how a run ended, and the end of what its executor wrote to stderr."""
+    ) -> tuple[HostOutcome | str, str]:
+        """Return the outcome or why there is none, and the end of the executor's stderr."""
         execution = await self._executions.run(request, wait=wait)
         result = factory.done.wait()
         watching = execution.ended.wait()
@@ -6625,21 +6625,21 @@ class ContractOperations:
         watching.addErrback(lambda failure: failure.trap(CancelledError))
         try:
             try:
-                outcome: HostOutcome | ManagerError = await result
+                outcome: HostOutcome | str = await result
             except HostProtocolError as error:
-                outcome = error.with_traceback(None)  # it has this frame, which would keep it
+                outcome = error.message
             await self._executions.wait(execution, READONLY_GRACE_SECONDS)
-        finally:  # the client may be gone at any time
+        finally:  # the client may disconnect at any time
             await self._end(execution)
         if execution.cause is Cause.DEADLINE:
             # It may have reported a timeout, or its connection was seen to end before the process.
-            outcome = HostProtocolError(_end_without_result(execution))
+            outcome = _end_without_result(execution)
         capture = execution.capture
         errors = b"" if capture is None else capture.tails[STDERR].content[-STDERR_SHOWN_BYTES:]
         return outcome, errors.decode("utf-8", "replace").strip()
 
     async def _end(self, execution: Execution) -> None:
-        """Make sure that a run is over; nobody else will ask for its result."""
+        """Make sure that a run has ended; nobody else will ask for its result."""
         execution.ended.wait().addCallback(lambda _: self._executions.note_reading(execution))
         with contextlib.suppress(ShutdownTimeout, ExecutionNotFound):
             await self._executions.stop(execution.id, 0)
@@ -6653,11 +6653,11 @@ def _end_without_result(execution: Execution) -> str:
     return f"the executor ended without a result ({execution.exit})"
 
 
-def _schema_of(outcome: HostOutcome | ManagerError, errors: str) -> str:
+def _schema_of(outcome: HostOutcome | str, errors: str) -> str:
     """Return the text that a run returned; raises ``ContractFailed`` for anything else."""
     tail = f"; the executor's stderr ends: {errors}" if errors else ""
-    if isinstance(outcome, ManagerError):
-        raise ContractFailed(f"{outcome.message}{tail}")
+    if isinstance(outcome, str):
+        raise ContractFailed(f"{outcome}{tail}")
     if outcome.kind != "return":
         raise ContractFailed(f"{describe_outcome(outcome)}{tail}")
     try:
@@ -6693,31 +6693,31 @@ def _writes_json(writes: Sequence[tuple[bytes, bytes]]) -> Iterator[bytes]:
 # 2.13 Outgoing HTTP
 # =============================================================================
 #
-# Owns the one way in which a response is received: its body with a limit of size,
-# and what went wrong by kind. Uses Twisted's client and errors. Never knows what
-# is asked; whoever asks limits the time, which covers more.
+# Owns how a response is received: its body, limited in size, and what went wrong,
+# by kind. Uses Twisted's client and errors. Never knows what is requested; the
+# caller sets the time limit, since it covers more.
 
 HTTP_CONNECT_SECONDS = 60.0
-#: A line of a response's head, its end included. Twisted has no way to ask for more than 16 KiB.
+#: The longest line of a response's head, its end included; Twisted's own limit is 16 KiB.
 HEADER_LINE_BYTES = 64 * KIB
-#: Seconds for the code of an HTTP client to come from a disk.
+#: Seconds to load the code of an HTTP client from disk.
 LOAD_SECONDS = 60.0
 _loading = threading.Lock()
 _GZIP = (b"gzip", b"x-gzip")
-#: Statuses without a body; to Twisted the length of these is 0, whatever was sent.
+#: Statuses without a body; Twisted says that its length is 0, whatever was sent.
 _BODILESS = (204, 304)
 
 
 def load_http() -> Any:
-    """Import what speaks HTTP and TLS with servers; return how certificates are judged.
+    """Import the HTTP and TLS clients; return the policy by which certificates are verified.
 
-    It takes 0.2 s the first time, so it is done in a thread; nothing at the top of this file does
-    it, since most managers and modules wait for a first request.
+    The first time takes 0.2 s, so call it in a thread. It is not done at the top of this file,
+    since most managers and modules are idle until a first request.
     """
-    with _loading:  # who comes second must not find half of it
+    with _loading:  # a second caller must not see it half done
         if IS_LEAN and "OpenSSL" not in sys.modules:
-            importlib.reload(endpoints)  # it knows TLS from now on
-    import treq  # noqa: F401  # loaded in this thread, for those who use it later
+            importlib.reload(endpoints)  # now with TLS
+    import treq  # noqa: F401  # loaded in this thread for later use
     from twisted.web._newclient import HTTPClientParser
     from twisted.web.client import BrowserLikePolicyForHTTPS
 
@@ -6727,10 +6727,10 @@ def load_http() -> Any:
 
 @define(eq=False)
 class HttpFailure(Exception):
-    """There is no whole response; ``status`` tells that its head had come.
+    """There is no complete response; ``status`` is set if its head had arrived.
 
-    ``kind`` is ``config`` (such a URL cannot be asked), ``dns``, ``connect``, ``tls``,
-    ``timeout`` (no connection), or ``bad_response``. The cause is the exception that it was.
+    ``kind`` is ``config`` (the URL cannot be requested), ``dns``, ``connect``, ``tls``,
+    ``timeout`` (no connection), or ``bad_response``. The cause is the original exception.
     """
 
     kind: str
@@ -6740,9 +6740,9 @@ class HttpFailure(Exception):
 
 @frozen
 class HttpReply:
-    """A response; ``unpacked`` tells that its body came compressed.
+    """A response; ``unpacked`` means that its body came compressed.
 
-    Of ``Content-Length`` Twisted's headers know nothing: it is ``length``, where it was sent.
+    Twisted takes ``Content-Length`` out of the headers: it is ``length``, if it was sent.
     """
 
     status: int
@@ -6753,7 +6753,7 @@ class HttpReply:
 
 
 class _BadBody(Exception):
-    """A response body is longer than its reader takes, or not what it says to be."""
+    """A response body is longer than its limit, or not encoded as its headers say."""
 
 
 class BodyReader(Protocol):
@@ -6785,24 +6785,24 @@ class BodyReader(Protocol):
 
     def _drop(self) -> None:
         self._data.clear()
-        # What treq gives us stands before the transport, and only asks it to close: over TLS that
-        # waits for the peer, who may send on for ever.
+        # treq passes a wrapper that can only close the connection gracefully: over TLS that waits
+        # for the peer, which may go on sending for ever.
         connection: Any = getattr(self.transport, "_producer", self.transport)
         if connection is not None:
             getattr(connection, "abortConnection", connection.loseConnection)()
 
 
 class GzipReader(BodyReader):
-    """Collects a compressed body; the limit is that of the text.
+    """Collects a compressed body; the limit applies to the decompressed text.
 
-    What follows its end, and does not begin as another member of a gzip file does, is not an error.
+    Whatever follows its end without being another member of a gzip file is ignored.
     """
 
     def __init__(self, limit: int) -> None:
         super().__init__(limit)
         self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
         self._begun = False
-        self._whole = -1  # how much text there was at the end of the last member
+        self._whole = -1  # the length of the text at the end of the last member
 
     def dataReceived(self, data: bytes) -> None:
         self._begun = True
@@ -6838,7 +6838,7 @@ async def reply_of(
 ) -> HttpReply:
     """Return the reply to a request, unpacked, with a body of at most ``limit`` bytes.
 
-    ``sent`` has the response's head. A body that is not wanted is not read. Raises
+    ``sent`` yields the response's head; its body is read only if ``has_body`` says so. Raises
     ``HttpFailure``; cancelling drops the connection.
     """
     status = None
@@ -6847,9 +6847,9 @@ async def reply_of(
         from twisted.web.client import GzipDecoder
 
         status = response.code
-        # treq's decoder has no limit for what a piece may become.
+        # treq's decoder does not limit what it decompresses.
         raw, reader, unpacked = getattr(response, "original", response), BodyReader(limit), False
-        while isinstance(raw, GzipDecoder):  # more than once is nothing that a provider does
+        while isinstance(raw, GzipDecoder):  # no provider compresses more than once
             raw, unpacked = raw.original, True
         codings = raw.headers.getRawHeaders(b"content-encoding") or []
         unpacked |= unpack and len(codings) == 1 and codings[0].strip().lower() in _GZIP
@@ -6871,7 +6871,7 @@ async def reply_of(
 
 
 def was_cancelled(error: BaseException) -> bool:
-    """Tell whether an exception of the HTTP client says that the request was cancelled."""
+    """Tell whether an exception of the HTTP client means that the request was cancelled."""
     causes = (failure.value for failure in getattr(error, "reasons", ()))
     return isinstance(error, (CancelledError, ConnectingCancelledError)) or any(
         map(was_cancelled, causes)
@@ -6879,7 +6879,7 @@ def was_cancelled(error: BaseException) -> bool:
 
 
 def connection_problem(error: BaseException) -> tuple[str, str]:
-    """Return what kind of failure an exception of the HTTP client is, and its text."""
+    """Return kind and detail of an exception of the HTTP client, as for ``HttpFailure``."""
     inner = getattr(error, "reasons", None)
     if inner:
         return connection_problem(inner[0].value)
@@ -6902,14 +6902,14 @@ def connection_problem(error: BaseException) -> tuple[str, str]:
 # 2.14 Outgoing HTTP: proxies and client
 # =============================================================================
 #
-# Owns the way through the proxies that the environment names, their secrets, and
-# the client for services that the operator names. Uses the section above. Never
-# knows what is asked.
+# Owns connections through the proxies that the environment names, the proxies'
+# secrets, and the client for services that the operator configures. Uses the
+# section above. Never knows what is requested.
 
 
 @frozen
 class Proxy:
-    """A proxy for HTTP; ``secrets`` are what must not be told of it."""
+    """An HTTP proxy; its ``secrets`` must appear in no log and no reply."""
 
     host: str
     port: int
@@ -6919,7 +6919,7 @@ class Proxy:
 
     @classmethod
     def of(cls, url: str) -> Proxy:
-        """Return the proxy at a URL, as the variables hold it; raises ``ProxyError``."""
+        """Return the proxy that a variable of the environment names; raises ``ProxyError``."""
         try:
             url.encode()  # a variable may hold any bytes
             parts = urlsplit(url if "://" in url else f"http://{url}")
@@ -6944,7 +6944,7 @@ class ProxyError(Exception):
 
 
 def _proxies() -> dict[str, str]:
-    """Return the proxies of the environment by scheme, and what ``no`` proxy is used for.
+    """Return the environment's proxies by scheme, and ``no`` with the hosts that need none.
 
     urllib would decode the whole environment, which takes 0.1 ms for each request.
     """
@@ -6956,8 +6956,8 @@ def _proxies() -> dict[str, str]:
 def proxy_for(scheme: str, host: str, port: int) -> Proxy | None:
     """Return the proxy that the environment names for a URL; raises ``ProxyError``.
 
-    The variables are ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``; those in lower
-    case go first.
+    The variables are ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``; their lower-case
+    forms take precedence.
     """
     found = _proxies()
     url = found.get(scheme) or found["all"]
@@ -6965,7 +6965,7 @@ def proxy_for(scheme: str, host: str, port: int) -> Proxy | None:
 
 
 def _is_excepted(host: str, port: int, excepted: str) -> bool:
-    """Tell whether a host is in ``NO_PROXY``: ``*``, names with what is below, IPs, networks."""
+    """Tell whether ``NO_PROXY`` lists a host: ``*``, domains with subdomains, IPs, networks."""
     for entry in re.split(r"[\s,]+", excepted.lower()):
         place, _, number = entry.rpartition(":")
         has_port = number == str(port) and (":" not in place or place.endswith("]"))
@@ -6979,7 +6979,7 @@ def _is_excepted(host: str, port: int, excepted: str) -> bool:
 
 
 def hide_proxies(redactor: Redactor) -> None:
-    """Never let the secrets of the proxies in the environment into a log."""
+    """Keep the secrets of the environment's proxies out of the log."""
     found: set[str] = set()
     for kind, url in _proxies().items():
         with contextlib.suppress(ProxyError):
@@ -6988,7 +6988,7 @@ def hide_proxies(redactor: Redactor) -> None:
 
 
 def without_proxy_secrets(reply: HttpReply) -> HttpReply:
-    """Return a reply whose error page does not repeat what a proxy was told."""
+    """Return a reply without the secrets of proxies, whose error pages may repeat them."""
     if reply.status == 200:
         return reply
     redactor = Redactor()
@@ -7000,7 +7000,7 @@ def without_proxy_secrets(reply: HttpReply) -> HttpReply:
 
 
 class _Tunnel(ProtocolWrapper):
-    """A connection through a proxy, made by ``CONNECT``; what is in it begins once it is made."""
+    """A connection through a proxy by ``CONNECT``; the wrapped protocol starts once it is made."""
 
     transport: Any
     wrappedProtocol: Any
@@ -7017,7 +7017,7 @@ class _Tunnel(ProtocolWrapper):
         transport.write(self._head)
 
     def dataReceived(self, data: bytes) -> None:
-        """Read the proxy's answer; pass on what is behind it."""
+        """Read the proxy's answer; pass on what follows it."""
         if self.made.happened:
             ProtocolWrapper.dataReceived(self, data)
             return
@@ -7091,7 +7091,7 @@ class ProxyEndpoint:
 @implementer(IAgentEndpointFactory)
 @frozen
 class AgentEndpoints:
-    """Leads an agent where ``way`` leads for a URL, and for https through TLS to its host."""
+    """Connects an agent through the endpoint that ``way`` returns for a URL, with TLS for https."""
 
     _tls: Any
     _way: Callable[[Any], Any]
@@ -7107,7 +7107,7 @@ class AgentEndpoints:
 def through_proxy(
     agent: Any, proxy: Proxy, method: bytes, url: bytes, headers: Headers, body: Any
 ) -> Deferred[Any]:
-    """Send a request for http to a proxy; fails with ``ProxyError`` where that wants a password."""
+    """Send an http request to a proxy; fails with ``ProxyError`` if that demands a password."""
     headers = headers.copy()
     if proxy.authorization:
         headers.setRawHeaders("proxy-authorization", [proxy.authorization])
@@ -7149,7 +7149,7 @@ class _RoutedAgent:
             tunnels = AgentEndpoints(self._tls, functools.partial(self._tunnel, proxy))
             agent = Agent.usingEndpointFactory(self._reactor, tunnels, self._pool)
             return agent.request(method, uri, headers, body)
-        # The pool knows the proxy by its endpoint, which is the same value each time.
+        # The pool finds its connections to the proxy by its endpoint, which is equal each time.
         plain = ProxyAgent(ProxyEndpoint(self._reactor, proxy), self._reactor, self._pool)
         return through_proxy(plain, proxy, method, uri, headers or Headers(), body)
 
@@ -7164,7 +7164,7 @@ class _RoutedAgent:
 
 @frozen
 class HttpClient:
-    """Asks services that the operator names, through one pool of connections.
+    """Sends requests to services that the operator configures, through one connection pool.
 
     treq's client and the pool are made for the first request.
     """
@@ -7191,12 +7191,12 @@ class HttpClient:
         return cls(Lazy(reactor, LOAD_SECONDS, make))
 
     def close(self) -> Deferred[None]:
-        """Close the connections that are kept for further requests."""
+        """Close idle connections."""
         made = self._lazy.made
         return succeed(None) if made is None else made[1].closeCachedConnections()
 
     async def ready(self) -> Any:
-        """Return treq's client, which takes time to load once; raises ``HttpFailure``."""
+        """Return treq's client, which has to be loaded at first; raises ``HttpFailure``."""
         try:
             return (await self._lazy.get())[0]
         except CancelledError:
@@ -7215,8 +7215,8 @@ class HttpClient:
     ) -> HttpReply:
         """Return the reply, with a body of at most ``limit`` bytes; raises ``HttpFailure``.
 
-        A kept connection that the service closes while it is used again is not an answer: the
-        request is sent once more. So it is on a new one, which cannot be told apart.
+        If the service closes an idle connection just as it is reused, the request is sent once
+        more. The same goes for a new connection, which cannot be told apart.
         """
         client = await self.ready()
 
@@ -7244,18 +7244,18 @@ class HttpClient:
 # =============================================================================
 #
 # Owns how a language model is asked: the requests and answers of each kind of
-# provider, and the kinds of errors. Uses text and
-# errors; pure. Never sends anything.
+# provider, and the kinds of errors. Uses text and errors; pure. Never sends
+# anything.
 
 LLM_SECONDS = 60.0
 LLM_ANSWER_MAX_BYTES = 32 * MIB
-#: A larger prompt is encoded, and a larger answer is read, in a thread.
+#: Larger prompts are encoded, and larger answers decoded, in a thread.
 INLINE_LLM_BYTES = 64 * KIB
 PROVIDER_MESSAGE_CHARACTERS = 500
-#: Longer URLs are refused: urllib keeps the last 128 that it has seen, however long they are.
+#: Longer URLs are refused: urllib caches the last 128 that it has seen, however long they are.
 URL_MAX_CHARACTERS = 8192
 ANTHROPIC_VERSION = "2023-06-01"
-#: Anthropic demands a limit, also where the prompt has none.
+#: Anthropic requires a limit even if the prompt has none.
 REQUIRED_MAX_TOKENS = 4096
 IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 HEADER_TEXT = re.compile(r"[\x21-\x7e]*")
@@ -7301,7 +7301,7 @@ ADVICE = {
 }
 
 
-#: What statuses stand for; others are ``HTTP``.
+#: The kinds of errors by status; any other is ``HTTP``.
 STATUS_KINDS = {
     **dict.fromkeys((401, 403), ErrorKind.AUTH),
     404: ErrorKind.NOT_FOUND,
@@ -7313,7 +7313,7 @@ STATUS_KINDS = {
 class ProviderError(ManagerError, code="provider_error"):
     """A provider gave no answer; ``status`` and ``body`` are those of its reply, if any.
 
-    Where there is a status of 200, what came after it is at fault.
+    With a status of 200, the answer itself is at fault.
     """
 
     def __init__(
@@ -7355,7 +7355,7 @@ class Image:
 
 @frozen
 class Prompt:
-    """What is asked, the same for all providers. What is None is not sent."""
+    """A prompt, the same for all providers. What is None is not sent."""
 
     user_message: str
     system_message: str | None = None
@@ -7367,7 +7367,7 @@ class Prompt:
 
     @property
     def size(self) -> int:
-        """About how many bytes a request with this prompt has."""
+        """The approximate size of a request with this prompt, in bytes."""
         text = len(self.user_message) + len(self.system_message or "")
         return text + sum(len(image.data) for image in self.images)
 
@@ -7384,7 +7384,7 @@ class Backend:
 
 
 class Usage(Reply, frozen=True):
-    """Tokens as the provider counts them."""
+    """Token counts as reported by the provider."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -7403,19 +7403,19 @@ class Provider:
     """One kind of provider: how it is asked and what its answers look like.
 
     ``answer`` gets the parsed body; it raises ``LookupError``, ``TypeError`` or ``ValueError``
-    where that is not what the API documents.
+    if that is not what the API documents.
     """
 
-    #: Where it is asked; ``{model}`` stands for the model's name.
+    #: The path of its endpoint; ``{model}`` stands for the model's name.
     path_form: ClassVar[str]
-    #: The header that has the key, and what stands before the key there; other headers.
+    #: The header for the key, and the key's prefix there; then the other headers.
     key_header: ClassVar[tuple[str, str]] = ("Authorization", "Bearer ")
     headers: ClassVar[Mapping[str, str]] = {}
-    #: Where the answer has its token counts: prompt, completion, total.
+    #: Where an answer has its token counts: prompt, completion, total.
     usage_paths: ClassVar[tuple[tuple[str, ...], ...]]
 
     def path(self, backend: Backend) -> str:
-        """Return where a provider is asked for a backend."""
+        """Return the path of the endpoint for a backend."""
         model = quote(backend.model, safe="", errors="replace")
         return self.path_form.replace("{model}", model)
 
@@ -7430,7 +7430,7 @@ class Provider:
         raise NotImplementedError
 
     def answer(self, data: dict[str, Any], mode: AnswerMode) -> str | dict[str, Any]:
-        """Return the text in an answer, or the object where JSON came as such."""
+        """Return the text of an answer, or the object if the API delivers one."""
         raise NotImplementedError
 
     def usage(self, data: dict[str, Any]) -> Usage:
@@ -7455,7 +7455,7 @@ def _text(value: object) -> str:
 
 
 def _joined(parts: object, *, kind: str | None = None) -> str | None:
-    """Return the text in the parts of an answer that are not thoughts; None without any."""
+    """Return the text of those parts of an answer that are not thoughts; None if there is none."""
     if not isinstance(parts, list):
         raise TypeError(f"expected an array, got {kind_of(parts)}")
     texts = [
@@ -7467,7 +7467,7 @@ def _joined(parts: object, *, kind: str | None = None) -> str | None:
 
 
 class OpenAiCompatible(Provider):
-    """Chat completions, as OpenAI has them and many others do too."""
+    """Chat completions, as offered by OpenAI and many others."""
 
     path_form = "/v1/chat/completions"
     usage_paths = (
@@ -7635,8 +7635,8 @@ class LlmClient:
     async def ask(self, backend: Backend, prompt: Prompt, mode: AnswerMode) -> LlmAnswer:
         """Return the model's answer; raises ``ProviderError``.
 
-        The time limit covers everything from the name's resolution to the body's last byte, not
-        what the process has to load for its first request. Cancelling drops the connection.
+        The time limit covers everything from name resolution to the last byte of the body, but not
+        the loading of code for the first request. Cancelling drops the connection.
         """
         provider, url = provider_of(backend)
         detail = f"no complete answer within {backend.timeout:g} s"
@@ -7651,7 +7651,7 @@ class LlmClient:
             raise ProviderError(kind, detail, url=url, status=status) from None
 
     async def ready(self) -> None:
-        """Load what a request needs, if that can be; if not, ``ask`` tells why."""
+        """Load what requests need; if that fails, ``ask`` will say why."""
         with contextlib.suppress(HttpFailure):
             await self._http.ready()
 
@@ -7680,7 +7680,7 @@ class LlmClient:
             try:
                 return LlmAnswer(provider.answer(found, mode), provider.usage(found))
             except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
-                raise unreadable("no answer where it belongs") from None
+                raise unreadable("no answer in the expected place") from None
 
         def unreadable(problem: str) -> ProviderError:
             excerpt = masked(body, backend.key)[:PROVIDER_MESSAGE_CHARACTERS]
@@ -7691,7 +7691,7 @@ class LlmClient:
 
 
 def masked(body: bytes, key: str) -> str:
-    """Return the start of a body without the key, however JSON spells it, whole or cut off."""
+    """Return the start of a body with the key masked, however JSON escapes it, even if cut off."""
     limit = 256 * KIB
     text = body[:limit].decode("utf-8", "replace")
     redactor = Redactor()
@@ -7712,7 +7712,7 @@ def provider_url(host: str, path: str) -> str:
         raise ProviderError(ErrorKind.CONFIG, detail)
     with contextlib.suppress(ValueError, TypeError):
         url = hyperlink.URL.from_text(base)
-        # Addresses are shown, and nobody sends what stands before an @.
+        # URLs are shown to people, and credentials before an @ would not be sent.
         is_plain = base.isprintable() and not url.userinfo and not set("?# ") & set(base)
         if is_plain and url.host and url.scheme in ("http", "https"):
             return base + path
@@ -7721,7 +7721,7 @@ def provider_url(host: str, path: str) -> str:
 
 
 def provider_of(backend: Backend) -> tuple[Provider, str]:
-    """Return how and at which URL a backend is asked; raises ``ProviderError`` if it cannot be."""
+    """Return the provider and the URL of a backend; raises ``ProviderError`` if it is unusable."""
     provider = PROVIDERS.get(backend.provider)
     if provider is None:
         detail = f"provider: unknown {shown(backend.provider)}; known are {', '.join(PROVIDERS)}"
@@ -7733,9 +7733,9 @@ def provider_of(backend: Backend) -> tuple[Provider, str]:
 
 
 def _error_inside(found: Any) -> int | None:
-    """Return the status that an error inside an answer with status 200 stands for, if it has one.
+    """Return the status of an error inside an answer whose own status is 200, if there is one.
 
-    Gateways put what another provider answered there: ``{"error": {"code": 429, "message": ...}}``,
+    Gateways report the errors of other providers so: ``{"error": {"code": 429, "message": ...}}``,
     or a choice whose ``finish_reason`` is ``error``.
     """
     error = found.get("error") if isinstance(found, dict) else None
@@ -7782,9 +7782,9 @@ def _provider_message(text: str) -> str:
 
 MAX_CHECKS = 10_000
 MAX_CHECK_MS = 3_600_000
-#: More configurations and prompts than these are read in a thread.
+#: Requests with more configurations and prompts than these are read in a thread.
 INLINE_CHECKS = 32
-#: More of a model's answer is not shown.
+#: How much of a model's answer is shown.
 CHECK_RESPONSE_CHARACTERS = 64 * KIB
 
 
@@ -7835,7 +7835,7 @@ class TestPrompt:
     timeout_ms: PositiveInt | None = None
 
     def prompt(self) -> Prompt:
-        """Return the prompt; raises ``ProviderError`` for one that is not an image."""
+        """Return the prompt; raises ``ProviderError`` for an invalid image."""
         images = []
         for index, given in enumerate(self.images):
             try:
@@ -7874,7 +7874,7 @@ class CheckResult(Reply, frozen=True, kw_only=True):
 
 
 CheckedPrompt: TypeAlias = tuple[Prompt, int | None]  # with its time limit in milliseconds
-#: The result of a pair; what is different is filled in.
+#: What the results of pairs are derived from.
 _NO_RESULT = CheckResult(
     config_index=0,
     prompt_index=0,
@@ -7890,7 +7890,7 @@ _NO_RESULT = CheckResult(
 
 @define(eq=False)
 class _Asking:
-    """The pairs of a request: those that wait for a slot, and the models that are asked now."""
+    """The pairs of one request: those that wait for a slot, and the exchanges in progress."""
 
     note: Callable[[int, CheckResult], object]
     waiting: deque[tuple[int, Backend, CheckedPrompt]] = field(init=False, factory=deque)
@@ -7902,8 +7902,8 @@ class _Asking:
 class AvailabilityCheck:
     """Checks whether models answer.
 
-    All requests share ``llm_check_concurrency`` slots, which they get in turn; but one model is
-    asked for each whatever the others do, so that none waits for the models of another.
+    All requests share ``llm_check_concurrency`` slots, which they get in turn; but each may always
+    ask one model, so that none has to wait for the models of another.
     """
 
     log = Logger()
@@ -7913,7 +7913,7 @@ class AvailabilityCheck:
     _client: LlmClient
     _variables: Variables
     _redactor: Redactor
-    #: The one whose turn it is stands first.
+    #: The first is the next to get a slot.
     _requests: deque[_Asking] = field(init=False, factory=deque)
     _turns: DeferredLock = field(init=False, factory=DeferredLock)
     _reading: DeferredLock = field(init=False, factory=DeferredLock)
@@ -7923,7 +7923,7 @@ class AvailabilityCheck:
     ) -> list[CheckResult]:
         """Return one result for each pair, by configuration first; raises ``InvalidRequest``.
 
-        ``report`` is called with each as soon as it is there.
+        ``report`` is called with each as soon as it is known.
         """
         count = len(body.configs) * len(body.test_prompts)
         if max(count, len(body.configs), len(body.test_prompts)) > MAX_CHECKS:
@@ -7943,9 +7943,9 @@ class AvailabilityCheck:
             return await self._results(backends, prompts, report)
 
     def _turn(self) -> Deferred[Any]:
-        """Wait for a turn of the reactor that nobody else has.
+        """Wait for a turn of the reactor in which no other model is asked.
 
-        Asking a model costs a millisecond, and clients may want thousands.
+        Asking one takes a millisecond, and clients may want thousands.
         """
         turn = self._turns.acquire()
         return turn.addCallback(lambda _: self._reactor.callLater(0, self._turns.release))
@@ -7984,7 +7984,7 @@ class AvailabilityCheck:
         return [result for _, result in sorted(results.items())]
 
     def _give_slots(self) -> None:
-        """Have models asked for the requests in turn, as long as there are slots."""
+        """Ask models for the requests in turn, as long as there are free slots."""
         while True:
             shared = sum(len(some.asked) - 1 for some in self._requests if some.asked)
             is_room = shared < self._config.llm_check_concurrency - 1
@@ -8014,7 +8014,7 @@ class AvailabilityCheck:
     def _read(
         self, body: CheckBody, variables: RequestVariables
     ) -> tuple[list[str], list[Backend | CheckResult], list[CheckedPrompt | CheckResult]]:
-        """Return the secrets, and each item as intended or the result if it cannot be used.
+        """Return the secrets, and for each item what it stands for, or the result if it is wrong.
 
         This may run in a thread.
         """
@@ -8040,7 +8040,7 @@ class AvailabilityCheck:
         return secrets, backends, prompts
 
     async def _ask(self, backend: Backend, prompt: CheckedPrompt) -> CheckResult:
-        """Return the result for one pair; only being cancelled makes it fail."""
+        """Return the result for one pair; raises nothing but ``CancelledError``."""
         await self._turn()
         asked, limit_ms = prompt
         if limit_ms is not None:
@@ -8070,7 +8070,7 @@ class AvailabilityCheck:
 
 
 def _is_large(body: CheckBody) -> bool:
-    """Tell whether reading a request would hold the reactor."""
+    """Tell whether reading a request would block the reactor."""
     items = [*body.configs, *body.test_prompts]
     if len(items) > INLINE_CHECKS or any(prompt.get("images") for prompt in body.test_prompts):
         return True
@@ -8082,7 +8082,7 @@ def _is_large(body: CheckBody) -> bool:
 def _expanded(
     config: AnyObject, path: str, texts: Mapping[str, str], variables: RequestVariables
 ) -> AnyObject | ConfigError:
-    """Return a configuration with its templates expanded, or why that cannot be."""
+    """Return a configuration with its templates expanded, or the error in one of them."""
     expanded = dict(config)
     for name, value in config.items():
         if isinstance(value, str):
@@ -8094,7 +8094,7 @@ def _expanded(
 
 
 def _readable(read: Callable[[], Value], scrub: Callable[[str], str]) -> Value | CheckResult:
-    """Return an item as intended, or the result of all its pairs if it cannot be used."""
+    """Return what an item stands for, or the result of all its pairs if it is wrong."""
     try:
         return read()
     except (ProviderError, ConfigError, InvalidRequest) as error:
@@ -8104,7 +8104,7 @@ def _readable(read: Callable[[], Value], scrub: Callable[[str], str]) -> Value |
 def _backend(expanded: AnyObject | ConfigError, path: str, scrub: Callable[[str], str]) -> Backend:
     if isinstance(expanded, ConfigError):
         raise expanded
-    # A message shows the start of a value; let that be no key in a wrong place.
+    # A message shows the start of a value, which may be a key in the wrong place.
     found = structure(conceal(expanded, scrub), ProviderConfig, path=path)
     if not found.model:
         raise ProviderError(ErrorKind.CONFIG, f"{path}.model: expected a name, got nothing")
@@ -13195,24 +13195,23 @@ def run_module_service(kind: str, alone: Alone | None = None) -> int:
 # 3.3 LLM service: settings
 # =============================================================================
 #
-# Owns what the LLM module is configured with: usable
-# models in the order of preference, and the templates of prompts. Uses LLM
-# providers and schemas; pure.
+# Owns the configuration of the LLM module: the usable models in the order of
+# preference, and the templates of prompts. Uses LLM providers and schemas; pure.
 
-#: A contract's question may need long thoughts; a check asks for a word.
+#: A contract's question may need long reasoning; a check asks for a word.
 MODULE_LLM_SECONDS = 180.0
 PLACEHOLDER = re.compile(r"#\{([A-Za-z0-9_]*)\}")
 
 
 @frozen
 class TemplateText:
-    """The two messages of a prompt, with ``#{variable}`` placeholders; unknown ones stay."""
+    """The two messages of a prompt, with ``#{variable}`` placeholders; unknown ones are kept."""
 
     user: str
     system: str | None = None
 
     def fill(self, variables: Mapping[str, str]) -> tuple[str, str | None]:
-        """Return user and system message; inserted text is not looked at again."""
+        """Return user and system message; inserted text is not expanded again."""
 
         def value_of(match: re.Match[str]) -> str:
             return variables.get(match[1], match[0])
@@ -13223,7 +13222,7 @@ class TemplateText:
 
 @frozen
 class TemplateKind:
-    """A template: its key in the configuration, what is inserted, what is asked for."""
+    """A template: its key in the configuration, its variables, the kind of answer, a default."""
 
     key: str
     variables: tuple[str, ...]
@@ -13295,7 +13294,7 @@ class TimeLimit(Duration):
 
 @frozen
 class ModelEntry:
-    """What the configuration says of a model."""
+    """What the configuration says about a model."""
 
     supports_json: bool = False
     supports_image: bool = False
@@ -13320,7 +13319,7 @@ class LlmModel:
         return f"{self.backend_id}/{self.backend.model}"
 
     def suits(self, mode: AnswerMode, *, images: bool) -> bool:
-        """Tell whether the model can be asked this way."""
+        """Tell whether the model supports such a prompt."""
         can_json = self.entry.supports_json or mode is AnswerMode.TEXT
         return can_json and (self.entry.supports_image or not images)
 
@@ -13441,9 +13440,9 @@ def _priority(meta: object, path: str) -> float:
 
 JSON_ANSWER_MAX_CHARACTERS = 256 * KIB
 JSON_MAX_DEPTH = 64
-#: Up to here a whole number that is written with a point or an exponent is exact everywhere.
+#: Up to this, whole numbers that are written with a point or an exponent are exact everywhere.
 WHOLE_NUMBER_MAX = 2**53
-#: What executors can hold of a number from a module: others are text, such as an amount in wei.
+#: The integers that executors accept from a module; larger ones, such as wei, become text.
 LEAST_INTEGER, LARGEST_INTEGER = -(2**63), 2**64 - 1
 _JSON_STRING_BODY = r'[^"\\]*+(?:\\(?:u[0-9a-fA-F]{4}|[^u])[^"\\]*+)*+'
 _JSON_TOKEN = re.compile(
@@ -13452,10 +13451,10 @@ _JSON_TOKEN = re.compile(
     re.DOTALL,
 )
 _FENCED_JSON = re.compile(r"(?P<before>```\w*+\s*+)[{\[]")
-#: Within prose, braces are JSON if there is a key in them, or nothing else to come.
+#: Within prose, braces are JSON if there is a key in them, or if nothing follows them.
 _JSON_IN_PROSE = re.compile(r'(?P<before>)(?:\A\s*+[{\[]|(?:\[\s*+)?+\{\s*+(?:"|\}?+\s*+\Z))')
 _JSON_CUT_ESCAPE = re.compile(r"(?:\\(?:u[0-9a-fA-F]{0,3})?)?")
-_HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _JSON_WORDS = ("true", "false", "null")
 _JSON_CLOSERS = {"{": "}", "[": "]"}
 
@@ -13483,9 +13482,9 @@ def json_object_to_calldata(value: object) -> dict[str, CalldataValue]:
 
 
 def json_in(text: str) -> str:
-    """Return a model's text from its JSON on; raises ``ValueError`` for thoughts and no answer.
+    """Return a model's text from where its JSON begins; raises ``ValueError`` for mere thoughts.
 
-    Thoughts, prose and code fences may come before. JSON in a fence goes before other JSON.
+    Thoughts, prose and code fences may precede it. JSON in a fence takes precedence.
     """
     text = text.lstrip("\ufeff \t\r\n")
     if text.startswith(("{", "[")):
@@ -13499,13 +13498,13 @@ def json_in(text: str) -> str:
 
 
 def close_json(text: str) -> str:
-    """Return JSON that was cut off at some point as JSON that is complete.
+    """Complete JSON that was cut off.
 
     An open string ends where the text ends. A number at the very end is dropped, since digits may
     be missing; so is a key without a value. Raises ``ValueError`` for what no cut explains.
     """
     closers: list[str] = []
-    at = safe = 0  # what stands before ``safe`` only lacks its closers
+    at = safe = 0  # the text before ``safe`` lacks nothing but closers
     before = ":"
     while (token := _JSON_TOKEN.match(text, at)) is not None:
         at = token.end()
@@ -13555,8 +13554,8 @@ def _json_to_calldata(value: object, depth: int) -> CalldataValue:
 
 
 def json_text(text: str) -> str:
-    """Return text without the halves of characters that JSON can write and calldata cannot."""
-    return _HALF_CHARACTER.sub("\ufffd", text)
+    """Return text with its lone surrogates replaced: JSON can express them, calldata cannot."""
+    return _LONE_SURROGATE.sub("\ufffd", text)
 
 
 def _json_number(text: str) -> int | str:
@@ -13565,7 +13564,7 @@ def _json_number(text: str) -> int | str:
         number = Decimal(text)
         if abs(number) <= WHOLE_NUMBER_MAX and number == number.to_integral_value():
             return int(number)
-    except ArithmeticError:  # an exponent that no number has
+    except ArithmeticError:  # the exponent is out of range
         return text
     return text
 
@@ -13573,7 +13572,7 @@ def _json_number(text: str) -> int | str:
 def _json_integer(text: str) -> int | str:
     try:
         return int(text)
-    except ValueError:  # Python converts no more than some thousand digits
+    except ValueError:  # Python refuses to convert thousands of digits
         return text
 
 
@@ -13587,21 +13586,21 @@ _answer_decoder = json.JSONDecoder(
 # 3.5 LLM service
 # =============================================================================
 #
-# Owns the answers of the LLM module: which model is asked, who comes next when
+# Owns the answers of the LLM module: which model is asked, which one is next if
 # it fails, what the executor is told, statistics. Uses module services and the
 # LLM client. Never knows how messages arrive.
 
 MAX_PROMPT_IMAGES = 2
-#: A shorter key may be a word, as servers that need none are given; answers keep their words.
+#: Shorter keys are not masked in answers: servers that need none are often given a word.
 ANSWER_KEY_CHARACTERS = 12
 REPORTED_BODY_CHARACTERS = 2000
-_WITHOUT_WIDTH = re.compile(
+_ZERO_WIDTH = re.compile(
     "[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
     "\ufff9-\ufffb\U000e0000-\U000e0fff]"
 )
-#: What Unicode's normal forms may change, in pieces: a run of marks takes the square of its length.
+#: What normalization may change, in pieces: a run of marks takes quadratic time.
 _SHORT_PIECES = re.compile(r"[\x00-\x7f]?[^\x00-\x7f]{1,1000}")
-#: Whitespace that is not a blank or a line break alone.
+#: Whitespace other than a single space or line break.
 _BLANKS = re.compile(r"\s{2,}+|[^\S \n]")
 REPORTED_REASON_CHARACTERS = 500
 #: Kinds of errors that say nothing about the prompt: another backend may well answer.
@@ -13612,7 +13611,7 @@ OVERLOAD_KINDS = frozenset(
 
 @frozen
 class Question:
-    """What an executor wants to know from any model that can answer it."""
+    """What an executor asks of any model that can answer it."""
 
     user: str
     system: str | None
@@ -13648,7 +13647,7 @@ class ModelStatistics(RequestStatistics):
 
 
 def failure_cause(error: ProviderError) -> str:
-    """Return the cause that an executor is told for a provider's error."""
+    """Return the cause that is reported to an executor for a provider's error."""
     if error.kind is ErrorKind.TIMEOUT:
         return "TIMEOUT"
     if error.status is None:
@@ -13739,7 +13738,8 @@ class LlmService(ModuleService):
     async def _ask(self, question: Question, caller: Caller) -> CalldataValue:
         """Return the first answer that a backend gives; raises ``RequestFailure``.
 
-        A limit or a fault may be one model's alone: the next one of the same backend is asked.
+        A rate limit or a server's fault may affect only one model of a backend: its next one is
+        asked then.
         """
         errors: list[tuple[LlmModel, ProviderError]] = []
         for models in self._settings.backends:
@@ -13791,7 +13791,7 @@ class LlmService(ModuleService):
     def _no_answer(
         self, errors: list[tuple[LlmModel, ProviderError]], question: Question
     ) -> RequestFailure:
-        """Return the report on why nobody answered, with the error that says most."""
+        """Return the failure to report: why no model answered, with the most telling error."""
         if not errors:
             wanted = f"{question.mode.value} answers"
             wanted += " and images" if question.images else ""
@@ -13819,13 +13819,13 @@ MODULE_SERVICES["llm"] = LlmService
 
 
 def filtered(text: str) -> str:
-    """Return a prompt without what a reader does not see, where instructions can hide.
+    """Return a prompt without what a reader cannot see, where instructions may hide.
 
-    Compatibility characters are the usual ones (NFKC), those without a width are gone, blanks are
-    one blank, and there is an empty line at most.
+    Compatibility characters are normalized (NFKC), zero-width ones are removed, and whitespace is
+    collapsed to one space, one line break or one empty line.
     """
     text = _SHORT_PIECES.sub(lambda piece: unicodedata.normalize("NFKC", piece[0]), text)
-    text = _WITHOUT_WIDTH.sub("", text)
+    text = _ZERO_WIDTH.sub("", text)
     return _BLANKS.sub(lambda blanks: "\n\n"[: blanks[0].count("\n")] or " ", text).strip()
 
 
@@ -13851,14 +13851,14 @@ def read_answer(answer: str | dict[str, Any], mode: AnswerMode) -> CalldataValue
                 raise ValueError(f"result: expected true or false, got {kind_of(result)}")
             return result
     except ValueError as error:
-        # What it says is not shown in the message, which is cut before it is masked.
+        # The answer is not quoted in the message, which is cut before it is masked.
         text = answer if isinstance(answer, str) else ""
         raise ProviderError(ErrorKind.BAD_RESPONSE, str(error), status=200, body=text) from None
     return value
 
 
 def without_key(value: CalldataValue, key: str) -> CalldataValue:
-    """Return an answer in which a provider that repeats the key does not tell it to a contract."""
+    """Return an answer with the key masked, lest a provider that repeats it reveals it."""
     if len(key) < ANSWER_KEY_CHARACTERS:
         return value
     if isinstance(value, str):
