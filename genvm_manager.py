@@ -4069,14 +4069,11 @@ class Child(ProcessProtocol):
         """Send SIGKILL."""
         self._signal("KILL")
 
-    def feed(self, data: bytes) -> None:
-        """Write everything that the child will read on its stdin."""
-        self.write(data)
-        self.transport.closeStdin()
-
-    def write(self, data: bytes) -> None:
-        """Write to the child's stdin, which stays open."""
+    def write(self, data: bytes, *, is_all: bool = False) -> None:
+        """Write to the child's stdin, and close it if that is all."""
         self.transport.write(data)
+        if is_all:
+            self.transport.closeStdin()
 
     def _force(self) -> None:
         self._timer = None
@@ -4698,6 +4695,13 @@ _SHORTAGES = {
     errno.ENFILE: "too many open files on this machine",
     errno.ETXTBSY: "it is being written; wait until its installation is complete",
 }
+_SPAWN_PROBLEMS = {
+    errno.ENOENT: "not found; install this version, or check root and manifest",
+    errno.EACCES: "not executable; check its permissions",
+    errno.EPERM: "not permitted",
+    errno.ENOEXEC: "not an executable of this machine",
+    errno.E2BIG: "arguments too long for the kernel; shorten message, host_data or extra_args",
+}
 
 
 def _spawn_error(error: OSError, program: str) -> SpawnFailed:
@@ -4705,17 +4709,9 @@ def _spawn_error(error: OSError, program: str) -> SpawnFailed:
     number = error.errno or 0
     if number in _SHORTAGES:
         return ResourcesExhausted(f"{_SHORTAGES[number]}; try again later")
-    reasons = {
-        errno.ENOENT: "not found; install this version, or check root and manifest",
-        errno.EACCES: "not executable; check its permissions",
-        errno.EPERM: "not permitted",
-        errno.ENOEXEC: "not an executable of this machine",
-        errno.E2BIG: "arguments too long for the kernel; shorten message, host_data or extra_args",
-    }
-    reason = reasons.get(number, error.strerror or str(error))
     if number == errno.ENOENT and os.path.exists(program):
-        reason = "the interpreter or loader that it names is not found; install that"
-    return SpawnFailed(reason)
+        return SpawnFailed("the interpreter or loader that it names is not found; install that")
+    return SpawnFailed(_SPAWN_PROBLEMS.get(number, error.strerror or str(error)))
 
 
 # =============================================================================
@@ -5183,8 +5179,7 @@ class Capture:
     def __init__(self, limit: int) -> None:
         self.tails = {STDOUT: BoundedTail(limit), STDERR: BoundedTail(limit)}
         self.records = LogRecords()
-        records = self.records
-        self._lines = LineSplitter(LOG_LINE_MAX_BYTES, records.add, records.add_together)
+        self._lines = LineSplitter(LOG_LINE_MAX_BYTES, self.records.add, self.records.add_together)
 
     def add(self, fd: int, data: bytes) -> None:
         """Take bytes from one of the executor's descriptors."""
@@ -5516,31 +5511,25 @@ class Executions:
         """
         execution = self._known(request, key) or self._enqueue(request, key)
         starting = execution.started.wait()
-        has_given_up = False
-
-        def give_up() -> None:
-            nonlocal has_given_up
-            if execution.lease is None:
-                has_given_up = True
-                starting.cancel()
-
-        may_wait = wait is not None and not starting.called
-        timer = self._reactor.callLater(wait, give_up) if may_wait else None
+        if wait is not None and not starting.called:
+            starting.addTimeout(wait, self._reactor)
         try:
-            await starting
-        except CancelledError:
+            try:
+                await starting
+            except DeferredTimeout:
+                if execution.lease is None:
+                    raise
+                await execution.started.wait()  # its turn to start is about to come
+        except (CancelledError, DeferredTimeout) as error:
             is_last = execution.state is State.WAITING and execution.started.waiters == 0
             if is_last:
                 self._withdraw(execution)
                 self._forget(execution)
-            if not has_given_up:
+            if isinstance(error, CancelledError):
                 raise
             others = "another request with this key still waits for them: ask again with it"
             outcome = "nothing was started" if is_last else others
             raise NoPermit(f"no permits within {wait:g} s; {outcome}") from None
-        finally:
-            if timer is not None and timer.active():
-                timer.cancel()
         return execution
 
     def get(self, genvm_id: int) -> Execution:
@@ -6466,7 +6455,7 @@ async def ask_executor(
         )
     except SpawnFailed as error:
         raise type(error)(f"executor {version} cannot be started: {error.message}") from None
-    child.feed(code)
+    child.write(code, is_all=True)
     try:
         await answer.closed.wait().addTimeout(ASK_SECONDS, reactor)
     except DeferredTimeout:
