@@ -3158,7 +3158,7 @@ def _is_text(code: bytes) -> bool:
 #
 # Owns which executor versions exist, their order, which one a deployment time
 # selects, and the atomic reload of the manifest. Uses text, configuration and
-# errors. Never starts an executor, never looks whether one is installed.
+# errors. Never starts an executor, nor checks that one is installed.
 
 VERSION_KEY = re.compile(r"v?(\d{1,9})\.(\d{1,9})\.(\d{1,9})(?:-[0-9A-Za-z.-]+)?", re.ASCII)
 #: Newer executors take other arguments, and their managers other requests.
@@ -3169,7 +3169,7 @@ _LISTED_VERSIONS = 20
 
 @frozen(order=True)
 class Version:
-    """An executor version; ordered by its three numbers, which the prerelease does not change."""
+    """An executor version, ordered by its three numbers; the prerelease does not count."""
 
     numbers: tuple[int, int, int]
     key: str = field(order=False)
@@ -3186,7 +3186,7 @@ class Version:
 
 @frozen
 class Period:
-    """A period of time; one without an end lasts."""
+    """A period of time; without an end, it is still going on."""
 
     begin: datetime
     end: datetime | None
@@ -3199,11 +3199,10 @@ class Manifest:
     versions: tuple[Version, ...] = ()
 
     def resolve(self, major: int, moment: datetime) -> Version:
-        """Return the highest version of a major that was available at a moment, well patched.
+        """Return the newest version of a major that was available at a moment, with its patches.
 
-        A higher patch (same major and minor) replaces the one before it whatever its date, for old
-        deployments too, as far as they follow each other without a gap. All nodes choose alike.
-        Raises ``VersionNotAvailable``.
+        Consecutive patches of the same minor replace it whatever their dates, for old deployments
+        too; a gap ends the series. Every node chooses the same. Raises ``VersionNotAvailable``.
         """
         by_numbers = {version.numbers: version for version in self.versions}
         for version in reversed(self.versions):
@@ -3218,7 +3217,7 @@ class Manifest:
         )
 
     def selections(self) -> dict[str, list[Period]]:
-        """Return the periods of time in which each version is selected, by its key."""
+        """Return the periods in which each version is selected, by its key."""
         found: dict[str, list[Period]] = {}
         for major in {version.major for version in self.versions}:
             moments = sorted({v.available_after for v in self.versions if v.major == major})
@@ -3231,20 +3230,20 @@ class Manifest:
     def listed(self) -> str:
         """Return the newest versions, for a message."""
         if not self.versions:
-            return "no version at all: install executors and name them in the manifest"
+            return "no version at all: install executors and list them in the manifest"
         listed = ", ".join(str(version) for version in self.versions[-_LISTED_VERSIONS:])
         hidden = len(self.versions) - _LISTED_VERSIONS
         return f"{listed} and {hidden} older ones" if hidden > 0 else listed
 
 
 def parse_manifest(text: str, source: str) -> Manifest:
-    """Return the manifest in a YAML text.
+    """Parse a manifest.
 
     The form is ``executor_versions: {v0.2.3: {available_after: "2025-01-01T00:00:00Z"}}``; other
     top-level keys are ignored. Raises ``ManifestError`` with source, line and reason.
     """
     try:
-        # Nodes instead of values: they know their lines, and aliases cost nothing.
+        # Nodes rather than values: they know their lines, and aliases cost nothing.
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError) as error:
         problem, line = yaml_problem(error)
@@ -3261,7 +3260,7 @@ def parse_manifest(text: str, source: str) -> Manifest:
         for key, value in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else "?"
             if name in seen:
-                refuse(key, f"{what}: {shown(name)} is there twice")
+                refuse(key, f"{what}: duplicate key {shown(name)}")
             seen.add(name)
             yield name, key, value
 
@@ -3308,10 +3307,10 @@ class ManifestStore:
         self._loading = DeferredLock()
 
     def load(self) -> None:
-        """Read the manifest at the start; raises ``ManifestError``.
+        """Read the manifest at startup; raises ``ManifestError``.
 
-        A file that is not there is allowed unless it was named explicitly, which the configuration
-        has checked: the manager then runs without executors and says so.
+        The file may be missing unless it was named explicitly, which the configuration has checked:
+        the manager then runs without executors and says so.
         """
         try:
             self.manifest = self._read()
@@ -3322,7 +3321,7 @@ class ManifestStore:
                 self.log.warn("{text}", text=self.problem, path=str(self.path))
 
     async def reload(self, reactor: Any) -> None:
-        """Read the manifest again, in a thread; a bad file changes nothing.
+        """Reload the manifest in a thread; a bad file changes nothing.
 
         Raises ``ManifestError`` with line and reason.
         """
@@ -3331,9 +3330,9 @@ class ManifestStore:
             self.manifest = await FILE_THREADS.run(reactor, FILE_SECONDS, self._read)
             self.problem = None
         except FileNotFoundError:
-            self.problem = f"{self.path.name} does not exist; the old one stays"
+            self.problem = f"{self.path.name} does not exist; the old one stays in force"
         except DeferredTimeout:
-            late = f"not read within {FILE_SECONDS:g} s; the old one stays"
+            late = f"not read within {FILE_SECONDS:g} s; the old one stays in force"
             self.problem = f"{self.path.name}: {late}"
         except ManifestError as error:
             self.problem = error.message
@@ -3349,21 +3348,20 @@ class ManifestStore:
             self.log.warn("{text}", text=text)
 
     def newer(self) -> str | None:
-        """Return a sentence about executors that are newer than what we know, if there are any."""
+        """Return a warning about executors that are newer than this manager, if there are any."""
         newer = [v.key for v in self.manifest.versions if v.numbers > NEWEST_KNOWN]
         if not newer:
             return None
         newest = "v" + ".".join(map(str, NEWEST_KNOWN))
         return (
             f"{self.path.name} has {len(newer)} executors newer than {newest}, up to "
-            f"{newer[-1]}: this manager knows the arguments of older ones only, and runs of "
-            "those will fail"
+            f"{newer[-1]}: this manager does not know their arguments, so runs with them will fail"
         )
 
     def resolve(self, major: int, moment: datetime) -> str:
-        """Return the key of the executor directory for a major at a moment.
+        """Return the key of the version for a major at a moment; ``reroute_to`` overrides it.
 
-        ``reroute_to`` overrides everything. Raises ``VersionNotAvailable``.
+        Raises ``VersionNotAvailable``.
         """
         if self.reroute_to is not None:
             return self.reroute_to
@@ -3372,7 +3370,7 @@ class ManifestStore:
     def newest_major(self, moment: datetime) -> int:
         """Return the highest major at a moment; raises ``VersionNotAvailable``.
 
-        With ``reroute_to`` it needs no manifest entry: without one, that of the replacement counts.
+        If none is available, the major of ``reroute_to`` counts, where that is set.
         """
         available = [v.major for v in self.manifest.versions if v.available_after <= moment]
         if available:
@@ -3400,7 +3398,7 @@ class ManifestStore:
 
     def _content(self) -> bytes:
         if not stat.S_ISREG(self.path.stat().st_mode):
-            raise ManifestError(f"{self.path.name}: cannot be read: it is not a file")
+            raise ManifestError(f"{self.path.name}: cannot be read: not a regular file")
         with self.path.open("rb") as file:
             return file.read(MANIFEST_MAX_BYTES + 1)
 
@@ -3409,13 +3407,13 @@ class ManifestStore:
 # 2.2 Contracts
 # =============================================================================
 #
-# Owns what is known of a contract from its bytes alone: the storage writes
-# that deploy it, and the version that it states. Uses the standard library and
-# the errors. Never runs a contract and never does I/O.
+# Owns what a contract's bytes alone tell: the storage writes that deploy it,
+# and the version it states. Uses the standard library and the errors. Never
+# runs a contract and never does I/O.
 
 
 STORAGE_INDEX_LIMIT: Final = 1 << 32
-"""Storage slots are addressed by 32-bit offsets, so a slot holds fewer than this many bytes."""
+"""Bytes in a slot, whose offsets have 32 bits."""
 
 CODE_OFFSET: Final = 4
 """Where the code starts in its slot, after its length (u32le)."""
@@ -3431,8 +3429,7 @@ def deployment_writes(code: bytes) -> list[tuple[bytes, bytes]]:
     """Return the storage writes, (key, value), that deploy ``code``.
 
     A key is the slot (32 bytes) and the offset in it (u32le); the first write is the length of the
-    code, the second the code itself. Raises InvalidRequest for code that is empty or that a slot
-    cannot hold.
+    code, the second the code itself. Raises ``InvalidRequest`` for code that is empty or too large.
     """
     require_code(code)
     if len(code) > STORAGE_INDEX_LIMIT - CODE_OFFSET:
@@ -3445,29 +3442,29 @@ def deployment_writes(code: bytes) -> list[tuple[bytes, bytes]]:
 
 
 MAX_CENTRAL_DIRECTORY: Final = MIB
-"""Bytes of a zip archive's directory that are read at most: some 15000 members."""
+"""The largest directory of a zip archive that is read, in bytes: some 15,000 members."""
 
 _WASM_HEADER: Final = b"\0asm\x01\0\0\0"
 _WASM_VERSION_SECTION: Final = b"genvm.version"
 MAX_SECTIONS: Final = 10_000
-"""Sections of a WebAssembly module that are looked at; real ones have some dozens."""
+"""Sections of a WebAssembly module that are examined; real ones have a few dozen."""
 
 _STATED_MAJOR: Final = re.compile(r"v?\+?([0-9]+)(?:\.|$)")
 
 
 def stated_major(code: bytes, newest: int) -> int:
-    """Return the major version that a contract asks for, never above ``newest``.
+    """Return the major version that a contract asks for, capped at ``newest``.
 
-    Any bytes have an answer. Time and memory are linear in their number at most.
+    Works for any bytes, in time and memory that are at most linear in their number.
     """
     return major_of(stated_version(code), newest)
 
 
 def major_of(version: str | None, newest: int) -> int:
-    """Return the major in the version of a contract, never above ``newest``.
+    """Return the major of a contract's version, capped at ``newest``.
 
-    That is the number before the first dot (an unsigned one of 32 bits, which may have a ``v``, a
-    plus and leading zeros), or ``newest`` where there is none.
+    That is the number before the first dot, which may have a ``v``, a plus sign and leading zeros;
+    ``newest`` if there is none.
     """
     match = _STATED_MAJOR.match((version or "").strip(SPACES))
     if match is None:
@@ -3481,7 +3478,7 @@ def stated_version(code: bytes) -> str | None:
 
     A zip archive has it in its member ``version``, WebAssembly in its first custom section
     ``genvm.version``, text in a comment on its first line. None for code that executors refuse:
-    anything else, text that is not UTF-8, an archive of which a member is compressed or encrypted.
+    anything else, text that is not UTF-8, an archive with a compressed or encrypted member.
     """
     is_zip, version = _zip_version(code)
     if is_zip:
@@ -3493,9 +3490,9 @@ def stated_version(code: bytes) -> str | None:
 
 
 class _ArchiveFile(io.BytesIO):
-    """Code as a file of which zipfile reads no huge directory, wherever it finds one.
+    """Code as a file from which zipfile reads no huge directory, wherever it finds one.
 
-    Where a zip64 directory is looked for differs between versions of Python.
+    Versions of Python differ in where they look for a zip64 directory.
     """
 
     def read(self, size: int | None = -1) -> bytes:
@@ -3505,12 +3502,12 @@ class _ArchiveFile(io.BytesIO):
 
 
 def _zip_version(code: bytes) -> tuple[bool, str | None]:
-    """Return whether the code is an archive that a zip library opens, and its version."""
+    """Return whether a zip library can open the code, and the version that it states."""
     try:
         archive = zipfile.ZipFile(_ArchiveFile(code))
     except zipfile.LargeZipFile:
         return True, None
-    except Exception:  # zipfile raises many things for what is not an archive
+    except Exception:  # zipfile raises many kinds for what is not an archive
         return False, None
     members = archive.infolist()
     if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1 for m in members):
@@ -3519,17 +3516,17 @@ def _zip_version(code: bytes) -> tuple[bool, str | None]:
         info = archive.getinfo("version")
     except KeyError:
         return True, "v*.*.*"
-    info.CRC = None  # type: ignore[assignment]  # executors do not look at it
+    info.CRC = None  # type: ignore[assignment]  # executors do not check it
     try:
         with archive.open(info) as member:
             return True, member.read(len(code)).decode()
-    except Exception:  # whatever is wrong with the archive, it states no version
+    except Exception:  # a broken archive states no version
         return True, None
 
 
 def _wasm_version(code: bytes) -> str | None:
     at = len(_WASM_HEADER)
-    # What follows a broken section, or is not UTF-8, states nothing.
+    # A broken section ends the search; a version that is not UTF-8 does not count.
     with contextlib.suppress(IndexError, ValueError):
         for _ in range(MAX_SECTIONS):
             is_custom = code[at] == 0
@@ -3542,9 +3539,9 @@ def _wasm_version(code: bytes) -> str | None:
 
 
 def _sized_part(code: bytes, at: int, limit: int) -> tuple[int, int]:
-    """Return where a part starts and ends that follows its size (unsigned LEB128, 32 bits).
+    """Return the start and end of a part that follows its size, an unsigned LEB128 of 32 bits.
 
-    Raises ``ValueError`` if there is no such size, or if it reaches beyond the limit.
+    Raises ``ValueError`` if the size is malformed or the part ends beyond ``limit``.
     """
     size = 0
     for index, byte in enumerate(code[at : at + 5]):
@@ -3554,7 +3551,7 @@ def _sized_part(code: bytes, at: int, limit: int) -> tuple[int, int]:
             if start + size > limit:
                 break
             return start, start + size
-    raise ValueError("no such part")
+    raise ValueError("malformed size")
 
 
 # =============================================================================
@@ -3567,13 +3564,13 @@ def _sized_part(code: bytes, at: int, limit: int) -> tuple[int, int]:
 
 @define(eq=False)
 class Lease:
-    """Permits that somebody holds; ``release`` gives them back, once."""
+    """Permits that somebody holds until ``release``."""
 
     _gate: PermitGate | None
     weight: int
 
     def release(self) -> None:
-        """Give the permits back; later calls do nothing."""
+        """Return the permits; later calls do nothing."""
         gate, self._gate = self._gate, None
         if gate is not None:
             gate._give_back(self.weight)
@@ -3589,10 +3586,10 @@ class _Waiter(Deferred[Lease]):
 class PermitGate(DeferredSemaphore):
     """A semaphore with weights and a limit that can change at any time; strictly FIFO.
 
-    A waiter gets all of its permits at once or none, so two of them never block each other; and
-    nobody overtakes the head of the queue, so a heavy one is never starved by light ones. Nobody
-    needs more than the limit: with a limit of 1, a weight of 2 takes 1. A limit of 0 pauses.
-    ``tokens`` is below zero while a lowered limit waits for leases to come back.
+    A waiter gets all of its permits at once or none, so no two of them block each other; nobody
+    overtakes the head of the queue, so light waiters never starve a heavy one. Weights are capped
+    at the limit: with a limit of 1, a weight of 2 takes 1. A limit of 0 pauses. ``tokens`` is
+    negative while more leases are held than a lowered limit allows.
     """
 
     def __init__(self, limit: int, clock: Any) -> None:
@@ -3604,7 +3601,7 @@ class PermitGate(DeferredSemaphore):
 
     @property
     def available(self) -> int:
-        """Permits that could be had now."""
+        """Permits that are free now."""
         return max(0, self.tokens)
 
     @property
@@ -3614,20 +3611,20 @@ class PermitGate(DeferredSemaphore):
 
     @property
     def queue_length(self) -> int:
-        """How many wait."""
+        """How many are waiting."""
         return len(self._queue)
 
     @property
     def oldest_wait(self) -> float:
-        """Seconds that the head of the queue has waited; 0 for an empty queue."""
+        """Seconds for which the head of the queue has waited; 0 if the queue is empty."""
         return self._clock.seconds() - self._queue[0].since if self._queue else 0.0
 
     def would_wait(self, weight: int) -> bool:
-        """Tell whether a lease could not be had at once."""
+        """Tell whether ``reserve`` would have to wait."""
         return bool(self._queue) or self.limit == 0 or min(weight, self.limit) > self.tokens
 
     def reserve(self, weight: int) -> Deferred[Lease]:
-        """Return a Deferred for a lease of some permits; cancelling it leaves the queue."""
+        """Return a Deferred for a lease of ``weight`` permits; cancel it to leave the queue."""
         waiter = _Waiter(self._leave)
         waiter.wanted, waiter.since = weight, self._clock.seconds()
         self._queue.append(waiter)
@@ -3635,15 +3632,15 @@ class PermitGate(DeferredSemaphore):
         return waiter
 
     def acquire(self) -> Deferred[Self]:
-        """Take one permit as a plain semaphore does; give it back with ``release``."""
+        """Take one permit, as with a plain semaphore; return it with ``release``."""
         return self.reserve(1).addCallback(lambda _: self)
 
     def release(self) -> None:
-        """Give back one permit that ``acquire`` took."""
+        """Return a permit that ``acquire`` took."""
         self._give_back(1)
 
     def resize(self, limit: int) -> None:
-        """Change the limit: a higher one admits at once, a lower one takes effect as leases end."""
+        """Change the limit: raising it admits at once, lowering it takes effect as leases end."""
         self.tokens += limit - self.limit
         self.limit = limit
         self._admit()
@@ -3655,11 +3652,11 @@ class PermitGate(DeferredSemaphore):
 
     def _leave(self, waiter: Deferred[Any]) -> None:
         self._queue.remove(cast(_Waiter, waiter))
-        self._admit()  # who stood behind a heavy one may fit now
+        self._admit()  # those behind a heavy waiter may fit now
 
     def _admit(self) -> None:
-        # A waiter's callback can give permits back or reserve more: one loop serves all of that,
-        # instead of a recursion as deep as the queue.
+        # A waiter's callback may release permits or reserve more: one loop handles all of that
+        # instead of recursion as deep as the queue.
         if self._admitting:
             return
         self._admitting = True
@@ -3679,15 +3676,15 @@ class PermitGate(DeferredSemaphore):
 # 2.4 Child processes
 # =============================================================================
 #
-# Owns one process that the manager started: the bytes that come back, TERM
-# then KILL, its end. Uses errors and logging. Never starts one, and never
+# Owns one process that the manager started: its output, its termination by
+# TERM then KILL, its end. Uses errors and logging. Never starts one, and never
 # knows what it is for.
 
 #: Descriptors of children.
 STDIN, STDOUT, STDERR, LOG_FD = 0, 1, 2, 3
-#: Output is kept, and sent on, in pieces of about so many bytes.
+#: Output is kept and sent on in pieces of about this size.
 PIECE_BYTES = 64 * KIB
-#: Seconds between a child's exit and the moment its pipes are closed on whoever else holds them.
+#: Seconds after a child's exit until its pipes are closed, whoever else still holds them.
 DRAIN_SECONDS = 0.5
 
 
@@ -3703,12 +3700,12 @@ class ExitStatus:
 
     @classmethod
     def of(cls, reason: Failure) -> ExitStatus:
-        """Return the status in the reason that Twisted gives for the end of a process."""
+        """Convert the reason that Twisted gives for the end of a process."""
         error = cast(ProcessTerminated, reason.value)  # or ProcessDone, which has the same
         return _exit_status(error.exitCode, error.signal)
 
 
-#: Few statuses differ, and each finished execution has one.
+#: Shared, since there are few of them and each finished execution has one.
 _exit_status = functools.lru_cache(maxsize=256)(ExitStatus)
 #: Of a process that has not ended, or was never started.
 NO_EXIT: Final = ExitStatus(None, None)
@@ -3716,20 +3713,20 @@ NO_EXIT: Final = ExitStatus(None, None)
 
 @define(eq=False)
 class BoundedTail:
-    """The last bytes of a stream, in blocks: forgetting the oldest ones moves nothing.
+    """The last bytes of a stream, in blocks, so that dropping the oldest moves nothing.
 
-    Until ``trim`` is called, as much as one block more than the limit is kept.
+    Until ``trim`` is called, up to one block more than the limit is kept.
     """
 
     _limit: int
-    #: Not a deque, which takes 0.6 KiB while it is empty; what is moved is few pointers.
+    #: Not a deque, which takes 0.6 KiB while empty; only a few pointers are moved.
     blocks: list[bytes | bytearray] = field(init=False, factory=list)
     size: int = field(init=False, default=0)
     seen: int = field(init=False, default=0)
     truncated: bool = field(init=False, default=False)
 
     def add(self, data: bytes) -> None:
-        """Append bytes, forgetting the oldest where there are too many."""
+        """Append bytes, and drop the oldest if there are too many."""
         self.seen += len(data)
         self.truncated = self.truncated or self.seen > self._limit
         if len(data) > self._limit:
@@ -3748,13 +3745,13 @@ class BoundedTail:
             self.size -= len(self.blocks.pop(0))
 
     def trim(self) -> None:
-        """Cut what is kept to the limit."""
+        """Cut the contents to the limit."""
         if self.size > self._limit:
             self.blocks[0] = self.blocks[0][self.size - self._limit :]
             self.size = self._limit
 
     def read(self, start: int, most: int) -> bytes:
-        """Return some bytes of what is kept, from a position in the whole stream on."""
+        """Return up to ``most`` bytes from a position in the whole stream, as far as kept."""
         skipped = start - (self.seen - self.size)
         for block in self.blocks:
             if skipped < len(block):
@@ -3770,11 +3767,11 @@ class BoundedTail:
 
 @define(eq=False)
 class LineSplitter:
-    """Cuts a stream into lines; of a line longer than the limit only the head is kept.
+    """Splits a stream into lines, and cuts those that are longer than the limit.
 
-    ``on_line`` gets each line without its newline, and whether it was cut. ``on_lines`` is asked
-    first where whole lines came at once: it gets them with the newlines between them, and returns
-    whether it has taken them.
+    ``on_line`` gets each line without its newline, and whether it was cut. If whole lines arrive
+    together, ``on_lines`` is offered them first, joined by newlines, and returns whether it has
+    taken them.
     """
 
     _limit: int
@@ -3784,7 +3781,7 @@ class LineSplitter:
     _cut: bool = field(init=False, default=False)
 
     def add(self, data: bytes) -> None:
-        """Take the next bytes of the stream."""
+        """Process the next bytes of the stream."""
         start = 0
         if self._line and (end := data.find(b"\n")) >= 0:
             self._keep(data[:end])
@@ -3803,10 +3800,10 @@ class LineSplitter:
         self._keep(data[start:])
 
     def end(self) -> None:
-        """Give out a last line that has no newline, and forget who wants it; nothing follows."""
+        """Emit a last line that has no newline; nothing follows."""
         if self._line:
             self._finish()
-        self._on_line, self._on_lines = max, None  # often of our owner, which would not be freed
+        self._on_line, self._on_lines = max, None  # often methods of our owner: a cycle
 
     def _keep(self, part: bytes) -> None:
         room = self._limit - len(self._line)
@@ -3820,16 +3817,16 @@ class LineSplitter:
 
 
 class OutputTurns:
-    """Shares a part of each turn of the reactor fairly among all pipes of all children.
+    """Shares part of each turn of the reactor fairly among the pipes of all children.
 
-    A pipe that would take longer is not read until its next turn: the child waits, and everything
-    else goes on. Times are the reactor's, in seconds.
+    A pipe that needs longer is not read until its next turn: its child waits, and everything else
+    goes on. Times are the reactor's, in seconds.
     """
 
-    #: What all of them may take before a next turn of the reactor begins, and one at a time.
+    #: What all pipes together may take in a turn of the reactor, and one of them at a time.
     TURN_SECONDS: ClassVar[float] = 0.004
     SLICE_SECONDS: ClassVar[float] = 0.001
-    #: The pause after a turn where others want the processor, too.
+    #: The pause after a turn in which other processes wanted the processor, too.
     REST_SECONDS: ClassVar[float] = 0.02
 
     def __init__(self, reactor: Any) -> None:
@@ -3880,7 +3877,7 @@ class OutputTurns:
             if not self._serve_one(pipe):
                 self._enqueue(pipe)
         took = self._reactor.seconds() - begin
-        # Where others want the processor too, who takes little of it gets it back sooner.
+        # Where others want the processor too, the scheduler favors those who take little of it.
         is_crowded = took > 2 * (time.thread_time() - used) + self.SLICE_SECONDS
         self._left = self.TURN_SECONDS / 4 if is_crowded else self.TURN_SECONDS
         if self._waiting:
@@ -3889,14 +3886,14 @@ class OutputTurns:
 
 
 class PipeReader(ProcessReader):
-    """Reads what a child writes, when it is its turn, and hands it on in pieces.
+    """Reads what a child writes, when it is its turn, and passes it on in pieces.
 
-    ``loseConnection`` closes the pipe once everything is read that is in it at that moment; what
-    somebody else writes to it afterwards is cut.
+    ``loseConnection`` reads what is in the pipe at that moment, and closes it; what another
+    process writes to it afterwards is cut.
     """
 
     _log = Logger()
-    #: Bytes that are handed on at once: few where each costs much, as of short lines, or where the
+    #: Bytes that are passed on at once: few if they are expensive, such as short lines, or if the
     #: machine is busy.
     FEWEST: ClassVar[int] = 16
     MOST: ClassVar[int] = 2 * KIB
@@ -3905,7 +3902,7 @@ class PipeReader(ProcessReader):
     _data = b""
     _at = 0
     _is_waiting = False
-    #: Bytes to be read before the pipe is closed, once that is asked for.
+    #: Bytes left to read before the pipe is closed, once that was asked for.
     _last: int | None = None
 
     def doRead(self) -> None:
@@ -3913,22 +3910,22 @@ class PipeReader(ProcessReader):
 
     @property
     def is_ending(self) -> bool:
-        """Whether its process has ended, so that little is left and somebody waits for it."""
+        """Whether its process has ended: little is left to read, and somebody waits for it."""
         return self.proc.proto is None or self.proc.proto.exited
 
     def wait_for_turn(self) -> None:
-        """Look for nothing new until ``work`` is called."""
+        """Stop reading until ``work`` is called."""
         self._is_waiting = True
         self.stopReading()
 
     def cut(self) -> None:
-        """Close the pipe, whatever is in it."""
+        """Close the pipe, and discard what is in it."""
         self._is_waiting = False
         if self.connected:
             self._close(is_cut=True)
 
     def loseConnection(self) -> None:
-        """Read what is there, and close."""
+        """Close the pipe after what is in it now was read."""
         if self.connected and self._last is None:
             self._last = self._readable_bytes()
             self.stopReading()
@@ -3939,7 +3936,7 @@ class PipeReader(ProcessReader):
             self.proc.proto.turns.take(self)
 
     def work(self, until: float) -> bool:
-        """Take what was written, until some moment; return whether nothing is left to do now."""
+        """Read and pass on until some moment; return whether nothing is left to do for now."""
         was_waiting, self._is_waiting = self._is_waiting, False
         seconds = self.reactor.seconds
         slice_seconds = self.proc.proto.turns.SLICE_SECONDS
@@ -3951,8 +3948,8 @@ class PipeReader(ProcessReader):
                 self._at += step
                 try:
                     self.proc.childDataReceived(self.name, piece)
-                except Exception:  # nobody else would ever close this pipe
-                    self._log.failure("output of a child cannot be taken")
+                except Exception:  # nothing else would ever close this pipe
+                    self._log.failure("output of a child cannot be processed")
                     self._close(is_cut=True)
                 begin, now = now, seconds()
                 if now - begin > slice_seconds / 2:
@@ -3960,7 +3957,7 @@ class PipeReader(ProcessReader):
                 elif now - begin < slice_seconds / 8:
                     self._step = min(self.MOST, self._step * 2)
             elif has_read and self._last is None:
-                # To look for more now would mostly be too early: the reactor tells when there is.
+                # It is mostly too early to look for more: the reactor tells when there is some.
                 self._data = b""
                 if was_waiting:
                     self.startReading()
@@ -3973,7 +3970,7 @@ class PipeReader(ProcessReader):
         return True
 
     def _read(self) -> None:
-        """Read a piece, if there is one, or close the pipe at its end."""
+        """Read a piece, if there is one; close the pipe at its end."""
         self._data, self._at = b"", 0
         if self._last == 0:
             self._close(is_cut=self._readable_bytes() > 0)
@@ -3989,7 +3986,7 @@ class PipeReader(ProcessReader):
             self._last -= len(self._data)
 
     def _readable_bytes(self) -> int:
-        """Return how much is in the pipe."""
+        """Return how many bytes are in the pipe."""
         found = fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4))
         return int.from_bytes(found, sys.byteorder)
 
@@ -4000,16 +3997,16 @@ class PipeReader(ProcessReader):
 
 
 class ChildListener(typing.Protocol):
-    """What the owner of a child hears: data, exited, closed; each end exactly once."""
+    """What the owner of a child is told; ``child_exited`` and ``child_closed`` once each."""
 
     def child_data(self, fd: int, data: bytes) -> None:
-        """Bytes came from one of the child's descriptors."""
+        """The child wrote to one of its descriptors."""
 
     def child_exited(self, status: ExitStatus) -> None:
-        """The process has been reaped; data that is still in its pipes follows."""
+        """The process was reaped; data that is still in its pipes follows."""
 
     def child_cut(self, fd: int) -> None:
-        """What follows on one of its descriptors is not read: somebody else goes on writing."""
+        """The rest of what is written to one of its descriptors is not read."""
 
     def child_closed(self) -> None:
         """All pipes are closed; nothing follows."""
@@ -4019,8 +4016,8 @@ class ChildListener(typing.Protocol):
 class Child(ProcessProtocol):
     """One child process: forwards its events, and owns its timers.
 
-    ``force_killed`` tells that it did not end within the grace of ``terminate``. That is sure once
-    it has ended: what it died of may have been on its way before SIGKILL.
+    ``force_killed`` tells that it did not end within the grace of ``terminate``. That is certain
+    only once it has ended: another signal may have been on its way before SIGKILL.
     """
 
     transport: Any = field(init=False, default=None)
@@ -4029,9 +4026,9 @@ class Child(ProcessProtocol):
     _listener: ChildListener
     _gone: Callable[[Child], None]
     turns: OutputTurns
-    #: Descriptors whose bytes cost the listener the same in large pieces, as lines do not.
+    #: Descriptors whose data the listener takes in large pieces, since it does not look for lines.
     whole: Container[int] = field(default=(), kw_only=True)
-    #: Until SIGKILL while it runs, until its pipes are closed once it has exited.
+    #: While it runs, the time until SIGKILL; once it has exited, until its pipes are closed.
     _timer: DelayedCall | None = field(init=False, default=None)
     pid: int = field(init=False, default=0)
     exited: bool = field(init=False, default=False)
@@ -4040,7 +4037,7 @@ class Child(ProcessProtocol):
 
     @property
     def has_ended(self) -> bool:
-        """Whether the process has ended, be it reaped or not."""
+        """Whether the process has ended, reaped or not."""
         if self.exited:
             return True
         with contextlib.suppress(ChildProcessError):
@@ -4049,9 +4046,10 @@ class Child(ProcessProtocol):
         return False
 
     def terminate(self, grace: float) -> None:
-        """Send SIGTERM, but only once, and SIGKILL after ``grace`` seconds; a shorter grace wins.
+        """Send SIGTERM, and SIGKILL after ``grace`` seconds; the shortest grace wins.
 
-        Many programs take a second SIGTERM as an order to end at once, without tidying up.
+        SIGTERM is sent only once: many programs take a second one as an order to end at once,
+        without cleaning up.
         """
         if self.exited:
             return
@@ -4082,7 +4080,7 @@ class Child(ProcessProtocol):
             self.kill()
 
     def _signal(self, name: str) -> None:
-        # It may have exited without having been reaped; its end is reported in any case.
+        # It may have exited without being reaped yet; its end will be reported in any case.
         with contextlib.suppress(ProcessExitedAlready):
             if self.transport is not None:
                 self.transport.signalProcess(name)
@@ -4106,11 +4104,11 @@ class Child(ProcessProtocol):
         self._listener.child_data(childFD, data)
 
     def output_cut(self, fd: int) -> None:
-        """A pipe is closed although more was written to it."""
+        """A pipe was closed although more was written to it."""
         self._listener.child_cut(fd)
 
     def processExited(self, reason: Failure) -> None:
-        """The process is reaped; its pipes may still be held by others."""
+        """The process was reaped; others may still hold its pipes."""
         self.exited = True
         status = ExitStatus.of(reason)
         self.force_killed = self.force_killed and status.signal == signal.SIGKILL
@@ -4121,10 +4119,10 @@ class Child(ProcessProtocol):
         self._listener.child_exited(status)
 
     def processEnded(self, reason: Failure) -> None:
-        """The process is reaped and its pipes are closed; the last event."""
+        """The process was reaped and its pipes are closed; the last event."""
         self._cancel_timer()
         listener = self._listener
-        del self._listener  # owner, child and transport would keep each other
+        del self._listener  # owner, child and transport would keep each other alive
         self.transport = None
         listener.child_closed()
 
@@ -4133,27 +4131,27 @@ class Child(ProcessProtocol):
 # 2.5 Guardian
 # =============================================================================
 #
-# Owns what happens when a manager is killed: how what it started is known, the
-# process that ends what it left behind, and the watch over the process that
+# Owns what happens when a manager is killed: the marks on its descendants, the
+# process that kills those it left behind, and the watch over the process that
 # started us. Uses nothing above. Never starts a child for others.
 
-#: Seconds before another guardian is started when one died at once or could not be started.
+#: Seconds before a guardian that could not be started, or died at once, is replaced.
 GUARDIAN_RESTART_SECONDS = 1.0
 PARENT_POLL_SECONDS = 0.2
 #: The environment variable by which the guardian knows our descendants.
 MARKER = "GENVM_MANAGED_BY"
-#: What folders of pages are called, and the folder in them by which we know that they are ours.
+#: The prefix of the profile folders of pages, and the folder inside that marks them as ours.
 PROFILE_PREFIX = "genvm-page-"
 PROFILE_HOME = "genvm-manager"
 
 
 class BirthMarks:
-    """Marks what a manager starts so that all that comes from it is known for good.
+    """Marks the children of a manager so that all their descendants can be recognized.
 
-    The mark is the soft limit of ``RLIMIT_RTTIME``, which every process hands down to what it
-    starts and nobody changes: a number of microseconds so large that it limits nothing. Bit 62,
-    then 30 bits for the manager, then 32 for the number of the child. Where the hard limit is
-    finite or the kernel has no such limit there are no marks, only the environment.
+    The mark is the soft limit of ``RLIMIT_RTTIME``, which every process passes on to its children
+    and nobody changes: a number of microseconds so large that it limits nothing. It has bit 62,
+    then 30 bits for the manager, then 32 for the number of the child. If the hard limit is finite,
+    or the kernel has no such limit, there are no marks but those in the environment.
     """
 
     _LIMIT: ClassVar[int] = getattr(resource, "RLIMIT_RTTIME", -1)
@@ -4167,7 +4165,7 @@ class BirthMarks:
 
     @contextlib.contextmanager
     def marking(self, number: int) -> Iterator[None]:
-        """Mark what is started meanwhile as the child with some number."""
+        """Mark what is started in this context as the child with some number."""
         if not self.are_possible:
             yield
             return
@@ -4179,7 +4177,7 @@ class BirthMarks:
             resource.setrlimit(self._LIMIT, self._ours)
 
     def number_of(self, pid: int) -> int | None:
-        """Return the number of the child that a process comes from, if it is one of ours."""
+        """Return the number of the child of ours that a process descends from, if any."""
         with contextlib.suppress(OSError):
             if self.are_possible:
                 mark = resource.prlimit(pid, self._LIMIT)[0]
@@ -4190,12 +4188,11 @@ class BirthMarks:
 
 @define(eq=False)
 class Guardian(ProcessProtocol):
-    """A tiny process that outlives the manager by a moment and kills what it left behind.
+    """A tiny process that briefly outlives the manager and kills what it left behind.
 
-    It waits for the end of the manager at the end-of-file of a pipe, and finds descendants by
-    their birth mark, or by the marker in their environment. Other than a wrapper around each
-    executor it costs a run nothing, and there is no moment at which a new executor is unknown to
-    it. It is started again when it dies.
+    End-of-file on a pipe tells it that the manager has ended; it finds descendants by their birth
+    mark, or by the marker in their environment. Unlike a wrapper around each executor it costs a
+    run nothing, and it never misses a new executor. It is restarted when it dies.
     """
 
     log = Logger()
@@ -4213,7 +4210,7 @@ class Guardian(ProcessProtocol):
         self._started_at = self._reactor.seconds()
         lines = ["import marshal, types", f"{PROFILE_PREFIX=}", f"{PROFILE_HOME=}"]
         for function in (remove_profiles, guard_descendants):
-            # Their source would have to be read, and the whole file with it: 2 MiB and 50 ms.
+            # Getting their source means reading the whole file: 2 MiB and 50 ms.
             code = f"marshal.loads({marshal.dumps(function.__code__)!r})"
             lines.append(f"{function.__name__} = types.FunctionType({code}, globals())")
         script = "\n".join([*lines, f"guard_descendants({MARKER + '='!r})"])
@@ -4226,13 +4223,13 @@ class Guardian(ProcessProtocol):
             self._start_again()
 
     def _start_again(self) -> None:
-        """Start another one: at once, unless this one did not live long."""
+        """Start another one: at once, unless this one died soon."""
         lived = self._reactor.seconds() - self._started_at
         delay = 0 if lived > GUARDIAN_RESTART_SECONDS else GUARDIAN_RESTART_SECONDS
         self._restart = self._reactor.callLater(delay, self.start)
 
     def stop(self) -> None:
-        """Let the process go; it makes a last round on its way out."""
+        """Let the process end, after a last round."""
         self._stopping = True
         if self._restart is not None:
             self._restart.cancel()
@@ -4246,9 +4243,9 @@ class Guardian(ProcessProtocol):
 
 
 def remove_profiles(folder: str) -> bool:
-    """Remove the folders of pages in a folder whose module has ended; return whether none is left.
+    """Remove the profiles in a folder whose module has ended; return whether no profile is left.
 
-    A module has its own locked. This function runs alone too, as ``guard_descendants`` does.
+    A module holds a lock on its own. Like ``guard_descendants``, this function must stand alone.
     """
     import fcntl
     import os
@@ -4275,10 +4272,10 @@ def remove_profiles(folder: str) -> bool:
 def guard_descendants(prefix: str) -> None:
     """Wait for end-of-file on stdin, then kill every process that has a mark of the manager.
 
-    The arguments: the value of the marker in the environment, whose name and ``=`` are ``prefix``,
-    the manager's part of a birth mark, and the folder in which modules have their profiles, which
-    are removed. This function runs alone, under a bare Python: it uses nothing but its own imports
-    and the function above.
+    ``sys.argv`` has the value of the marker in the environment, whose name and ``=`` are
+    ``prefix``; the manager's part of a birth mark; and the folder from which the profiles of
+    modules are removed. This function stands alone, under a bare Python: it uses only its own
+    imports and the function above.
     """
     import os
     import resource
@@ -4286,7 +4283,7 @@ def guard_descendants(prefix: str) -> None:
     import sys
     import time
 
-    # Signals to the manager's process group are not for us, and neither is its terminal.
+    # We want neither the signals to the manager's process group nor its terminal.
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -4306,7 +4303,7 @@ def guard_descendants(prefix: str) -> None:
     killed: set[int] = set()
     clean_rounds = 0
     last_round = time.monotonic() + 5
-    # What is being started while we look may be missed: look again until nothing new is found.
+    # We may miss what is being started while we look: look again until nothing new is found.
     while clean_rounds < 3 and time.monotonic() < last_round:
         clean_rounds += 1
         for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
@@ -4318,15 +4315,15 @@ def guard_descendants(prefix: str) -> None:
             except OSError:
                 continue
         time.sleep(0.02)
-    # What was killed takes its time to be gone on a busy machine, and has its profiles until then.
+    # On a busy machine, what was killed takes a while to go, and holds its profiles until then.
     while not remove_profiles(sys.argv[3]) and time.monotonic() < last_round + 5:
         time.sleep(0.02)
 
 
 def watch_parent(reactor: Any, parent: int, parent_ended: Callable[[], object]) -> LoopingCall:
-    """Call back once when the process that started us has ended, or if it has already.
+    """Call back once when the process that started us has ended, or if it already has.
 
-    Our parent is another process then. Returns the poll, which may be stopped while it runs.
+    We then have another parent. Returns the poll, which may be stopped while it runs.
     """
 
     def check() -> None:
@@ -4344,33 +4341,33 @@ def watch_parent(reactor: Any, parent: int, parent_ended: Callable[[], object]) 
 # 2.6 Spawning
 # =============================================================================
 #
-# Owns how children are started, and that none is left behind: not at the end
-# of a child, not when the manager is killed, not when its parent ends. Uses
+# Owns how children are started, and that no process is left behind: not at the
+# end of a child, nor when the manager is killed, nor when its parent ends. Uses
 # child processes. Never knows what a child is for.
 
-#: Seconds between looks at orphans that were killed but are not reaped yet, and at all others.
+#: Seconds between looks for orphans: while some were killed but not yet reaped, and otherwise.
 ORPHAN_RETRY_SECONDS = 0.02
 ORPHAN_POLL_SECONDS = 1.0
-#: The next look waits so many times as long as the last one took, at most so many seconds.
+#: The next look waits this many times as long as the last one took, up to a number of seconds.
 ORPHAN_PAUSE, ORPHAN_PAUSE_SECONDS = 50, 0.1
-#: Seconds for an orphan without the marker to tidy up, as the guardian would let it.
+#: Seconds for an orphan without the marker to clean up, as the guardian would let it.
 ORPHAN_GRACE_SECONDS = 0.7
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-#: Children and adopted orphans of the thread that reads it: the main thread, where the reactor is.
+#: Children and adopted orphans of the thread that reads it: the main thread, which has the reactor.
 _CHILDREN = "/proc/thread-self/children"
 
 
 class ChildProcess(Process):
-    """A process of Twisted's, with our way to read."""
+    """A process of Twisted's that reads pipes in our way."""
 
     processReaderFactory = PipeReader
 
 
 class Reaper:
-    """Finds the children that have ended, by asking the kernel which they are.
+    """Asks the kernel which children have ended.
 
-    Twisted asks for each child that it knows whenever one ends. For all of ours, this stands in its
-    table instead.
+    Twisted checks every child that it knows whenever one ends. In its table, this object stands for
+    all of ours.
     """
 
     def __init__(self) -> None:
@@ -4379,17 +4376,17 @@ class Reaper:
         table[self] = self
 
     def take(self, process: LeanProcess) -> None:
-        """Look for the end of a process, if Twisted has not seen it yet."""
+        """Take over a process from Twisted's table, unless its end has been seen."""
         if process.pid is not None and reapProcessHandlers.pop(process.pid, None) is not None:
             self.processes[process.pid] = process
 
     def reapProcess(self) -> None:
-        """One or more children have ended."""
+        """Reap the children that have ended."""
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         with contextlib.suppress(ChildProcessError):
             while (found := os.waitid(os.P_ALL, 0, flags)) is not None:
                 if found.si_pid not in self.processes:
-                    # Somebody else's, such as an orphan, stands before others until it is reaped.
+                    # Another one, such as an orphan, hides the rest until somebody reaps it.
                     for process in [*self.processes.values()]:
                         process.reapProcess()
                     return
@@ -4397,12 +4394,11 @@ class Reaper:
 
 
 class LeanProcess(ChildProcess):
-    """A process that is spawned without looking at every descriptor and signal of ours.
+    """A process that is spawned without examining all of our descriptors and signals.
 
-    Twisted does that at each spawn, for programs that it does not know. Where the process is ours,
-    the ``Spawner`` sees to it that what others left open is closed on exec, and that our
-    descriptors lie above those of a child. Should Twisted rename the hook below, its own way is
-    taken, which is slower and no worse.
+    Twisted does that at each spawn, because it does not know the program. In a process of our own,
+    the ``Spawner`` ensures that inherited descriptors are closed on exec, and that ours are above
+    those of a child. Should Twisted rename the hook below, its own way is used: slower, no worse.
     """
 
     def __init__(self, reaper: Reaper, *arguments: Any, **options: Any) -> None:
@@ -4411,7 +4407,7 @@ class LeanProcess(ChildProcess):
         reaper.take(self)
 
     def reapProcess(self) -> None:
-        """Look whether it has ended; Twisted then takes it from its own table."""
+        """Check whether it has ended; Twisted then removes it from its own table."""
         pid = cast(int, self.pid)
         if self._reaper.processes.pop(pid, None) is not None:
             reapProcessHandlers[pid] = self
@@ -4440,7 +4436,7 @@ class LeanProcess(ChildProcess):
 
 
 def _keep_descriptors() -> None:
-    """See to it that nothing that was handed down to us reaches our children."""
+    """Let no descriptor that we inherited reach our children."""
     with contextlib.suppress(FileNotFoundError):
         for name in os.listdir("/dev/fd"):
             with contextlib.suppress(OSError):  # the descriptor of this list
@@ -4449,21 +4445,21 @@ def _keep_descriptors() -> None:
 
 @functools.cache
 def _ignored_signals() -> list[int]:
-    """Return what Python or our own starter made us ignore; children begin without that."""
+    """Return the signals that Python or our starter made us ignore; children must not."""
     return [n for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN]
 
 
 def become_reaper() -> bool:
-    """Become the parent of what descendants leave behind; return whether the kernel can do that."""
+    """Become the parent of our descendants' orphans; return whether the kernel supports that."""
     return bool(ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
 
 
 @define
 class Orphan:
-    """A process whose parent is gone, which makes us its parent.
+    """A process that we have adopted because its parent is gone.
 
-    ``owners`` are the numbers of children that it may belong to; ``since`` is when the last of
-    them had ended.
+    ``owners`` are the numbers of the children that it may belong to; ``since`` is when the last of
+    them ended.
     """
 
     owners: set[int]
@@ -4472,11 +4468,11 @@ class Orphan:
 
 
 class Spawner:
-    """Starts children and makes sure that none is left behind.
+    """Starts children, and ensures that none of their processes is left behind.
 
-    With ``owns_process`` the manager is alone in its process: it becomes the reaper of its
-    descendants, so that what an executor leaves behind comes to us and is killed; and it keeps a
-    guardian process, which kills every descendant when the manager itself is killed.
+    With ``owns_process`` the manager is alone in its process: it adopts what an executor leaves
+    behind, and kills it; and it keeps a guardian process, which kills every descendant when the
+    manager itself is killed.
     """
 
     log = Logger()
@@ -4502,8 +4498,8 @@ class Spawner:
         self._marker = {MARKER.encode(): boot_id.encode()} if owns_process else {}
 
     def start(self) -> None:
-        """Get ready; after a fork by the daemon, before the first ``spawn``."""
-        # Ours must not have the numbers that children use.
+        """Get ready: after the daemon's fork, before the first ``spawn``."""
+        # Our own descriptors must not have the numbers that children use.
         while not self._reserved or self._reserved[-1] <= LOG_FD:
             self._reserved.append(os.open(os.devnull, os.O_RDWR))
         if not self._owns_process:
@@ -4515,16 +4511,13 @@ class Spawner:
         if not become_reaper() or not os.path.exists(_CHILDREN):
             self._owns_process = False
             self.log.warn(
-                "what executors leave behind will not be killed: this kernel does not list it"
+                "what executors leave behind will not be killed: this kernel does not list children"
             )
         self._guardian = Guardian(self._reactor, self._boot_id)
         self._guardian.start()
 
     def end_orphans(self, grace: float) -> Deferred[None]:
-        """Fire when nothing is left of what ended children left behind.
-
-        What does not end within ``grace`` seconds is killed.
-        """
+        """Fire when no orphan of an ended child is left; kill them after ``grace`` seconds."""
         if not self._owns_process:
             return succeed(None)
         self._orphan_grace = grace
@@ -4535,7 +4528,7 @@ class Spawner:
         return self._orphans_ended.wait()
 
     def stop(self) -> None:
-        """Kill what is left and end; nothing can be spawned afterwards."""
+        """Kill what is left and stop; nothing can be spawned afterwards."""
         self.kill_all()
         if self._sweep_call is not None:
             self._sweep_call.cancel()
@@ -4568,9 +4561,9 @@ class Spawner:
 
         ``pipes`` are the descriptors of the child that we read, ``feeds`` those that we write,
         ``nulls`` those that are ``/dev/null``; ``inherited`` maps descriptors of the child to ours.
-        ``nice`` is added to our own niceness. ``whole``: see ``Child``. ``after`` is called once
-        the process and all its descendants are gone. The listener may hear of the exit, but not of
-        the end, before this returns. Raises ``SpawnFailed``.
+        ``nice`` is added to our own niceness; for ``whole`` see ``Child``. ``after`` is called once
+        the process and all its descendants are gone. The listener may be told of the exit before
+        this returns. Raises ``SpawnFailed``.
         """
         if not self._reserved:
             raise SpawnFailed("the manager is not running")
@@ -4597,8 +4590,8 @@ class Spawner:
         except OSError as error:
             raise _spawn_error(error, argv[0]) from None
         if nice:
-            # The kernel limits the sum. All that it starts from now on inherits this; to be told
-            # before its first instruction it would have to be started by another program.
+            # The kernel limits the sum. Whatever the child starts from now on inherits it. Setting
+            # it before the first instruction would take another program that starts the child.
             with contextlib.suppress(OSError):
                 ours = os.getpriority(os.PRIO_PROCESS, 0)
                 os.setpriority(os.PRIO_PROCESS, child.pid, ours + nice)
@@ -4616,7 +4609,7 @@ class Spawner:
         self._sweep_within(self._sweep_pause)
 
     def _sweep_within(self, seconds: float) -> None:
-        """Look for orphans soon."""
+        """Look for orphans after some seconds at most."""
         if not self._owns_process:
             self._call_afters()
         elif self._sweep_call is None:
@@ -4625,20 +4618,20 @@ class Spawner:
             self._sweep_call.reset(seconds)
 
     def _call_afters(self) -> None:
-        """Tell whose child is gone with all that came from it."""
+        """Call the ``after`` of each child that is gone with all its descendants."""
         owners = set[int]().union(*(orphan.owners for orphan in self._orphans.values()))
         for number in [n for n in self._afters if n not in self._children and n not in owners]:
             self._afters.pop(number)()
 
     def _sweep(self) -> None:
-        """Reap orphans that ended, and kill those whose owner has ended."""
+        """Reap orphans that have ended, and kill those whose owners have ended."""
         self._sweep_call, begin = None, self._reactor.seconds()
         try:
             with open(_CHILDREN, "rb", buffering=0) as file:
                 ours = file.readall().split()
         except OSError:
             ours = []
-        # These are all that were started on purpose.
+        # The rest of our children are those that we started.
         known = self._reaper.processes if self._reaper is not None else ()
         pids = set(map(int, ours)).difference(reapProcessHandlers, known)
         self._orphans = {pid: self._orphans.get(pid) or self._orphan(pid) for pid in pids}
@@ -4646,7 +4639,7 @@ class Spawner:
         for pid, orphan in list(self._orphans.items()):
             try:
                 if os.waitpid(pid, os.WNOHANG)[0]:
-                    ending = True  # what it had started may have come to us just now
+                    ending = True  # we may just have adopted what it had started
                 elif self._is_due(orphan):
                     os.kill(pid, signal.SIGKILL)
                     ending = True
@@ -4662,7 +4655,7 @@ class Spawner:
             self._sweep_within(ORPHAN_RETRY_SECONDS if ending else ORPHAN_POLL_SECONDS)
 
     def _is_due(self, orphan: Orphan) -> bool:
-        """Tell whether an orphan is to be killed: none of its owners lives, and it had its time."""
+        """Tell whether to kill an orphan: all its owners have ended, and it has had its time."""
         now = self._reactor.seconds()
         if not orphan.owners.isdisjoint(self._children):
             orphan.since = now
@@ -4670,24 +4663,21 @@ class Spawner:
         return orphan.is_marked or now - orphan.since >= self._orphan_grace
 
     def _orphan(self, pid: int) -> Orphan:
-        """Look at an orphan for the first time.
-
-        One without a birth mark may belong to any child that lives now.
-        """
+        """Examine a new orphan; one without a birth mark may belong to any child alive now."""
         variables: list[bytes] = []
         with contextlib.suppress(OSError):
             variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         number = self._marks.number_of(pid)
         return Orphan(
             owners=set(self._children) if number is None else {number},
-            # One that is being started has no environment for a moment, but its mark already.
+            # While it is being started it has its birth mark, but no environment yet.
             is_marked=f"{MARKER}={self._boot_id}".encode() in variables
             or (number is not None and not any(variables)),
             since=self._reactor.seconds(),
         )
 
 
-#: What passes by itself, so that the same request may succeed later.
+#: Temporary problems: the same request may succeed later.
 _SHORTAGES = {
     errno.ENOMEM: "not enough memory",
     errno.EAGAIN: "too many processes",
@@ -4705,7 +4695,7 @@ _SPAWN_PROBLEMS = {
 
 
 def _spawn_error(error: OSError, program: str) -> SpawnFailed:
-    """Return what the user can do about an error of ``posix_spawn``."""
+    """Return the error for a failed ``posix_spawn``, with advice for the user."""
     number = error.errno or 0
     if number in _SHORTAGES:
         return ResourcesExhausted(f"{_SHORTAGES[number]}; try again later")
@@ -4718,7 +4708,7 @@ def _spawn_error(error: OSError, program: str) -> SpawnFailed:
 # 2.7 Execution requests
 # =============================================================================
 #
-# Owns what clients ask to run and what they hear of it, as classes: the
+# Owns the classes of what clients ask to run and what they are told of it: the
 # request, states, results, events; and the forms of times and ids in answers.
 # Uses text. Never starts or ends anything.
 
@@ -4726,18 +4716,15 @@ EXTRA_ARGUMENTS_MAX = 4096
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """An answer, or a part of one: its JSON has the fields in their order.
-
-    Where ``tag_field`` is ``result``, the answer begins with that member.
-    """
+    """An answer, or a part of one: its JSON has the fields in this order, after ``tag_field``."""
 
 
 def about(text: str, *examples: object) -> Meta:
-    """Return what a field means, for the documentation of the API."""
+    """Describe a field, for the documentation of the API."""
     return Meta(description=text, examples=[*examples] or None)
 
 
-#: Forms of values in answers; the documentation shows a title beside what the field means.
+#: Forms of values in answers; the documentation shows the title beside the field's description.
 Instant = Annotated[
     str,
     Meta(
@@ -4752,9 +4739,9 @@ EpochMilliseconds = Annotated[
 Milliseconds = Annotated[float, Meta(title="milliseconds", ge=0)]
 Count = Annotated[int, Meta(ge=0)]
 OutputName = Literal["stdout", "stderr", "genvm_log"]
-#: What the kernel passes on in one argument; the limit counts bytes of UTF-8.
+#: What the kernel passes in one argument; the limit counts bytes of UTF-8.
 ARGUMENT_FORM = {"pattern": "^[^\\x00]*$", "maxLength": ARGUMENT_MAX_BYTES}
-#: Not one of those that the manager gives.
+#: Not an option, since the manager gives those.
 Argument = Annotated[
     str, Meta(extra_json_schema=ARGUMENT_FORM | {"pattern": "^([^-\\x00][^\\x00]*)?$"})
 ]
@@ -4770,7 +4757,7 @@ class HostAddress(str):
 
     @classmethod
     def parse(cls, value: object) -> Self:
-        """Return the address; raises ``ValueError``."""
+        """Check an address; raises ``ValueError``."""
         text = Name.parse(value)
         name, colon, port = text.rpartition(":")
         is_port = port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 65536
@@ -4813,10 +4800,7 @@ class RunRequest:
     )
 
     def __attrs_post_init__(self) -> None:
-        """Keep the text of the message alone, not the whole body that it is a part of.
-
-        More minutes than ``MAX_EXECUTION_MINUTES`` count as so many.
-        """
+        """Check and copy the message, which would keep the whole body alive; cap the minutes."""
         if not bytes(self.message).startswith(b"{"):
             value = msgspec.json.decode(self.message)
             raise ValueError(f"message: expected an object, got {kind_of(value)}")
@@ -4826,7 +4810,7 @@ class RunRequest:
 
     @property
     def fingerprint(self) -> bytes:
-        """What tells whether another request is the same."""
+        """A digest by which equal requests are recognized."""
         values = attrs.asdict(self, recurse=False) | {
             "message": bytes(self.message),
             "max_execution_minutes": float(self.max_execution_minutes),
@@ -4836,8 +4820,7 @@ class RunRequest:
     def arguments(self, cookie: str) -> list[str]:
         """Return the executor's command line without the program.
 
-        Raises ``InvalidRequest`` for text that cannot be an argument of a process, or stands for
-        one of ours.
+        Raises ``InvalidRequest`` for text that cannot be an argument, or is one that we give.
         """
         if len(self.extra_args) > EXTRA_ARGUMENTS_MAX:
             raise InvalidRequest(
@@ -4867,7 +4850,7 @@ class RunRequest:
 
 
 class State(enum.Enum):
-    """Where an execution stands; ``TRANSITIONS`` says what may follow."""
+    """The state of an execution; ``TRANSITIONS`` says what may follow."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -4909,7 +4892,7 @@ class ExecutionOutcome(Reply, frozen=True, kw_only=True):
 
 
 class ExecutionResult(ExecutionOutcome, frozen=True, kw_only=True):
-    """How an execution ended, with its output as far as ``capture_output`` asked for it."""
+    """How an execution ended, with its output if ``capture_output`` asked for that."""
 
     stdout: Annotated[str, about("What it wrote, as UTF-8 text.", "hello\n")]
     stderr: Annotated[str, about("What it wrote, as UTF-8 text.", "")]
@@ -4936,7 +4919,7 @@ class ExecutionSummary(Reply, frozen=True, kw_only=True):
 
 
 class Happening(Reply, frozen=True, kw_only=True):
-    """What an event of ``GET /events`` tells; ``kind`` is its name."""
+    """The data of an event of ``GET /events``; ``kind`` is its name."""
 
     kind: ClassVar[str]
     time: Annotated[Instant, about("When it happened.")]
@@ -4988,21 +4971,21 @@ class FinishedEvent(Happening, frozen=True, kw_only=True):
 # 2.8 Execution records
 # =============================================================================
 #
-# Owns what one execution is: its state, the captured output, the result as
-# JSON. Uses requests, permits and children. Never starts or ends one.
+# Owns the record of one execution: its state, the captured output, the result
+# as JSON. Uses requests, permits and children. Never starts or ends one.
 
 LOG_MAX_RECORDS = 10_000
 LOG_MAX_BYTES = 16 * MIB
 LOG_LINE_MAX_BYTES = 6 * MIB
-#: A line with more members is kept as text: reading them would hold the reactor.
+#: A line with more members is kept as text: decoding it would block the reactor.
 LOG_LINE_MAX_MEMBERS = 50_000
-#: What is kept of the stderr of a run whose output nobody asked for.
-UNREAD_STDERR_BYTES = 2000
-#: The same for a line that goes to the manager's log, where each member is looked at for secrets.
+#: The same for a line that goes to the manager's log, where each member is checked for secrets.
 FORWARDED_MEMBERS = 1000
-#: What a finished execution is reckoned to cost beyond its output.
+#: How much stderr is kept of a run whose output nobody asked for.
+UNREAD_STDERR_BYTES = 2000
+#: The estimated memory of a finished execution beyond its output.
 RECORD_BYTES = 2 * KIB
-#: The last two digits of an id are the ``instance`` of the manager that has it.
+#: The last two digits of an id are the ``instance`` of its manager.
 ID_STEP = 100
 #: Ids count tenths of milliseconds since 2025 at first, and stay below 2**53 until the year 2310.
 ID_EPOCH = 1_735_689_600
@@ -5016,9 +4999,9 @@ def executor_program(root: Path, version: str) -> str:
 def execution_ids(start: float, instance: int = 0) -> Iterator[int]:
     """Yield the ids of a manager that starts at ``start``, in seconds since the epoch.
 
-    Each is its ``instance`` modulo ``ID_STEP``, so no other instance has it. None was used by an
-    earlier start, since no manager starts 10,000 executions a second, unless the clock was set back
-    in between to the very moment of that start.
+    They are equal to ``instance`` modulo ``ID_STEP``, so no other instance has them; and later than
+    those of earlier starts, since no manager starts 10,000 executions a second, unless the clock
+    was set back.
     """
     first = max(1, round((start - ID_EPOCH) * 10_000)) * ID_STEP
     return itertools.count(first + instance, ID_STEP)
@@ -5026,10 +5009,10 @@ def execution_ids(start: float, instance: int = 0) -> Iterator[int]:
 
 @define(eq=False)
 class LogRecords:
-    """The last log records of an executor: the texts of JSON objects, one a line.
+    """The last log records of an executor: the texts of JSON objects, one per line.
 
-    They are kept as one text, because the gaps that thousands of small objects leave when they go
-    are not given back to the system.
+    They are kept as one text, because the gaps that thousands of small objects leave when freed
+    do not go back to the system.
     """
 
     _kept_lines: bytearray = field(init=False, factory=bytearray)
@@ -5047,11 +5030,11 @@ class LogRecords:
 
     @property
     def start(self) -> int:
-        """Where the oldest record that is kept starts in the text of all that there were."""
+        """The position of the oldest record that is kept, in the text of all records so far."""
         return self.dropped + self.first
 
     def add(self, line: bytes, cut: bool) -> None:
-        """Take a line of the log pipe."""
+        """Add a line of the log pipe."""
         line = line.strip()
         if not line:
             return
@@ -5060,7 +5043,7 @@ class LogRecords:
         self._keep(text or _line_text(line), 1)
 
     def add_together(self, lines: bytes) -> bool:
-        """Take some lines if each is a record as it should be; return whether they are."""
+        """Add some lines if each is a well-formed record; return whether they are."""
         count = lines.count(b"\n") + 1
         are_records = _are_records(lines, count)
         if are_records:
@@ -5098,22 +5081,22 @@ class LogRecords:
 
 @frozen
 class _LeveledRecord:
-    """What every record of an executor should have; the rest is not looked at."""
+    """What every record of an executor should have; the rest is not decoded."""
 
     level: msgspec.Raw
 
 
-#: Not every client can read a number of so many digits; Python cannot.
+#: A number that not every client can read; Python, for one, cannot.
 _HUGE_NUMBER = re.compile(rb"[0-9]{4300}")
 _leveled = msgspec.json.Decoder(_LeveledRecord)
 
 
 def _record_text(line: bytes) -> bytes | None:
-    """Return the JSON text of a log line's record; None if it is too long to be kept whole."""
+    """Return a log line's record as JSON text; None if it is too long to be kept whole."""
     if line.count(b",") <= LOG_LINE_MAX_MEMBERS and not _HUGE_NUMBER.search(line):
         try:
             _leveled.decode(line)
-            line.decode()  # msgspec does not look at the characters of what it passes over
+            line.decode()  # msgspec does not check the characters of what it skips
             return line
         except (ValueError, RecursionError):
             pass
@@ -5125,10 +5108,10 @@ def _record_text(line: bytes) -> bytes | None:
 
 
 def _are_records(lines: bytes, count: int) -> bool:
-    """Tell whether each of some lines is the JSON of a record, with one look at all of them.
+    """Tell whether each of some lines is the JSON of a record, decoding all of them at once.
 
-    Where one line ends with ``}`` and the next begins with ``{``, no record can go on, since none
-    has a newline in a string. So as many records as lines are one on each.
+    Where one line ends with ``}`` and the next begins with ``{``, no record can continue, since
+    JSON strings have no raw newlines. So if there are as many records as lines, each has one.
     """
     if lines.count(b",") > LOG_LINE_MAX_MEMBERS or _HUGE_NUMBER.search(lines):
         return False
@@ -5142,7 +5125,7 @@ def _are_records(lines: bytes, count: int) -> bool:
 
 
 def _line_text(line: bytes) -> bytes:
-    """Return a record that has the start of a line, short enough whatever characters it has."""
+    """Return a record with the start of a line, short enough however its characters expand."""
     for size in (len(line), LOG_MAX_BYTES // 8):
         start = line[:size].decode("utf-8", "replace")
         text = msgspec.json.encode({"level": "info", "message": "genvm log", "line": start})
@@ -5152,7 +5135,7 @@ def _line_text(line: bytes) -> bytes:
 
 
 def parse_log_line(line: bytes, members: int = LOG_LINE_MAX_MEMBERS) -> dict[str, Any] | None:
-    """Return the JSON object on a line of the log pipe, or nothing if it is something else."""
+    """Return the JSON object on a line, or None if it is something else."""
     if line.count(b",") > members:
         return None
     try:
@@ -5163,7 +5146,7 @@ def parse_log_line(line: bytes, members: int = LOG_LINE_MAX_MEMBERS) -> dict[str
 
 
 def forwarded_line(line: bytes, unread: str) -> tuple[str, dict[str, Any]]:
-    """Return level and members of a line of a child's log; if not a record, it is ``unread``."""
+    """Return level and members of a child's log line; what is no record becomes ``unread``."""
     record = parse_log_line(line, FORWARDED_MEMBERS)
     if record is None:
         record = {unread: line.decode("utf-8", "replace")}
@@ -5174,7 +5157,7 @@ def forwarded_line(line: bytes, unread: str) -> tuple[str, dict[str, Any]]:
 
 
 class Capture:
-    """What an execution wrote: the ends of its streams and its log records."""
+    """The last output of an execution: both streams and its log records."""
 
     def __init__(self, limit: int) -> None:
         self.tails = {STDOUT: BoundedTail(limit), STDERR: BoundedTail(limit)}
@@ -5189,7 +5172,7 @@ class Capture:
             self.tails[fd].add(data)
 
     def cut(self, fd: int) -> None:
-        """More was written to one of the descriptors than is read."""
+        """Note that not all of what was written to one of the descriptors is read."""
         if fd == LOG_FD:
             self.records.truncated = True
         else:
@@ -5209,12 +5192,12 @@ class Capture:
 
     @property
     def dropped(self) -> int:
-        """Bytes that were read and are not kept."""
+        """Bytes of output that were read but are not kept."""
         return self.records.dropped + sum(t.seen - t.size for t in self.tails.values())
 
     @property
     def truncated(self) -> list[OutputName]:
-        """Names of what was cut."""
+        """Names of the outputs that were cut."""
         parts: tuple[BoundedTail | LogRecords, ...] = (*self.tails.values(), self.records)
         names = get_args(OutputName)
         return [name for name, part in zip(names, parts, strict=True) if part.truncated]
@@ -5231,7 +5214,7 @@ class Capture:
 
 
 def _tail_json(tail: BoundedTail) -> Iterator[bytes]:
-    """Yield what is between the quotes of a JSON string."""
+    """Yield what goes between the quotes of a JSON string."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     skipped = _first_character(tail.blocks) if tail.truncated else 0
     for block in tail.blocks:
@@ -5249,7 +5232,7 @@ def _first_character(blocks: Iterable[bytes | bytearray]) -> int:
 NO_CAPTURE = b'"stdout":"","stderr":"","genvm_log":[]'
 
 
-#: What every execution that lies in the past has for its end: it would take memory in each.
+#: The events of finished executions: one for all saves memory.
 HAPPENED: Event[None] = Event()
 HAPPENED.fire(None)
 
@@ -5258,10 +5241,10 @@ HAPPENED.fire(None)
 class Execution:
     """One execution; ``ended`` fires when it has a result.
 
-    It has ``arguments`` until its process is started; ``fingerprint`` is that of the request. Of
-    one that is finished only what can still be asked for is kept: there may be many.
-    ``started_at`` and ``finished_at`` are seconds since the epoch, for people; ``began`` and
-    ``over`` are the same moments by the reactor's clock, which nobody sets, as is ``asked``.
+    It has ``arguments`` until its process is started. Once it is finished, only what can still be
+    asked for is kept, since there may be many. ``started_at`` and ``finished_at`` are seconds since
+    the epoch, for people; ``began`` and ``over`` are the same moments by the reactor's clock, which
+    nobody sets; so is ``asked``, the time of the request.
     """
 
     id: int
@@ -5280,7 +5263,7 @@ class Execution:
     lease: Lease | None = None
     child: Child | None = None
     exit: ExitStatus = NO_EXIT
-    #: Whether it had to be killed because it ignored a request to stop.
+    #: Whether it had to be killed because it did not stop when asked to.
     was_forced: bool = False
     capture: Capture | None = None
     deadline_timer: DelayedCall | None = None
@@ -5295,7 +5278,7 @@ class Execution:
 
     @classmethod
     def of(cls, request: RunRequest, genvm_id: int, version: str, key: str | None) -> Self:
-        """Return an execution that waits; raises ``InvalidRequest`` as ``arguments`` does."""
+        """Return a waiting execution; raises what ``RunRequest.arguments`` does."""
         return cls(
             genvm_id,
             version,
@@ -5309,7 +5292,7 @@ class Execution:
 
     @property
     def deadline(self) -> float | None:
-        """When the execution is killed, once it runs."""
+        """When it is told to end, once it runs; seconds since the epoch."""
         if self.started_at is None:
             return None
         return self.started_at + self.max_minutes * 60
@@ -5327,11 +5310,11 @@ class Execution:
 
     @property
     def arguments_size(self) -> int:
-        """Bytes of memory that its arguments take."""
+        """Bytes of memory that its arguments use."""
         return sum(map(sys.getsizeof, self.arguments)) + 8 * len(self.arguments)
 
     def summary_json(self) -> bytes:
-        """Return the entry of ``GET /status``, which is the same until the state is another one."""
+        """Return the entry of ``GET /status``, which changes with the state only."""
         if not self.summary:
             entry = ExecutionSummary(
                 state=self.state,
@@ -5355,7 +5338,7 @@ class Execution:
         yield b"}"
 
     def outcome(self) -> ExecutionOutcome:
-        """Return the result of a finished execution, without its output."""
+        """Return the result of a finished execution without its output."""
         assert self.cause is not None and self.finished_at is not None
         return ExecutionOutcome(
             finished_at=int(self.finished_at * 1000),
@@ -5369,7 +5352,7 @@ class Execution:
 
 
 class LogForwarder:
-    """Passes an executor's log lines on to the manager's log."""
+    """Forwards an executor's log lines to the manager's log."""
 
     log = Logger()
 
@@ -5378,12 +5361,12 @@ class LogForwarder:
         self._enabled = enabled
         self._lines = LineSplitter(LOG_LINE_MAX_BYTES, self._forward)
         self._errors = BoundedTail(UNREAD_STDERR_BYTES)
-        # A log is made anew whenever it is asked for; one of an instance would hold it in a cycle.
+        # ``self.log`` makes a logger each time, and one kept here would refer back to us: a cycle.
         self._info = LogForwarder.log.info
 
     @property
     def stderr(self) -> str:
-        """The end of stderr; whole lines, since half a secret would not be known as one."""
+        """The end of stderr, in whole lines: half a secret would not be recognized as one."""
         text = self._errors.content.decode("utf-8", "replace")
         return ((self._errors.truncated and text.partition("\n")[2]) or text).strip()
 
@@ -5395,7 +5378,7 @@ class LogForwarder:
             self._errors.add(data)
 
     def cut(self, fd: int) -> None:
-        """More was written than is read."""
+        """Note that not all of what was written is read."""
         if fd == LOG_FD:
             self.log.warn("the end of an executor's log is cut", genvm_id=self._genvm_id)
 
@@ -5422,15 +5405,16 @@ class LogForwarder:
 # =============================================================================
 #
 # Owns every execution from its request to the end of its retention: the
-# queue, the start, the deadline, the end, who waits for it. Uses records,
+# queue, the start, the deadline, the end, those who wait for it. Uses records,
 # permits, children and the manifest. Never knows HTTP.
 
 LISTED_FINISHED = 1000
-#: Seconds from SIGTERM to SIGKILL at a deadline, in which an executor can tell its host.
+#: Seconds from SIGTERM to SIGKILL at a deadline, for the executor to tell its host.
 DEADLINE_GRACE_SECONDS = 0.5
-#: Seconds after SIGKILL in which a process must have ended and its output be read, on any machine.
+#: Seconds after SIGKILL until a process has ended and its output was read, on any machine.
 KILL_SECONDS = 30.0
-#: Memory of dropped results goes back to the system within seconds: fewer if it is much.
+#: Seconds until memory of dropped results goes back to the system: from so many bytes on, and
+#: of fewer.
 TRIM_BYTES = 16 * MIB
 TRIM_SECONDS, TRIM_LITTLE_SECONDS = 1.0, 10.0
 
@@ -5441,7 +5425,7 @@ def _milliseconds(seconds: float) -> float:
 
 @define(eq=False)
 class _RunListener:
-    """Tells the executions what happens to the process of one of them."""
+    """Tells the executions what happens to the process of one."""
 
     owner: Executions
     execution: Execution
@@ -5506,8 +5490,9 @@ class Executions:
     ) -> Execution:
         """Return an execution once its process exists.
 
-        With the idempotency ``key`` of an earlier request it is that one's. Raises why there is
-        none: ``NoPermit`` after ``wait`` seconds. The last who gives up or is cancelled removes it.
+        With the idempotency ``key`` of an earlier request, it is the same execution. Raises why it
+        was not started: ``NoPermit`` if it has none after ``wait`` seconds. It is removed when the
+        last caller times out or is cancelled.
         """
         execution = self._known(request, key) or self._enqueue(request, key)
         starting = execution.started.wait()
@@ -5519,7 +5504,7 @@ class Executions:
             except DeferredTimeout:
                 if execution.lease is None:
                     raise
-                await execution.started.wait()  # its turn to start is about to come
+                await execution.started.wait()  # it has its permits, and starts any moment
         except (CancelledError, DeferredTimeout) as error:
             is_last = execution.state is State.WAITING and execution.started.waiters == 0
             if is_last:
@@ -5543,7 +5528,7 @@ class Executions:
         return execution
 
     def wait(self, execution: Execution, seconds: float) -> Deferred[bool]:
-        """Tell, after some seconds at most, whether an execution has ended."""
+        """Return whether an execution has ended, as soon as it has, or after some seconds."""
         if seconds <= 0 or execution.ended.happened:
             return succeed(execution.ended.happened)
         waiting = execution.ended.wait().addCallback(lambda _: True)
@@ -5573,7 +5558,7 @@ class Executions:
         return self._all_ended.wait()
 
     def dispose(self) -> None:
-        """Cancel the timers that are left, and let nobody wait; the last call."""
+        """Cancel the remaining timers and waits; the last call."""
         self._settled.fire(False)
         for timer in (self._expiry, self._pacer, self._trimming):
             if timer is not None:
@@ -5587,20 +5572,20 @@ class Executions:
     def listed(self) -> Iterator[Execution]:
         """Yield what ``GET /status`` lists, newest first.
 
-        That is what goes on, and finished executions until somebody reads their result.
+        These are executions that go on, then finished ones whose result nobody has read.
         """
         yield from self.active()
         yield from itertools.islice(reversed(self._unread.values()), LISTED_FINISHED)
 
     def listing(self) -> bytes:
-        """Return the same as JSON, which is made again once it has changed."""
+        """Return the same as JSON, which is cached until something changes."""
         if not self._listing:
             entries = (b'"%d":%s' % (e.id, e.summary_json()) for e in self.listed())
             self._listing = b"{" + b",".join(entries) + b"}"
         return self._listing
 
     def newest_first(self) -> Iterator[Execution]:
-        """Yield all that are known."""
+        """Yield all executions that are known."""
         return reversed(self._records.values())
 
     def count_by_state(self) -> Counter[State]:
@@ -5609,17 +5594,17 @@ class Executions:
 
     @property
     def unread(self) -> int:
-        """How many results nobody has read yet."""
+        """How many results have not been read yet."""
         return len(self._unread)
 
     def settles_within(self, seconds: float) -> Deferred[bool]:
-        """Tell, after some seconds at most, whether nothing runs and each result was read."""
+        """Return whether nothing runs and all results were read, waiting for some seconds."""
         waiting = self._settled.wait()
         self._check_idle()
         return waiting.addTimeout(seconds, self._reactor, lambda _result, _seconds: False)
 
     def _check_idle(self) -> None:
-        """Tell those who wait for it that nothing runs, or that each result was read as well."""
+        """Fire the events for the moment when nothing runs, and when all results were read."""
         if len(self._finished) < len(self._records):
             return
         if self._closed:
@@ -5629,7 +5614,7 @@ class Executions:
             settled.fire(True)
 
     def note_reading(self, execution: Execution) -> None:
-        """Somebody has read, or nobody will ever read, the result of an execution."""
+        """Note that the result of an execution was read, or never will be."""
         if self._unread.pop(execution.id, None) is not None:
             self._listing = b""
             self._check_idle()
@@ -5657,8 +5642,8 @@ class Executions:
         is_full = length >= config.queue_limit or self._queued + size > config.queue_max_bytes
         if is_full and self._gate.would_wait(weight):
             raise QueueFull(
-                f"{length} executions of {self._queued} bytes wait for permits already, and this "
-                f"one has {size}; try again later"
+                f"{length} executions of {self._queued} bytes are waiting for permits already, and "
+                f"this one has {size}; try again later"
             )
         self._queued += size
         execution.asked = self._reactor.seconds()
@@ -5675,7 +5660,7 @@ class Executions:
         return execution
 
     def _withdraw(self, execution: Execution) -> None:
-        """Take a waiting execution off the queue."""
+        """Remove a waiting execution from the queue."""
         self._trim_soon(execution.arguments_size)
         self._drop_arguments(execution)
         if execution.lease is None:
@@ -5687,12 +5672,12 @@ class Executions:
             self._release(execution)
 
     def _drop_arguments(self, execution: Execution) -> None:
-        """Forget what is not needed when an execution does not wait any more."""
+        """Forget what is only needed while an execution waits."""
         self._queued -= execution.arguments_size
         execution.arguments = ()
 
     def _forget(self, execution: Execution) -> None:
-        """Drop a record; who waits for the end of one that never ran hears that it is gone."""
+        """Drop a record; if it never ran, those who wait for its end get an error."""
         del self._records[execution.id]
         self._listing = b""
         self._unread.pop(execution.id, None)
@@ -5712,7 +5697,7 @@ class Executions:
             self._start_next()
 
     def _start_next(self) -> None:
-        """Start one that has its permits; the reactor has a turn for others before the next."""
+        """Start an execution that has its permits; the next one starts in another turn."""
         self._pacer = None
         if self._ready and not self._closed:
             self._pacer = self._reactor.callLater(0, self._start_next)
@@ -5777,7 +5762,7 @@ class Executions:
         execution.state, execution.summary, self._listing = state, b"", b""
 
     def _end(self, execution: Execution, cause: Cause, grace: float, reason: ManagerError) -> None:
-        """End an execution: at once if it waits, whose clients hear the reason."""
+        """End an execution; if it is waiting, its clients get ``reason`` as their error."""
         if execution.state is State.WAITING:
             self._withdraw(execution)
             self._finish(execution, cause)
@@ -5790,7 +5775,7 @@ class Executions:
         self._terminate(execution, Cause.DEADLINE, DEADLINE_GRACE_SECONDS)
 
     def _terminate(self, execution: Execution, cause: Cause, grace: float) -> None:
-        """Tell a process to end, unless it has ended by itself, although nobody saw it yet."""
+        """Tell a process to end, unless it has ended by itself, even if it is not reaped yet."""
         assert execution.child is not None
         if execution.child.has_ended:
             return
@@ -5800,7 +5785,7 @@ class Executions:
         execution.child.terminate(grace)
 
     def process_exited(self, execution: Execution, status: ExitStatus) -> None:
-        """The process is reaped: its permits are free from now on."""
+        """Release the permits of an execution whose process was reaped."""
         execution.exit = status
         execution.was_forced = execution.child is not None and execution.child.force_killed
         self._move(execution, State.EXITED)
@@ -5808,9 +5793,9 @@ class Executions:
         self._release(execution)
 
     def process_closed(self, execution: Execution, unread: str) -> None:
-        """The output is complete: the result can be read from now on.
+        """Finish an execution whose output is complete: its result can be read.
 
-        ``unread`` is the end of a stderr that nobody asked for.
+        ``unread`` is the end of stderr if nobody asked for it.
         """
         self._finish(execution, execution.cause or Cause.EXITED, unread)
 
@@ -5825,7 +5810,7 @@ class Executions:
         self._check_idle()
 
     def _report_end(self, execution: Execution, cause: Cause, unread: str) -> None:
-        """Tell the log, and who follows events, how an execution ended."""
+        """Report to the log and to the event feed how an execution ended."""
         exit_, capture, over = execution.exit, execution.capture, execution.over
         began = over if execution.began is None else execution.began
         details = {"stderr": unread} if unread and exit_.code != 0 else {}
@@ -5882,7 +5867,7 @@ class Executions:
         self._trim_soon(execution.cost)
 
     def _trim_soon(self, freed: int) -> None:
-        """Give memory back to the system in some seconds, when so many bytes more are free."""
+        """Return memory to the system in some seconds, now that more bytes are free."""
         self._dropped_bytes += freed
         seconds = TRIM_SECONDS if self._dropped_bytes >= TRIM_BYTES else TRIM_LITTLE_SECONDS
         if self._trimming is None:

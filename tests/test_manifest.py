@@ -260,16 +260,16 @@ def test_no_versions_are_a_valid_manifest(value: str) -> None:
             "executor_versions:\n  v0.2.3:\n    x: 1\n    available_after: 2025-13-01T00:00:00Z\n",
             "m.yaml:4: v0.2.3.available_after: ",
         ),
-        ("a: 1\na: 2\n", 'm.yaml:2: manifest: "a" is there twice'),
+        ("a: 1\na: 2\n", 'm.yaml:2: manifest: duplicate key "a"'),
         (
             "executor_versions:\n  v0.2.3: {available_after: 2025-01-01T00:00:00Z}\n"
             "  v0.2.3: {available_after: 2025-01-02T00:00:00Z}\n",
-            'm.yaml:3: executor_versions: "v0.2.3" is there twice',
+            'm.yaml:3: executor_versions: duplicate key "v0.2.3"',
         ),
         (
             "executor_versions:\n  v0.2.3:\n    available_after: 2025-01-01T00:00:00Z\n"
             "    available_after: 2025-01-02T00:00:00Z\n",
-            'm.yaml:4: v0.2.3: "available_after" is there twice',
+            'm.yaml:4: v0.2.3: duplicate key "available_after"',
         ),
         ("a: 1\nb: [\n", "m.yaml:3: not YAML"),
         ("a: 1\n\tb: 2\n", "m.yaml:2: not YAML"),
