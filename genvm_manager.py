@@ -12606,7 +12606,7 @@ class SizeLimit:
 
 
 @define(eq=False, slots=False)
-class PeerConnection(Protocol):
+class PeerConnection(Protocol, TimeoutMixin):
     """A TCP connection of an executor, on which it speaks WebSocket.
 
     It must ask for that in time; then messages follow. A peer that sends too much, or that does
@@ -12624,7 +12624,6 @@ class PeerConnection(Protocol):
     )
     _head: bytearray = field(init=False, factory=bytearray)
     _pieces: bytearray = field(init=False, factory=bytearray)
-    _timer: DelayedCall | None = field(init=False, default=None)
 
     def message_received(self, data: bytes) -> None:
         """Take a message; text counts as its UTF-8."""
@@ -12637,16 +12636,20 @@ class PeerConnection(Protocol):
     def connectionMade(self) -> None:
         # A peer that does not read must not make us write more.
         self.transport.registerProducer(self.transport, True)
-        self._timer = self._reactor.callLater(HANDSHAKE_SECONDS, self._finish)
+        self.callLater = self._reactor.callLater  # type: ignore[method-assign]
+        self.setTimeout(HANDSHAKE_SECONDS)
         self._connections.add(self)
         self._changed()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.closing = True
-        self._stop_timer()
+        self.setTimeout(None)
         self.peer_gone()
         self._connections.discard(self)
         self._changed()
+
+    def timeoutConnection(self) -> None:
+        self.transport.abortConnection()
 
     def dataReceived(self, data: bytes) -> None:
         if self._wire.connection is None and not self.closing:
@@ -12663,9 +12666,8 @@ class PeerConnection(Protocol):
                     self.message_received(message)
             elif isinstance(event, wsproto.events.Ping):
                 self.transport.write(self._wire.send(event.response()))
-            elif isinstance(
-                event, wsproto.events.CloseConnection
-            ):  # the peer's, or for a frame that is wrong
+            elif isinstance(event, wsproto.events.CloseConnection):
+                # The peer's, or wsproto's for an invalid frame.
                 self.close(event.code, event.reason or "")
             if self.closing:
                 return
@@ -12688,17 +12690,14 @@ class PeerConnection(Protocol):
 
     def _take_request(self, data: bytes) -> bytes:
         """Answer the request once it is complete; return what follows it."""
-        start = max(0, len(self._head) - 3)
         self._head += data
-        end = self._head.find(b"\r\n\r\n", start) + 4
-        if end >= 4:
-            request, rest = bytes(self._head[:end]), bytes(self._head[end:])
+        request, end, rest = bytes(self._head).partition(b"\r\n\r\n")
+        if end:
             self._head.clear()
-            self._upgrade(request)
-            return rest
-        if len(self._head) > HANDSHAKE_MAX_BYTES:
+            self._upgrade(request + end)
+        elif len(self._head) > HANDSHAKE_MAX_BYTES:
             self._finish()
-        return b""
+        return rest
 
     def _upgrade(self, request: bytes) -> None:
         """Accept WebSocket, on any path, or say why not."""
@@ -12711,7 +12710,7 @@ class PeerConnection(Protocol):
                 extensions=[cast(Any, SizeLimit(MESSAGE_MAX_BYTES))]
             )
             self.transport.write(self._wire.send(accept))
-            self._stop_timer()
+            self.setTimeout(None)
         except (wsproto.utilities.ProtocolError, UnicodeError) as error:
             reason = f"this is a WebSocket service of GenVM executors: {error}"
             self._refuse("400 Bad Request", reason)
@@ -12726,16 +12725,10 @@ class PeerConnection(Protocol):
     def _finish(self) -> None:
         """Close, once everything is sent or the time for it is over."""
         self.closing = True
-        self._stop_timer()
         self.transport.unregisterProducer()
         self.transport.resumeProducing()
         self.transport.loseWriteConnection()
-        self._timer = self._reactor.callLater(CLOSE_SECONDS, self.transport.abortConnection)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None and self._timer.active():
-            self._timer.cancel()
-        self._timer = None
+        self.setTimeout(CLOSE_SECONDS)
 
 
 # =============================================================================
@@ -14534,13 +14527,11 @@ class RequestSigner:
         """Return the request with its signature; raises ``RequestFailure``."""
         given = {name: text for name, text in caller.host_data.items() if isinstance(text, str)}
         variables = {"node_address": "", "tx_id": "", **given}
-        kept = {k: v for k, v in request.headers.items() if k not in _SIGNED_HEADERS}
-        ours = (variables["node_address"], variables["tx_id"])
-        salt = base64.b64encode(secrets.token_bytes(32))
-        values = (*(self._header_value(text) for text in ours), salt)
-        headers = kept | dict(zip(_NODE_HEADERS, values, strict=True))
-        body = request.body
-        if body is not None:
+        headers = {k: v for k, v in request.headers.items() if k not in _SIGNED_HEADERS}
+        headers["genlayer-node-address"] = self._header_value(variables["node_address"])
+        headers["genlayer-tx-id"] = self._header_value(variables["tx_id"])
+        headers["genlayer-salt"] = base64.b64encode(secrets.token_bytes(32))
+        if (body := request.body) is not None:
             is_long = len(body) > INLINE_DIGEST_BYTES
             digest = await maybe_in_thread(self._reactor, is_long, digest_of, body)
             headers["content-digest"] = digest
@@ -14639,7 +14630,6 @@ CHROMIUM_FLAGS = (
     "--metrics-recording-only",
     "--mute-audio",
     "--password-store=basic",
-    "--use-mock-keychain",
     f"--window-size={VIEWPORT_WIDTH},{VIEWPORT_HEIGHT}",
     "about:blank",
 )
@@ -14726,19 +14716,6 @@ def kill_strays(known: Container[int] = (), homes: Iterable[str] = ()) -> bool:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, os.WNOHANG)
     return found
-
-
-def make_profile() -> tuple[str, int]:
-    """Return a new folder for a page's Chromium, and its lock to be closed when it is not needed.
-
-    Raises ``OSError``.
-    """
-    made = tempfile.mkdtemp(prefix=PROFILE_PREFIX)
-    lock = os.open(made, os.O_DIRECTORY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    home = f"{made}/{PROFILE_HOME}"  # which makes it a profile: only now that it is locked
-    os.mkdir(home)
-    return home, lock
 
 
 # --- the way out ---
@@ -15323,8 +15300,12 @@ class ChromiumRenderer:
         shutil.rmtree(os.path.dirname(home), ignore_errors=True)
 
     def _spawn(self, browser: BrowserProcess, proxy: str) -> str:
-        """Start a Chromium; return its home."""
-        home, lock = make_profile()
+        """Start a Chromium in a new folder; return its home there. Raises ``OSError``."""
+        folder = tempfile.mkdtemp(prefix=PROFILE_PREFIX)
+        lock = os.open(folder, os.O_DIRECTORY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        home = f"{folder}/{PROFILE_HOME}"
+        os.mkdir(home)  # this marks the folder as a profile, now that it is locked
         # Root has no sandbox; see README for why the module should not run as root.
         unsafe = ("--no-sandbox",) if os.geteuid() == 0 else ()
         argv = [
