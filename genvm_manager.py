@@ -12480,21 +12480,21 @@ class Systemd:
 # what a request means.
 
 MESSAGE_MAX_BYTES = 64 * MIB
-#: Executors take no larger answers: they would drop the connection, and the run with it.
+#: Executors accept no larger answer: they would drop the connection, and the run with it.
 ANSWER_MAX_BYTES = 16 * MIB
-#: The upgrade request of a client, and the seconds in which it must arrive.
+#: The size of a client's upgrade request, and the seconds within which it must arrive.
 HANDSHAKE_MAX_BYTES = 16 * KIB
 HANDSHAKE_SECONDS = 10
-#: Seconds for a peer to take what was sent to it, and why it is disconnected.
+#: Seconds for a peer to read what was sent before it is dropped, and why it is disconnected.
 CLOSE_SECONDS = 2.0
 CLOSE_POLICY, CLOSE_INTERNAL = 1008, 1011
-#: What every browser sends, and no executor.
+#: Every browser sends it, no executor does.
 ORIGIN_HEADER = re.compile(rb"\norigin[ \t]*:", re.IGNORECASE)
 _RUST_ESCAPES = {"\0": r"\0", "\t": r"\t", "\r": r"\r", "\n": r"\n", '"': r"\"", "\\": r"\\"}
 
 
 def rust_text(text: str) -> str:
-    """Return a string as Rust's debug form shows it: quoted and escaped."""
+    """Return a string in Rust's debug form: quoted and escaped."""
     return f'"{"".join(_RUST_ESCAPES.get(c) or _rust_character(c) for c in text)}"'
 
 
@@ -12526,9 +12526,9 @@ def _rust_map(members: Mapping[str, object]) -> str:
 
 
 class RequestFailure(Exception):
-    """A request of an executor that gets no answer; unless ``fatal``, the contract can catch it.
+    """An executor's request failed; unless the failure is ``fatal``, the contract can catch it.
 
-    The context holds texts, integers, lists and maps of them.
+    The context holds strings, integers, and lists and maps of them.
     """
 
     def __init__(self, *causes: str, fatal: bool = True, **context: CalldataValue) -> None:
@@ -12552,15 +12552,15 @@ class RequestFailure(Exception):
 
 
 def bad_request(problem: str) -> RequestFailure:
-    """Return the failure of a request that no executor should make."""
+    """Return the failure of an invalid request, which no executor should send."""
     return RequestFailure("INVALID_REQUEST", error=problem)
 
 
 class SizeLimit:
-    """Refuses a message that is too large at the header of its frame.
+    """Refuses a message that is too large as soon as the header of a frame says so.
 
-    It is not an extension that peers hear of; wsproto shows headers to nobody else. It has what
-    ``wsproto.extensions.Extension`` has, which is not loaded yet.
+    Peers are not told of this extension; wsproto shows headers to extensions only. It does not
+    inherit from ``wsproto.extensions.Extension``, which is not loaded yet.
     """
 
     name = "size-limit"
@@ -12570,18 +12570,18 @@ class SizeLimit:
         self._size = self._frame = 0
 
     def enabled(self) -> bool:
-        """Return True: it needs no consent of the peer."""
+        """Return True: the peer does not have to agree."""
         return True
 
     def accept(self, offer: str) -> None:
-        """Return nothing: a peer that offers it hears nothing of it."""
+        """Return None: a peer that offers it gets no reply."""
 
     def frame_inbound_header(
         self, proto: object, opcode: Opcode, rsv: RsvBits, payload_length: int
     ) -> RsvBits:
-        """Look at a header, once or more: a part of it may be missing still."""
+        """Check a header; it comes again if its end was still missing."""
         frames = wsproto.frame_protocol
-        # A control frame may stand inside a message.
+        # A control frame may come in the middle of a message.
         self._frame = 0 if opcode.iscontrol() else payload_length
         if opcode in (frames.Opcode.TEXT, frames.Opcode.BINARY):
             self._size = 0
@@ -12591,17 +12591,17 @@ class SizeLimit:
         return frames.RsvBits(False, False, False)
 
     def frame_inbound_payload_data(self, proto: object, data: bytes) -> bytes:
-        """Return the data as it is."""
+        """Return the data unchanged."""
         return data
 
     def frame_inbound_complete(self, proto: object, fin: bool) -> None:
-        """Count a frame that is here."""
+        """Count a frame that has arrived."""
         self._size += self._frame
 
     def frame_outbound(
         self, proto: object, opcode: Opcode, rsv: RsvBits, data: bytes, fin: bool
     ) -> tuple[RsvBits, bytes]:
-        """Return a frame of ours as it is."""
+        """Return a frame of ours unchanged."""
         return rsv, data
 
 
@@ -12609,9 +12609,9 @@ class SizeLimit:
 class PeerConnection(Protocol, TimeoutMixin):
     """A TCP connection of an executor, on which it speaks WebSocket.
 
-    It must ask for that in time; then messages follow. A peer that sends too much, or that does
-    not read, is not read from. Closing sends everything first, and forgets what still comes, so
-    that the peer can read why. ``changed`` is called when ``connections`` has one more or less.
+    The upgrade request must arrive in time; messages follow. A peer that does not read is not read
+    from. Closing first sends everything, and discards what still arrives, so that the peer can read
+    the reason. ``changed`` is called whenever ``connections`` grows or shrinks.
     """
 
     _reactor: Any
@@ -12626,11 +12626,11 @@ class PeerConnection(Protocol, TimeoutMixin):
     _pieces: bytearray = field(init=False, factory=bytearray)
 
     def message_received(self, data: bytes) -> None:
-        """Take a message; text counts as its UTF-8."""
+        """Handle a message; text comes as UTF-8."""
         raise NotImplementedError
 
     def peer_gone(self) -> None:
-        """Let go of what the peer asked for: nobody is there."""
+        """Drop what the peer asked for: it is gone."""
         raise NotImplementedError
 
     def connectionMade(self) -> None:
@@ -12678,7 +12678,7 @@ class PeerConnection(Protocol, TimeoutMixin):
             self.transport.write(self._wire.send(wsproto.events.BytesMessage(data)))
 
     def acknowledge(self) -> None:
-        """Tell the peer at once that its bytes are here, since no answer will."""
+        """Have TCP acknowledge received bytes at once, since no answer will."""
         with contextlib.suppress(OSError):
             self.transport.getHandle().setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
@@ -12702,7 +12702,7 @@ class PeerConnection(Protocol, TimeoutMixin):
     def _upgrade(self, request: bytes) -> None:
         """Accept WebSocket, on any path, or say why not."""
         if ORIGIN_HEADER.search(request):
-            self._refuse("403 Forbidden", "requests of web pages are refused")
+            self._refuse("403 Forbidden", "requests from web pages are refused")
             return
         try:
             self._wire.receive_data(request)
@@ -12712,7 +12712,7 @@ class PeerConnection(Protocol, TimeoutMixin):
             self.transport.write(self._wire.send(accept))
             self.setTimeout(None)
         except (wsproto.utilities.ProtocolError, UnicodeError) as error:
-            reason = f"this is a WebSocket service of GenVM executors: {error}"
+            reason = f"this is a WebSocket service for GenVM executors: {error}"
             self._refuse("400 Bad Request", reason)
 
     def _refuse(self, status: str, reason: str) -> None:
@@ -12723,7 +12723,7 @@ class PeerConnection(Protocol, TimeoutMixin):
         self._finish()
 
     def _finish(self) -> None:
-        """Close, once everything is sent or the time for it is over."""
+        """Close once everything is sent, or time is up."""
         self.closing = True
         self.transport.unregisterProducer()
         self.transport.resumeProducing()
@@ -12737,11 +12737,11 @@ class PeerConnection(Protocol, TimeoutMixin):
 #
 # Owns a module's process: conversations with executors, the control channel to
 # the manager, draining, the end. Uses module connections. Never knows what a
-# service does, and nothing of the manager but its two pipes.
+# service does, or anything of the manager but its two pipes.
 
 #: Larger messages are decoded in a thread.
 INLINE_MESSAGE_BYTES = 64 * KIB
-#: Requests that an executor may send ahead of its answers.
+#: Requests that an executor may send before earlier ones are answered.
 EARLY_REQUESTS = 4
 STATS_SECONDS = 1.0
 FINAL_STATS_SECONDS = 1.0
@@ -12753,7 +12753,7 @@ SHOWN_COOKIE_CHARACTERS = 100
 
 @frozen
 class Caller:
-    """Who an executor says that it is, in its first message."""
+    """Who an executor says it is, in its first message."""
 
     cookie: str | None
     genvm_id: int | None
@@ -12771,7 +12771,7 @@ class Caller:
         return cls(text, number, host_data)
 
     def log_fields(self) -> dict[str, str | int]:
-        """Return what log lines about this caller carry."""
+        """Return the fields of log lines about this caller."""
         fields: dict[str, str | int] = {}
         if self.cookie is not None:
             fields["cookie"] = self.cookie[:SHOWN_COOKIE_CHARACTERS]
@@ -12811,7 +12811,7 @@ def refuse_scripts(kind: str, config: AnyObject) -> None:
 
 @define
 class RequestStatistics:
-    """What became of requests, for the statistics of a module."""
+    """Counts of requests and how they ended, for a module's statistics."""
 
     requests: int = 0
     errors: Counter[str] = field(factory=Counter)
@@ -12828,7 +12828,7 @@ class RequestStatistics:
         return milliseconds
 
     def plain(self) -> dict[str, Any]:
-        """Return integers in maps."""
+        """Return plain integers, in maps."""
         return {**attrs.asdict(self, recurse=False), "errors": dict(self.errors)}
 
 
@@ -12852,7 +12852,7 @@ class ModuleService:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Let go of what the service holds, without waiting: its process ends."""
+        """Release what the service holds, without waiting: the process ends."""
 
 
 #: Services by the kind of module.
@@ -12860,7 +12860,7 @@ MODULE_SERVICES: dict[str, type[ModuleService]] = {}
 
 
 def request_parts(request: CalldataValue) -> tuple[str, CalldataValue]:
-    """Return name and payload of a request; raises ``RequestFailure``."""
+    """Return the name and payload of a request; raises ``RequestFailure``."""
     if isinstance(request, str):
         return request, None
     if isinstance(request, dict) and len(request) == 1:
@@ -12881,13 +12881,13 @@ class CallerSession(PeerConnection):
     _work: Deferred[None] | None = field(init=False, default=None)
 
     def message_received(self, data: bytes) -> None:
-        """Work on a message, or keep it until the ones before are answered."""
+        """Work on a message, or keep it until earlier ones are answered."""
         self._waiting.append(data)
         is_busy = self._work is not None and not self._work.called
         early = len(self._waiting) - (not is_busy)
         if early > EARLY_REQUESTS or sum(map(len, self._waiting)) > MESSAGE_MAX_BYTES:
             self.log.warn("an executor sent too many requests at once", **self._fields())
-            self.close(CLOSE_POLICY, "wait for answers before more requests")
+            self.close(CLOSE_POLICY, "wait for answers before sending more requests")
         elif not is_busy:
             self._work = Deferred.fromCoroutine(self._serve()).addErrback(self._failed)
 
@@ -12916,7 +12916,7 @@ class CallerSession(PeerConnection):
 
     def _failed(self, failure: Failure) -> None:
         if not failure.check(CancelledError):
-            self.log.failure("a conversation broke", failure, **self._fields())
+            self.log.failure("a conversation failed unexpectedly", failure, **self._fields())
             self.close(CLOSE_INTERNAL, "internal error")
 
     async def _greet(self, data: bytes) -> None:
@@ -12926,8 +12926,8 @@ class CallerSession(PeerConnection):
             self.log.warn("a connection did not begin with a hello", error=str(error)[:200])
             self.close(CLOSE_POLICY, "expected a hello")
             return
-        # Executors send their first request only when TCP says that the hello has arrived, which
-        # may take it 40 ms.
+        # Executors do not send their first request before TCP has acknowledged the hello, which
+        # may take 40 ms.
         self.acknowledge()
         self.log.debug("an executor connected", **self._fields())
 
@@ -12936,7 +12936,7 @@ class CallerSession(PeerConnection):
         return maybe_in_thread(self._reactor, is_long, decode_calldata, data)
 
     async def _answer(self, data: bytes, caller: Caller) -> bytes:
-        """Return the answer to a message, whatever the message is."""
+        """Return the answer to any message, valid or not."""
         try:
             name, payload = request_parts(await self._decode(data))
             if name == "GetStats":
@@ -12952,11 +12952,11 @@ class CallerSession(PeerConnection):
         except CalldataError as error:
             failure = bad_request(error.message)
         except RequestFailure as error:
-            failure = error.with_traceback(None)  # it has this frame, which would keep it
+            failure = error.with_traceback(None)  # this frame is in it, and would refer to it
         except CancelledError:
             raise
         except Exception:
-            self.log.failure("a request broke", **self._fields())
+            self.log.failure("a request failed unexpectedly", **self._fields())
             failure = RequestFailure("INTERNAL_ERROR")
         else:
             return encoded
@@ -12988,7 +12988,7 @@ class ControlChannel(Protocol):
         self._on_end()  # the manager is gone
 
     def writeConnectionLost(self) -> None:
-        """Nobody reads what we tell; the other pipe says whether the manager is gone."""
+        """Ignore that nobody reads our lines; the other pipe tells when the manager is gone."""
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.flushed.fire(None)
@@ -13019,16 +13019,16 @@ class ServiceRuntime:
         self._service.changed = self._stats_changed
 
     def statistics(self) -> dict[str, Any]:
-        """Return the statistics of service and connections."""
+        """Return the statistics of the service and its connections."""
         return {"connections": len(self._connections), **self._service.statistics()}
 
     def listen(self, descriptor: int) -> None:
-        """Accept connections at a listening socket that is passed on; raises ``ConfigError``."""
+        """Accept connections on an inherited listening socket; raises ``ConfigError``."""
         try:
             with socket.socket(fileno=os.dup(descriptor)) as listener:
                 if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                     raise ConfigError(f"descriptor {descriptor} is not a listening socket")
-                listener.setblocking(False)  # one that another generation takes must not stop us
+                listener.setblocking(False)  # another generation may accept a connection first
                 family = listener.family
             factory = ServerFactory.forProtocol(
                 functools.partial(
@@ -13048,7 +13048,7 @@ class ServiceRuntime:
             raise ConfigError(f"descriptor {descriptor} is not a socket: {error}") from None
 
     def drain(self) -> None:
-        """Accept no more connections, and end the process when none is left."""
+        """Accept no more connections, and end the process once none is left."""
         if not self._draining:
             self._draining = True
             self.log.info("draining", connections=len(self._connections))
@@ -13109,14 +13109,14 @@ def run_module_service(kind: str, alone: Alone | None = None) -> int:
     The manager holds the other ends of stdin (setup and orders), stdout (events) and stderr
     (log), and passes on the listening socket as descriptor 3.
     """
-    # A terminal sends it to the whole group; whether a module ends is for the manager to say.
+    # A terminal sends SIGINT to the whole process group; the manager decides when a module ends.
     signal.signal(signal.SIGINT, signal.SIG_DFL if alone else signal.SIG_IGN)
     reactor = own_reactor()
     observer = LogObserver(Config(), fd=2)
     globalLogBeginner.beginLoggingTo([cast(ILogObserver, observer)], redirectStandardIO=False)
     line = b""
     if alone is None:
-        # Without a buffer: what follows the line is read by the reactor.
+        # Unbuffered: the reactor reads what follows the line.
         line = open(0, "rb", buffering=0, closefd=False).readline()  # noqa: SIM115
         if not line.endswith(b"\n"):
             return 0
@@ -13132,7 +13132,7 @@ def run_module_service(kind: str, alone: Alone | None = None) -> int:
         config = cast(AnyObject, conceal(setup.config, observer.redactor.scrub))
         setup = attrs.evolve(setup, config=config)
         if kind not in MODULE_SERVICES:
-            raise ConfigError(f"no service is built in for the {kind} module; set its command")
+            raise ConfigError(f"there is no built-in {kind} module; set its command")
         refuse_scripts(kind, setup.config)
         hide_proxies(observer.redactor)
         observer.redactor.keep("configuration", secrets_in(setup.config))
@@ -13843,9 +13843,8 @@ def without_key(value: CalldataValue, key: str) -> CalldataValue:
 # 3.6 Web service: addresses
 # =============================================================================
 #
-# Owns which doors are open to contracts: the rules for
-# URLs and the rules for network addresses. Uses module services. Never asks a name
-# server or opens a connection.
+# Owns which URLs and network addresses are open to contracts. Uses module services.
+# Never asks a name server or opens a connection.
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 #: Stripped from both ends of a URL, dropped anywhere, and refused: control characters, surrogates.
@@ -13855,7 +13854,7 @@ _NOT_IN_URLS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
 _NUMBER = re.compile(r"0x[0-9a-f]*|[0-9]+", re.ASCII)
-#: What stands as it is in a path or a query; a percent sign is taken for an escape.
+#: Characters that need no escape in a path or a query; a percent sign begins an escape.
 _PATH_CHARACTERS = "/:@!$&'()*+,;=-._~%[]|"
 _QUERY_CHARACTERS = _PATH_CHARACTERS + "?`{}^"
 _FRAGMENT_CHARACTERS = _PATH_CHARACTERS + "?{}^#"
@@ -13892,7 +13891,7 @@ def address_is_public(text: str) -> bool:
 
 
 def address_is_ours(text: str) -> bool:
-    """Tell whether an IP address is one of this machine's: its route leads from there to there."""
+    """Tell whether an IP address is one of this machine's: the route to it starts from it."""
     family = socket.AF_INET6 if ":" in text else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -13903,7 +13902,7 @@ def address_is_ours(text: str) -> bool:
 
 
 def canonical_host(host: str) -> str:
-    """Return a host in its one spelling: an IP address, or a name in lower-case ASCII.
+    """Return the canonical form of a host: an IP address, or a name in lower-case ASCII.
 
     Numbers are read as browsers read them: ``0177.1`` and ``2130706433`` are 127.0.0.1. Raises
     ``ValueError``.
@@ -13930,7 +13929,7 @@ def _canonical_label(label: str) -> str:
         return label
     encoded = idna.encode(idna.decode(label) if label.isascii() else label).decode()
     if label.isascii() and encoded != label:
-        raise ValueError(f"{shown(label)} is not the usual spelling of a name")
+        raise ValueError(f"{shown(label)} is not the canonical spelling of a name")
     return encoded
 
 
@@ -13952,7 +13951,7 @@ def is_ip_literal(host: str) -> bool:
 
 @frozen
 class Target:
-    """A URL that the rules let pass.
+    """A URL that the rules allow.
 
     ``host`` is canonical; ``trusted`` hosts are those that the operator allows, wherever they are.
     """
@@ -13967,7 +13966,7 @@ class Target:
 
     @property
     def authority(self) -> str:
-        """Host and, unless it is the default, port."""
+        """The host, and the port unless it is the default."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
@@ -13979,7 +13978,7 @@ class Target:
 
     @property
     def place(self) -> str:
-        """The URL with its fragment, by which scripts tell what to show."""
+        """The URL with its fragment, which tells scripts what to show."""
         return f"{self.url}#{self.fragment}" if self.fragment else self.url
 
 
@@ -13993,7 +13992,7 @@ def refused(cause: str, url: str, reason: str = "", **context: CalldataValue) ->
 
 @functools.cache
 def _public_suffixes() -> PublicSuffixList:
-    """Return the suffixes under which names are registered, which takes about 50 ms to load."""
+    """Return the suffixes under which names are registered; loading them takes about 50 ms."""
     return PublicSuffixList(only_icann=True, accept_unknown=False)
 
 
@@ -14012,7 +14011,10 @@ class UrlRules:
         self._suffixes = _public_suffixes()
 
     def check(self, url: str, redirected_from: Target | None = None) -> Target:
-        """Return the target of a URL; raises ``RequestFailure``, which contracts can catch."""
+        """Return the target of a URL; raises ``RequestFailure``, which contracts can catch.
+
+        A redirect must not lead from https to http.
+        """
         url = url.strip(_AROUND_URLS).translate(_NO_TABS)
         match = _SCHEME.match(url)
         if match is None or len(url) > URL_MAX_CHARACTERS or _NOT_IN_URLS.search(url):
@@ -14053,7 +14055,7 @@ class UrlRules:
         if not rest.startswith("//") or "\\" in re.split("[?#]", url, maxsplit=1)[0]:
             raise ValueError("expected https://host/path")
         if "@" in parts.netloc:
-            raise ValueError("a URL with credentials; send them in a header")
+            raise ValueError("the URL has credentials; send them in a header")
         place, colon, port = parts.netloc.rpartition(":")
         if not colon or "]" in port:
             place, port = parts.netloc, ""
@@ -14075,7 +14077,7 @@ class UrlRules:
 
 
 def _without_dots(path: str) -> str:
-    """Return a path from the root: without ``.``, and without ``..`` and what it goes back from."""
+    """Return an absolute path with its ``.`` and ``..`` segments resolved."""
     kept: list[str] = []
     segments = path.split("/")[1:] or [""]
     for segment in segments:
@@ -14098,9 +14100,9 @@ def read_host(text: str) -> str:
 # 3.7 Web service: names
 # =============================================================================
 #
-# Owns the way from a name to a connection: lookups, shared out fairly among those
-# who ask, connections only to addresses that were checked, and the count of what
-# they bring. Uses web addresses. Never speaks HTTP.
+# Owns the way from a name to a connection: lookups, shared fairly among callers;
+# connections, to checked addresses only; the count of received bytes. Uses web
+# addresses. Never speaks HTTP.
 
 CONNECT_SECONDS = 10.0
 #: How many names are looked up at once: for everybody, and for one caller.
@@ -14111,7 +14113,7 @@ LookUp: TypeAlias = Callable[[str], Awaitable[list[str]]]
 
 
 def addresses_of(name: str) -> list[str]:
-    """Ask the resolver of this machine, which may take as long as it likes."""
+    """Ask this machine's resolver, which may take arbitrarily long."""
     try:
         found = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
     except socket.gaierror:
@@ -14121,23 +14123,23 @@ def addresses_of(name: str) -> list[str]:
 
 @define(eq=False)
 class Names:
-    """Looks up names for many callers; those of slow name servers delay only who asks for them.
+    """Looks up names for many callers; a slow name server delays only those who need it.
 
-    A lookup cannot be cancelled, so one that nobody waits for any more still counts as its
-    caller's until it is over.
+    A lookup cannot be cancelled: one that nobody waits for any more still counts against its
+    caller until it ends.
     """
 
     _reactor: Any
     _threads: SpareThreads = field(factory=lambda: SpareThreads(NAME_THREADS))
     _resolve: Callable[[str], list[str]] = addresses_of
     _slots: DeferredSemaphore = field(init=False, factory=lambda: DeferredSemaphore(NAME_THREADS))
-    # A line stays for as long as a request or a thread refers to it.
+    # A line lives as long as a request or a thread refers to it.
     _lines: WeakValueDictionary[Hashable, DeferredSemaphore] = field(
         init=False, factory=WeakValueDictionary
     )
 
     def look_up_for(self, caller: Hashable) -> LookUp:
-        """Return the way for a caller to look up names; equal callers share it."""
+        """Return the function that looks up names for a caller; equal callers share a limit."""
         line = self._lines.setdefault(caller, DeferredSemaphore(CALLER_LOOKUPS))
         return functools.partial(self._look_up, line)
 
@@ -14180,7 +14182,7 @@ async def open_addresses(look_up: LookUp, target: Target) -> list[str]:
 
 @define(eq=False)
 class Traffic:
-    """The connections of one request or one page: how many bytes came, and which are open."""
+    """The connections of one request or page: the bytes they received, and which are open."""
 
     limit: int
     look_up: LookUp
@@ -14203,13 +14205,13 @@ class Traffic:
         return self.received <= self.limit
 
     def end(self) -> None:
-        """Close what is still open, since nobody needs it any more."""
+        """Close what is still open; nobody needs it any more."""
         for connection in list(self.connections):
             connection.finish()
 
 
 class MeteredConnection(ProtocolWrapper):
-    """A connection that ends when its traffic is too much, or is over."""
+    """A connection that ends when too much was received, or its request is over."""
 
     transport: Any
 
@@ -14230,9 +14232,9 @@ class MeteredConnection(ProtocolWrapper):
             self.transport.abortConnection()
 
     def finish(self) -> None:
-        """Close TCP once everything is sent or the time for it is over.
+        """Close TCP once everything is sent, or time is up.
 
-        What is above may wait for ever: TLS for the peer's farewell, HTTP for it to read.
+        The layers above may wait for ever: TLS for the peer's farewell, HTTP for it to read.
         """
         self.transport.loseConnection()
         self._linger = self._reactor.callLater(CLOSE_SECONDS, self.transport.abortConnection)
@@ -14247,10 +14249,10 @@ class MeteredConnection(ProtocolWrapper):
 @implementer(IStreamClientEndpoint)
 @define(eq=False)
 class CheckedEndpoint:
-    """Connects to a target: to the very address that was checked, so no second answer counts.
+    """Connects to a target at the very address that was checked, without a second lookup.
 
     A proxy resolves the name again, and may know names that are unknown here. Without ``tunnel``
-    it is connected to the proxy itself.
+    the connection is to the proxy itself.
     """
 
     _reactor: Any
@@ -14302,30 +14304,30 @@ class CheckedEndpoint:
 #
 # Owns the exchange with a web server: headers, redirects, limits, compression,
 # and the signature of the node (RFC 9421). Uses web addresses. Never keeps a
-# connection or a cookie: nothing goes from one contract to another.
+# connection or a cookie: nothing passes from one contract to another.
 
 WEB_SECONDS = 30.0
 WEB_BODY_MAX_BYTES = 10 * MIB
-#: What may come for one request, all redirects and what compression adds included.
+#: Bytes that one request may receive, including redirects and what compression adds.
 WEB_TRAFFIC_MAX_BYTES = 2 * WEB_BODY_MAX_BYTES
-#: The head of a response with what may come at one go behind it; a request's headers.
+#: Bytes of a response's head and of what arrives together with it; of a request's headers.
 WEB_HEAD_MAX_BYTES = 128 * KIB
 MAX_REDIRECTS = 10
 SIGNATURE_MAX_BYTES = 64 * KIB
-#: Larger bodies are hashed in a thread, which costs 0.1 ms; hashing takes about 1 ms for each MiB.
+#: Larger bodies are hashed in a thread, which costs 0.1 ms; hashing takes about 1 ms per MiB.
 INLINE_DIGEST_BYTES = MIB
 WEB_METHODS = ("GET", "POST", "HEAD", "DELETE", "OPTIONS", "PATCH", "PUT")
 _REDIRECTS = (301, 302, 303, 307, 308)
 HTTP_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", re.ASCII)
 _HEADER_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
-#: Headers about a single connection, which is ours to manage.
+#: Headers about the connection, which is ours to manage.
 _OUR_HEADERS = {
     *("connection", "content-length", "expect", "host", "keep-alive", "proxy-authorization"),
     *("proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
 }
 _NODE_HEADERS = ("genlayer-node-address", "genlayer-tx-id", "genlayer-salt")
 _SIGNED_HEADERS = frozenset((*_NODE_HEADERS, "content-digest", "signature-input", "signature"))
-#: What is not sent to another host than the one it was meant for.
+#: Headers that a redirect to another host does not take along.
 _PRIVATE_HEADERS = frozenset(("authorization", "cookie")) | _SIGNED_HEADERS
 _BODY_HEADERS = frozenset(("content-type", "content-encoding", "content-language"))
 
@@ -14389,7 +14391,7 @@ def last_headers(headers: Headers) -> dict[str, bytes]:
 
 @define(eq=False)
 class WebClient:
-    """Makes requests for contracts."""
+    """Makes requests for contracts, after ``HttpClient.ready`` has loaded what they need."""
 
     _reactor: Any
     _rules: UrlRules
@@ -14399,7 +14401,7 @@ class WebClient:
         origin = request.target.url
         for _ in range(MAX_REDIRECTS + 1):
             reply = await self._exchange(request, traffic)
-            if not _leads_on(reply.status, reply.headers):
+            if not _is_redirect(reply.status, reply.headers):
                 headers = last_headers(reply.headers)
                 if reply.length is not None and request.method != "HEAD":
                     headers["content-length"] = b"%d" % reply.length
@@ -14421,15 +14423,15 @@ class WebClient:
 
     async def _exchange(self, request: WebRequest, traffic: Traffic) -> HttpReply:
         sent = self._send(request, traffic)
-        # Who asks for an encoding gets what the server sends.
+        # A contract that asks for an encoding gets what the server sends.
         unpack = "accept-encoding" not in request.headers
 
         def has_body(response: Any) -> bool:
-            return not _leads_on(response.code, response.headers)
+            return not _is_redirect(response.code, response.headers)
 
         try:
             reply = await reply_of(sent, WEB_BODY_MAX_BYTES, unpack=unpack, has_body=has_body)
-            # Through TLS nothing comes from a proxy, and to change it would tell what is masked.
+            # Nothing inside TLS comes from the proxy, and masking it would tell what is masked.
             is_plain = request.target.scheme == "http"
             return without_proxy_secrets(reply) if traffic.use_proxy and is_plain else reply
         except HttpFailure as failure:
@@ -14473,7 +14475,7 @@ class WebClient:
             traffic.limit = whole
 
 
-def _leads_on(status: int, headers: Headers) -> bool:
+def _is_redirect(status: int, headers: Headers) -> bool:
     """Tell whether a response is a redirect that is followed."""
     return status in _REDIRECTS and bool(headers.getRawHeaders(b"location"))
 
@@ -14492,9 +14494,9 @@ def digest_of(body: bytes) -> bytes:
 
 
 def signature_base(request: WebRequest, created: int) -> tuple[str, str]:
-    """Return the base of a signature and its parameters, as RFC 9421 (2.5) puts them together.
+    """Return the signature base of RFC 9421 (2.5) and the signature parameters.
 
-    The request has the headers that are to be signed.
+    The request already has the headers to be signed.
     """
     target = request.target
     components = {"@method": request.method, "@authority": target.authority, "@path": target.path}
@@ -14554,7 +14556,7 @@ class RequestSigner:
                 "POST", url, SIGNATURE_MAX_BYTES, headers=Headers(headers), data=data
             )
         except HttpFailure as failure:
-            self.log.warn("the signer cannot be asked: {text}", text=failure.detail)
+            self.log.warn("the signer gave no answer: {text}", text=failure.detail)
             if failure.status is not None:
                 raise signing_failed("SIGN_URL_READ_FAILED", failure.detail) from None
             reason = f"no connection: {failure.kind}"
@@ -14597,7 +14599,7 @@ def signing_failed(cause: str, reason: str) -> RequestFailure:
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 VIEWPORT_WIDTH, VIEWPORT_HEIGHT = 960, 540
 RENDER_MAX_BYTES = 10 * MIB
-#: A message of Chromium: the largest is a screenshot or a page's text, escaped as JSON.
+#: The largest messages of Chromium are a screenshot and a page's text, escaped as JSON.
 CDP_MESSAGE_MAX_BYTES = 8 * RENDER_MAX_BYTES
 CHROMIUM_STDERR_BYTES = 16 * KIB
 SOCKS_CONNECTIONS = 256
@@ -14624,7 +14626,7 @@ CHROMIUM_FLAGS = (
     "--force-webrtc-ip-handling-policy=disable_non_proxied_udp",
     "--webrtc-ip-handling-policy=disable_non_proxied_udp",
     "--hide-scrollbars",
-    # Otherwise hosts of this machine would be asked directly, not by way of the proxy.
+    # Otherwise Chromium would connect to loopback addresses without the proxy.
     "--proxy-bypass-list=<-loopback>",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--metrics-recording-only",
@@ -14667,7 +14669,7 @@ def family_of(pid: int) -> list[int]:
 
 
 def memory_of_family(pid: int) -> int:
-    """Return what a process and its descendants hold, shared pages shared out, in MiB."""
+    """Return the proportional set size of a process and its descendants, in MiB."""
     total = 0
     for process in family_of(pid):
         with contextlib.suppress(OSError), open(f"/proc/{process}/smaps_rollup") as file:
@@ -14678,8 +14680,8 @@ def memory_of_family(pid: int) -> int:
 def has_connection(pid: int, near: int, far: int) -> bool:
     """Tell whether a process or a descendant has the other end of a connection on loopback.
 
-    ``near`` is the port of our end, ``far`` that of the other one. That end belongs to nobody if
-    it is closed already, or to somebody whom we may not look at.
+    ``near`` is the port of our end, ``far`` that of the other one, which has no owner if it is
+    already closed, and none that we can see if it belongs to another account.
     """
     address = int.from_bytes(socket.inet_aton("127.0.0.1"), sys.byteorder)
     ends = f" {address:08X}:{far:04X} {address:08X}:{near:04X} "
@@ -14689,7 +14691,7 @@ def has_connection(pid: int, near: int, far: int) -> bool:
 
 
 def holder_of(processes: Iterable[int], inodes: Iterable[str]) -> int | None:
-    """Return which of some processes has one of some sockets open, as far as we may see that."""
+    """Return a process that has one of the sockets open, as far as we may see that."""
     targets = {f"socket:[{inode}]" for inode in inodes}
     for process in processes:
         with contextlib.suppress(OSError):
@@ -14701,9 +14703,9 @@ def holder_of(processes: Iterable[int], inodes: Iterable[str]) -> int | None:
 
 
 def kill_strays(known: Container[int] = (), homes: Iterable[str] = ()) -> bool:
-    """Kill and reap what a Chromium that has ended left to this process; return whether it did.
+    """Kill and reap what Chromiums that have ended left to us; return whether there was any.
 
-    Children that somebody knows are not that, nor is what a Chromium in other ``homes`` started.
+    Children that are ``known`` are spared, and so is what a Chromium in one of ``homes`` started.
     """
     found = False
     for pid in children_of(os.getpid()):
@@ -14728,7 +14730,7 @@ class _Relay(Protocol):
     peer: Any = None
 
     def join(self, peer: Any) -> None:
-        """Pass everything on between two transports, each as fast as the other takes it."""
+        """Pass everything on to another transport, as fast as it takes it."""
         self.peer = peer
         self.transport.registerProducer(peer, True)
 
@@ -14816,9 +14818,9 @@ class SocksConnection(_Relay):
 
 
 class SocksGate(ServerFactory):
-    """The proxy for one page; ``refusals`` are the targets it refused, by host.
+    """The proxy of one page; ``refusals`` holds why it refused targets, by host.
 
-    It serves the process ``pid``, the page's Chromium, and its descendants.
+    It serves only the process ``pid``, the page's Chromium, and its descendants.
     """
 
     noisy = False
@@ -14843,7 +14845,7 @@ class SocksGate(ServerFactory):
         return in_thread(self._reactor, has_connection, self.pid, near, far)
 
     def enter(self, connection: Any) -> bool:
-        """Count a connection; False if there are too many, or none is wanted any more."""
+        """Count a connection; return False if there are too many, or none is let through."""
         self._connections.add(connection)
         return len(self._connections) <= SOCKS_CONNECTIONS and not self._is_cut
 
@@ -14865,13 +14867,13 @@ class SocksGate(ServerFactory):
             raise
 
     def cut(self) -> None:
-        """Close everything that goes through, and let nothing through any more."""
+        """Drop all connections, and let no more through."""
         self._is_cut = True
         for connection in [*self._connections]:
             connection.abortConnection()
 
     def close(self) -> Deferred[Any]:
-        """Close the listener and everything that goes through it."""
+        """Close the listener and all its connections."""
         self.cut()
         return maybeDeferred(self._port.stopListening)
 
@@ -14880,12 +14882,12 @@ class SocksGate(ServerFactory):
 
 
 class BrowserGone(Exception):
-    """Chromium has ended, or does not speak as expected."""
+    """Chromium has ended, or broke its protocol."""
 
 
 @define(eq=False)
 class BrowserProcess(ProcessProtocol):
-    """A Chromium; its messages are JSON objects that end with a NUL byte.
+    """A Chromium; its messages are JSON objects, each followed by a NUL byte.
 
     ``ended`` fires once its main process has ended.
     """
@@ -14977,23 +14979,23 @@ class BrowserProcess(ProcessProtocol):
 # 3.10 Web service: rendering
 # =============================================================================
 #
-# Owns what a page comes to: one visit in one Chromium, with limits of time, memory
-# and number, and what contracts get of it. Uses Chromium and web addresses. Never
+# Owns how a page is rendered: one visit in one Chromium, with limits of time, memory
+# and number, and what contracts get from it. Uses Chromium and web addresses. Never
 # leaves a process or a folder behind.
 
 RENDER_SECONDS = 30.0
-#: A webdriver service has limits of its own, and better reasons: ours comes after them.
+#: A webdriver service has its own limits and tells better reasons: ours must be longer.
 WEBDRIVER_SECONDS = 75.0
 MAX_RENDERS = 2
 RENDER_MEMORY_MIB = 1024
-#: What a page and all that it loads may bring over the network.
+#: Bytes that a page and all it loads may receive.
 RENDER_TRAFFIC_MAX_BYTES = 64 * MIB
-#: Seconds between looks at the memory of a page, and at what its Chromium left behind.
+#: Seconds between checks of a page's memory, and of what its Chromium left behind.
 MEMORY_POLL_SECONDS = 0.25
 STRAY_POLL_SECONDS = 0.01
 #: Seconds for every Chromium to be gone at the end of the process.
 EXIT_SECONDS = 5.0
-#: Of the time limit, what is kept for reading a page that is never whole.
+#: The part of the time limit that is kept for reading a page that never finishes loading.
 READING_SECONDS = 5.0
 READ_ATTEMPTS = 3
 _PDF = "application/pdf"
@@ -15009,7 +15011,7 @@ def collapse_text(text: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
-#: What a page came to: the text or the image that was asked for.
+#: A rendered page: text or HTML, or an image.
 Rendered: TypeAlias = str | bytes
 
 
@@ -15048,7 +15050,7 @@ class PageVisit:
     async def render(self, mode: str, wait: float, patience: float) -> Rendered:
         """Load the page, wait, and return what is there by then; raises ``BrowserGone``.
 
-        A page that is not whole after ``patience`` seconds is taken as it is.
+        A page that has not finished loading after ``patience`` seconds is taken as it is.
         """
         late = self._reactor.seconds() + patience
         await self._prepare()
@@ -15067,23 +15069,23 @@ class PageVisit:
             # The page may go elsewhere between one command and the next.
             with contextlib.suppress(ValueError):
                 page = await self._read(mode)
-                self._raise_failure()  # what was read may be what Chromium shows instead
+                self._raise_failure()  # what was read may be Chromium's error page
                 return page
-        raise self._failed("the page does not stay")
+        raise self._failed("the page keeps going elsewhere")
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
 
     async def _settle(self, late: float) -> None:
-        """Wait until the page is loaded, or is parsed and it is late."""
+        """Wait until the page is loaded; once it is late, only until it is parsed."""
         with contextlib.suppress(DeferredTimeout):
             seconds = max(0.0, late - self._reactor.seconds())
             await self._loaded.wait().addTimeout(seconds, self._reactor)
             return
         await self._received.wait()
         if not self._parsed.happened:
-            # A script that does not come holds up what is behind it until its connection is gone.
+            # A script that never arrives holds up the rest until its connection is gone.
             self._gate.cut()
         await self._parsed.wait()
 
@@ -15172,7 +15174,7 @@ class PageVisit:
         self.browser.end()
 
     def _check_document(self, given: dict[str, Any]) -> None:
-        """Let a document be loaded if the rules allow its URL: the page itself or a frame."""
+        """Let the page itself, or a frame, be loaded if the rules allow its URL."""
         url, number = str(given["request"]["url"]), given["requestId"]
         is_main = given.get("frameId") == self._frame
         is_redirect = is_main and "redirectedRequestId" in given
@@ -15195,7 +15197,7 @@ class PageVisit:
             self.browser.tell("Fetch.continueRequest", self._session, requestId=number)
 
     def _check_arrival(self, frame: dict[str, Any]) -> None:
-        """See that the page, once it was there, is not replaced by one that Chromium shows."""
+        """Fail if Chromium has replaced the page by its own error page."""
         url = frame.get("unreachableUrl")
         if url and frame["id"] == self._frame and self._failure is None:
             problem = f"it went to {url}, which cannot be loaded"
@@ -15214,7 +15216,7 @@ class PageVisit:
 
 
 def page_loaded(status: int) -> bool:
-    """Tell whether a document's status stands for a page."""
+    """Tell whether a status means that the page was served."""
     return 200 <= status <= 299 or status == 304
 
 
@@ -15226,7 +15228,7 @@ def page_failed(url: str, status: int, body: str) -> RequestFailure:
 
 @define(eq=False)
 class ChromiumRenderer:
-    """Renders pages, few at a time."""
+    """Renders pages, a few at a time."""
 
     log = Logger()
 
@@ -15260,7 +15262,7 @@ class ChromiumRenderer:
         watch = LoopingCall(self._check_memory, visit)
         watch.clock = self._reactor
         watch.start(MEMORY_POLL_SECONDS).addErrback(
-            lambda failure: self.log.failure("the memory of a page is not watched", failure)
+            lambda failure: self.log.failure("a page's memory is no longer watched", failure)
         )
         try:
             return await work
@@ -15270,7 +15272,7 @@ class ChromiumRenderer:
             raise RequestFailure("RENDERER_FAILED", reason=json_text(str(error)[:200])) from None
         finally:
             watch.stop()
-            # Even if nobody waits any more, the slot is taken until everything is gone.
+            # The slot stays taken until everything is gone, even if nobody waits any more.
             await detached(Deferred.fromCoroutine(self._end(visit.browser, gate, home)))
 
     async def _check_memory(self, visit: PageVisit) -> None:
@@ -15288,7 +15290,7 @@ class ChromiumRenderer:
         os.close(self._locks.pop(home))
 
     def close(self) -> None:
-        """Leave nothing behind, at once: the process ends."""
+        """Kill and remove everything without delay: the process ends."""
         until = time.monotonic() + EXIT_SECONDS
         while (kill_strays() or any(map(os.path.exists, self._locks))) and time.monotonic() < until:
             for home in self._locks:
@@ -15306,7 +15308,7 @@ class ChromiumRenderer:
         fcntl.flock(lock, fcntl.LOCK_EX)
         home = f"{folder}/{PROFILE_HOME}"
         os.mkdir(home)  # this marks the folder as a profile, now that it is locked
-        # Root has no sandbox; see README for why the module should not run as root.
+        # As root, Chromium has no sandbox; see README.
         unsafe = ("--no-sandbox",) if os.geteuid() == 0 else ()
         argv = [
             *(self._program, *unsafe),
@@ -15345,7 +15347,7 @@ LOCAL_CHROMIUM = "chromium"
 
 @frozen
 class WebEntry:
-    """The configuration of the Web module; what is null there is not given."""
+    """The configuration of the Web module; null counts as absent."""
 
     always_allow_hosts: list[str] = field(factory=list)
     extra_tld: list[str] = field(factory=list)
@@ -15361,7 +15363,7 @@ class WebEntry:
 
 @frozen
 class WebSettings:
-    """What a configuration of the Web module comes to.
+    """The checked configuration of the Web module.
 
     ``webdriver`` is a URL, ``chromium`` or empty; ``notes`` are sentences for the log about what
     was left out.
@@ -15407,7 +15409,7 @@ def read_web_settings(config: AnyObject) -> WebSettings:
 
 @define
 class WebStatistics(RequestStatistics):
-    """What became of the requests of one kind."""
+    """Counts of the requests of one kind."""
 
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -15415,7 +15417,7 @@ class WebStatistics(RequestStatistics):
 
 @define(eq=False)
 class WebdriverClient:
-    """Renders pages by way of a webdriver service."""
+    """Renders pages through a webdriver service."""
 
     _reactor: Any
     _http: HttpClient
@@ -15451,7 +15453,7 @@ class WebdriverClient:
         return body if mode == "screenshot" else text
 
     async def _ask(self, target: Target, query: str, traffic: Traffic) -> HttpReply:
-        # The service resolves the name again, so this is only half a promise; see README.
+        # The service resolves the name again, so this check alone is no guarantee; see README.
         await open_addresses(traffic.look_up, target)
         return await self._http.exchange("GET", f"{self._host}/render?{query}", RENDER_MAX_BYTES)
 
@@ -15498,7 +15500,7 @@ class WebService(ModuleService):
         program = require_chromium()
         if os.geteuid() == 0:
             cls.log.warn("Chromium has no sandbox when it runs as root; use another account")
-        # The runtime leaves signals alone, and twisted learns of a child's end by this one.
+        # The runtime installs no handlers, and Twisted learns of a child's end from this signal.
         signal.signal(signal.SIGCHLD, lambda *_: reactor.callFromThread(reapAllProcesses))
         become_reaper()
         remove_profiles(tempfile.gettempdir())
@@ -15546,7 +15548,7 @@ class WebService(ModuleService):
             counts.bytes_received += traffic.received
             self.changed()
             fields = {"latency_ms": latency_ms, "bytes": traffic.received}
-            self.log.debug("the web was asked", kind=name, **fields, **caller.log_fields())
+            self.log.debug("a web request ended", kind=name, **fields, **caller.log_fields())
 
     async def _request(
         self,
