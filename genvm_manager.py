@@ -12772,12 +12772,9 @@ class Caller:
 
     def log_fields(self) -> dict[str, str | int]:
         """Return the fields of log lines about this caller."""
-        fields: dict[str, str | int] = {}
-        if self.cookie is not None:
-            fields["cookie"] = self.cookie[:SHOWN_COOKIE_CHARACTERS]
-        if self.genvm_id is not None:
-            fields["genvm_id"] = self.genvm_id
-        return fields
+        cookie = None if self.cookie is None else self.cookie[:SHOWN_COOKIE_CHARACTERS]
+        fields = {"cookie": cookie, "genvm_id": self.genvm_id}
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 @frozen
@@ -12944,11 +12941,10 @@ class CallerSession(PeerConnection):
             else:
                 value = await self._service.answer(name, payload, caller)
             encoded = encode_calldata({"Ok": value})
-            size = len(encoded)
-            if size > ANSWER_MAX_BYTES:
-                raise RequestFailure(
-                    "ANSWER_TOO_LARGE", fatal=False, bytes=size, limit=ANSWER_MAX_BYTES
-                )
+            if len(encoded) <= ANSWER_MAX_BYTES:
+                return encoded
+            sizes = {"bytes": len(encoded), "limit": ANSWER_MAX_BYTES}
+            failure = RequestFailure("ANSWER_TOO_LARGE", fatal=False, **sizes)
         except CalldataError as error:
             failure = bad_request(error.message)
         except RequestFailure as error:
@@ -12958,8 +12954,6 @@ class CallerSession(PeerConnection):
         except Exception:
             self.log.failure("a request failed unexpectedly", **self._fields())
             failure = RequestFailure("INTERNAL_ERROR")
-        else:
-            return encoded
         self.log.warn(
             "a request failed", causes=list(failure.causes), fatal=failure.fatal, **self._fields()
         )
@@ -14343,14 +14337,14 @@ class WebRequest:
 
     def redirected(self, status: int, target: Target) -> WebRequest:
         """Return the request that follows a redirect."""
-        headers, method, body = dict(self.headers), self.method, self.body
+        method, body = self.method, self.body
         if (status == 303 and method != "HEAD") or (status in (301, 302) and method == "POST"):
             method, body = "GET", None
         dropped = _SIGNED_HEADERS if body is not None else _SIGNED_HEADERS | _BODY_HEADERS
         old = self.target
         if (target.scheme, target.host, target.port) != (old.scheme, old.host, old.port):
             dropped |= _PRIVATE_HEADERS
-        kept = {name: value for name, value in headers.items() if name not in dropped}
+        kept = {name: value for name, value in self.headers.items() if name not in dropped}
         return WebRequest(method, target, kept, body)
 
 
@@ -14444,11 +14438,9 @@ class WebClient:
     async def _send(self, request: WebRequest, traffic: Traffic) -> Any:
         """Return the response's head."""
         target = request.target
-        headers = Headers({k.encode(): [value] for k, value in request.headers.items()})
-        if not headers.hasHeader(b"accept-encoding"):
-            headers.setRawHeaders(b"accept-encoding", [b"gzip"])
-        if not headers.hasHeader(b"user-agent"):
-            headers.setRawHeaders(b"user-agent", [f"genvm-manager/{__version__}".encode()])
+        agent_name = f"genvm-manager/{__version__}".encode()
+        given = {"accept-encoding": b"gzip", "user-agent": agent_name} | request.headers
+        headers = Headers({name.encode(): [value] for name, value in given.items()})
         checked = CheckedEndpoint(self._reactor, target, traffic)
         targets = AgentEndpoints(load_http(), lambda _: checked)
         from twisted.web.client import Agent, FileBodyProducer, HTTPConnectionPool, ProxyAgent
@@ -15271,14 +15263,16 @@ class ChromiumRenderer:
         except (ValueError, LookupError) as error:
             raise RequestFailure("RENDERER_FAILED", reason=json_text(str(error)[:200])) from None
         finally:
-            watch.stop()
+            if watch.running:
+                watch.stop()
             # The slot stays taken until everything is gone, even if nobody waits any more.
             await detached(Deferred.fromCoroutine(self._end(visit.browser, gate, home)))
 
     async def _check_memory(self, visit: PageVisit) -> None:
         pid = visit.browser.transport.pid
-        if await in_thread(self._reactor, memory_of_family, pid) > self._memory_mib:
-            visit.fail("the page takes too much memory")
+        with contextlib.suppress(ResourcesExhausted):  # the next check may find a thread
+            if await in_thread(self._reactor, memory_of_family, pid) > self._memory_mib:
+                visit.fail("the page takes too much memory")
 
     async def _end(self, browser: BrowserProcess, gate: SocksGate, home: str) -> None:
         browser.end()

@@ -11,6 +11,7 @@ import ipaddress
 import os
 import subprocess
 import sys
+import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given
 from publicsuffixlist import PublicSuffixList
-from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
+from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, maybeDeferred
 from twisted.internet.error import DNSLookupError
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.testing import MemoryReactorClock
@@ -37,6 +38,7 @@ from genvm_manager import (
     AnyObject,
     Caller,
     CheckedEndpoint,
+    ChromiumRenderer,
     ConfigError,
     InvalidRequest,
     Names,
@@ -62,7 +64,7 @@ from genvm_manager import (
     signature_base,
 )
 
-from .support import http_client, outcome
+from .support import ThreadlessReactor, exit_reason, http_client, outcome
 
 RULES = UrlRules()
 SUFFIXES = PublicSuffixList(only_icann=True, accept_unknown=False)
@@ -882,3 +884,47 @@ def test_what_is_read_of_a_page_that_has_gone_is_no_answer(monkeypatch: pytest.M
     (failure,) = answer
     assert isinstance(failure, RequestFailure)
     assert "it went to http://gone.test/, which cannot be loaded" in str(failure.context)
+
+
+class ShortOfThreads(ThreadlessReactor):
+    """Has no thread before ``has_threads``; a process of it ends when it is killed."""
+
+    pid, has_threads = 0, False
+    browser: Any = None
+
+    def callInThreadWithCallback(self, *given: Any, **options: Any) -> None:
+        if not self.has_threads:
+            raise RuntimeError("can't start new thread")
+        super().callInThreadWithCallback(*given, **options)
+
+    def spawnProcess(self, browser: Any, *_: object, **__: object) -> None:
+        self.browser = browser
+        browser.makeConnection(self)
+
+    def writeToChild(self, descriptor: int, data: bytes) -> None:
+        """Answer nothing."""
+
+    def signalProcess(self, name: str) -> None:
+        self.browser.processExited(exit_reason(None, 9))
+
+
+def test_nothing_is_left_of_a_page_whose_memory_could_not_be_checked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(genvm_manager, "kill_strays", lambda *_: False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    reactor = ShortOfThreads()
+    renderer = ChromiumRenderer(
+        reactor, RULES, "chromium", DeferredSemaphore(1), timeout=30.0, memory_mib=100
+    )
+    traffic = Traffic(100, Resolver())
+    answer = outcome(Deferred.fromCoroutine(renderer.render(TARGET, "text", 1.0, traffic)))
+    reactor.advance(1.0)
+    assert answer == []
+    assert len(os.listdir(tmp_path)) == 1
+    reactor.has_threads = True
+    reactor.signalProcess("SEGV")
+    reactor.work()
+    (failure,) = answer
+    assert failure.causes == ("RENDERER_FAILED",)
+    assert os.listdir(tmp_path) == []
