@@ -15616,44 +15616,40 @@ MODULE_SERVICES["web"] = WebService
 # 4.1 Practice executor
 # =============================================================================
 #
-# Owns an executor that is not GenVM, for demos and tests: here its outcomes, its
-# cancellation, its ends of the protocols of hosts and modules. Uses errors, calldata,
-# the standard library, and wsproto only to ask a module. Never uses another package:
-# sections 4.1 to 4.3 also run alone, under a bare Python, to start fast.
+# Owns an executor that is not GenVM, for demos and tests; this section has its outcomes,
+# its cancellation, and its side of the host and module protocols. Uses errors, calldata
+# and the standard library, and wsproto only to ask a module. Never uses another package:
+# sections 4.1 to 4.3 also run on their own, under a bare Python, to start fast.
 
 
 _RETURN, _USER_ERROR, _VM_ERROR = range(3)
 _FAREWELL_S: Final = 0.5
-"""How long a cancelled executor tries to tell the host: the manager kills after 0.7 s."""
+"""How long a cancelled executor tries to tell the host: the manager kills it after 0.7 s."""
 _CONNECT_S: Final = 10.0
 _ANSWER_LIMIT: Final = 16 * MIB
-"""What real executors take of a module."""
+"""The largest answer that real executors accept from a module."""
 MODULE_VALUE_LIMIT: Final = 64 * MIB
 PRACTICE_POLL_S: Final = 0.01
 
 
-class UsageError(Exception):
-    """The command line is wrong: exit status 2."""
-
-
 class SetupError(Exception):
-    """The run cannot come to an outcome: exit status 1."""
+    """The run cannot reach an outcome."""
+
+    exit_status = 1
+
+
+class UsageError(SetupError):
+    """The command line is wrong."""
+
+    exit_status = 2
 
 
 class RunCancelled(Exception):
     """SIGTERM or SIGINT arrived."""
 
 
-class ExitRequest(Exception):
-    """The script asked for this exit status, without a report to the host."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
-
-
 class Outcome(Exception):
-    """The run came to this result code and data."""
+    """The run ended with this result code and data."""
 
     def __init__(self, code: int, data: bytes) -> None:
         super().__init__(code)
@@ -15665,12 +15661,17 @@ class Outcome(Exception):
         """Return a VM error, which carries plain text."""
         return cls(_VM_ERROR, text.encode("utf-8", "replace"))
 
+    @classmethod
+    def user_error(cls, text: str) -> Outcome:
+        """Return a user error, which carries calldata."""
+        return cls(_USER_ERROR, encode_calldata({"message": text, "fingerprint": None}))
+
 
 class Cancellation:
-    """Turns SIGTERM and SIGINT into something that every wait sees.
+    """Lets SIGTERM and SIGINT interrupt every wait.
 
-    Nothing is raised out of a signal handler, where it could tear a frame apart: the signal makes
-    a pipe readable, and each wait watches that pipe beside what it waits for.
+    A signal handler that raised could interrupt a frame half sent: instead, the signal makes a
+    pipe readable, and each wait watches that pipe as well.
     """
 
     def __init__(self) -> None:
@@ -15682,13 +15683,13 @@ class Cancellation:
         self._armed = True
 
     def disarm(self) -> None:
-        """Let later waits, those of the farewell, run to their end."""
+        """Let later waits, those of the farewell, run to completion."""
         self._armed = False
 
     def wait(self, fd: int = -1, event: int = 0, deadline: float = math.inf) -> bool:
-        """Wait until ``fd`` (none if -1) has ``event``; False if ``deadline`` comes first.
+        """Wait until ``fd`` (none if -1) has ``event``; return False if ``deadline`` comes first.
 
-        Deadlines are times of ``time.monotonic``. Raises RunCancelled.
+        Deadlines are in terms of ``time.monotonic``. Raises RunCancelled.
         """
         poll = select.poll()
         if self._armed:
@@ -15749,14 +15750,12 @@ class HostConnection:
     def farewell(self, outcome: Outcome) -> None:
         """Report ``outcome`` from wherever a cancellation interrupted the conversation, in time.
 
-        Requests are served in the order of the stream, so the report may follow a request whose
-        answer is still due: the rest of that request goes out first, and answers are thrown away
-        until the host, having taken the report, closes. Only after raw bytes it is not tried.
+        Requests are served in order, so the report may follow a request that is still unanswered:
+        the rest of that request goes out first, and answers are discarded until the host has
+        taken the report and closes.
         """
         deadline = time.monotonic() + _FAREWELL_S
-        if not self._reported and self._owed >= 0:
-            self._unsent += _result_frame(outcome)
-        self._send(b"", deadline)
+        self._send(b"" if self._reported else _result_frame(outcome), deadline)
         if self._in_step and not self._owed:
             self._receive(1, deadline)
         else:
@@ -15769,8 +15768,8 @@ class HostConnection:
         self._send(bytes(count))
 
     def send_garbage(self, data: bytes) -> None:
-        """Send bytes that are not a request; the conversation makes no sense afterwards."""
-        self._owed = -1
+        """Send bytes that are not a request."""
+        self._in_step = False
         self._send(data)
 
     def _skip_owed(self) -> None:
@@ -15823,19 +15822,18 @@ def _result_frame(outcome: Outcome) -> bytes:
 def connect_to_host(uri: str, cancellation: Cancellation) -> socket.socket:
     """Return a non-blocking socket connected to ``unix://path`` or ``host:port``."""
     if uri.startswith("unix://"):
-        path = uri.removeprefix("unix://")
-        return _connect_to(socket.AF_UNIX, path, cancellation)
+        return _connect_to(socket.AF_UNIX, uri.removeprefix("unix://"), cancellation)
     name, _, port = uri.rpartition(":")
     name = name.removeprefix("[").removesuffix("]")
     if not name or not port.isdigit():
         raise ValueError("expected unix://path or host:port")
-    failure: OSError | None = None
+    failure = OSError("no address")
     for family, _, _, _, address in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM):
         try:
             return _connect_to(family, address, cancellation)
         except OSError as error:
             failure = error
-    raise failure or OSError("no address")
+    raise failure
 
 
 def _connect_to(
@@ -15861,9 +15859,10 @@ def _connect_to(
 
 
 class ModuleConnection:
-    """A conversation with a module. Raises OSError if the connection fails, ValueError if it lies.
+    """A conversation with a module.
 
-    ``address`` is ``ws://host:port``; ``hello`` is sent first. SetupError if wsproto is missing.
+    ``address`` is ``ws://host:port``; ``hello`` is sent first. Raises OSError if the connection
+    fails, ValueError if the module breaks the protocol, SetupError if wsproto is missing.
     """
 
     def __init__(self, address: str, hello: CalldataValue, cancellation: Cancellation) -> None:
@@ -15891,9 +15890,8 @@ class ModuleConnection:
                 return value
             if kind == "UserError" and isinstance(value, dict):
                 causes = value.get("causes")
-                message = " ".join(map(str, causes)) if isinstance(causes, list) else ""
-                error: CalldataValue = {"message": message, "fingerprint": None}
-                raise Outcome(_USER_ERROR, encode_calldata(error))
+                texts = map(str, causes if isinstance(causes, list) else [])
+                raise Outcome.user_error(" ".join(texts))
             if kind == "FatalError" and isinstance(value, str):
                 raise Outcome.vm_error(value)
         raise ValueError("the module's answer is malformed")
@@ -15954,7 +15952,7 @@ class ModuleConnection:
 def _imported_wsproto() -> Any:
     """Return the package, imported only by runs that ask a module; raises SetupError.
 
-    The installed executor starts without the folder of installed packages, which is looked up here.
+    The installed executor starts without ``site``, so the installed packages are looked up here.
     """
     try:
         if sys.flags.no_site:
@@ -15965,14 +15963,14 @@ def _imported_wsproto() -> Any:
     except ImportError as error:
         python = shlex.quote(sys.executable)
         raise SetupError(
-            f"asking a module takes the Python package wsproto ({error}); "
+            f"asking a module requires the Python package wsproto ({error}); "
             f"install it with: {python} -m pip install wsproto"
         ) from None
     return wsproto
 
 
 def checked_message(message: Any) -> dict[str, Any]:
-    """Return the message of a run if it has what executors ask for; raises what is wrong."""
+    """Return the message of a run if it is valid; raises ValueError, TypeError or KeyError."""
     for name in ("contract_address", "sender_address", "origin_address"):
         if len(binascii.a2b_base64(message[name], strict_mode=True)) != 20:
             raise ValueError(f"{name}: expected 20 bytes in base64")
@@ -15993,20 +15991,20 @@ def checked_message(message: Any) -> dict[str, Any]:
 # =============================================================================
 #
 # Owns the script language of practice contracts and its interpreter. Uses the
-# sections above, calldata and CODE_SLOT. Never does what could block without also
-# waiting for a cancellation.
+# sections above, calldata and CODE_SLOT. Never blocks without also waiting for a
+# cancellation.
 #
 # A script is UTF-8 text, one step a line. Blank lines and lines that begin with
 # "#" are skipped; the first line may be the version comment ("# v0.1.0"). Steps
-# stand in blocks: "on init" (deploying), "on method NAME", "on schema" (the call
-# "#get-schema"; its "return" must be a string). A block that ends without an
+# are grouped in blocks: "on init" (deployment), "on method NAME", "on schema" (the
+# call "#get-schema"; its "return" must be a string). A block that ends without an
 # outcome returns null. The README has the table of steps.
 #
 # VALUE is JSON without fractions. In it, the strings "$last", "$args.0",
 # "$kwargs.name", "$storage.name" and "$message.field" stand for what they name,
 # and "$$" at the start of a string for a plain "$". TEXT is the rest of the line;
-# PATH and NAME are one word. A stored value that was never stored is null.
-# Whatever is wrong in a script is a VM error that names the line.
+# PATH and NAME are one word. A name that was never stored reads as null.
+# Any mistake in a script is a VM error that names the line.
 #
 # The prelude: if the JSON object --host-data has a string "practice", its steps
 # run before the executor connects to the host; steps that need the host, or that
@@ -16016,12 +16014,12 @@ def checked_message(message: Any) -> dict[str, Any]:
 _PERMISSIONS: Final = "rwscn"
 _LOG_LEVELS: Final = ("trace", "debug", "info", "warn", "error")
 _PIPE_ATOM: Final = 4096
-"""A pipe that is ready takes this much without blocking (PIPE_BUF)."""
+"""A pipe that is ready accepts this much without blocking (PIPE_BUF)."""
 _MODULE_ADDRESSES: Final = {
     "GENVM_LLM_MODULE": "ws://127.0.0.1:3031",
     "GENVM_WEB_MODULE": "ws://127.0.0.1:3032",
 }
-"""Environment variables with the addresses of modules, and what holds without them."""
+"""Environment variables with the addresses of modules, and their defaults."""
 
 
 class _Step:
@@ -16036,7 +16034,7 @@ class _Step:
 
 
 def _parse_steps(text: str) -> list[_Step]:
-    """Return the steps of a script; raises Outcome for a step that does not exist."""
+    """Return the steps of a script; raises Outcome for an unknown step."""
     steps = []
     for number, line in enumerate(text.split("\n"), 1):
         name, _, rest = line.strip().partition(" ")
@@ -16049,7 +16047,7 @@ def _parse_steps(text: str) -> list[_Step]:
 
 
 def _parse_blocks(text: str) -> dict[str, list[_Step]]:
-    """Return the blocks of a script by what follows ``on``; raises Outcome for a wrong one."""
+    """Return the blocks of a script by what follows ``on``; raises Outcome for an invalid one."""
     blocks: dict[str, list[_Step]] = {}
     block: list[_Step] | None = None
     for step in _parse_steps(text):
@@ -16074,7 +16072,7 @@ def _handler_name(step: str) -> str:
 
 
 class PracticeRun:
-    """One run: its options, its connection, and a method per step of the script language."""
+    """One run: its options, its connection, and a method for each step of the script language."""
 
     def __init__(self, log_fd: int, options: dict[str, str]) -> None:
         self._cancellation = Cancellation()
@@ -16084,13 +16082,14 @@ class PracticeRun:
         self._modules: dict[str, ModuleConnection] = {}
         self._permissions = options.get("--permissions", _PERMISSIONS)
         self._last: CalldataValue = None
+        self._block = ""
         self._call: dict[str, CalldataValue] = {}
         self._message: dict[str, Any] = {}
         self._host_data: dict[str, CalldataValue] = {}
         self._account = b""
 
-    def run(self) -> int:
-        """Run to the end and return the exit status; raises SetupError."""
+    def run(self) -> None:
+        """Run to the end; raises SetupError, or SystemExit where the script says ``exit``."""
         try:
             self._check_options()
             self._run_prelude()
@@ -16099,15 +16098,12 @@ class PracticeRun:
             self._leave_modules()
             self._connection.report(outcome)
             self._print_outcome(outcome)
-        except ExitRequest as request:
-            return request.status
         except RunCancelled:
             self._cancellation.disarm()
             self._say_farewell()
         except SetupError as error:
             self._log("error", str(error))
             raise
-        return 0
 
     def _check_options(self) -> None:
         try:
@@ -16135,12 +16131,11 @@ class PracticeRun:
         if not isinstance(text, str):
             raise SetupError("host data: practice is not a string of steps")
         try:
-            early = self._run_steps(_parse_steps(text))
-        except Outcome as outcome:
-            early = outcome
-        if early is not None:
+            self._run_steps(_parse_steps(text))
+        except Outcome as early:
             problem = early.data.decode("utf-8", "replace") if early.code == _VM_ERROR else ""
-            raise SetupError(f"prelude: an outcome before the host is connected: {problem}")
+            text = f"prelude: an outcome before the host is connected: {problem}"
+            raise SetupError(text) from None
 
     def _say_farewell(self) -> None:
         try:
@@ -16154,46 +16149,34 @@ class PracticeRun:
         """Return the outcome of the call, whatever it is."""
         self._log("debug", "practice run begins", cookie=self._options["--cookie"])
         try:
-            return self._interpret()
+            self._run_called_block()
         except Outcome as outcome:
             return outcome
         except (CalldataError, UnicodeDecodeError) as error:
             return Outcome.vm_error(f"not a practice script, or not its calldata: {error}")
 
-    def _interpret(self) -> Outcome:
-        """Fetch calldata and code and run the block that is called."""
+    def _run_called_block(self) -> NoReturn:
+        """Fetch calldata and code and run the block that is called; raises the Outcome."""
         call = decode_calldata(self._host.ask("get_calldata", 0, b"", None))
         if not isinstance(call, dict):
-            return Outcome.vm_error("the calldata is not a map")
-        self._call = call
-        title = self._called_block()
-        blocks = _parse_blocks(self._read_blob(CODE_SLOT).decode("utf-8"))
-        if title not in blocks and title != "init":
-            return Outcome.vm_error(f"the contract has no {title}")
-        outcome = self._run_steps(blocks.get(title, []))
-        if outcome is None:
-            outcome = Outcome(_RETURN, encode_calldata(None))
-        returned = outcome.code == _RETURN
-        if title == "schema" and returned and not isinstance(decode_calldata(outcome.data), str):
-            return Outcome.vm_error("the schema is not a string")
-        return outcome
-
-    def _called_block(self) -> str:
+            raise Outcome.vm_error("the calldata is not a map")
+        self._call, method = call, call.get("method")
+        self._block = "schema" if method == "#get-schema" else f"method {method!s:.200}"
         if self._message["is_init"]:
-            return "init"
-        method = self._call.get("method")
-        return "schema" if method == "#get-schema" else f"method {method!s:.200}"
+            self._block = "init"
+        blocks = _parse_blocks(self._read_blob(CODE_SLOT).decode("utf-8"))
+        if self._block not in blocks and self._block != "init":
+            raise Outcome.vm_error(f"the contract has no {self._block}")
+        self._run_steps(blocks.get(self._block, []))
+        self.step_return("null")
 
-    def _run_steps(self, steps: list[_Step]) -> Outcome | None:
-        """Run ``steps`` and return the outcome that they come to, if any."""
+    def _run_steps(self, steps: list[_Step]) -> None:
+        """Run ``steps``; raises the Outcome that they reach, if any."""
         for step in steps:
             try:
                 getattr(self, _handler_name(step.name))(step.rest)
-            except Outcome as outcome:
-                return outcome
             except (CalldataError, LookupError, OSError, RecursionError, ValueError) as error:
-                return step.error(error)
-        return None
+                raise step.error(error) from None
 
     def _print_outcome(self, outcome: Outcome) -> None:
         wanted = self._options.get("--print")
@@ -16203,7 +16186,7 @@ class PracticeRun:
         elif wanted == "fingerprint":
             self._emit(1, f"fingerprint {hashlib.sha3_256(frame).hexdigest()}\n".encode())
 
-    # Output. A full pipe must not hold up a cancellation, so nothing writes without waiting.
+    # Output. A full pipe must not delay a cancellation, so every write waits for both.
 
     def _emit(self, fd: int, data: bytes) -> None:
         view = memoryview(data)
@@ -16231,10 +16214,10 @@ class PracticeRun:
         return self._host.ask("storage_read", 1, b"\x00" + self._account + place, length)
 
     def _read_blob(self, slot: bytes) -> bytes:
-        """Return what a slot holds: its length (u32le), then the bytes."""
+        """Return the content of a slot, which is stored as its length (u32le), then the bytes."""
         length = int.from_bytes(self._read(slot, 0, 4), "little")
         if length > MODULE_VALUE_LIMIT:
-            raise Outcome.vm_error(f"a slot that holds {length} bytes: too many")
+            raise Outcome.vm_error(f"a slot holds {length} bytes: too many")
         return self._read(slot, 4, length)
 
     def _load(self, name: str) -> CalldataValue:
@@ -16272,7 +16255,7 @@ class PracticeRun:
             return place[name]
         raise ValueError(f"there is no {text}")
 
-    # Steps, in the order of the table in the README; each gets the rest of its line.
+    # Steps; each gets the rest of its line.
 
     def step_on(self, rest: str) -> None:
         raise ValueError("the prelude has no blocks")
@@ -16325,29 +16308,29 @@ class PracticeRun:
     def step_set(self, rest: str) -> None:
         self._last = self._value(rest)
 
-    def step_return(self, rest: str) -> None:
-        raise Outcome(_RETURN, encode_calldata(self._value(rest)))
+    def step_return(self, rest: str) -> NoReturn:
+        value = self._value(rest)
+        if self._block == "schema" and not isinstance(value, str):
+            raise Outcome.vm_error("the schema is not a string")
+        raise Outcome(_RETURN, encode_calldata(value))
 
     def step_error(self, rest: str) -> None:
-        raise Outcome(_USER_ERROR, encode_calldata({"message": rest, "fingerprint": None}))
+        raise Outcome.user_error(rest)
 
     def step_vm_error(self, rest: str) -> None:
         raise Outcome.vm_error(rest)
 
-    def step_ask_llm(self, rest: str) -> None:
-        self._last = self._ask_llm(rest, "text")
+    def step_ask_llm(self, rest: str, form: str = "text") -> None:
+        payload: CalldataValue = {"prompt": rest, "response_format": form, "images": []}
+        request: CalldataValue = {"payload": payload, "remaining_fuel_as_gen": 0}
+        self._last = self._ask_module("GENVM_LLM_MODULE", {"Prompt": request}, "data")
 
     def step_ask_llm_json(self, rest: str) -> None:
-        self._last = self._ask_llm(rest, "json")
+        self.step_ask_llm(rest, "json")
 
     def step_web_get(self, rest: str) -> None:
-        request: CalldataValue = {
-            "method": "GET",
-            "url": rest,
-            "headers": {},
-            "body": None,
-            "sign": False,
-        }
+        without: dict[str, CalldataValue] = {"headers": {}, "body": None, "sign": False}
+        request: CalldataValue = {"method": "GET", "url": rest, **without}
         response = self._ask_module("GENVM_WEB_MODULE", {"Request": request}, "response")
         body = response.get("body") if isinstance(response, dict) else None
         self._last = body.decode("utf-8", "replace") if isinstance(body, bytes) else None
@@ -16375,7 +16358,7 @@ class PracticeRun:
             file.write(f"{text}\n")
 
     def step_exit(self, rest: str) -> None:
-        raise ExitRequest(_count(rest))
+        raise SystemExit(_count(rest))
 
     def step_die(self, rest: str) -> None:
         number = int(rest) if rest.isdigit() else signal.Signals[f"SIG{rest.removeprefix('SIG')}"]
@@ -16386,54 +16369,9 @@ class PracticeRun:
     def step_ignore_sigterm(self, rest: str) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    def step_grandchild(self, rest: str) -> None:
-        self._leave_grandchild(_seconds(rest), own_session=False)
-
-    def step_grandchild_session(self, rest: str) -> None:
-        self._leave_grandchild(_seconds(rest), own_session=True)
-
-    def step_flood_host(self, rest: str) -> None:
-        self._host.flood(_count(rest))
-
-    def step_garbage_host(self, rest: str) -> None:
-        self._host.send_garbage(bytes.fromhex(rest))
-
-    def _ask_llm(self, prompt: str, form: str) -> CalldataValue:
-        payload: CalldataValue = {"prompt": prompt, "response_format": form, "images": []}
-        request: CalldataValue = {"payload": payload, "remaining_fuel_as_gen": 0}
-        return self._ask_module("GENVM_LLM_MODULE", {"Prompt": request}, "data")
-
-    def _ask_module(self, variable: str, request: CalldataValue, member: str) -> CalldataValue:
-        """Return a member of a module's answer; the first question makes the connection."""
-        self._require("n", "non-deterministic work")
-        if variable not in self._modules:
-            address = os.environ.get(variable, _MODULE_ADDRESSES[variable])
-            hello: CalldataValue = {
-                "cookie": self._options["--cookie"],
-                "host_data": self._host_data,
-            }
-            self._modules[variable] = ModuleConnection(address, hello, self._cancellation)
-        try:
-            answer = self._modules[variable].ask(request)
-        except (CalldataError, OSError, ValueError):  # it is out of step from now on
-            self._modules.pop(variable).drop()
-            raise
-        if not isinstance(answer, dict) or member not in answer:
-            raise ValueError(f"the module's answer lacks {member}")
-        return answer[member]
-
-    def _leave_modules(self) -> None:
-        """End the conversations with modules, each by asking for statistics."""
-        for variable, connection in self._modules.items():
-            try:
-                connection.ask("GetStats")
-                connection.close()
-            except (CalldataError, OSError, ValueError, Outcome) as error:
-                name = variable.split("_")[1]
-                self._log("warn", f"the {name} module gave no statistics", problem=str(error))
-
-    def _leave_grandchild(self, seconds: float, *, own_session: bool) -> None:
+    def step_grandchild(self, rest: str, *, own_session: bool = False) -> None:
         """Fork a process that keeps stdout, stderr and the log open, and log its pid."""
+        seconds = _seconds(rest)
         ready, begun = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -16454,6 +16392,42 @@ class PracticeRun:
         os.read(ready, 1)
         os.close(ready)
         self._log("info", "grandchild", pid=pid)
+
+    def step_grandchild_session(self, rest: str) -> None:
+        self.step_grandchild(rest, own_session=True)
+
+    def step_flood_host(self, rest: str) -> None:
+        self._host.flood(_count(rest))
+
+    def step_garbage_host(self, rest: str) -> None:
+        self._host.send_garbage(bytes.fromhex(rest))
+
+    def _ask_module(self, variable: str, request: CalldataValue, member: str) -> CalldataValue:
+        """Return a member of a module's answer; the first request makes the connection."""
+        self._require("n", "non-deterministic work")
+        if variable not in self._modules:
+            address = os.environ.get(variable, _MODULE_ADDRESSES[variable])
+            cookie = self._options["--cookie"]
+            hello: CalldataValue = {"cookie": cookie, "host_data": self._host_data}
+            self._modules[variable] = ModuleConnection(address, hello, self._cancellation)
+        try:
+            answer = self._modules[variable].ask(request)
+        except (CalldataError, OSError, ValueError):  # it is out of step from now on
+            self._modules.pop(variable).drop()
+            raise
+        if not isinstance(answer, dict) or member not in answer:
+            raise ValueError(f"the module's answer lacks {member}")
+        return answer[member]
+
+    def _leave_modules(self) -> None:
+        """End the conversations with modules, each by asking for statistics."""
+        for variable, connection in self._modules.items():
+            try:
+                connection.ask("GetStats")
+                connection.close()
+            except (CalldataError, OSError, ValueError, Outcome) as error:
+                name = variable.split("_")[1]
+                self._log("warn", f"the {name} module gave no statistics", problem=str(error))
 
 
 def _named_slot(name: str) -> bytes:
@@ -16480,13 +16454,11 @@ def _seconds(text: str) -> float:
 # 4.3 Practice executor: command line and installation
 # =============================================================================
 #
-# Owns the executor's command line, and how the executor becomes a program of its
-# own. Uses the sections above. Never starts one.
+# Owns the executor's command line, and how the executor is made into a program of
+# its own. Uses the sections above. Never starts one.
 
 
 _NOTICE: Final = "this is not GenVM: it interprets practice scripts"
-_STATUS_SETUP: Final = 1
-_STATUS_USAGE: Final = 2
 _PRINTS: Final = ("result", "fingerprint", "stderr-full")
 _FLAGS: Final = ("--sync", "--debug-mode", "--allow-latest")
 _REQUIRED: Final = ("--host-data", "--host", "--message", "--cookie")
@@ -16497,7 +16469,7 @@ def run_practice_executor(argv: Sequence[str]) -> int:
     """Run the practice executor with the arguments after the program name; return the exit status.
 
     It takes over SIGTERM and SIGINT and must run in the main thread. The status is 0 for any
-    outcome, 1 for a set-up error, 2 for a wrong command line, or what the script asks for.
+    outcome, 1 for a set-up error, 2 for a wrong command line. Raises SystemExit if a script does.
     """
     _say(_NOTICE)
     try:
@@ -16508,13 +16480,10 @@ def run_practice_executor(argv: Sequence[str]) -> int:
                 raise SetupError("not a contract: expected UTF-8 text that begins with a comment")
             os.write(1, f"{version}\n".encode())
         elif command == "run":
-            return PracticeRun(log_fd, options).run()
-    except UsageError as error:
-        _say(str(error))
-        return _STATUS_USAGE
+            PracticeRun(log_fd, options).run()
     except SetupError as error:
         _say(str(error))
-        return _STATUS_SETUP
+        return error.exit_status
     return 0
 
 
@@ -16566,7 +16535,7 @@ _SECTIONS: Final = (
     "Practice executor: scripts",
     "Practice executor: command line and installation",
 )
-"""What the executor is made of; of the last one, what stands above."""
+"""What the executor is made of; of the last one, the part above."""
 _IMPORTS: Final = """
 from __future__ import annotations
 import binascii, codecs, errno, hashlib, json, math, os
@@ -16579,7 +16548,7 @@ from typing import Any, cast
 def practice_executor_source() -> str:
     """Return the practice executor as a Python script that needs nothing but the interpreter.
 
-    It is cut out of this file by its banners, so it starts without what the rest imports.
+    It is cut out of this file by its banners, so it starts without the imports of the rest.
     """
     text = Path(__file__).read_text(encoding="utf-8").partition("\n# --- installation ---\n")[0]
     titled = re.split(r"^# [\d.]+ (.*)\n# =+\n", text, flags=re.MULTILINE)

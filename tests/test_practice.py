@@ -289,7 +289,7 @@ def test_asking_a_module_without_wsproto_says_what_to_install(
         check=False,
     )
     assert done.returncode == 1, done.stderr
-    assert "asking a module takes the Python package wsproto" in done.stderr
+    assert "asking a module requires the Python package wsproto" in done.stderr
     assert f"install it with: {python} -m pip install wsproto\n" in done.stderr
 
 
