@@ -1032,6 +1032,27 @@ def own_reactor() -> Any:
     return reactor
 
 
+def run_until_done(work: Callable[[], Coroutine[Any, Any, Value]], **options: bool) -> Value:
+    """Run the reactor until ``work`` is done; return its result, or raise its exception.
+
+    Raises ``SystemExit`` where a signal ends the reactor before that.
+    """
+    reactor = own_reactor()
+    outcomes: list[Value | Failure] = []
+
+    def start() -> None:
+        doing = Deferred.fromCoroutine(work())
+        doing.addBoth(outcomes.append).addBoth(lambda _: reactor.stop())
+
+    reactor.callWhenRunning(start)
+    reactor.run(**options)
+    if not outcomes:
+        raise SystemExit(128 + signal.SIGINT)
+    if isinstance(outcomes[0], Failure):
+        outcomes[0].raiseException()
+    return outcomes[0]
+
+
 # =============================================================================
 # 1.4 Text and schemas
 # =============================================================================
@@ -16581,12 +16602,12 @@ def install_practice_executor(root: Path, version: str) -> Path:
 # =============================================================================
 #
 # Owns the demonstration: a temporary GenVM root with the practice executor, a
-# manager as a process of its own, and a tiny host that deploys a contract and
-# calls it. Uses the host, the practice executor and treq. Never runs in a
-# manager that serves.
+# manager on it, and a tiny host that deploys a contract and calls it. Uses the
+# host, the practice executor and outgoing HTTP; it is given what makes a manager.
+# Never runs in a manager that serves.
 
 DEMO_VERSION = "v0.1.0"
-DEMO_SECONDS = 60.0
+DEMO_SECONDS = 120.0
 DEMO_ANSWER_BYTES = MIB
 DEMO_CONTRACT = """\
 # v0.1.0
@@ -16604,7 +16625,7 @@ DEMO_ACCOUNT = bytes(19) + b"\x01"
 def make_practice_root(root: Path) -> None:
     """Make a GenVM root: a manifest with one version, and the practice executor for it.
 
-    Raises ``ConfigError`` for the root of something else, and if the files cannot be written.
+    Raises ``ConfigError`` if it is the root of something else, or if files cannot be written.
     """
     manifest = root / "data" / "manifest.yaml"
     text = f'executor_versions: {{{DEMO_VERSION}: {{available_after: "2025-01-01T00:00:00Z"}}}}\n'
@@ -16618,57 +16639,17 @@ def make_practice_root(root: Path) -> None:
         raise ConfigError(f"{error.filename}: {error.strerror}: give another folder") from None
 
 
-class _DemoManager(ProcessProtocol):
-    """The manager's process: fires ``listening`` with its address."""
-
-    transport: Any = None
-
-    def __init__(self) -> None:
-        self.listening: Event[str] = Event()
-        self.ended: Event[ExitStatus] = Event()
-        self._lines = LineSplitter(MIB, self._line)
-
-    def outReceived(self, data: bytes) -> None:
-        self._lines.add(data)
-
-    def errReceived(self, data: bytes) -> None:
-        sys.stderr.buffer.write(data)
-
-    def _line(self, line: bytes, _cut: bool) -> None:
-        record = parse_log_line(line) or {}
-        if record.get("message") == "listening":
-            self.listening.fire(str(record["address"]))
-
-    def processEnded(self, reason: Failure) -> None:
-        self.listening.fail(ConfigError("the manager did not start"))
-        self.ended.fire(ExitStatus.of(reason))
-
-
+@define(eq=False)
 class Demo:
     """Deploys and calls a contract through a manager, printing each request and reply."""
 
-    def __init__(self, reactor: Any, folder: Path) -> None:
-        self._reactor = reactor
-        self._folder = folder
-        self._http = HttpClient.create(reactor, use_proxy=False)
-        self._base = ""
+    _reactor: Any
+    _folder: Path
+    _http: HttpClient
+    _base: str
 
-    async def run(self) -> CalldataValue:
-        """Return what the contract returned; raises ``ManagerError`` if anything fails."""
-        make_practice_root(self._folder)
-        manager = _DemoManager()
-        argv = own_command("serve", "--port", "0", "--root", str(self._folder))
-        argv.append("--die-with-parent")
-        self._reactor.spawnProcess(manager, argv[0], argv, env=None)
-        try:
-            self._base = f"http://{await self._soon(manager.listening.wait())}"
-            return await self._deploy_and_call()
-        finally:
-            if not manager.ended.happened:
-                manager.transport.signalProcess("TERM")
-                await self._soon(manager.ended.wait())
-
-    async def _deploy_and_call(self) -> CalldataValue:
+    async def run(self) -> None:
+        """Deploy and call the contract; raises ``ManagerError`` if anything fails."""
         say(f"The contract:\n\n{textwrap.indent(DEMO_CONTRACT, '    ')}")
         state = HostState(DEMO_ACCOUNT, b"", writable=True)
         state.deploy(deployment_writes(DEMO_CONTRACT.encode()))
@@ -16680,10 +16661,9 @@ class Demo:
         state.calldata = encode_calldata(call)
         value = await self._execute(state, is_init=False)
         say(f"The contract returned: {value!r}")
-        return value
 
     async def _execute(self, state: HostState, *, is_init: bool) -> CalldataValue:
-        """Run one message through the manager and return what came to the host."""
+        """Run one message through the manager and return what reached the host."""
         path = self._folder / "host.sock"
         factory = HostFactory(state, self._reactor)
         port = self._reactor.listenUNIX(str(path), factory, mode=0o600)
@@ -16703,7 +16683,7 @@ class Demo:
             answer = await self._request("POST", "/genvm/run", body)
             result = await self._request("GET", f"/genvm/{answer['id']}?wait=30s")
             factory.abandon(f"the executor ended without a result: {result['status']['stderr']}")
-            outcome = await self._soon(factory.done.wait())
+            outcome = await factory.done.wait()
         finally:
             await port.stopListening()
         if outcome.kind != "return":
@@ -16715,39 +16695,40 @@ class Demo:
         if body is not None:
             say(f"   > {json.dumps(body)}")
         data = None if body is None else json.dumps(body).encode()
-        asking = self._http.exchange(method, self._base + path, DEMO_ANSWER_BYTES, data=data)
-        reply = await self._soon(Deferred.fromCoroutine(asking))
+        url = self._base + path
+        reply = await self._http.exchange(method, url, DEMO_ANSWER_BYTES, data=data)
         say(f"   < {reply.status} {reply.body.decode()}\n")
         answer: dict[str, Any] = json.loads(reply.body)
         if reply.status != 200:
             raise HostProtocolError(f"{method} {path} failed: {answer['error']}")
         return answer
 
-    def _soon(self, waiting: Deferred[Any]) -> Deferred[Any]:
-        return waiting.addTimeout(DEMO_SECONDS, self._reactor)
 
-
-def run_demo() -> int:
-    """Run the demonstration; returns the exit status of the command."""
+def run_demo(make_service: Callable[[Config, Any], Any]) -> int:
+    """Run the demonstration; return the exit status of the command."""
     reactor = own_reactor()
-    failures: list[Failure] = []
 
     async def show() -> None:
         with tempfile.TemporaryDirectory(prefix="genvm-demo-") as folder:
-            await Demo(reactor, Path(folder)).run()
+            root, http = Path(folder), HttpClient.create(reactor, use_proxy=False)
+            make_practice_root(root)
+            service = make_service(load_config({"root": folder, "port": "0"}, os.environ), reactor)
+            service.privilegedStartService()
+            service.startService()
+            try:
+                late = HostProtocolError(f"it is not over after {DEMO_SECONDS:g} s")
+                demo = Demo(reactor, root, http, f"http://{service.addresses[0]}")
+                await within(reactor, DEMO_SECONDS, demo.run(), late)
+            finally:
+                await http.close()
+                await service.stopService()
 
-    def start() -> None:
-        running = Deferred.fromCoroutine(show())
-        running.addErrback(failures.append)
-        running.addBoth(lambda _: reactor.stop())
-
-    reactor.callWhenRunning(start)
-    reactor.run()
-    if failures:
-        if failures[0].check(SystemExit):
-            failures[0].raiseException()
-        print(f"genvm-manager: the demo failed: {failures[0].getErrorMessage()}", file=sys.stderr)
-    return 1 if failures else 0
+    try:
+        run_until_done(show)
+    except Exception as error:
+        print(f"genvm-manager: the demo failed: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 ###############################################################################
@@ -17739,18 +17720,13 @@ def run_client(act: ClientAction, options: argparse.Namespace) -> int:
         return Ending.USAGE
     describe = f"{options.command}: {{}}".format
     managers += [RemoteManager(place, screen, options, describe) for place in options.server]
-    endings: list[Any] = []
 
-    def start() -> None:
+    async def carry_out() -> list[Ending]:
         screen.watch()
         acts = [Deferred.fromCoroutine(manager.carry_out(act)) for manager in managers]
-        gatherResults(acts).addBoth(endings.append).addBoth(lambda _: reactor.stop())
+        return await gatherResults(acts)
 
-    reactor.callWhenRunning(start)
-    reactor.run(installSignalHandlers=False)
-    found = endings[0]
-    if isinstance(found, Failure):
-        found.raiseException()
+    found = run_until_done(carry_out, installSignalHandlers=False)
     screen.progress("")
     documents = {manager.place.name: manager.document for manager in managers}
     if options.json and any(document is not None for document in documents.values()):
@@ -18561,18 +18537,12 @@ class Doctor:
 
 def run_doctor(flags: Mapping[str, str], *, as_json: bool) -> int:
     """Say what is wrong and what to do; returns 2 if there are errors, 1 if warnings, else 0."""
-    reactor = own_reactor()
     globalLogBeginner.beginLoggingTo([], redirectStandardIO=False)
     found: list[Finding] = []
-
-    def start() -> None:
-        examining = Deferred.fromCoroutine(Doctor(flags, os.environ, reactor).examine())
-        examining.addCallback(found.extend)
-        examining.addErrback(lambda failure: print(failure.getTraceback(), file=sys.stderr))
-        examining.addBoth(lambda _: reactor.stop())
-
-    reactor.callWhenRunning(start)
-    reactor.run()
+    try:
+        found = run_until_done(Doctor(flags, os.environ, own_reactor()).examine)
+    except Exception:
+        print(Failure().getTraceback(), file=sys.stderr)
     counts = Counter(finding.level for finding in found)
     if as_json:
         say(msgspec.json.encode(found).decode())
@@ -18726,7 +18696,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parsed)
     command = options.pop("command")
     if command == "demo":
-        return run_demo()
+        return run_demo(makeService)
     flags = {name: text for name, text in options.items() if text is not None}
     try:
         if command == "practice-root":
