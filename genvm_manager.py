@@ -249,6 +249,7 @@ from enum import IntEnum
 from fnmatch import fnmatchcase
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import (
     IO,
     Annotated,
@@ -1199,6 +1200,11 @@ def shown(value: object, limit: int = 60) -> str:
     except (TypeError, ValueError, RecursionError):
         text = text or kind_of(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number and what it counts: ``1 version``, ``2 versions``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def expand_template(text: str, variables: Mapping[str, str], variable: Callable[[str], str]) -> str:
@@ -16938,7 +16944,7 @@ class ManagerService(Service):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._take_end_signal())
         for number, action in (
-            (signal.SIGHUP, self._asked_to_reload),
+            (signal.SIGHUP, lambda: Deferred.fromCoroutine(self._reload())),
             (signal.SIGUSR1, self._asked_to_reopen),
             (signal.SIGUSR2, self._asked_for_state),
         ):
@@ -16966,13 +16972,10 @@ class ManagerService(Service):
             self._watchdog.start(self._systemd.watchdog / 2)
 
     def _show_life(self, fact: str = "WATCHDOG=1") -> None:
-        going_on = sum(1 for _ in self.executions.active())
+        text = counted(sum(1 for _ in self.executions.active()), "execution")
         draining = ", draining" if self.executions.draining else ""
         places = ", ".join(self.addresses) or "nothing"
-        self._systemd.tell(fact, f"STATUS={going_on} executions{draining}; listening on {places}")
-
-    def _asked_to_reload(self) -> None:
-        Deferred.fromCoroutine(self._reload())
+        self._systemd.tell(fact, f"STATUS={text}{draining}; listening on {places}")
 
     async def _reload(self) -> None:
         """Read anew what may change while it runs; what is wrong stays as it was."""
@@ -17108,10 +17111,8 @@ def makeService(config: Config, reactor: Any = None) -> ManagerService:
 
     Without a ``reactor`` it takes the global one and owns the process: signals, orphans, log.
     """
-    owns_process = reactor is None
-    if reactor is None:
-        reactor = own_reactor()
-    return ManagerService(config, reactor, LogObserver(config), owns_process=owns_process)
+    owns, observer = reactor is None, LogObserver(config)
+    return ManagerService(config, reactor or own_reactor(), observer, owns_process=owns)
 
 
 class TwistdService(ManagerService):
@@ -17277,7 +17278,7 @@ def module_text(module: ModuleStatus) -> str:
     """Return how a module is."""
     said = {"at": module.address, "waits for": module.waits_for, "last error:": module.last_error}
     texts = [f"{word} {text}" for word, text in said.items() if text]
-    restarts = [f"restarted {module.restarts} times"] if module.restarts else []
+    restarts = [f"restarted {counted(module.restarts, 'time')}"] if module.restarts else []
     return "; ".join((module.state.value, *texts, *restarts))
 
 
@@ -17295,7 +17296,7 @@ def status_text(status: ManagerStatus) -> str:
         ("executions", ", ".join(f"{n} {state}" for state, n in states.items()) or "none"),
         ("results", f"{status.unread} not read yet"),
         *((f"{kind} module", module_text(module)) for kind, module in status.modules.items()),
-        ("manifest", status.manifest.problem or f"{status.manifest.versions} versions"),
+        ("manifest", status.manifest.problem or counted(status.manifest.versions, "version")),
     ]
     return table_text(rows)
 
@@ -17363,50 +17364,32 @@ class Place:
         raise ConfigError(f"server: expected http://host:port or unix:///path, got {shown(text)}")
 
 
-@implementer(IAgentEndpointFactory)
-@frozen
-class _SocketEndpoints:
-    """Leads each request to a unix socket, whatever its URL."""
-
-    _reactor: Any
-    _path: str
-
-    def endpointForURI(self, uri: Any) -> Any:
-        return UNIXClientEndpoint(self._reactor, self._path, CLIENT_CONNECT_SECONDS)
-
-
+@define(eq=False)
 class Screen:
     """What a command shows: text, and on a terminal how far it is.
 
     The text of others does not steer a terminal: there, control characters are escaped.
     """
 
-    def __init__(
-        self,
-        reactor: Any,
-        describe: Callable[[str], str],
-        out: int = STDOUT,
-        err: int = STDERR,
-    ) -> None:
-        self.reactor = reactor
-        #: Returns what is said at Ctrl-C.
-        self.farewell: Callable[[], str] = str
-        #: Returns how far the command is after some time.
-        self.describe = describe
-        self._out = out
-        self._streams = {STDOUT: LogStream(out), STDERR: LogStream(err)}
-        self._is_terminal = {STDOUT: os.isatty(out), STDERR: os.isatty(err)}
-        self._has_progress, self._at_line_start = False, True
+    reactor: Any
+    #: Returns how far the command is after some time.
+    describe: Callable[[str], str]
+    #: What stands for stdout and stderr.
+    _fds: Mapping[int, int] = field(factory=lambda: {STDOUT: STDOUT, STDERR: STDERR})
+    #: Returns what is said at Ctrl-C.
+    farewell: Callable[[], str] = str
+    _has_progress: bool = False
+    _at_line_start: bool = True
 
     @property
     def is_watched(self) -> bool:
         """Whether somebody wants to know how far it is."""
-        return self._is_terminal[STDERR]
+        return os.isatty(self._fds[STDERR])
 
     def write(self, text: str, fd: int = STDOUT) -> None:
         """Show text on stdout or stderr."""
         self.progress("")
-        if text and self._is_terminal[fd]:
+        if text and os.isatty(self._fds[fd]):
             text = one_line(text, keep="\n\t")
             self._at_line_start = text.endswith("\n")
         self._put(text, fd)
@@ -17433,13 +17416,13 @@ class Screen:
     def end_with_reader(self) -> None:
         """End as soon as nobody reads stdout any more, though nothing may be written for long."""
         watched = select.poll()
-        watched.register(self._out, 0)  # of its other end it tells in any case
+        watched.register(self._fds[STDOUT], 0)  # of its other end it tells in any case
 
         def watch() -> None:
             watched.poll()
             os._exit(Ending.UNREAD)
 
-        if stat.S_ISFIFO(os.fstat(self._out).st_mode):
+        if stat.S_ISFIFO(os.fstat(self._fds[STDOUT]).st_mode):
             threading.Thread(target=watch, daemon=True).start()
 
     def interrupt(self, *_: object) -> None:
@@ -17449,17 +17432,21 @@ class Screen:
 
     def _put(self, text: str, fd: int) -> None:
         try:
-            self._streams[fd].write(text.encode("utf-8", "replace"))
+            LogStream(self._fds[fd]).write(text.encode("utf-8", "replace"))
         except OSError as error:
             if fd == STDOUT and error.errno != errno.EPIPE:
                 self.write(f"genvm-manager: stdout: {error.strerror}\n", STDERR)
             os._exit(Ending.UNREAD)
 
 
+#: What takes a line, and whether it was cut.
+LineTaker: TypeAlias = Callable[[bytes, bool], object]
+
+
 class _LineReader(BodyReader):
     """Gives out the lines of a body as they come."""
 
-    def __init__(self, on_line: Callable[[bytes, bool], object]) -> None:
+    def __init__(self, on_line: LineTaker) -> None:
         super().__init__(0)
         self._lines = LineSplitter(2 * LOG_MAX_BYTES, on_line)
 
@@ -17512,8 +17499,9 @@ class RemoteManager:
         pool = HTTPConnectionPool(reactor, persistent=False)
         agent: Any = Agent(reactor, tls, connectTimeout=CLIENT_CONNECT_SECONDS, pool=pool)
         if self.place.socket is not None:
-            sockets = _SocketEndpoints(reactor, self.place.socket)
-            agent = Agent.usingEndpointFactory(reactor, sockets, pool)
+            way = UNIXClientEndpoint(reactor, self.place.socket, CLIENT_CONNECT_SECONDS)
+            ways: Any = SimpleNamespace(endpointForURI=lambda _uri: way)
+            agent = Agent.usingEndpointFactory(reactor, ways, pool)
         self._http = HTTPClient(agent)
 
     # --- requests ---
@@ -17544,12 +17532,7 @@ class RemoteManager:
             raise ClientProblem(Ending.UNREACHABLE, text) from None
 
     async def follow(
-        self,
-        method: str,
-        path: str,
-        on_line: Callable[[bytes, bool], object],
-        body: object = None,
-        **headers: str,
+        self, method: str, path: str, on_line: LineTaker, body: object = None, **headers: str
     ) -> None:
         """Call a function with each line of an answer as it comes; raises ``ClientProblem``."""
 
@@ -17567,12 +17550,7 @@ class RemoteManager:
             raise _lost(error) from None
 
     async def poll(
-        self,
-        method: str,
-        path: str,
-        schema: Any,
-        seconds: float,
-        is_over: Callable[[Any], bool],
+        self, method: str, path: str, schema: Any, seconds: float, is_over: Callable[[Any], bool]
     ) -> Any:
         """Return what the manager answers once something is over, or after some seconds."""
         clock = self.screen.reactor
@@ -17585,9 +17563,9 @@ class RemoteManager:
             try:
                 answer = await self.ask(method, asked, schema, limit=limit)
             except Unanswered as problem:
-                is_late = clock.seconds() >= deadline
-                ending = Ending.LATE if is_late else problem.ending
-                raise ClientProblem(ending, str(problem)) from None
+                if clock.seconds() >= deadline:
+                    problem.ending = Ending.LATE
+                raise
             if is_over(answer) or clock.seconds() >= deadline:
                 return answer
 
@@ -17912,12 +17890,7 @@ async def _end_of(manager: RemoteManager, genvm_id: int, seconds: float) -> Exec
     "wait",
     "wait for the end of an execution, and show how it ended",
     _ID,
-    _takes(
-        "--timeout",
-        "for at most this long, such as 90s (default: for ever)",
-        default=math.inf,
-        **_TIME,
-    ),
+    _takes("--timeout", "give up after this time (default: never)", default=math.inf, **_TIME),
 )
 async def _wait(manager: RemoteManager) -> Ending:
     await _watch(manager, manager.options.id)
@@ -17989,15 +17962,16 @@ async def _permits(manager: RemoteManager) -> None:
         body = {"permits": None if text == "auto" else PERMITS.from_text(text)}
         await manager.ask("POST", "/permits", PermitsSet, structure(body, PermitsBody))
     found = await manager.ask("GET", "/permits", PermitsAnswer)
-    use = f"{found.in_use} in use, {found.available} available, {found.waiting} executions wait"
-    manager.show(f"{found.permits} permits: {use}")
+    waiting = counted(found.waiting, "execution")
+    use = f"{found.in_use} in use, {found.available} available, {waiting} waiting"
+    manager.show(f"{counted(found.permits, 'permit')}: {use}")
 
 
 @_offer(
     "drain",
     "refuse new executions, and let the others end",
     _takes(
-        "--wait", "until all is over and read, or for this long", nargs="?", const=math.inf, **_TIME
+        "--wait", "until all is over and read, or this long", nargs="?", const=math.inf, **_TIME
     ),
 )
 async def _drain(manager: RemoteManager) -> Ending:
@@ -18251,8 +18225,8 @@ class Finding:
     text: str
 
 
-def owner_of(port: int) -> str | None:
-    """Return who listens on a TCP port, as far as we may see that; None if nobody does."""
+def owner_of(port: int) -> str:
+    """Return who listens on a TCP port, as far as this account can see; empty if nobody does."""
     inodes = []
     for name in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
@@ -18260,9 +18234,7 @@ def owner_of(port: int) -> str | None:
             inodes += [row[9] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")]
     pid = holder_of([int(name) for name in os.listdir("/proc") if name.isdigit()], inodes)
     if pid is None:
-        return (
-            "a process that this account cannot see (ss -lptn as root shows it)" if inodes else None
-        )
+        return "a process that this account cannot see (try ss -lptn as root)" if inodes else ""
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")
         return f"process {pid}, {shlex.join(words[:-1])[:_SHOWN_COMMAND]}"
@@ -18356,7 +18328,7 @@ class Doctor:
         if later:
             text = f"the clock is at {format_timestamp(now)}, before {', '.join(later)}"
             yield "warning" if len(later) == len(versions) else "note", text
-        yield "ok", f"{len(versions)} executor versions"
+        yield "ok", counted(len(versions), "executor version")
 
     async def _versions(self) -> list[Finding]:
         """Look at each executor, and let those that are there do what detection asks of them."""
@@ -18438,7 +18410,7 @@ class Doctor:
     def _taken(self, host: str, port: int, problem: str, worst: str) -> Found:
         """Say whose an address is; a manager that runs may be what the operator wants."""
         manager = manager_at(host, port)
-        owner = owner_of(port) or ""
+        owner = owner_of(port)
         level = "note" if manager or "genvm" in owner else worst
         who = ", ".join(filter(None, (manager, owner)))
         yield level, f"{who} has {host}:{port}; {problem}" if who else problem
@@ -18489,7 +18461,8 @@ class Doctor:
     def _limits(self) -> Found:
         fit = available_memory() // PERMIT_BYTES
         permits = max(2, fit) if self._config.permits is None else self._config.permits
-        text = f"{permits} permits, and memory for {fit} executions of {PERMIT_BYTES // GIB} GiB"
+        room = f"memory for {counted(fit, 'execution')} of {PERMIT_BYTES // GIB} GiB"
+        text = f"{counted(permits, 'permit')}, and {room}"
         if permits > fit:
             yield "warning", f"{text}: the kernel may kill some; lower permits or add memory"
         else:
@@ -18549,7 +18522,7 @@ def run_doctor(flags: Mapping[str, str], *, as_json: bool) -> int:
     else:
         for finding in found:
             say(one_line(f"{finding.level:8} {finding.check}: {finding.text}"))
-        say(", ".join(f"{counts[level]} {level}s" for level in FINDING_LEVELS[:0:-1]))
+        say(", ".join(counted(counts[level], level) for level in FINDING_LEVELS[:0:-1]))
     return 2 if counts["error"] or not found else 1 if counts["warning"] else 0
 
 
@@ -18607,7 +18580,8 @@ def check_config(config: Config, *, strict: bool) -> int:
         raise ConfigError("; ".join(notes))
     for note in notes:
         say(f"note: {note}")
-    say(f"configuration is valid; {len(store.manifest.versions)} executor versions")
+    versions = counted(len(store.manifest.versions), "executor version")
+    say(f"configuration is valid; {versions}")
     return 0
 
 

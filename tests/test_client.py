@@ -259,13 +259,13 @@ def shown(fd: int, text: bytes) -> None:
 
 def test_text_of_others_does_not_steer_a_terminal() -> None:
     with terminal() as (ours, theirs):
-        Screen(Clock(), str, theirs, theirs).write(f"{STEERING}\tä\n", STDERR)
+        Screen(Clock(), str, {STDOUT: theirs, STDERR: theirs}).write(f"{STEERING}\tä\n", STDERR)
         shown(ours, f"{ESCAPED}\tä\r\n".encode())
 
 
 def test_what_is_no_terminal_gets_text_as_it_is() -> None:
     read_end, write_end = os.pipe()
-    screen = Screen(Clock(), str, write_end, write_end)
+    screen = Screen(Clock(), str, {STDOUT: write_end, STDERR: write_end})
     screen.write(STEERING)
     assert not screen.is_watched
     os.close(write_end)
@@ -276,7 +276,7 @@ def test_what_is_no_terminal_gets_text_as_it_is() -> None:
 def test_progress_is_shown_once_a_second_and_removed() -> None:
     clock = Clock()
     with terminal() as (ours, theirs):
-        screen = Screen(clock, "run: {}".format, theirs, theirs)
+        screen = Screen(clock, "run: {}".format, {STDOUT: theirs, STDERR: theirs})
         screen.watch()
         clock.advance(1)
         shown(ours, b"\r\x1b[Krun: 0:00:01")

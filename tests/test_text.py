@@ -25,6 +25,7 @@ from genvm_manager import (
     RunRequest,
     SecretText,
     Timestamp,
+    counted,
     expand_template,
     format_timestamp,
     json_of,
@@ -673,3 +674,8 @@ def test_what_is_not_yaml_is_not_shown(text: str, problem: str, tmp_path: Path) 
         read_yaml(path)
     assert caught.value.message.startswith("not YAML: " + problem.replace("}}", "}"))
     assert "sk" not in caught.value.message
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 notes"), (1, "1 note"), (2, "2 notes")])
+def test_a_number_with_what_it_counts(number: int, text: str) -> None:
+    assert counted(number, "note") == text

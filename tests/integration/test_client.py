@@ -102,7 +102,7 @@ def started(server: Daemon | str, *words: str, **options: Any) -> Iterator[subpr
     [
         ("status", "permits     0 of 8 in use, 0 waiting\n", {"draining": False}),
         ("ps", "ID  STATE  VERSION  PERMITS  PROGRESS\n", {"executions": []}),
-        ("permits", "8 permits: 0 in use, 8 available, 0 executions wait\n", {"available": 8}),
+        ("permits", "8 permits: 0 in use, 8 available, 0 executions waiting\n", {"available": 8}),
         ("permits 8", "8 permits: ", {"permits": 8}),
         ("module status", "llm  stopped\nweb  stopped\n", {}),
         ("module status web", "web  stopped\n", {}),
@@ -273,7 +273,7 @@ def test_a_socket_a_token_and_several_managers(root: Root, start: Start, tmp_pat
     assert client(guarded, "status", environ={"GENVM_TOKEN": SECRET}).returncode == 0
     words = ["--token-file", str(token), "--server", guarded.address, "--server", url(plain)]
     done = client(None, "permits", "2", *words)
-    text = "2 permits: 0 in use, 2 available, 0 executions wait"
+    text = "2 permits: 0 in use, 2 available, 0 executions waiting"
     expected = [f"{guarded.address}: {text}", f"{url(plain)}: {text}"]
     assert (done.returncode, sorted(done.stdout.splitlines())) == (0, sorted(expected))
     nobody = f"http://127.0.0.1:{free_port()}"

@@ -73,12 +73,12 @@ def test_a_sound_installation(root: Root) -> None:
     assert bad(found, *(set(found) - {"limits", "temporary folder"})) == []
     assert has(found["versions"], "ok", f"executor {VERSION} answers")
     assert has(found["packages"], "ok", "Python 3.", "twisted 2", "klein 2")
-    assert has(found["manifest"], "ok", "1 executor versions")
+    assert ("ok", "1 executor version") in found["manifest"]
     assert has(found["llm module"], "note", "POST /module/start")
     assert has(found["limits"], "note", "0 permits")
     _, text = doctor("--root", str(root.path))
     assert f"ok       versions: executor {VERSION} answers\n" in text
-    assert re.fullmatch(r"\d+ errors, \d+ warnings, \d+ notes", text.splitlines()[-1])
+    assert re.fullmatch(r"\d+ errors?, \d+ warnings?, \d+ notes?", text.splitlines()[-1])
 
 
 def test_executors_that_do_not_run_and_files_that_nobody_writes(root: Root) -> None:

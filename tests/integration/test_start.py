@@ -698,7 +698,7 @@ def test_log_file(root: Root, start: Start) -> None:
 def test_check_config(root: Root) -> None:
     done = command("check-config", "--root", str(root.path))
     assert (done.returncode, done.stderr) == (0, "")
-    assert "configuration is valid; 1 executor versions" in done.stdout
+    assert "configuration is valid; 1 executor version\n" in done.stdout
 
 
 def test_strict_check_config_fails_where_there_is_a_note(root: Root) -> None:
