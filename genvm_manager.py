@@ -15635,7 +15635,7 @@ MODULE_SERVICES["web"] = WebService
 # 4. Practice
 ###############################################################################
 #
-# A stand-in for GenVM, and a demonstration. Nothing of it runs in a manager that
+# A stand-in for GenVM, and a demonstration. None of it runs in a manager that
 # serves.
 
 
@@ -16741,7 +16741,7 @@ def run_demo(make_service: Callable[[Config, Any], Any]) -> int:
 # 5. Assembly
 ###############################################################################
 #
-# Constructs and calls, and does nothing else.
+# Constructs and calls, nothing else.
 
 
 # =============================================================================
@@ -16749,32 +16749,31 @@ def run_demo(make_service: Callable[[Config, Any], Any]) -> int:
 # =============================================================================
 #
 # Owns how everything above is put together: the service, the listeners, the
-# order of start and shutdown, signals. The only section that constructs.
+# order of startup and shutdown, signals. The only section that constructs.
 
-#: Seconds in which clients that wait at shutdown get their answers, at the least.
+#: Minimum number of seconds for clients that wait at shutdown to get their answers.
 FAREWELL_SECONDS = 0.2
-#: Seconds that a shutdown may take if only clients that read slowly hold it up: some wait for 1 s.
+#: Seconds that a shutdown may take if only slow readers delay it: some clients wait for 1 s.
 SHUTDOWN_SECONDS = 0.9
-#: Seconds until a module that could not be started is tried again: at first, and at most.
+#: Seconds until the next attempt to start a module that failed to start: initially, and at most.
 START_SECONDS, START_LONGEST_SECONDS = 1.0, 60.0
 DAEMON_LOG = "genvm-manager.log"
-#: Seconds after the second signal in which the process ends, whatever it does.
+#: Seconds after a second signal within which the process exits, whatever it is doing.
 LAST_SECONDS = 1.0
-#: Seconds that our end may take beside ``shutdown_grace``, on a machine that is busy.
+#: Seconds that shutdown may take on a busy machine, on top of ``shutdown_grace``.
 STOPPING_SECONDS = 60.0
 THREADS = 32
-#: Blocks of so many bytes and more are mapped, and unmapped when they are freed. A ``GET /status``
-#: that lists 1000 executions has 330 KB: mapped each time it would take more than twice as long.
+#: Larger blocks are mapped, and unmapped when freed. A ``GET /status`` that lists 1000 executions
+#: has 330 KB: mapped each time, it would take more than twice as long.
 MMAP_THRESHOLD = 1 * MIB
-#: Of glibc's malloc.h.
-_M_MMAP_THRESHOLD = -3
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 class ManagerService(Service):
     """The manager as a Twisted service.
 
-    ``owns_process`` tells that nothing else lives in this process: then signals, orphans and the
-    log are ours. Starting raises ``ManagerError`` with what the operator can do.
+    ``owns_process`` means that nothing else runs in this process: signals, orphans and the log are
+    ours. Starting raises ``ManagerError``, which says what the operator can do.
     """
 
     name = "genvm-manager"
@@ -16871,13 +16870,13 @@ class ManagerService(Service):
             for endpoint in self.config.endpoints:
                 listener = Listener.open(self._reactor, endpoint, self.site)
                 self._listeners.append(listener)
-                # Of a socket of systemd's it was not known before.
+                # The address of a socket from systemd was not known until now.
                 host = getattr(listener.port.getHost(), "host", "localhost")
                 if reason := why_closed(self.config, host):
                     raise ConfigError(f"listen: {endpoint}: {reason}")
                 accept_with_room(self._reactor, listener.port, self.site.room_of)
         except ManagerError:
-            for listener in self._listeners:  # at once: the reactor does not turn
+            for listener in self._listeners:  # at once: the reactor is not running
                 listener.port.connectionLost(Failure(CONNECTION_DONE))
             raise
 
@@ -16888,7 +16887,7 @@ class ManagerService(Service):
             self._own_process()
         self.spawner.start()
         if self.config.die_with_parent:
-            # Of a daemon of twistd's the first parent has ended before.
+            # The first parent of a twistd daemon has already exited.
             parent = PARENT if self.parent is None else os.getppid()
             self._parent = watch_parent(self._reactor, parent, self._parent_ended)
         for note in self.config.notes:
@@ -16910,7 +16909,7 @@ class ManagerService(Service):
             )
 
     async def _keep_starting(self, kind: str) -> None:
-        """Start a module from its file, trying again until it runs or somebody else starts it."""
+        """Start a module from its file; retry until it runs or somebody else starts it."""
         module, delay = self.modules[kind], START_SECONDS
         while not module.stop_was_asked:
             try:
@@ -16931,12 +16930,11 @@ class ManagerService(Service):
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         if self.parent is not None and self.observer.has_stdout and _stdout_is_devnull():
-            # twistd went into the background and took stdout with it: say things where they last.
+            # twistd went into the background, where stdout is lost: log to a file.
             self.observer.use_file(Path(DAEMON_LOG).absolute())
         self.observer.writer.start()
-        # Names are resolved in these threads too, and a slow resolver must not hold up the rest.
         self._reactor.suggestThreadPoolSize(THREADS)
-        # The reactor installs its own handlers when it starts: ours come after them.
+        # The reactor installs its own handlers when it starts; ours must replace them.
         self._reactor.callWhenRunning(self._take_signals)
         self._reactor.callWhenRunning(self._tell_ready)
 
@@ -16952,7 +16950,7 @@ class ManagerService(Service):
 
     def _take_end_signal(self) -> None:
         if self._asked:
-            # The reactor may be over, or waiting for a thread.
+            # The reactor may have stopped, or be waiting for a thread.
             self.spawner.kill_all()
             timer = threading.Timer(LAST_SECONDS, os._exit, (0,))
             timer.daemon = True
@@ -16978,7 +16976,7 @@ class ManagerService(Service):
         self._systemd.tell(fact, f"STATUS={text}{draining}; listening on {places}")
 
     async def _reload(self) -> None:
-        """Read anew what may change while it runs; what is wrong stays as it was."""
+        """Reload what may change at runtime; what is invalid stays as it was."""
         self._systemd.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         steps: list[tuple[str, Callable[[], Any], Callable[[Any], object]]] = [
             ("settings", self.config.reread, self._use_settings),
@@ -16991,7 +16989,7 @@ class ManagerService(Service):
             except Exception as error:
                 late = isinstance(error, DeferredTimeout)
                 reason = f"not read within {FILE_SECONDS:g} s" if late else error
-                self.log.error("{text}", text=f"{what}: {reason}; nothing of it changes")
+                self.log.error("{text}", text=f"{what}: {reason}; it stays as it was")
         try:
             await self.manifest.reload(self._reactor)
         except Exception as error:
@@ -17007,7 +17005,7 @@ class ManagerService(Service):
         old = self.config
         changed = [name for name in SETTINGS if getattr(config, name) != getattr(old, name)]
         if others := ", ".join(name for name in changed if name != "log_level"):
-            text = f"changed, and in force from the next start on: {others}"
+            text = f"changed, effective after a restart: {others}"
             self.log.warn("{text}", text=text)
 
     def _read_token(self) -> str | None:
@@ -17017,7 +17015,7 @@ class ManagerService(Service):
     def _use_token(self, token: str | None) -> None:
         self._policy.token = token
         if token is not None:
-            # An earlier one stays masked: it may be in use elsewhere.
+            # A previous token stays masked: it may be in use elsewhere.
             self.observer.redactor.keep(("token", token), (token,))
 
     def _asked_to_reopen(self) -> None:
@@ -17039,7 +17037,7 @@ class ManagerService(Service):
         self._reactor.callWhenRunning(self._asked_to_end)
 
     def stopService(self) -> Deferred[None]:
-        """Shut down in order; fires when no child is left."""
+        """Shut down in order; the Deferred fires when no child is left."""
         if self._stopping is None:
             self._stopping = Deferred.fromCoroutine(self._shut_down())
         return self._stopping
@@ -17053,11 +17051,11 @@ class ManagerService(Service):
         for running in self._background:
             running.cancel()
         self.metrics.stop()
-        while self._listeners:  # what is closed has no address that could be shown
+        while self._listeners:  # once closed, one has no address to show
             await maybeDeferred(self._listeners.pop().port.stopListening)
         grace = self.config.shutdown_grace
         ending = [Deferred.fromCoroutine(m.close(grace)) for m in self.modules.values()]
-        # What was written is read, but no flood of lines.
+        # Output that was written before is read, but not an endless flood.
         later, output = self._reactor.callLater, self.spawner.output
         cutting = [later(grace / 2, output.cut_ended), later(grace, output.cut)]
         await gatherResults([self.executions.close(grace), *ending])
@@ -17070,8 +17068,8 @@ class ManagerService(Service):
         self.api.end_streams()
         if self._parent is not None and self._parent.running:
             self._parent.stop()
-        # Clients that waited for a result have their answers by now: let them be sent. Meanwhile
-        # what executors left behind may still tidy up.
+        # The answers to clients that waited for a result are ready by now: let them be sent.
+        # Meanwhile, processes that executors left behind may clean up.
         left = max(FAREWELL_SECONDS, SHUTDOWN_SECONDS - (self._reactor.seconds() - begin))
         orphans = self.spawner.end_orphans(left)
         with contextlib.suppress(DeferredTimeout):
@@ -17085,15 +17083,15 @@ class ManagerService(Service):
 
 
 def _settle_memory() -> None:
-    """Make the process ready to run for a long time.
+    """Prepare the process for a long run.
 
-    What exists now stays, so no collection of garbage needs to look at it again: a full one would
-    hold the reactor for 40 ms. By default glibc keeps ever larger blocks once one was freed, and
-    the holes add up; where there is another libc nothing is set.
+    What exists now stays, so garbage collection need not look at it again: a full collection would
+    block the reactor for 40 ms. By default, glibc's mmap threshold grows with each freed block, and
+    the holes add up; with another libc nothing is set.
     """
     gc.collect()
     gc.freeze()
-    gc.collect()  # of nothing: what is frozen counts no more when the next one is due
+    gc.collect()  # resets the counts that decide when the next one is due
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
     give_back_memory()
@@ -17109,7 +17107,7 @@ def _stdout_is_devnull() -> bool:
 def makeService(config: Config, reactor: Any = None) -> ManagerService:
     """Return the manager as a service.
 
-    Without a ``reactor`` it takes the global one and owns the process: signals, orphans, log.
+    Without a ``reactor`` it uses the global one and owns the process: signals, orphans, log.
     """
     owns, observer = reactor is None, LogObserver(config)
     return ManagerService(config, reactor or own_reactor(), observer, owns_process=owns)
@@ -17118,7 +17116,7 @@ def makeService(config: Config, reactor: Any = None) -> ManagerService:
 class TwistdService(ManagerService):
     """The manager under ``twistd``, which may go into the background before it starts.
 
-    ``stderr`` is where to say why that fails: of it twistd shows 100 characters.
+    ``stderr`` is where a failed start is explained: twistd shows only 100 characters of that.
     """
 
     stderr: int
@@ -17139,7 +17137,7 @@ class TwistdService(ManagerService):
 
 
 def _twistd_options() -> Mapping[str, Any]:
-    """Return the options of ``twistd``, where that runs us."""
+    """Return the options of ``twistd``, if it runs us."""
     if "twisted.scripts._twistd_unix" not in sys.modules:
         return {}
     from twisted.python.usage import UsageError
@@ -17147,18 +17145,18 @@ def _twistd_options() -> Mapping[str, Any]:
 
     class Options(ServerOptions):
         def opt_reactor(self, name: str) -> None:
-            """Twistd has installed it."""
+            """Do nothing: twistd has installed it."""
 
         opt_r = opt_reactor
 
     options = Options()
-    with contextlib.suppress(UsageError):  # of a program that took twistd's code, not its options
+    with contextlib.suppress(UsageError):  # a program that uses twistd's code has other options
         options.parseOptions()
     return options
 
 
 def _syslog_writer(prefix: str) -> Callable[[bytes], object]:
-    """Return what writes lines of the log to syslog."""
+    """Return a function that writes lines of the log to syslog."""
     import syslog
 
     syslog.openlog(prefix, syslog.LOG_PID)
@@ -17168,7 +17166,7 @@ def _syslog_writer(prefix: str) -> Callable[[bytes], object]:
 def makeApplication(environ: Mapping[str, str] = os.environ) -> Any:
     """Return the manager as an application for ``twistd``, configured by environment and file.
 
-    The options ``--logfile`` and ``--syslog`` decide where the log goes, in our format.
+    ``--logfile`` and ``--syslog`` determine where the log goes; its format is ours.
     """
     open_standard_streams()
     options = _twistd_options()
@@ -17196,12 +17194,12 @@ def makeApplication(environ: Mapping[str, str] = os.environ) -> Any:
 # 5.2 Client text
 # =============================================================================
 #
-# Owns how a client command ends, and what people read of a manager's answers.
-# Uses the answers' classes. Never knows how a manager is reached.
+# Owns the exit statuses of client commands, and how a manager's answers are shown
+# to people. Uses the answers' classes. Never knows how a manager is reached.
 
 
 class Ending(IntEnum):
-    """How a client command ends: its exit status, and what that means."""
+    """The exit status of a client command, and what it means."""
 
     meaning: str
 
@@ -17224,7 +17222,7 @@ class Ending(IntEnum):
 
 
 def duration_text(seconds: float) -> str:
-    """Return a time as people read it: ``0:03:05``, ``1 day, 2:00:00``."""
+    """Return a duration for people: ``0:03:05``, ``1 day, 2:00:00``."""
     return str(timedelta(seconds=max(0, round(seconds))))
 
 
@@ -17248,14 +17246,14 @@ def outcome_text(outcome: ExecutionOutcome) -> str:
 
 
 def ending_of(outcome: ExecutionOutcome) -> Ending:
-    """Return the exit status that tells how an execution ended."""
+    """Return the exit status for how an execution ended."""
     if outcome.cause is not Cause.EXITED:
         return Ending.ENDED
     return Ending.DONE if outcome.exit_code == 0 else Ending.FAILED
 
 
 def progress_text(entry: ExecutionSummary, now: datetime) -> str:
-    """Return how far an execution is."""
+    """Return the progress of an execution."""
     if entry.result is not None:
         return outcome_text(entry.result)
     if entry.started_at is None or entry.strict_deadline is None:
@@ -17275,7 +17273,7 @@ def executions_text(entries: Iterable[ListedExecution], now: datetime) -> str:
 
 
 def module_text(module: ModuleStatus) -> str:
-    """Return how a module is."""
+    """Return the state of a module."""
     said = {"at": module.address, "waits for": module.waits_for, "last error:": module.last_error}
     texts = [f"{word} {text}" for word, text in said.items() if text]
     restarts = [f"restarted {counted(module.restarts, 'time')}"] if module.restarts else []
@@ -17283,7 +17281,7 @@ def module_text(module: ModuleStatus) -> str:
 
 
 def status_text(status: ManagerStatus) -> str:
-    """Return what goes on in a manager."""
+    """Return the status of a manager as a table."""
     permits, queue = status.permits, status.queue
     states = Counter(entry.state.value for entry in status.executions.values())
     waiting = f"{queue.length} waiting"
@@ -17291,10 +17289,10 @@ def status_text(status: ManagerStatus) -> str:
         waiting += f", the first for {duration_text(queue.oldest_wait_ms / 1000)}"
     rows = [
         ("manager", f"{status.version}, up for {duration_text(status.uptime_s)}"),
-        ("accepts", "nothing new: it drains" if status.draining else "executions"),
+        ("accepts", "nothing new: it is draining" if status.draining else "executions"),
         ("permits", f"{permits.in_use} of {permits.max} in use, {waiting}"),
         ("executions", ", ".join(f"{n} {state}" for state, n in states.items()) or "none"),
-        ("results", f"{status.unread} not read yet"),
+        ("results", f"{status.unread} unread"),
         *((f"{kind} module", module_text(module)) for kind, module in status.modules.items()),
         ("manifest", status.manifest.problem or counted(status.manifest.versions, "version")),
     ]
@@ -17305,24 +17303,24 @@ def status_text(status: ManagerStatus) -> str:
 # 5.3 Client
 # =============================================================================
 #
-# Owns how a command reaches managers that run: where they listen, requests and
-# streams, how long it waits, where answers are shown. Uses outgoing HTTP and the
-# client's text. Never constructs what serves.
+# Owns how a command reaches running managers: where they listen, requests and
+# streams, time limits, where answers are shown. Uses outgoing HTTP and the client's
+# text. Never constructs what serves.
 
 CLIENT_SERVER = f"http://127.0.0.1:{DEFAULT_PORT}"
 CLIENT_CONNECT_SECONDS = 10.0
-#: More than any result has, with each character escaped.
+#: More than any result takes, even with every character escaped.
 CLIENT_ANSWER_BYTES = 256 * MIB
-#: Seconds for a manager to answer, beside those for which the request itself waits.
+#: Seconds for a manager to answer, on top of those for which the request itself waits.
 ANSWER_SECONDS = 30.0
-#: The same where the user has given a time for all of it.
+#: The same once the time that the user allowed is over.
 LAST_ANSWER_SECONDS = 5.0
-#: Seconds between two lines that tell a terminal how far something is.
+#: Seconds between updates of the progress on a terminal.
 PROGRESS_SECONDS = 1.0
 
 
 class ClientProblem(Exception):
-    """A command cannot go on; the text is for its user."""
+    """A command cannot continue; the text is for its user."""
 
     def __init__(self, ending: Ending, text: str) -> None:
         super().__init__(text)
@@ -17330,7 +17328,7 @@ class ClientProblem(Exception):
 
 
 class Unanswered(ClientProblem):
-    """A manager has not answered in time."""
+    """A manager did not answer in time."""
 
     def __init__(self, how: str) -> None:
         why = "the manager is stopped or overloaded, or what listens there is not a manager"
@@ -17339,7 +17337,7 @@ class Unanswered(ClientProblem):
 
 @frozen
 class Place:
-    """Where a manager listens: what requests begin with, and its unix socket if it has one."""
+    """Where a manager listens: the base of its URLs, and its unix socket if it has one."""
 
     name: str
     base: str
@@ -17347,7 +17345,7 @@ class Place:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the place; raises ``ConfigError`` if the text is not one."""
+        """Return the place that a text names; raises ``ConfigError``."""
         if text.startswith("unix:///"):
             return cls(text, "http://localhost", text.removeprefix("unix://"))
         url = text if "://" in text else f"http://{text}"
@@ -17362,24 +17360,24 @@ class Place:
 
 @define(eq=False)
 class Screen:
-    """What a command shows: text, and on a terminal how far it is.
+    """Shows text, and on a terminal the progress of a command.
 
-    The text of others does not steer a terminal: there, control characters are escaped.
+    On a terminal, control characters are escaped: the text of others must not control it.
     """
 
     reactor: Any
-    #: Returns how far the command is after some time.
+    #: Returns the progress of the command, given the time it has taken.
     describe: Callable[[str], str]
-    #: What stands for stdout and stderr.
+    #: The descriptors that are used as stdout and stderr.
     _fds: Mapping[int, int] = field(factory=lambda: {STDOUT: STDOUT, STDERR: STDERR})
-    #: Returns what is said at Ctrl-C.
+    #: Returns the message at Ctrl-C.
     farewell: Callable[[], str] = str
     _has_progress: bool = False
     _at_line_start: bool = True
 
     @property
     def is_watched(self) -> bool:
-        """Whether somebody wants to know how far it is."""
+        """Whether somebody sees the progress."""
         return os.isatty(self._fds[STDERR])
 
     def write(self, text: str, fd: int = STDOUT) -> None:
@@ -17391,14 +17389,14 @@ class Screen:
         self._put(text, fd)
 
     def progress(self, text: str) -> None:
-        """Show how far it is, in place of what was said of that before, or remove that."""
+        """Show the progress in place of the previous one; remove it if the text is empty."""
         if self._has_progress or (text and self._at_line_start):
             self._has_progress = bool(text)
             room = shutil.get_terminal_size().columns - 1
             self._put(f"\r\x1b[K{one_line(text)[:room]}", STDERR)
 
     def watch(self) -> None:
-        """Tell who watches how far it is, once a second from now on."""
+        """Show the progress once a second from now on, if somebody sees it."""
         begin = self.reactor.seconds()
 
         def tell() -> None:
@@ -17410,9 +17408,9 @@ class Screen:
             telling.start(PROGRESS_SECONDS, now=False)
 
     def end_with_reader(self) -> None:
-        """End as soon as nobody reads stdout any more, though nothing may be written for long."""
+        """Exit as soon as nobody reads stdout any more, even if nothing is written for long."""
         watched = select.poll()
-        watched.register(self._fds[STDOUT], 0)  # of its other end it tells in any case
+        watched.register(self._fds[STDOUT], 0)  # errors of the other end are always reported
 
         def watch() -> None:
             watched.poll()
@@ -17422,7 +17420,7 @@ class Screen:
             threading.Thread(target=watch, daemon=True).start()
 
     def interrupt(self, *_: object) -> None:
-        """End at Ctrl-C."""
+        """Exit at Ctrl-C."""
         self.write(self.farewell(), STDERR)
         os._exit(Ending.INTERRUPTED)
 
@@ -17435,24 +17433,24 @@ class Screen:
             os._exit(Ending.UNREAD)
 
 
-#: What takes a line, and whether it was cut.
+#: Is called with each line, and whether it was cut.
 LineTaker: TypeAlias = Callable[[bytes, bool], object]
 
 
 class _LineReader(BodyReader):
-    """Gives out the lines of a body as they come."""
+    """Passes on the lines of a body as they arrive."""
 
     def __init__(self, on_line: LineTaker) -> None:
         super().__init__(0)
         self._lines = LineSplitter(2 * LOG_MAX_BYTES, on_line)
 
     def dataReceived(self, data: bytes) -> None:
-        self._lines.add(data)  # what is left at the end is torn: whole lines are all that is sent
+        self._lines.add(data)  # an incomplete last line was cut off: managers send whole lines
 
 
 @define
 class EventLines:
-    """Makes events, a kind and what it holds, of the lines of a stream as our manager sends it."""
+    """Parses the lines of an event stream, as our manager sends it, into kinds and their data."""
 
     _on_event: Callable[[str, dict[str, Any]], object]
     last_id: str | None = None
@@ -17471,16 +17469,16 @@ class EventLines:
 
 @define(eq=False)
 class RemoteManager:
-    """A manager that a command asks, and what is shown of its answers."""
+    """A manager that a command talks to, and what is shown of its answers."""
 
     place: Place
     screen: Screen
     options: argparse.Namespace
-    #: Returns how far the command is here after some time.
+    #: Returns the progress of the command at this manager, given the time it has taken.
     describe: Callable[[str], str]
-    #: What goes on here after Ctrl-C; empty if nothing does.
+    #: Says what goes on at this manager after Ctrl-C; empty if nothing does.
     farewell: str = ""
-    #: The answer that ``--json`` shows in the end.
+    #: The answer that ``--json`` shows at the end.
     document: object = None
     _answer: Any = None
     _rests: dict[int, str] = field(factory=lambda: {STDOUT: "", STDERR: ""})
@@ -17512,9 +17510,9 @@ class RemoteManager:
         limit: float | None = ANSWER_SECONDS,
         **headers: str,
     ) -> Any:
-        """Return what the manager answers, as an instance of a class; raises ``ClientProblem``.
+        """Return the manager's answer as an instance of ``schema``; raises ``ClientProblem``.
 
-        ``limit`` is how many seconds it has to begin; None if the manager itself decides that.
+        The answer must begin within ``limit`` seconds; None leaves that to the manager.
         """
         sent = self._send(method, path, body, headers)
         if limit is not None:
@@ -17530,7 +17528,7 @@ class RemoteManager:
     async def follow(
         self, method: str, path: str, on_line: LineTaker, body: object = None, **headers: str
     ) -> None:
-        """Call a function with each line of an answer as it comes; raises ``ClientProblem``."""
+        """Call a function with each line of an answer as it arrives; raises ``ClientProblem``."""
 
         async def read() -> None:
             response = await self._send(method, path, body, headers)
@@ -17548,7 +17546,7 @@ class RemoteManager:
     async def poll(
         self, method: str, path: str, schema: Any, seconds: float, is_over: Callable[[Any], bool]
     ) -> Any:
-        """Return what the manager answers once something is over, or after some seconds."""
+        """Return the manager's answer once ``is_over`` holds, or after some seconds."""
         clock = self.screen.reactor
         deadline = clock.seconds() + seconds
         while True:
@@ -17566,7 +17564,7 @@ class RemoteManager:
                 return answer
 
     async def _watched(self, work: Coroutine[Any, Any, Value]) -> Value:
-        """Return the outcome of a request, which is cancelled once the manager hangs."""
+        """Return the result of a request, which is cancelled if the manager hangs."""
         doing = Deferred.fromCoroutine(work)
         looking = Deferred.fromCoroutine(self._until_it_hangs())
         looking.addCallbacks(lambda _: doing.cancel(), do_nothing)
@@ -17585,7 +17583,7 @@ class RemoteManager:
             except DeferredTimeout:
                 return
             except HttpFailure as failure:
-                if failure.kind == "timeout":  # nor is there a connection
+                if failure.kind == "timeout":  # it accepts no connection either
                     return
 
     def _send(self, method: str, path: str, body: object, more: Mapping[str, str]) -> Any:
@@ -17607,10 +17605,10 @@ class RemoteManager:
             return reply
         try:
             document = json.loads(reply.body)
-            # What a proxy says as a manager would has no number of a request.
+            # A proxy that answers like a manager sends no request id.
             told = structure({"request_id": "", **document}, ErrorAnswer)
         except (ValueError, TypeError, RecursionError, InvalidRequest):
-            text = f"what answers there is not a GenVM manager (status {reply.status})"
+            text = f"the server there is not a GenVM manager (status {reply.status})"
             raise ClientProblem(Ending.UNREACHABLE, text) from None
         self.document = document
         ending = Ending.UNAUTHORIZED if reply.status in (401, 403) else Ending.REFUSED
@@ -17619,32 +17617,32 @@ class RemoteManager:
     # --- what is shown ---
 
     def progress(self, elapsed: str) -> str:
-        """Return how far the command is here, and where that is if there are several."""
+        """Return the progress of the command here; names the manager if there are several."""
         text = self.describe(elapsed)
         return f"{self.place.name}: {text}" if text and len(self.options.server) > 1 else text
 
     def show(self, text: str = "", document: object = None, fd: int = STDOUT) -> None:
-        """Show an answer: as text, which is its result by default, or as the JSON that came."""
+        """Show an answer: as text, by default its ``result``, or as the JSON that arrived."""
         if self.options.json:
             self.document = self._answer if document is None else document
         else:
             self.write(f"{text or self._answer['result']}\n", fd)
 
     def write(self, text: str, fd: int = STDOUT) -> None:
-        """Show text, and who says it where there are several."""
+        """Show text, prefixed with the manager's name if there are several."""
         if len(self.options.server) > 1:
             *lines, self._rests[fd] = (self._rests[fd] + text).split("\n")
             text = "".join(f"{self.place.name}: {line}\n" for line in lines)
         self.screen.write(text, fd)
 
     def write_json(self, **members: object) -> None:
-        """Show one of many answers as JSON, in ASCII: no terminal finds an order in it."""
+        """Show one of many answers as JSON, in ASCII, which has no control characters."""
         if len(self.options.server) > 1:
             members = {"server": self.place.name, **members}
         self.screen.write(json.dumps(members) + "\n")
 
     async def carry_out(self, act: ClientAction) -> Ending:
-        """Do what a command asks for, and say what is wrong."""
+        """Carry out a command, and report what goes wrong."""
         try:
             return await act(self) or Ending.DONE
         except (ClientProblem, ManagerError) as problem:
@@ -17656,18 +17654,18 @@ class RemoteManager:
                 self.write("\n", fd)
 
 
-#: What a command does; nothing it returns means that all is well.
+#: What a command does; returning None means success.
 ClientAction: TypeAlias = Callable[[RemoteManager], Awaitable[Ending | None]]
 
 
 def _lost(error: BaseException) -> ClientProblem:
-    """Return what it means that there is no whole answer."""
+    """Return the problem behind an incomplete answer."""
     if isinstance(error, ClientProblem):
         return error
     if was_cancelled(error):
         return Unanswered(f"to this, nor to GET /livez within {ANSWER_SECONDS:g} s")
     _, detail = connection_problem(error)
-    text = f"no manager answers there: {detail} (--server and GENVM_SERVER say where one is)"
+    text = f"no manager answers there: {detail} (set --server or GENVM_SERVER to its address)"
     if getattr(error, "reasons", None):  # it was connected
         text = f"the manager went away: {detail}"
     return ClientProblem(Ending.UNREACHABLE, text)
@@ -17678,7 +17676,7 @@ def _raise_unanswered(_: object, seconds: float) -> NoReturn:
 
 
 def run_client(act: ClientAction, options: argparse.Namespace) -> int:
-    """Do what a command asks for at each manager; returns its exit status."""
+    """Carry out a command at each manager; return its exit status."""
     reactor = own_reactor()
     managers: list[RemoteManager] = []
     screen = Screen(reactor, lambda t: "; ".join(filter(None, (m.progress(t) for m in managers))))
@@ -17713,20 +17711,20 @@ def run_client(act: ClientAction, options: argparse.Namespace) -> int:
 # 5.4 Client commands
 # =============================================================================
 #
-# Owns what each client command takes, asks and shows. Uses the client and the
-# classes of the HTTP API. Never knows how a manager is reached.
+# Owns the arguments, requests and output of each client command. Uses the client
+# and the classes of the HTTP API. Never knows how a manager is reached.
 
 CHECK_PROMPT = "Respond with exactly two letters 'OK' and nothing else"
-#: Seconds until a stream of events that was lost is asked for again.
+#: Seconds until a lost stream of events is requested again.
 RECONNECT_SECONDS = 1.0
 
 
-# --- commands, and what they take ---
+# --- commands and their arguments ---
 
 
 @frozen
 class ClientCommand:
-    """A command: what it is for, what it does, what it takes."""
+    """A command: its help text, its action and its arguments."""
 
     text: str
     act: ClientAction
@@ -17749,7 +17747,7 @@ def _offer(name: str, text: str, *arguments: Any) -> Callable[[ClientAction], Cl
 
 
 def _read_by(parse: Callable[[str], Value]) -> Callable[[str], Value]:
-    """Return a type of arguments that says in our words what is wrong with one."""
+    """Return a type for arguments that reports errors in our words."""
 
     def read(text: str) -> Value:
         try:
@@ -17775,24 +17773,24 @@ _CHOICE: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
 _FILE: dict[str, Any] = {"type": _read_by(_content), "metavar": "FILE"}
 _YAML: dict[str, Any] = {"type": _read_by(_mapping), "metavar": "FILE"}
 _TIME: dict[str, Any] = {"type": _read_by(parse_duration), "metavar": "TIME"}
-_ID = _takes("id", "of an execution, as run and ps tell it", metavar="ID", type=int)
-_LOG = _takes("--log", "its log, too, on stderr", **_FLAG)
+_ID = _takes("id", "of an execution, as shown by run and ps", metavar="ID", type=int)
+_LOG = _takes("--log", "show its log, too, on stderr", **_FLAG)
 _BODY = _takes("body", "file with the body of the request, - for stdin", nargs="?", **_FILE)
 
 
 # --- executions ---
 
 
-@_offer("status", "show what goes on: permits, queue, executions, modules")
+@_offer("status", "show the state of permits, queue, executions and modules")
 async def _status(manager: RemoteManager) -> None:
     manager.show(status_text(await manager.ask("GET", "/status", ManagerStatus)))
 
 
 @_offer(
     "ps",
-    "list executions that go on, newest first",
-    _takes("--all", "finished ones, too", **_FLAG),
-    _takes("--state", "those in this state only", choices=[state.value for state in State]),
+    "list unfinished executions, newest first",
+    _takes("--all", "list finished ones, too", **_FLAG),
+    _takes("--state", "only those in this state", choices=[state.value for state in State]),
 )
 async def _ps(manager: RemoteManager) -> None:
     options, before, found = manager.options, MAX_ID, []
@@ -17809,7 +17807,7 @@ async def _ps(manager: RemoteManager) -> None:
 
 
 def _run_body(options: argparse.Namespace) -> bytes:
-    """Return the body of a run: what was given, with flags in place of its fields."""
+    """Return the body of a run: the one that was given, with flags overriding its fields."""
     names = [item.name for item in attrs.fields(RunRequest)]
     flags = {name: value for name in names if (value := getattr(options, name)) is not None}
     usual = {"major": 0, "is_sync": False, "capture_output": True, "host_data": NOBODY}
@@ -17817,7 +17815,7 @@ def _run_body(options: argparse.Namespace) -> bytes:
     data: bytes = json_of(usual) if options.body is None else options.body
     if flags:
         data = json_of(parse_json(data, AnyObject) | flags)
-    parse_json(data, RunRequest)  # which the manager does, too: what is wrong is told at once
+    parse_json(data, RunRequest)  # as the manager does: errors are reported at once
     return data
 
 
@@ -17825,17 +17823,17 @@ def _run_body(options: argparse.Namespace) -> bytes:
     "run",
     "start an execution, from a file or from flags, and show its id",
     _BODY,
-    _takes("--major", "the executor line (default 0)", type=int, metavar="N"),
+    _takes("--major", "major version of the executor (default 0)", type=int, metavar="N"),
     _takes("--message", "its message, JSON", type=_read_by(msgspec.Raw), metavar="JSON"),
     _takes("--host", "where the host listens: unix://path or host:port"),
     _takes("--host-data", f"for the modules (default {NOBODY})", metavar="TEXT"),
     _takes("--timestamp", "chooses the version (default: now)", metavar="TIME"),
-    _takes("--sync", "one permit, not two (default: no)", dest="is_sync", **_CHOICE),
+    _takes("--sync", "take one permit, not two (default: no)", dest="is_sync", **_CHOICE),
     _takes("--capture", "keep its output (default: yes)", dest="capture_output", **_CHOICE),
     _takes("--max-execution-minutes", "its deadline (default 20)", type=float, metavar="N"),
     _takes("--extra-arg", "for the executor", dest="extra_args", action="append", metavar="ARG"),
     _takes("--idempotency-key", "a second request with it starts nothing", metavar="KEY"),
-    _takes("--wait", "show its output, and wait for its end", **_FLAG),
+    _takes("--wait", "show its output, and wait until it ends", **_FLAG),
     _LOG,
 )
 async def _run(manager: RemoteManager) -> Ending:
@@ -17856,7 +17854,7 @@ async def _run(manager: RemoteManager) -> Ending:
 
 
 async def _watch(manager: RemoteManager, genvm_id: int) -> None:
-    """Let a terminal be told how far an execution is, and at Ctrl-C that it goes on."""
+    """Show the progress of an execution on a terminal, and at Ctrl-C that it goes on."""
     options, where = manager.options, ""
     if options.is_server_named or len(options.server) > 1:
         where = f" --server {shlex.quote(manager.place.name)}"
@@ -17866,14 +17864,14 @@ async def _watch(manager: RemoteManager, genvm_id: int) -> None:
         path = f"/genvm?limit=1&before={genvm_id + 1}"
         try:
             entries = (await manager.ask("GET", path, ExecutionPage)).executions
-        except ClientProblem:  # a proxy may pass no lists on; the end is asked for at any rate
+        except ClientProblem:  # a proxy may refuse lists; the end is requested in any case
             entries = []
         if entries and entries[0].id == genvm_id:
             manager.describe = lambda _: progress_text(entries[0], datetime.now(UTC))
 
 
 async def _end_of(manager: RemoteManager, genvm_id: int, seconds: float) -> ExecutionOutcome:
-    """Return how an execution ended, waiting for that for some seconds."""
+    """Return how an execution ended; wait some seconds for that."""
     path = f"/genvm/{genvm_id}"
     answer = await manager.poll("GET", path, ExecutionAnswer, seconds, lambda a: bool(a.status))
     manager.farewell = ""
@@ -17884,7 +17882,7 @@ async def _end_of(manager: RemoteManager, genvm_id: int, seconds: float) -> Exec
 
 @_offer(
     "wait",
-    "wait for the end of an execution, and show how it ended",
+    "wait until an execution ends, and show how it ended",
     _ID,
     _takes("--timeout", "give up after this time (default: never)", default=math.inf, **_TIME),
 )
@@ -17899,7 +17897,7 @@ async def _wait(manager: RemoteManager) -> Ending:
     "stop",
     "end an execution",
     _ID,
-    _takes("--grace", "from SIGTERM to SIGKILL (default 30s)", default=30.0, **_TIME),
+    _takes("--grace", "time from SIGTERM to SIGKILL (default 30s)", default=30.0, **_TIME),
 )
 async def _stop(manager: RemoteManager) -> None:
     genvm_id, grace = manager.options.id, manager.options.grace
@@ -17910,7 +17908,7 @@ async def _stop(manager: RemoteManager) -> None:
 
 
 async def _show_output(manager: RemoteManager, genvm_id: int, *, follow: bool) -> None:
-    """Show what an execution writes: its output on ours, its log on stderr if asked for."""
+    """Show an execution's output on ours, and on stderr its log if asked for."""
     options, last = manager.options, ""
 
     def show(kind: str, data: dict[str, Any]) -> None:
@@ -17924,7 +17922,7 @@ async def _show_output(manager: RemoteManager, genvm_id: int, *, follow: bool) -
             start = f"{data.pop('level', '')} {data.pop('message', '')}"
             manager.write(line_text(start, data) + "\n", STDERR)
         elif kind == "missed":
-            manager.write(line_text("not kept any more:", data) + "\n", STDERR)
+            manager.write(line_text("no longer kept:", data) + "\n", STDERR)
 
     path = f"/genvm/{genvm_id}/events" + ("" if follow else "?follow=false")
     await manager.follow("GET", path, EventLines(show).take)
@@ -17934,9 +17932,9 @@ async def _show_output(manager: RemoteManager, genvm_id: int, *, follow: bool) -
 
 @_offer(
     "logs",
-    "show what an execution wrote to stdout and stderr, on our own",
+    "show what an execution wrote to stdout and stderr",
     _ID,
-    _takes("-f --follow", "go on until it ends", **_FLAG),
+    _takes("-f --follow", "continue until it ends", **_FLAG),
     _LOG,
 )
 async def _logs(manager: RemoteManager) -> None:
@@ -17950,8 +17948,8 @@ async def _logs(manager: RemoteManager) -> None:
 
 @_offer(
     "permits",
-    "show how many executions may run, or set that",
-    _takes("count", "a number, or auto: by memory", nargs="?", metavar="N"),
+    "show or set how many executions may run at once",
+    _takes("count", "a number, or auto: as memory allows", nargs="?", metavar="N"),
 )
 async def _permits(manager: RemoteManager) -> None:
     if (text := manager.options.count) is not None:
@@ -17965,7 +17963,7 @@ async def _permits(manager: RemoteManager) -> None:
 
 @_offer(
     "drain",
-    "refuse new executions, and let the others end",
+    "refuse new executions, and let the others finish",
     _takes("--wait", "until all is read, or for this long", nargs="?", const=math.inf, **_TIME),
 )
 async def _drain(manager: RemoteManager) -> Ending:
@@ -17988,7 +17986,7 @@ async def _undrain(manager: RemoteManager) -> None:
 
 @_offer(
     "module",
-    "start, stop or restart a module, or show how it is",
+    "start, stop or restart a module, or show its status",
     _takes("action", "what to do", choices=("start", "stop", "restart", "status")),
     _takes("kind", "which one; without it, the status of both", nargs="?", choices=MODULE_KINDS),
     _takes("--config", "YAML or JSON (default: the file in the manager's config/)", **_YAML),
@@ -18003,14 +18001,14 @@ async def _module(manager: RemoteManager) -> None:
         manager.show(text, msgspec.to_builtins(chosen))
         return
     if kind is None:
-        raise ClientProblem(Ending.USAGE, f"module {options.action}: say which, llm or web")
+        raise ClientProblem(Ending.USAGE, f"module {options.action}: name one, llm or web")
     body: object = ModuleBody(kind, options.config, options.allow_empty_backends)
     await manager.ask("POST", f"/module/{options.action}", AnyObject, body, limit=None)
     manager.show()
 
 
 def _checks(options: argparse.Namespace) -> Iterator[tuple[CheckBody, list[str]]]:
-    """Yield what to check, and the names of the models; raises ``ManagerError``."""
+    """Yield request bodies with the names of their models; raises ``ManagerError``."""
     if options.body is not None:
         body = parse_json(options.body, CheckBody)
         yield body, [f"{c.get('provider')}/{c.get('model')}" for c in body.configs]
@@ -18018,7 +18016,7 @@ def _checks(options: argparse.Namespace) -> Iterator[tuple[CheckBody, list[str]]
     if options.module_config is None:
         raise ConfigError("give a file with the request, or --module-config")
     backends = read_llm_settings(options.module_config, allow_empty=False).backends
-    # Whether a model wants another name for the length of its answers is said with the prompt.
+    # The prompt says how a model names the limit of its answers: one request for each kind.
     for is_other in (False, True):
         models = [m for b in backends for m in b if m.entry.use_max_completion_tokens is is_other]
         configs = [attrs.asdict(m.backend) for m in models]
@@ -18029,10 +18027,10 @@ def _checks(options: argparse.Namespace) -> Iterator[tuple[CheckBody, list[str]]
 
 @_offer(
     "llm-check",
-    "see whether models answer, each as soon as it is known",
+    "check whether models answer; show each result as soon as it is known",
     _BODY,
-    _takes("--module-config", "all models in a configuration of the LLM module", **_YAML),
-    _takes("--prompt", "the prompt of --module-config", default=CHECK_PROMPT, metavar="TEXT"),
+    _takes("--module-config", "check all models in an LLM module's configuration", **_YAML),
+    _takes("--prompt", "the prompt for these models", default=CHECK_PROMPT, metavar="TEXT"),
 )
 async def _llm_check(manager: RemoteManager) -> Ending:
     checks = [*_checks(manager.options)]
@@ -18061,24 +18059,24 @@ async def _llm_check(manager: RemoteManager) -> Ending:
 
 
 def _variable_value(options: argparse.Namespace) -> str:
-    """Return the value of a variable: it is never an argument, which others could read."""
+    """Return the value of a variable; it is never an argument, which others could read."""
     if options.from_environment:
         if options.name not in os.environ:
             raise ConfigError(f"{options.name} is not in the environment of this command")
         return os.environ[options.name]
     if options.value is None and sys.stdin.isatty():
-        raise ConfigError("its value comes from stdin, which shows it here: use --file, or a pipe")
+        raise ConfigError("its value would be shown as it is typed: use --file, or a pipe")
     if options.value is None:
-        options.value = _content("-")  # kept for other managers that get it
+        options.value = _content("-")  # kept: other managers may get it, too
     return str(options.value.decode("utf-8", "surrogateescape").removesuffix("\n"))
 
 
 @_offer(
     "env",
     "set a variable of the manager, or list those that were set",
-    _takes("name", "its value comes from stdin", nargs="?", metavar="NAME"),
-    _takes("--file", "or from a file", dest="value", **_FILE),
-    _takes("--from-environment", "or from our environment", **_FLAG),
+    _takes("name", "the variable; its value is read from stdin", nargs="?", metavar="NAME"),
+    _takes("--file", "read the value from a file", dest="value", **_FILE),
+    _takes("--from-environment", "take the value from this environment", **_FLAG),
 )
 async def _env(manager: RemoteManager) -> None:
     options = manager.options
@@ -18093,7 +18091,7 @@ async def _env(manager: RemoteManager) -> None:
     manager.show(table_text(rows) if rows else "none was set")
 
 
-@_offer("reload", "read the manifest again")
+@_offer("reload", "reload the manifest")
 async def _reload(manager: RemoteManager) -> None:
     await manager.ask("POST", "/manifest/reload", ManifestReloaded, limit=None)
     manager.show()
@@ -18101,7 +18099,7 @@ async def _reload(manager: RemoteManager) -> None:
 
 @_offer(
     "log-level",
-    "show what the manager logs, or set that",
+    "show or set the level at which the manager logs",
     _takes("level", "trace, debug, info, warn or error", nargs="?", type=_read_by(LevelName.parse)),
 )
 async def _log_level(manager: RemoteManager) -> None:
@@ -18113,15 +18111,15 @@ async def _log_level(manager: RemoteManager) -> None:
 
 @_offer(
     "events",
-    "show what happens, as it happens, also after a restart of the manager",
-    _takes("--after", "begin after this event (default: with the next)", metavar="ID"),
+    "show events as they happen, even across a restart of the manager",
+    _takes("--after", "start after this event (default: with the next one)", metavar="ID"),
     _takes("--reconnect", "keep trying for this long (default 30s)", default=30.0, **_TIME),
 )
 async def _follow_events(manager: RemoteManager) -> None:
     options, clock = manager.options, manager.screen.reactor
-    lost: float | None = -math.inf  # since when it is not there
+    lost: float | None = -math.inf  # when the connection was lost
     manager.screen.end_with_reader()
-    manager.describe = lambda _: "" if lost is None else "asking again"
+    manager.describe = lambda _: "" if lost is None else "reconnecting"
 
     def show(kind: str, data: dict[str, Any]) -> None:
         if options.json:
@@ -18153,7 +18151,7 @@ async def _follow_events(manager: RemoteManager) -> None:
 
 
 def add_client_commands(commands: Any) -> None:
-    """Add the commands to those of a parser."""
+    """Add the client commands to a parser's."""
     common = argparse.ArgumentParser(add_help=False)
     where = f"http://host:port or unix:///path (default: GENVM_SERVER, else {CLIENT_SERVER})"
     common.add_argument(
@@ -18161,14 +18159,14 @@ def add_client_commands(commands: Any) -> None:
         action="append",
         type=_read_by(Place.parse),
         metavar="URL",
-        help=f"where the manager listens, several times for several: {where}",
+        help=f"where the manager listens; repeat it for several: {where}",
     )
     common.add_argument(
         "--token-file",
         dest="token",
         type=_read_by(lambda path: read_token(Path(path), is_patient=True)),
         metavar="FILE",
-        help="file with its token (default: GENVM_TOKEN, which has the token itself)",
+        help="file with its token (default: the token in GENVM_TOKEN)",
     )
     common.add_argument("--json", help="show JSON, for programs", **_FLAG)
     statuses = "\n".join(f"  {ending.value:>3}  {ending.meaning}" for ending in Ending)
@@ -18189,13 +18187,13 @@ def add_client_commands(commands: Any) -> None:
 # 5.5 Doctor
 # =============================================================================
 #
-# Owns what is wrong with an installation before a manager is started on it, and
-# what to do. Reads everything with what the manager itself would read it with.
-# Changes nothing, and asks no provider.
+# Owns the examination of an installation before a manager is started on it: what
+# is wrong, and what to do. Reads everything with the manager's own code. Changes
+# nothing, and asks no provider.
 
-#: Seconds for one look: a file may be a pipe that nobody writes, or lie on a dead disk.
+#: Seconds for one check: a file may be a pipe that nobody writes to, or be on a dead disk.
 CHECK_SECONDS = 10.0
-#: Seconds for what listens at our address to say who it is.
+#: Seconds for whatever listens at our address to identify itself.
 WHO_SECONDS = 2.0
 FINDING_LEVELS = ("ok", "note", "warning", "error")
 _TIME_ERROR = 5  # linux/timex.h
@@ -18203,13 +18201,13 @@ _SUN_PATH_BYTES = 107
 _SHOWN_COMMAND = 300
 _REQUIREMENT = re.compile(r'#\s+"([\w.-]+)(?:\[\w+\])?>=([\d.]+)",')
 
-#: What a look finds: levels, and sentences that say what is wrong and what to do.
+#: What a check finds: levels, and sentences that say what is wrong and what to do.
 Found = Iterator[tuple[str, str]]
 
 
 @frozen
 class Finding:
-    """What was found, how bad it is, and where."""
+    """What was found, by which check, and how severe it is."""
 
     level: str
     check: str
@@ -18233,7 +18231,7 @@ def owner_of(port: int) -> str:
 
 
 def manager_at(host: str, port: int) -> str | None:
-    """Return which manager answers at an address; not with a token, for it may be anybody."""
+    """Return which manager answers at an address; it gets no token, as it may be anybody."""
     from http.client import HTTPConnection, HTTPException
 
     try:
@@ -18243,13 +18241,13 @@ def manager_at(host: str, port: int) -> str | None:
     except (OSError, HTTPException, ValueError):
         return None
     if answer.get("code") == Unauthorized.code:
-        return "a manager that wants a token"
+        return "a manager that requires a token"
     return f"a manager {answer['version']}" if answer.get("name") == "genvm-manager" else None
 
 
 @define(eq=False)
 class Doctor:
-    """Looks at what a manager with some settings would meet, in threads: any look may hang."""
+    """Checks what a manager with some settings would meet, in threads: any check may hang."""
 
     _flags: Mapping[str, str]
     _environ: Mapping[str, str]
@@ -18260,11 +18258,11 @@ class Doctor:
     _threads: SpareThreads = field(init=False, factory=lambda: SpareThreads(100))
 
     async def examine(self) -> list[Finding]:
-        """Return all that is found."""
+        """Return all findings."""
         hide_proxies(self._redactor)
         named = self._flags.get("root") or self._environ.get(f"{ENVIRONMENT_PREFIX}ROOT")
         root = Path(os.path.abspath(named or default_root(self._environ, Path(__file__))))
-        # If the settings are wrong, the rest is looked at as if there were none but the root.
+        # If the settings are invalid, everything else is checked with defaults and the root.
         self._config = Config(root=root, manifest_path=root / "data" / "manifest.yaml")
         found = await self._look("settings", self._settings)
         self._store = ManifestStore(self._config)
@@ -18283,7 +18281,7 @@ class Doctor:
         return found
 
     async def _look(self, name: str, look: Callable[[], Found], at: str = "") -> list[Finding]:
-        """Return what one look finds; whatever becomes of it, the others go on."""
+        """Return what one check finds; whatever happens to it, the others continue."""
         found: list[tuple[str, str]] = []
         try:
             await self._threads.run(self._reactor, CHECK_SECONDS, lambda: found.extend(look()))
@@ -18293,7 +18291,7 @@ class Doctor:
         except ManagerError as error:
             found.append(("error", error.message))
         except Exception as error:
-            found.append(("error", f"this look failed: {error!r}"))
+            found.append(("error", f"this check failed: {error!r}"))
         return [Finding(level, name, self._redactor.scrub(text)) for level, text in [*found]]
 
     def _settings(self) -> Found:
@@ -18304,7 +18302,7 @@ class Doctor:
         if log is not None and not os.access(log if log.exists() else log.parent, os.W_OK):
             yield "error", f"log_file: {log} cannot be written: give this account its folder"
         if os.geteuid() == 0:
-            yield "note", "root may do what a service's account may not: run doctor as that account"
+            yield "note", "root may do more than the service's account: run doctor as that account"
         yield "ok", f"the root is {config.root}"
 
     def _manifest(self) -> Found:
@@ -18317,12 +18315,12 @@ class Doctor:
             yield "warning", text
         later = [str(version) for version in versions if version.available_after > now]
         if later:
-            text = f"the clock is at {format_timestamp(now)}, before {', '.join(later)}"
+            text = f"the clock says {format_timestamp(now)}, before {', '.join(later)}"
             yield "warning" if len(later) == len(versions) else "note", text
         yield "ok", counted(len(versions), "executor version")
 
     async def _versions(self) -> list[Finding]:
-        """Look at each executor, and let those that are there do what detection asks of them."""
+        """Check each executor, and ask those that exist what version detection asks them."""
         config, manifest = self._config, self._store.manifest
         keys = (
             [v.key for v in manifest.versions] if config.reroute_to is None else [config.reroute_to]
@@ -18366,7 +18364,7 @@ class Doctor:
         return Finding("error", "versions", text)
 
     async def _address(self, endpoint: Endpoint) -> list[Finding]:
-        """Listen for a moment, as a manager would."""
+        """Listen briefly, as a manager would."""
         (kind, *places), options = endpoint_parts(str(endpoint))
         problem, site, tls = "", Site(Resource()), []
 
@@ -18386,7 +18384,7 @@ class Doctor:
 
         def look() -> Found:
             if kind == "systemd":
-                yield "note", f"{endpoint}: only a process that systemd starts gets that"
+                yield "note", f"{endpoint}: only a process that systemd starts gets this"
             elif not problem:
                 yield "ok", f"{endpoint} is free"
             elif kind == "unix":
@@ -18398,7 +18396,7 @@ class Doctor:
         return await self._look("address", look)
 
     def _taken(self, host: str, port: int, problem: str, worst: str) -> Found:
-        """Say whose an address is; a manager that runs may be what the operator wants."""
+        """Say who holds an address; a running manager may be what the operator wants."""
         manager = manager_at(host, port)
         owner = owner_of(port)
         level = "note" if manager or "genvm" in owner else worst
@@ -18491,11 +18489,11 @@ class Doctor:
         if now < written - 86_400:
             yield "error", f"it says {timestamp_of(now)}, before this program was written: set it"
         if ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(KIB)) == _TIME_ERROR:
-            yield "note", "as far as the kernel knows, it is not synchronized: see timedatectl"
+            yield "note", "the kernel does not know it to be synchronized: see timedatectl"
 
 
 def run_doctor(flags: Mapping[str, str], *, as_json: bool) -> int:
-    """Say what is wrong and what to do; returns 2 if there are errors, 1 if warnings, else 0."""
+    """Say what is wrong and what to do; return 2 if there are errors, 1 if warnings, else 0."""
     globalLogBeginner.beginLoggingTo([], redirectStandardIO=False)
     found: list[Finding] = []
     try:
@@ -18516,11 +18514,11 @@ def run_doctor(flags: Mapping[str, str], *, as_json: bool) -> int:
 # 5.6 Commands
 # =============================================================================
 #
-# Owns the command line: which commands there are, what they take, how they end.
+# Owns the command line: the commands, their arguments and exit statuses.
 
 
 def serve(config: Config) -> int:
-    """Run the manager until it is told to end; returns the exit status of the command."""
+    """Run the manager until it is told to stop; return the exit status of the command."""
     reactor = own_reactor()
     try:
         service = makeService(config)
@@ -18536,14 +18534,14 @@ def serve(config: Config) -> int:
         for address in service.addresses:
             _tell_where(address, config.auth_token_file)
     reactor.run()
-    # Everything is closed. Taking the interpreter apart takes longer than some clients wait.
+    # Everything is closed. Finalizing the interpreter takes longer than some clients wait.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
 def _tell_where(address: str, token: Path | None) -> None:
-    """Tell a person at a terminal where the manager listens, and how to try that."""
+    """Tell a person at a terminal where the manager listens, and how to try it."""
     words = ["curl", f"{'' if '://' in address else 'http://'}{address}/status"]
     if address.startswith("unix://"):
         path = address.removeprefix("unix://")
@@ -18555,9 +18553,9 @@ def _tell_where(address: str, token: Path | None) -> None:
 
 
 def check_config(config: Config, *, strict: bool) -> int:
-    """Say whether configuration and manifest are valid; returns the exit status of the command.
+    """Say whether configuration and manifest are valid; return the exit status of the command.
 
-    If it is to be ``strict``, they are not where there is anything to note.
+    If ``strict``, a note makes them invalid.
     """
     store = ManifestStore(config)
     store.load()
@@ -18604,17 +18602,17 @@ def _parser() -> argparse.ArgumentParser:
             **optional,
         )
     commands.add_parser("serve", parents=[settings], help="run the manager")
-    commands.add_parser("manager", parents=[settings], help="the same, as genvm-modules names it")
-    doctor = commands.add_parser("doctor", parents=[settings], help="look for all that is wrong")
-    doctor.add_argument("--json", action="store_true", help="answer as JSON")
+    commands.add_parser("manager", parents=[settings], help="the same, as genvm-modules calls it")
+    doctor = commands.add_parser("doctor", parents=[settings], help="check the installation")
+    doctor.add_argument("--json", action="store_true", help="show JSON, for programs")
     check = commands.add_parser("check-config", parents=[settings], help="check the settings")
-    check.add_argument("--strict", action="store_true", help="fail where there is a note, too")
+    check.add_argument("--strict", action="store_true", help="fail on notes, too")
     for name in MODULE_KINDS:
         module = commands.add_parser(name, help=f"run the {name} module alone, without a manager")
         module.add_argument("--config", type=Path, help="its configuration, a YAML file")
         for flag in ("--allow-empty-backends", "--die-with-parent"):
             module.add_argument(flag, action="store_true")
-    commands.add_parser("demo", help="deploy and call a contract, with everything that it takes")
+    commands.add_parser("demo", help="deploy and call a contract, with everything it needs")
     root = commands.add_parser("practice-root", help="make a GenVM root to try the manager with")
     root.add_argument("folder", type=Path)
     commands.add_parser("executor", add_help=False, help="the practice executor (not GenVM)")
@@ -18625,7 +18623,7 @@ def _parser() -> argparse.ArgumentParser:
 def run_module_alone(
     kind: str, config: Path | None, allow_empty_backends: bool, die_with_parent: bool
 ) -> int:
-    """Run a module without a manager; returns its exit status. Raises ``ManagerError``."""
+    """Run a module without a manager; return its exit status. Raises ``ManagerError``."""
     root = default_root(os.environ, Path(__file__))
     path = config or root / "config" / f"genvm-module-{kind}.yaml"
     variables = Variables(root / "config")
@@ -18640,10 +18638,10 @@ def run_module_alone(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status."""
+    """Run a command; return its exit status."""
     open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
-    # As Python has it, and Twisted wants it; see own_command. Client commands have their own way.
+    # As Python does, and Twisted expects; see own_command. Client commands set their own handler.
     if not CLIENT_COMMANDS.keys() & words[:1] and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if words[:1] == ["executor"]:

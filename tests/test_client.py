@@ -209,10 +209,10 @@ def test_the_status_of_a_manager() -> None:
     )
     assert status_text(status).split("\n") == [
         "manager     0.1.0, up for 1:01:01",
-        "accepts     nothing new: it drains",
+        "accepts     nothing new: it is draining",
         "permits     3 of 4 in use, 2 waiting, the first for 0:01:01",
         "executions  none",
-        "results     1 not read yet",
+        "results     1 unread",
         r"llm module  failed; at 127.0.0.1:3031; last error: it broke\n\x1b[2J; restarted 5 times",
         "manifest    line 2: not YAML",
     ]

@@ -336,7 +336,7 @@ def test_wrong_usage() -> None:
         ("run",): "message: required, but missing; host: required, but missing",
         ("run", "-"): "body: expected a JSON object, got nothing",
         ("permits", "many"): 'permits: expected an integer, got "many"',
-        ("module", "start"): "say which, llm or web",
+        ("module", "start"): "name one, llm or web",
         ("llm-check",): "give a file with the request, or --module-config",
     }
     running = [(begin(nobody, *words), problem) for words, problem in cases.items()]

@@ -144,7 +144,7 @@ def test_beside_a_running_manager_and_with_secrets(root: Root, start: Start) -> 
         )
         (note,) = found["address"]
         assert note[0] == "note"
-        owner = f"a manager that wants a token, process {daemon.pid}, "
+        owner = f"a manager that requires a token, process {daemon.pid}, "
         assert note[1].startswith(owner)
         assert f" has 127.0.0.1:{port}; " in note[1]
         assert "choose another --port" in note[1]
