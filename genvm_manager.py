@@ -15679,7 +15679,6 @@ class Outcome(Exception):
     """The run ended with this result code and data."""
 
     def __init__(self, code: int, data: bytes) -> None:
-        super().__init__(code)
         self.code = code
         self.data = data
 
@@ -15707,11 +15706,11 @@ class Cancellation:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        self._armed = True
 
     def disarm(self) -> None:
         """Let later waits, those of the farewell, run to completion."""
-        self._armed = False
+        signal.set_wakeup_fd(-1)
+        os.read(self._reader, 1 << 16)
 
     def wait(self, fd: int = -1, event: int = 0, deadline: float = math.inf) -> bool:
         """Wait until ``fd`` (none if -1) has ``event``; return False if ``deadline`` comes first.
@@ -15719,8 +15718,7 @@ class Cancellation:
         Deadlines are in terms of ``time.monotonic``. Raises RunCancelled.
         """
         poll = select.poll()
-        if self._armed:
-            poll.register(self._reader, select.POLLIN)
+        poll.register(self._reader, select.POLLIN)
         if fd >= 0:
             poll.register(fd, event)
         while True:
@@ -15849,39 +15847,21 @@ def _result_frame(outcome: Outcome) -> bytes:
 def connect_to_host(uri: str, cancellation: Cancellation) -> socket.socket:
     """Return a non-blocking socket connected to ``unix://path`` or ``host:port``."""
     if uri.startswith("unix://"):
-        return _connect_to(socket.AF_UNIX, uri.removeprefix("unix://"), cancellation)
+        peer, path = socket.socket(socket.AF_UNIX), uri.removeprefix("unix://")
+        peer.setblocking(False)
+        deadline = time.monotonic() + _CONNECT_S
+        # While its backlog is full, a unix socket says "try again" and gives nothing to wait for.
+        while (status := peer.connect_ex(path)) == errno.EAGAIN and time.monotonic() < deadline:
+            cancellation.wait(deadline=time.monotonic() + PRACTICE_POLL_S)
+        if status:
+            raise OSError(status, os.strerror(status))
+        return peer
     name, _, port = uri.rpartition(":")
-    name = name.removeprefix("[").removesuffix("]")
     if not name or not port.isdigit():
         raise ValueError("expected unix://path or host:port")
-    failure = OSError("no address")
-    for family, _, _, _, address in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM):
-        try:
-            return _connect_to(family, address, cancellation)
-        except OSError as error:
-            failure = error
-    raise failure
-
-
-def _connect_to(
-    family: int, address: str | tuple[object, ...], cancellation: Cancellation
-) -> socket.socket:
-    deadline = time.monotonic() + _CONNECT_S
-    peer = socket.socket(family, socket.SOCK_STREAM)
+    name = name.removeprefix("[").removesuffix("]")
+    peer = socket.create_connection((name, int(port)), _CONNECT_S)
     peer.setblocking(False)
-    status = peer.connect_ex(address)
-    # A unix socket whose backlog is full says "try again" and gives nothing to wait for.
-    while status == errno.EAGAIN and time.monotonic() < deadline:
-        cancellation.wait(deadline=time.monotonic() + PRACTICE_POLL_S)
-        status = peer.connect_ex(address)
-    if status == errno.EINPROGRESS:
-        if cancellation.wait(peer.fileno(), select.POLLOUT, deadline):
-            status = peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        else:
-            status = errno.ETIMEDOUT
-    if status:
-        peer.close()
-        raise OSError(status, os.strerror(status))
     return peer
 
 
@@ -16310,16 +16290,14 @@ class PracticeRun:
 
     def step_spam(self, rest: str) -> None:
         target, _, size = rest.partition(" ")
-        line = b"." * 99 + b"\n"
-        if target == "log":
-            line = b'{"level": "info", "message": "spam"}\n'
-        elif target not in ("stdout", "stderr"):
+        fds = {"stdout": 1, "stderr": 2, "log": self._log_fd}
+        if target not in fds:
             raise ValueError("expected stdout, stderr or log, then a number of bytes")
-        fd = {"stdout": 1, "stderr": 2, "log": self._log_fd}[target]
+        line = b'{"level": "info", "message": "spam"}\n' if target == "log" else b"." * 99 + b"\n"
         lines, left = divmod(_count(size), len(line))
         for _ in range(lines):
-            self._emit(fd, line)
-        self._emit(fd, b"." * (left - 1) + b"\n" if left else b"")
+            self._emit(fds[target], line)
+        self._emit(fds[target], b"." * (left - 1) + b"\n" if left else b"")
 
     def step_store(self, rest: str) -> None:
         self._require("w", "storage write")
@@ -16614,7 +16592,6 @@ def install_practice_executor(root: Path, version: str) -> Path:
 
 DEMO_VERSION = "v0.1.0"
 DEMO_SECONDS = 120.0
-DEMO_ANSWER_BYTES = MIB
 DEMO_CONTRACT = """\
 # v0.1.0
 on init
@@ -16701,8 +16678,7 @@ class Demo:
         if body is not None:
             say(f"   > {json.dumps(body)}")
         data = None if body is None else json.dumps(body).encode()
-        url = self._base + path
-        reply = await self._http.exchange(method, url, DEMO_ANSWER_BYTES, data=data)
+        reply = await self._http.exchange(method, self._base + path, MIB, data=data)
         say(f"   < {reply.status} {reply.body.decode()}\n")
         answer: dict[str, Any] = json.loads(reply.body)
         if reply.status != 200:
@@ -18660,12 +18636,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == "practice-root":
             folder = options["folder"].resolve()
             make_practice_root(folder)
-            start = shlex.join([sys.executable, os.path.abspath(__file__), "serve", "--root"])
-            say(
-                f"made {folder}: a GenVM root with one version, {DEMO_VERSION}, which is the "
-                "practice executor (it runs small scripts, not contracts)\n"
-                f"start a manager on it: {start} {shlex.quote(str(folder))}"
-            )
+            start = [sys.executable, os.path.abspath(__file__), "serve", "--root", str(folder)]
+            executor = "the practice executor (it runs small scripts, not contracts)"
+            say(f"made {folder}: a GenVM root with one version, {DEMO_VERSION}: {executor}")
+            say(f"start a manager on it: {shlex.join(start)}")
             return 0
         if command in MODULE_KINDS:
             return run_module_alone(command, **options)
