@@ -16056,21 +16056,18 @@ def _parse_steps(text: str) -> list[_Step]:
 def _parse_blocks(text: str) -> dict[str, list[_Step]]:
     """Return the blocks of a script by what follows ``on``; raises Outcome for an invalid one."""
     blocks: dict[str, list[_Step]] = {}
-    block: list[_Step] | None = None
     for step in _parse_steps(text):
         if step.name == "on":
             title = " ".join(step.rest.split())
-            if title not in ("init", "schema") and not (
-                title.startswith("method ") and title.count(" ") == 1
-            ):
+            if not re.fullmatch(r"init|schema|method \S+", title):
                 raise step.error("expected init, schema or method NAME")
             if title in blocks:
                 raise step.error(f"a second block {title}")
-            block = blocks[title] = []
-        elif block is None:
+            blocks[title] = []
+        elif not blocks:
             raise step.error("a step before the first block")
         else:
-            block.append(step)
+            blocks[title].append(step)
     return blocks
 
 
@@ -17744,11 +17741,23 @@ def _mapping(path: str) -> AnyObject:
     return structure(read_yaml(Path(path)), AnyObject)
 
 
+def _token(path: str) -> str:
+    return read_token(Path(path), is_patient=True)
+
+
+_PLACE = f"http://host:port or unix:///path (default: GENVM_SERVER, else {CLIENT_SERVER})"
+_PLACES: dict[str, Any] = {"action": "append", "type": _read_by(Place.parse), "metavar": "URL"}
+_TOKEN: dict[str, Any] = {"dest": "token", "type": _read_by(_token), "metavar": "FILE"}
 _FLAG: dict[str, Any] = {"action": "store_true"}
 _CHOICE: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
 _FILE: dict[str, Any] = {"type": _read_by(_content), "metavar": "FILE"}
 _YAML: dict[str, Any] = {"type": _read_by(_mapping), "metavar": "FILE"}
 _TIME: dict[str, Any] = {"type": _read_by(parse_duration), "metavar": "TIME"}
+_COMMON = (
+    _takes("--server", f"where the manager listens; may be repeated: {_PLACE}", **_PLACES),
+    _takes("--token-file", "file with its token (default: the token in GENVM_TOKEN)", **_TOKEN),
+    _takes("--json", "show JSON, for programs", **_FLAG),
+)
 _ID = _takes("id", "of an execution, as shown by run and ps", metavar="ID", type=int)
 _LOG = _takes("--log", "show its log, too, on stderr", **_FLAG)
 _BODY = _takes("body", "file with the body of the request, - for stdin", nargs="?", **_FILE)
@@ -18128,34 +18137,16 @@ async def _follow_events(manager: RemoteManager) -> None:
 
 def add_client_commands(commands: Any) -> None:
     """Add the client commands to a parser's."""
-    common = argparse.ArgumentParser(add_help=False)
-    where = f"http://host:port or unix:///path (default: GENVM_SERVER, else {CLIENT_SERVER})"
-    common.add_argument(
-        "--server",
-        action="append",
-        type=_read_by(Place.parse),
-        metavar="URL",
-        help=f"where the manager listens; repeat it for several: {where}",
-    )
-    common.add_argument(
-        "--token-file",
-        dest="token",
-        type=_read_by(lambda path: read_token(Path(path), is_patient=True)),
-        metavar="FILE",
-        help="file with its token (default: the token in GENVM_TOKEN)",
-    )
-    common.add_argument("--json", help="show JSON, for programs", **_FLAG)
     statuses = "\n".join(f"  {ending.value:>3}  {ending.meaning}" for ending in Ending)
     for name, command in CLIENT_COMMANDS.items():
         parser = commands.add_parser(
             name,
-            parents=[common],
             help=command.text,
             description=f"{command.text[0].upper()}{command.text[1:]}.",
             epilog=f"exit status:\n{statuses}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        for names, options in command.arguments:
+        for names, options in (*_COMMON, *command.arguments):
             parser.add_argument(*names.split(), **options)
 
 
@@ -18298,9 +18289,7 @@ class Doctor:
     async def _versions(self) -> list[Finding]:
         """Check each executor, and ask those that exist what version detection asks them."""
         config, manifest = self._config, self._store.manifest
-        keys = (
-            [v.key for v in manifest.versions] if config.reroute_to is None else [config.reroute_to]
-        )
+        keys = [config.reroute_to] if config.reroute_to else [v.key for v in manifest.versions]
         selected = manifest.selections()
         installed: list[str] = []
 
@@ -18390,11 +18379,8 @@ class Doctor:
             variables = Variables(config.root / "config")
             data, texts = read_module_file(path), template_variables(config.root)
             names = set(names_in(path.read_text("utf-8")))
-            if unset := sorted(name for name in names if not variables(name)):
-                yield (
-                    "note",
-                    f"{path.name} uses variables that are not set here: {', '.join(unset)}",
-                )
+            if unset := ", ".join(sorted(name for name in names if not variables(name))):
+                yield "note", f"{path.name} uses variables that are not set here: {unset}"
             data = expand_module_config(kind, data, texts, variables)
             inserted = [variables(name) for name in names if SECRET_NAMES.search(name)]
             self._redactor.keep(kind, (*secrets_in(data), *inserted))
