@@ -77,17 +77,17 @@ The file has five parts; each section uses only what is defined above it:
    3.10 Web service: rendering: a page as text, HTML or picture.
    3.11 Web service: settings, requests, statistics.
 4. Practice:
-   4.1  Practice executor: a stand-in for GenVM: its ends of the protocols.
+   4.1  Practice executor: a stand-in for GenVM: its side of the protocols.
    4.2  Practice executor: scripts: the language and its interpreter.
    4.3  Practice executor: command line and installation.
    4.4  Demo: a host, a manager and a contract at work.
 5. Assembly:
    5.1  Service: the manager as a Twisted service; the only section that constructs.
-   5.2  Client text: how a command ends, and what people read of answers.
-   5.3  Client: how a command reaches managers that run.
-   5.4  Client commands: what each takes, asks and shows.
+   5.2  Client text: exit statuses, and answers as text.
+   5.3  Client: how a command reaches running managers.
+   5.4  Client commands: the arguments, requests and output of each.
    5.5  Doctor: what is wrong with an installation, and what to do.
-   5.6  Commands: what the command line does.
+   5.6  Commands: the command line.
 """
 
 # ruff: noqa: E402 - the code between the imports may make the rest of them unnecessary
@@ -15885,11 +15885,11 @@ class ModuleConnection:
         answer = self._receive()
         if not isinstance(answer, self._wsproto.events.AcceptConnection):
             raise ValueError(f"the module refused WebSocket: {answer}")
-        self._send_message(hello)
+        self._send(self._wsproto.events.BytesMessage(encode_calldata(hello)))
 
     def ask(self, request: CalldataValue) -> CalldataValue:
         """Make a request and return what ``Ok`` holds; raises Outcome for the module's errors."""
-        self._send_message(request)
+        self._send(self._wsproto.events.BytesMessage(encode_calldata(request)))
         answer = decode_calldata(self._receive_message())
         if isinstance(answer, dict) and len(answer) == 1:
             kind, value = next(iter(answer.items()))
@@ -15908,7 +15908,7 @@ class ModuleConnection:
         self._socket.close()
 
     def close(self) -> None:
-        """Say that this was all, and close this process's end."""
+        """End the conversation, and close this process's end."""
         try:
             self._send(self._wsproto.events.CloseConnection(1000))
         finally:
@@ -15925,7 +15925,7 @@ class ModuleConnection:
                 return bytes(message)
 
     def _receive(self) -> Any:
-        """Return what the module sends next: pings are answered, and its end raises OSError."""
+        """Return the module's next event; pings are answered, and a close raises OSError."""
         events = self._wsproto.events
         while True:
             event = next(self._wire.events(), None)
@@ -15945,9 +15945,6 @@ class ModuleConnection:
                 self._send(event.response())
             elif not isinstance(event, events.Pong):
                 return event
-
-    def _send_message(self, value: CalldataValue) -> None:
-        self._send(self._wsproto.events.BytesMessage(encode_calldata(value)))
 
     def _send(self, event: Any) -> None:
         view = memoryview(self._wire.send(event))
@@ -16584,8 +16581,8 @@ def install_practice_executor(root: Path, version: str) -> Path:
 #
 # Owns the demonstration: a temporary GenVM root with the practice executor, a
 # manager on it, and a tiny host that deploys a contract and calls it. Uses the
-# host, the practice executor and outgoing HTTP; it is given what makes a manager.
-# Never runs in a manager that serves.
+# host, the practice executor and outgoing HTTP; the caller passes in the service's
+# constructor. Never runs in a manager that serves.
 
 DEMO_VERSION = "v0.1.0"
 DEMO_SECONDS = 120.0
@@ -16797,10 +16794,9 @@ class ManagerService(Service):
         check = AvailabilityCheck(config, reactor, client, variables, observer.redactor)
         self.api = self._make_api(variables, check)
         hosts = frozenset(name.lower() for name in config.allowed_hosts)
-        self._policy = AccessPolicy(None, hosts)
+        self._policy = policy = AccessPolicy(None, hosts)
         if config.auth_token_file is not None:
             self._use_token(read_token(config.auth_token_file))
-        policy = self._policy
         self.site = ApiSite(RootResource(self.api, policy), reactor, config, policy)
         self.site.answered = self.api.note_answer
         self._listeners: list[Listener] = []
@@ -18479,18 +18475,14 @@ def run_doctor(flags: Mapping[str, str], *, as_json: bool) -> int:
 # Owns the command line: the commands, their arguments and exit statuses.
 
 
-def serve(config: Config) -> int:
-    """Run the manager until it is told to stop; return the exit status of the command."""
+def serve(config: Config) -> NoReturn:
+    """Run the manager until it is told to stop; raises ``ManagerError`` if it cannot start."""
     reactor = own_reactor()
-    try:
-        service = makeService(config)
-        observer = cast(ILogObserver, service.observer)
-        globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
-        service.privilegedStartService()
-        service.startService()
-    except ManagerError as error:
-        print(f"genvm-manager: {error.message}", file=sys.stderr)
-        return 1
+    service = makeService(config)
+    observer = cast(ILogObserver, service.observer)
+    globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
+    service.privilegedStartService()
+    service.startService()
     reactor.addSystemEventTrigger("before", "shutdown", service.stopService)
     if os.isatty(2):
         for address in service.addresses:
