@@ -1335,7 +1335,6 @@ def _parse_special(kind: type[Any], value: object) -> object:
     return kind.parse(value)
 
 
-GZIP_MARK = b"\x1f\x8b"
 #: More members than any useful request has; each takes many times the memory of its text.
 MAX_JSON_MEMBERS = 500_000
 Schema = TypeVar("Schema")
@@ -1362,7 +1361,7 @@ def parse_json(data: bytes, schema: type[Schema]) -> Schema:
     """
     if not data.strip():
         raise InvalidRequest("body: expected a JSON object, got nothing")
-    if data.startswith(GZIP_MARK):
+    if data.startswith(b"\x1f\x8b"):
         raise UnsupportedEncoding("body: compressed with gzip; send it without compression")
     if data.count(b",") > MAX_JSON_MEMBERS:
         raise InvalidRequest(f"body: more than {MAX_JSON_MEMBERS} members")
@@ -1772,7 +1771,6 @@ class LevelName(str):
 
 Permits = Annotated[int, Meta(ge=0, le=1_000_000)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
-Niceness = Annotated[int, Meta(ge=0, le=19)]
 Instance = Annotated[int, Meta(ge=0, le=99)]
 
 
@@ -1939,7 +1937,7 @@ FLAG = SettingKind(bool, "BOOL", _plain_scalar)
 COUNT = SettingKind(NonNegativeInt, "N", _plain_integer)
 PERMITS = SettingKind(Permits | None, "N", _plain_integer)
 PORT = SettingKind(Port, "PORT", _plain_integer)
-NICENESS = SettingKind(Niceness, "N", _plain_integer)
+NICENESS = SettingKind(Annotated[int, Meta(ge=0, le=19)], "N", _plain_integer)
 INSTANCE = SettingKind(Instance, "N", _plain_integer)
 PATH = SettingKind(Path, "PATH")
 SECONDS = SettingKind(Duration, "DURATION")
@@ -2088,11 +2086,7 @@ def default_root(environ: Mapping[str, str], file: Path) -> Path:
 
 
 def load_config(
-    flags: Mapping[str, str],
-    environ: Mapping[str, str],
-    *,
-    file: Path | None = None,
-    alone: bool = False,
+    flags: Mapping[str, str], environ: Mapping[str, str], *, alone: bool = False
 ) -> Config:
     """Return the settings in force: flags over environment over file over defaults.
 
@@ -2122,7 +2116,7 @@ def load_config(
                 given[name] = SETTINGS[name].parse(SETTINGS[name].from_text(text))
             except ValueError as error:
                 problems.append(f"{origin}: {error}")
-    root = given.get("root") or default_root(environ, file or Path(__file__))
+    root = given.get("root") or default_root(environ, Path(__file__))
     path = Path(config_path) if config_path else root / "config" / "genvm-manager.yaml"
     if config_path or path.exists():
         found, file_notes, file_problems = _read_settings(path, root, environ)
@@ -2139,7 +2133,7 @@ def load_config(
         origins.setdefault("root", "environment variable GENVMROOT")
     given["root"] = root
     given.setdefault("manifest_path", root / "data" / "manifest.yaml")
-    reread = functools.partial(load_config, flags, environ, file=file, alone=True)
+    reread = functools.partial(load_config, flags, environ, alone=True)
     config = Config(**given, notes=tuple(notes), reread=reread)
     if not alone:
         _check_together(config, origins)
@@ -2317,11 +2311,7 @@ def _control_groups(proc: Path, cgroups: Path) -> Iterator[Path]:
             continue
         base = cgroups / "memory" if controllers else cgroups
         folder = base / path.lstrip("/")
-        while True:
-            yield folder
-            if folder == base:
-                break
-            folder = folder.parent
+        yield from itertools.takewhile(base.parent.__ne__, (folder, *folder.parents))
 
 
 # =============================================================================

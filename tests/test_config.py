@@ -365,7 +365,7 @@ def test_the_root_is_else_the_current_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert default_root({}, Path("/opt/lib/genvm_manager.py")) == tmp_path
-    assert load_config({}, {}, file=Path("/opt/lib/genvm_manager.py")).root == tmp_path
+    assert load_config({}, {}).root == tmp_path
 
 
 def test_root_has_precedence_like_any_setting(tmp_path: Path) -> None:
