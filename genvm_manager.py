@@ -11775,15 +11775,12 @@ async function* eventsOf(path, options, heard = () => {}) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   for (let text = "", piece; !(piece = await reader.read()).done;) {
     heard();
-    let start = 0, end = Math.max(0, text.length - 1);
-    text += piece.value;
-    while ((end = text.indexOf("\n\n", end)) >= 0) {
-      const lines = text.slice(start, end).split("\n");
-      const event = Object.fromEntries(lines.map((line) => line.split(/: (.*)/s, 2)));
+    const blocks = (text + piece.value).split("\n\n");
+    text = blocks.pop();
+    for (const block of blocks) {
+      const event = Object.fromEntries(block.split("\n").map((line) => line.split(/: (.*)/s, 2)));
       if (event.data) yield [event.event, JSON.parse(event.data), event.id];
-      start = end += 2;
     }
-    text = text.slice(start);
   }
 }
 
@@ -11965,7 +11962,7 @@ function buildRun(id, run) {
 function refreshRun(row, { state, since, deadline }) {
   const left = deadline - now();
   putCell(row.cells[1], state, since ? `for ${duration(now() - since)}` : "");
-  putCell(row.cells[2], left > 0 ? `in ${duration(left)}` : deadline ? "has passed" : "", "");
+  putCell(row.cells[2], left > 0 ? `in ${duration(left)}` : deadline ? "has passed" : "");
 }
 function outcome({ cause, exit_code: code, signal }) {
   return joined(cause !== "exited" && cause, code != null && `exit code ${code}`,
