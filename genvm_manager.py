@@ -12859,7 +12859,7 @@ class ModuleService:
         raise NotImplementedError
 
     def statistics(self) -> dict[str, Any]:
-        """Return plain integers and texts, in maps."""
+        """Return plain integers and strings, in maps."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -13038,22 +13038,17 @@ class ServiceRuntime:
                     raise ConfigError(f"descriptor {descriptor} is not a listening socket")
                 listener.setblocking(False)  # another generation may accept a connection first
                 family = listener.family
-            factory = ServerFactory.forProtocol(
-                functools.partial(
-                    CallerSession,
-                    self._reactor,
-                    self._connections,
-                    self._connections_changed,
-                    self._service,
-                    self.statistics,
-                )
-            )
+            factory = ServerFactory.forProtocol(self._session)
             factory.noisy = False
             self._port = self._reactor.adoptStreamPort(descriptor, family, factory)
             accept_with_room(self._reactor, self._port)
             os.close(descriptor)
         except OSError as error:
             raise ConfigError(f"descriptor {descriptor} is not a socket: {error}") from None
+
+    def _session(self) -> CallerSession:
+        changed, statistics = self._connections_changed, self.statistics
+        return CallerSession(self._reactor, self._connections, changed, self._service, statistics)
 
     def drain(self) -> None:
         """Accept no more connections, and end the process once none is left."""
@@ -13102,7 +13097,7 @@ class ServiceRuntime:
 
 
 @frozen
-class Alone:
+class Standalone:
     """How a module runs without a manager: setup, listening socket, address, parent if any."""
 
     setup: ServiceSetup
@@ -13111,7 +13106,7 @@ class Alone:
     parent: int | None
 
 
-def run_module_service(kind: str, alone: Alone | None = None) -> int:
+def run_module_service(kind: str, alone: Standalone | None = None) -> int:
     """Run a module in this process; returns the exit status.
 
     The manager holds the other ends of stdin (setup and orders), stdout (events) and stderr
@@ -18575,7 +18570,7 @@ def run_module_alone(
     address = listener_address(listener)
     parent = PARENT if die_with_parent else None
     service = ServiceSetup(setup.config, allow_empty_backends)
-    return run_module_service(kind, Alone(service, listener.detach(), address, parent))
+    return run_module_service(kind, Standalone(service, listener.detach(), address, parent))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
