@@ -12554,9 +12554,8 @@ class RequestFailure(Exception):
     def __str__(self) -> str:
         fatal = str(self.fatal).lower()
         causes = ", ".join(map(rust_text, self.causes))
-        return (
-            f"ModuleError {{ causes: [{causes}], fatal: {fatal}, ctx: {_rust_map(self.context)} }}"
-        )
+        context = _rust_map(self.context)
+        return f"ModuleError {{ causes: [{causes}], fatal: {fatal}, ctx: {context} }}"
 
     def answer(self) -> dict[str, CalldataValue]:
         """Return what the executor is told."""
