@@ -228,7 +228,7 @@ def test_a_message_of_64_mib_is_taken_in_linear_time(echo: ModuleProcess) -> Non
     # Calldata of this size contains its length, which is no UTF-8: as text it is a wrong value.
     for message, reason in (
         (whole, "images"),
-        (TextMessage(data=" " * size), "that does not exist"),
+        (TextMessage(data=" " * size), "an unknown type"),
     ):
         client = echo.connect()
         data = client.encode(message)
