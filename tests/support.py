@@ -29,7 +29,7 @@ from genvm_manager import (
 )
 
 #: Seconds after which a test gives up waiting for something real; nothing takes that long.
-PATIENCE = 30.0
+PATIENCE = 120.0
 
 Arguments = ParamSpec("Arguments")
 

@@ -464,7 +464,7 @@ async def test_a_child_that_ignores_the_request_is_killed(spawner: Spawner) -> N
     owner = Owner()
     code = (
         "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-        "os.write(1, b'ready'); time.sleep(60)"
+        "os.write(1, b'ready'); time.sleep(600)"
     )
     child = spawner.spawn(owner, [PYTHON, "-c", code], os.environb, pipes={1}, nulls={0, 2})
     await soon(owner.spoken)
@@ -483,7 +483,7 @@ async def test_a_grandchild_that_holds_the_pipes_delays_neither_exit_nor_end(
         "import os, time\n"
         "if os.fork() == 0:\n"
         "    os.write(1, b'%d ' % os.getpid())\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(600)\n"
         "os._exit(0)"
     )
     spawner.spawn(owner, [PYTHON, "-c", code], os.environb, pipes={1}, nulls={0, 2})
@@ -501,7 +501,7 @@ async def test_a_grandchild_that_holds_the_pipes_delays_neither_exit_nor_end(
 async def test_stopping_kills_every_child(spawner: Spawner) -> None:
     owners = [Owner() for _ in range(3)]
     for owner in owners:
-        spawner.spawn(owner, ["/bin/sleep", "60"], os.environb, pipes={1}, nulls={0, 2})
+        spawner.spawn(owner, ["/bin/sleep", "600"], os.environb, pipes={1}, nulls={0, 2})
     spawner.kill_all()
     for owner in owners:
         await soon(owner.closed)
@@ -514,7 +514,7 @@ async def test_who_tidies_up_hears_when_a_child_is_gone(spawner: Spawner) -> Non
     owner, gone = Owner(), Deferred[None]()
     spawner.spawn(
         owner,
-        ["/bin/sleep", "60"],
+        ["/bin/sleep", "600"],
         os.environb,
         pipes={1},
         nulls={0, 2},
@@ -553,7 +553,7 @@ def test_the_guardian_kills_what_has_our_marker_and_nothing_else() -> None:
     assert environment == {}
 
     def victim(marker: str, parent: str = "") -> subprocess.Popen[bytes]:
-        return subprocess.Popen(["/bin/sleep", "60"], env={parent + MARKER: marker})
+        return subprocess.Popen(["/bin/sleep", "600"], env={parent + MARKER: marker})
 
     with BirthMarks("the-boot-id").marking(1):
         hidden = victim("", "X")
@@ -584,7 +584,7 @@ def test_a_birth_mark_is_inherited_and_leaves_us_as_we_were() -> None:
     marks = BirthMarks("the-boot-id")
     assert marks.are_possible, "this machine limits RLIMIT_RTTIME"
     with marks.marking(2**32 + 7):
-        command = ["setsid", "-w", "env", "-i", "sh", "-c", "sleep 60 & echo $!; wait"]
+        command = ["setsid", "-w", "env", "-i", "sh", "-c", "sleep 600 & echo $!; wait"]
         parent = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert resource.getrlimit(limit) == before
     assert parent.stdout is not None
@@ -602,7 +602,7 @@ def test_a_birth_mark_is_inherited_and_leaves_us_as_we_were() -> None:
 
 def test_the_guardian_ignores_the_signals_of_the_group() -> None:
     argv, environment = guardian_command()
-    victim = subprocess.Popen(["/bin/sleep", "60"], env={MARKER: "the-boot-id"})
+    victim = subprocess.Popen(["/bin/sleep", "600"], env={MARKER: "the-boot-id"})
     with subprocess.Popen(argv, stdin=subprocess.PIPE, env=environment) as guardian:
         try:
             assert guardian.stdin is not None

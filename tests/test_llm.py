@@ -1421,13 +1421,13 @@ def test_thousands_of_wrong_ones_do_not_hold_the_reactor() -> None:
     checked.redactor.keep("others", [f"an older key {number}" for number in range(1000)])
     calls: list[Callable[[], object]] = []
     checked.threads.callFromThread = lambda call, *args: calls.append(partial(call, *args))
-    begin = time.monotonic()
+    begin = time.thread_time()
     checked.threads.work()
-    in_thread = time.monotonic() - begin
+    in_thread = time.thread_time() - begin
     (go_on,) = calls
-    begin = time.monotonic()
+    begin = time.thread_time()
     go_on()
-    in_reactor = time.monotonic() - begin
+    in_reactor = time.thread_time() - begin
     assert len(checked.results) == 10_000
     assert in_reactor < in_thread / 3
 

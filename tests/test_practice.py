@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import venv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -39,7 +38,9 @@ from genvm_manager import (
     practice_executor_source,
 )
 
-TIMEOUT_S = 20.0
+from .integration.support import alive, eventually
+from .support import PATIENCE
+
 ME = b"\x01" * 20
 MESSAGE = {
     "contract_address": base64.b64encode(ME).decode(),
@@ -78,7 +79,7 @@ class ThreadHost:
         self._stuck_after = stuck_after
         self._keeps_open = keeps_open
         self._listener = listener
-        listener.settimeout(TIMEOUT_S)
+        listener.settimeout(PATIENCE)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -86,7 +87,7 @@ class ThreadHost:
         try:
             connection, _ = self._listener.accept()
             with connection:
-                connection.settimeout(TIMEOUT_S)
+                connection.settimeout(PATIENCE)
                 self._serve(connection)
         except Exception as error:
             self.error = error
@@ -108,7 +109,7 @@ class ThreadHost:
             self.after_result += data
 
     def join(self) -> None:
-        self._thread.join(TIMEOUT_S)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
         self._listener.close()
 
@@ -187,10 +188,10 @@ class Run:
 
         thread = threading.Thread(target=read_log, daemon=True)
         thread.start()
-        self.stdout, stderr = self.process.communicate(timeout=TIMEOUT_S)
+        self.stdout, stderr = self.process.communicate(timeout=PATIENCE)
         self.stderr = stderr.decode()
         self.status = self.process.returncode
-        thread.join(TIMEOUT_S)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
         os.close(self.log_reader)
         self.log_bytes = bytes(log)
@@ -222,21 +223,6 @@ def make(executor: Path, tmp_path: Path) -> Callable[..., Run]:
         return Run(executor, directory, options.pop("script", script), **options)
 
     return build
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Wait for something in another process that nothing can signal to us."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"timeout: {what}"
-        time.sleep(0.005)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 # Command line and exit statuses
@@ -285,7 +271,7 @@ def test_asking_a_module_without_wsproto_says_what_to_install(
         [python, "-IS", executor, *words, "--host-data", host_data],
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 1, done.stderr
@@ -303,14 +289,14 @@ def test_any_interpreter_path_works(
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     path = install_practice_executor(tmp_path, "v1.2.3")
-    done = subprocess.run([path, "precompile"], capture_output=True, timeout=TIMEOUT_S, check=False)
+    done = subprocess.run([path, "precompile"], capture_output=True, timeout=PATIENCE, check=False)
     assert (done.returncode, done.stdout) == (0, b"")
     assert done.stderr.count(b"not GenVM") == 1
 
 
 def command(executor: Path, *arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
     done = subprocess.run(
-        [executor, *arguments], input=stdin, capture_output=True, timeout=TIMEOUT_S, check=False
+        [executor, *arguments], input=stdin, capture_output=True, timeout=PATIENCE, check=False
     )
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
@@ -624,7 +610,7 @@ def test_file_steps(make: Callable[..., Run]) -> None:
     run = make("touch D/pid", "wait-file D/go", "append D/list one two", "append D/list three")
     run.script = run.script.replace("D/", f"{run.directory}/")
     process = run.start()
-    wait_for((run.directory / "pid").exists, "touch")
+    eventually((run.directory / "pid").exists, what="touch")
     assert process.poll() is None
     assert not (run.directory / "list").exists()
     (run.directory / "go").touch()
@@ -655,12 +641,12 @@ def test_grandchild_outlives_the_run_and_holds_the_pipes(
 ) -> None:
     run = make(f"{step} 300", "return 1")
     process = run.start()
-    assert process.wait(TIMEOUT_S) == 0
+    assert process.wait(PATIENCE) == 0
     log = os.read(run.log_reader, 65536)
     (pid,) = re.findall(rb'"message": "grandchild".*"pid": (\d+)', log)
     grandchild = int(pid)
     try:
-        assert is_running(grandchild)
+        assert alive(grandchild)
         assert os.getsid(grandchild) == (grandchild if own else os.getsid(0))
         assert process.stdout is not None
         assert process.stderr is not None
@@ -670,7 +656,7 @@ def test_grandchild_outlives_the_run_and_holds_the_pipes(
         assert run.outcome == ("return", 1)
     finally:
         os.kill(grandchild, signal.SIGKILL)
-    wait_for(lambda: not is_running(grandchild), "the grandchild dies")
+    eventually(lambda: not alive(grandchild), what="the grandchild dies")
     run.finish()
 
 
@@ -695,7 +681,7 @@ def test_prelude_runs_before_the_host_is_needed(make: Callable[..., Run]) -> Non
     run = make("return 1", prelude="touch D/early\nwait-file D/go")
     run.prelude = run.prelude.replace("D/", f"{run.directory}/")
     run.start()
-    wait_for((run.directory / "early").exists, "the prelude")
+    eventually((run.directory / "early").exists, what="the prelude")
     assert not run.host.state.requests
     (run.directory / "go").touch()
     assert run.finish().outcome == ("return", 1)
@@ -727,7 +713,7 @@ def test_a_signal_during_sleep_reports_a_timeout(make: Callable[..., Run], numbe
     run = make("touch D/flag", "sleep 3600")
     run.script = run.script.replace("D/", f"{run.directory}/")
     process = run.start()
-    wait_for((run.directory / "flag").exists, "the sleep begins")
+    eventually((run.directory / "flag").exists, what="the sleep begins")
     process.send_signal(number)
     run.finish()
     assert (run.status, run.outcome) == (0, vm_error("timeout"))
@@ -739,7 +725,7 @@ def test_a_signal_while_blocked_on_the_host_reports_a_timeout(
 ) -> None:
     run = make("return 1", stuck_after=answers)
     process = run.start()
-    assert run.host.stuck.wait(TIMEOUT_S)
+    assert run.host.stuck.wait(PATIENCE)
     process.send_signal(signal.SIGTERM)
     run.finish()
     assert (run.status, run.outcome) == (0, vm_error("timeout"))
@@ -751,7 +737,7 @@ def test_a_signal_while_the_acknowledgement_is_due_does_not_report_twice(
     # get_calldata, two reads of the code, and then the result is never acknowledged.
     run = make("return 1", stuck_after=3, keeps_open=True)
     process = run.start()
-    assert run.host.stuck.wait(TIMEOUT_S)
+    assert run.host.stuck.wait(PATIENCE)
     process.send_signal(signal.SIGTERM)
     run.finish()
     assert (run.status, run.outcome) == (0, ("return", 1))
@@ -766,7 +752,7 @@ def test_a_signal_while_flooding_a_host_that_does_not_read(
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        listener.settimeout(TIMEOUT_S)
+        listener.settimeout(PATIENCE)
         run.host_uri = f"unix://{path}"
         run.script = "on method m\nflood-host 100000000"
         process = run.start()
@@ -775,14 +761,14 @@ def test_a_signal_while_flooding_a_host_that_does_not_read(
             state = HostState(ME, encode_calldata(run.calldata))
             state.deploy(deployment_writes(run.script.encode()))
             session = HostSession(state)
-            connection.settimeout(TIMEOUT_S)
+            connection.settimeout(PATIENCE)
             while state.requests["storage_read"] < 2:
                 session.feed(connection.recv(1))
                 while (answer := session.step()) is not None:
                     connection.sendall(answer)
             assert connection.recv(1) == b"\x00"
             process.send_signal(signal.SIGTERM)
-            assert process.wait(TIMEOUT_S) == 0
+            assert process.wait(PATIENCE) == 0
     run.finish()
     assert run.log[-1]["problem"] == "the host does not read"
 
@@ -791,9 +777,9 @@ def test_a_signal_while_a_full_pipe_holds_the_output_up(make: Callable[..., Run]
     run = make("touch D/flag", "spam stdout 10000000", "return 1")
     run.script = run.script.replace("D/", f"{run.directory}/")
     process = run.start()
-    wait_for((run.directory / "flag").exists, "the spam begins")
+    eventually((run.directory / "flag").exists, what="the spam begins")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(TIMEOUT_S) == 0
+    assert process.wait(PATIENCE) == 0
     run.finish()
     assert run.outcome == vm_error("timeout")
     assert len(run.stdout) < 10_000_000
@@ -803,7 +789,7 @@ def test_a_signal_in_the_prelude_reports_a_timeout(make: Callable[..., Run]) -> 
     run = make("return 1", prelude="touch D/flag\nsleep 3600")
     run.prelude = run.prelude.replace("D/", f"{run.directory}/")
     process = run.start()
-    wait_for((run.directory / "flag").exists, "the sleep begins")
+    eventually((run.directory / "flag").exists, what="the sleep begins")
     process.send_signal(signal.SIGTERM)
     run.finish()
     assert (run.status, run.outcome) == (0, vm_error("timeout"))
@@ -813,7 +799,7 @@ def test_a_signal_without_a_host_still_ends_with_status_0(make: Callable[..., Ru
     run = make(prelude="touch D/flag\nsleep 3600", host_uri="unix:///nonexistent/socket")
     run.prelude = run.prelude.replace("D/", f"{run.directory}/")
     process = run.start()
-    wait_for((run.directory / "flag").exists, "the sleep begins")
+    eventually((run.directory / "flag").exists, what="the sleep begins")
     process.send_signal(signal.SIGTERM)
     assert run.finish().status == 0
     assert run.log[-1]["message"] == "cancelled, and the host did not confirm it"
@@ -823,7 +809,7 @@ def test_ignore_sigterm(make: Callable[..., Run]) -> None:
     run = make("ignore-sigterm", "touch D/flag", "wait-file D/go", "return 1")
     run.script = run.script.replace("D/", f"{run.directory}/")
     process = run.start()
-    wait_for((run.directory / "flag").exists, "SIGTERM is ignored")
+    eventually((run.directory / "flag").exists, what="SIGTERM is ignored")
     process.send_signal(signal.SIGTERM)
     (run.directory / "go").touch()
     run.finish()

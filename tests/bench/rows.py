@@ -21,7 +21,15 @@ import msgspec
 
 from ..integration.executor_client import HELLO
 from ..integration.executor_client import Client as ModuleClient
-from ..integration.support import SOURCE, Daemon, children_of, command_of, eventually, memory_of
+from ..integration.support import (
+    SOURCE,
+    Daemon,
+    children_of,
+    command_of,
+    cpu_of,
+    eventually,
+    memory_of,
+)
 from .stage import (
     CLIENTS,
     IMPORTS,
@@ -30,7 +38,6 @@ from .stage import (
     Stage,
     converse,
     cost_of,
-    cpu_of,
     cpu_with_children,
     first_client,
     hold,

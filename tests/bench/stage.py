@@ -40,11 +40,6 @@ Conversation = Generator[bytes, bytes, None]
 # --- clocks ---
 
 
-def cpu_of(pid: int) -> float:
-    """Return the seconds of a processor, in the program and the kernel, that a process took."""
-    return time.clock_gettime(~pid << 3 | 2)  # as clock_getcpuclockid(3) makes it
-
-
 def cpu_with_children() -> float:
     """Return the same of this process and of those that it has waited for."""
     both = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

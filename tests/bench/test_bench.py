@@ -7,13 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from ..integration.support import PROJECT
 from .rows import ROWS
 
 
-@pytest.mark.timeout(600)
 def test_every_row_in_its_quick_form(tmp_path: Path) -> None:
     """Each row gives figures, and the file has their samples."""
     file = tmp_path / "figures.json"

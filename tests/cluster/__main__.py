@@ -11,8 +11,8 @@ import statistics
 import sys
 
 from ..bench.rows import one_run
-from ..bench.stage import CLIENTS, Stage, converse, cpu_of
-from ..integration.support import Daemon, processes_with
+from ..bench.stage import CLIENTS, Stage, converse
+from ..integration.support import Daemon, cpu_of, processes_with
 from .support import HAPROXY, INSTANCES, Proxy
 
 

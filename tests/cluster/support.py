@@ -28,9 +28,14 @@ def readme_configuration() -> str:
     return str(found)
 
 
-def configuration(front: int, managers: Iterable[str]) -> str:
-    """Return it with other addresses, and without the servers that there are not."""
+def configuration(front: int, managers: Iterable[str], *, is_hasty: bool = False) -> str:
+    """Return it with other addresses, and without the servers that there are not.
+
+    A manager may take its time for a health check, as on a busy machine, unless it ``is_hasty``.
+    """
     text = readme_configuration().replace(FRONT, f"bind 127.0.0.1:{front}")
+    if not is_hasty:
+        text = text.replace("defaults\n", f"defaults\n    timeout check {WAIT:g}s\n")
     ours = [*managers]
     for place, address in zip(MANAGERS, ours, strict=False):
         port = address.rpartition(":")[2]
@@ -48,12 +53,12 @@ class Proxy(Daemon):
     """HAProxy; asked for what a client asks, it answers in place of a manager."""
 
     @classmethod
-    def start(cls, folder: Path, managers: Iterable[str]) -> Self:
+    def start(cls, folder: Path, managers: Iterable[str], *, is_hasty: bool = False) -> Self:
         """Start it for managers at these addresses; returns once it answers."""
         assert HAPROXY is not None
         front = free_port()
         path, commands = folder / "haproxy.cfg", folder / "haproxy.sock"
-        path.write_text(configuration(front, managers))
+        path.write_text(configuration(front, managers, is_hasty=is_hasty))
         # As master and worker it takes commands without a word about that in its configuration.
         proxy = cls([HAPROXY, "-W", "-db", "-S", str(commands), "-f", str(path)])
         proxy.address, proxy.commands = f"127.0.0.1:{front}", commands

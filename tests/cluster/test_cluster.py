@@ -41,6 +41,7 @@ from .support import (
     MANAGERS,
     NAME,
     Cluster,
+    Proxy,
     answer_of,
     events_of,
     is_retryable,
@@ -68,6 +69,14 @@ def cluster(shared_cluster: Cluster) -> Cluster:
     """The cluster as at its start, whatever the test before has left."""
     shared_cluster.settle()
     return shared_cluster
+
+
+@pytest.fixture
+def hasty_proxy(cluster: Cluster, tmp_path: Path) -> Iterator[Proxy]:
+    """Another HAProxy before the cluster, with README's time for a health check."""
+    made = Proxy.start(tmp_path, [m.address for m in cluster.managers], is_hasty=True)
+    yield made
+    made.close()
 
 
 def post(daemon: Daemon, changes: dict[str, object], **headers: str) -> Pending:
@@ -181,7 +190,11 @@ def test_the_more_permits_are_free_the_more_new_runs_come(cluster: Cluster) -> N
         for _ in range(held):
             run(manager, shell("exec sleep 600"))
     cluster.proxy.wait_weights(8, 4, 2)
-    counts = Counter(of(run(cluster.proxy, shell("true"))) for _ in range(42))
+    ids = []
+    for _ in range(42):
+        ids.append(run(cluster.proxy, shell("true")))
+        cluster.proxy.result(ids[-1])
+    counts = Counter(map(of, ids))
     assert counts[0] > counts[1] > counts[2] > 0, counts
     assert counts[0] > 42 * 0.45, "about 24, 12, 6"
     report(f"of 42 runs, with 8, 4 and 2 free permits: {counts}")
@@ -300,8 +313,9 @@ def test_one_that_is_killed(cluster: Cluster) -> None:
     assert (gone.status, gone.json["code"]) == (404, "execution_not_found")
 
 
-def test_one_that_hangs(cluster: Cluster) -> None:
-    proxy, manager = cluster.proxy, cluster.managers[0]
+def test_one_that_hangs(cluster: Cluster, hasty_proxy: Proxy) -> None:
+    proxy, manager = hasty_proxy, cluster.managers[0]
+    proxy.wait_up("genvm", *INSTANCES)
     held = run(manager, FULL)
     assert proxy.get(f"/genvm/{held}")["status"] is None
     pending = proxy.send("GET", f"/genvm/{held}?wait=110s")
@@ -351,7 +365,7 @@ class Load:
             run_of = shell(f"sleep 0.1; echo {word}")
             genvm_id = self.ask(partial(post, self._proxy, run_of, **key))["id"]
             assert isinstance(genvm_id, int)
-            path = f"/genvm/{genvm_id}?wait=30s"
+            path = f"/genvm/{genvm_id}?wait=110s"
             status = self.ask(partial(self._proxy.send, "GET", path))["status"]
             self.ids.append(genvm_id)
             if not isinstance(status, dict) or status["stdout"] != f"{word}\n":
@@ -413,7 +427,7 @@ def test_the_token_passes_through(tmp_path: Path) -> None:
         bearer = f"Bearer {token.read_text()}"
         ids = [run(cluster.proxy, shell("echo it"), Authorization=bearer) for _ in INSTANCES]
         for genvm_id in ids:
-            path = f"/genvm/{genvm_id}?wait=30s"
+            path = f"/genvm/{genvm_id}?wait=110s"
             reply = cluster.proxy.request("GET", path, headers={"Authorization": bearer})
             assert answer_of(reply)["status"]["stdout"] == "it\n"
     finally:

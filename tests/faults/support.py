@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from ..integration.support import Daemon
+from ..integration.support import Daemon, children_of, eventually, state_of
 
 LONG = os.environ.get("GENVM_FAULTS") == "long"
 """Whether there is time: then what repeats is repeated more often."""
@@ -21,12 +21,22 @@ def times(short: int, long: int) -> int:
 
 @contextlib.contextmanager
 def stopped(daemon: Daemon) -> Iterator[None]:
-    """Stop the manager with SIGSTOP meanwhile, as a machine does that swaps or is suspended."""
+    """Stop the manager with SIGSTOP meanwhile, as a machine does that swaps or is suspended.
+
+    All that happens meanwhile is one batch of events for its reactor.
+    """
     daemon.signal(signal.SIGSTOP)
     try:
+        eventually(lambda: state_of(daemon.pid) == "T", what="stopped")
         yield
     finally:
         daemon.signal(signal.SIGCONT)
+
+
+def executors(daemon: Daemon) -> list[int]:
+    """Return the children of the manager that are not its guardian."""
+    guardian = daemon.guardian()
+    return [pid for pid in children_of(daemon.pid) if pid != guardian]
 
 
 @contextlib.contextmanager

@@ -73,22 +73,22 @@ STEPS = pytest.mark.parametrize("step", [AHEAD, BACK], ids=["ahead", "back"])
 
 @STEPS
 def test_runs(root: Root, daemon: Daemon, clock: WallClock, step: timedelta) -> None:
-    """Every wait here ends after 45 s, and none would have ended by the wall clock for a day."""
+    """Every wait here has a limit, and none would have ended by the wall clock for a day."""
     go, up = root.path / "go", root.path / "up"
     finished = daemon.run("print early", "exit 0")
     daemon.result(finished)
     running = daemon.run(f"wait-file {go}", "exit 0")
     poll = daemon.send("GET", f"/genvm/{running}?wait=100s")
-    ending = daemon.run("sleep 60", max_execution_minutes=2 / 60)
+    ending = daemon.run("sleep 600", max_execution_minutes=2 / 60)
     clock.set(daemon, step)
 
     assert daemon.get(f"/genvm/{running}?wait_ms=300")["status"] is None, "the end of a wait"
     assert daemon.result(ending)["cause"] == "deadline", "one from before"
-    late = daemon.result(daemon.run("sleep 60", max_execution_minutes=0.3 / 60))
+    late = daemon.result(daemon.run("sleep 600", max_execution_minutes=0.3 / 60))
     assert late["cause"] == "deadline"
     ended = datetime.fromtimestamp(late["finished_at"] / 1000, UTC)
     assert abs(ended - datetime.now(UTC) - step) < timedelta(hours=1), "what people read"
-    stubborn = daemon.run("ignore-sigterm", f"touch {up}", "sleep 60")
+    stubborn = daemon.run("ignore-sigterm", f"touch {up}", "sleep 600")
     eventually(up.exists)
     reply = daemon.request("DELETE", f"/genvm/{stubborn}?wait_timeout_ms=300")
     assert (reply.status, reply.json["code"]) == (500, "shutdown_timeout")
@@ -106,7 +106,7 @@ def test_runs(root: Root, daemon: Daemon, clock: WallClock, step: timedelta) -> 
 def test_the_queue_and_the_end_of_retention(root: Root, clock: WallClock, step: timedelta) -> None:
     daemon = Daemon.serve(root, "--permits", "1", "--execution-retention", "2s")
     try:
-        first = daemon.run("sleep 60")
+        first = daemon.run("sleep 600")
         waiting = daemon.send("POST", "/genvm/run", run_body("exit 0"))
         daemon.waiting(1)
         clock.set(daemon, step)
@@ -128,9 +128,10 @@ def test_modules(daemon: Daemon, clock: WallClock, step: timedelta) -> None:
 
     daemon.post("/module/start", {**body, "allow_empty_backends": True})
     kill(module()["pid"])
-    eventually(lambda: module()["state"] != "running", what="it is started again after 1 s")
+    # It is started again after 1 s, which may have passed when a busy machine gets here.
+    daemon.wait_log(lambda record: record["message"] == "module died")
     clock.set(daemon, step)
-    eventually(lambda: module()["state"] == "running")
+    eventually(lambda: module()["restarts"] == 1 and module()["state"] == "running")
     since = datetime.fromisoformat(module()["since"])
     assert abs(since - datetime.now(UTC) - step) < timedelta(hours=1), "what people read"
     assert daemon.post("/module/stop", body) == {"result": "module_stopped"}

@@ -7,14 +7,11 @@ ask for runs, and what the daemon was connecting to fails.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,8 @@ from typing import Any
 import pytest
 
 from ..integration.conftest import Start
-from ..integration.support import Daemon, Root, eventually, run_body, shell
+from ..integration.support import Root, eventually, run_body, shell, watched
+from .support import stopped
 
 PERMITS = "64"
 RUNS = 12
@@ -31,8 +29,6 @@ CHECKS = 20
 KNOWN = {"out": "a known text on stdout", "err": "a known text on stderr", "log": "a known record"}
 #: Checks of so many models, one every so many seconds, for so long.
 MANY_CHECKS, ASKING_SECONDS, FLOOD_SECONDS = 100, 1 / 60, 6.0
-#: How long a status may take meanwhile, on a machine with other work too.
-STATUS_SECONDS = 2.0
 SYN_SENT, ESTABLISHED = "02", "01"
 
 
@@ -102,22 +98,6 @@ class Target:
         )
 
 
-@contextlib.contextmanager
-def stopped(daemon: Daemon) -> Iterator[None]:
-    """Stop the daemon for a while, so that all that happens meanwhile is one batch for it."""
-    daemon.signal(signal.SIGSTOP)
-    try:
-        eventually(
-            lambda: (
-                Path(f"/proc/{daemon.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-            ),
-            what="stopped",
-        )
-        yield
-    finally:
-        daemon.signal(signal.SIGCONT)
-
-
 @pytest.mark.parametrize("kind", ["full", "silent"])
 def test_what_fails_in_the_turn_of_a_hang_up_is_nothing_to_new_runs(
     root: Root, start: Start, kind: str
@@ -178,24 +158,14 @@ def test_the_status_beside_checks_that_nobody_waits_for(root: Root, start: Start
     """Asking what they want would take the manager many times as long as they are there."""
     daemon = start("--permits", PERMITS)
     target = Target("closed")
-    over = threading.Event()
 
     def ask_and_leave() -> None:
-        while not over.wait(ASKING_SECONDS):
+        end = time.monotonic() + FLOOD_SECONDS
+        while time.monotonic() < end:
             daemon.send("POST", "/llm/check", check_body(target.port, MANY_CHECKS)).close()
+            time.sleep(ASKING_SECONDS)
 
-    with ThreadPoolExecutor(1) as pool:
-        leaving = pool.submit(ask_and_leave)
-        try:
-            end, slowest = time.monotonic() + FLOOD_SECONDS, 0.0
-            while time.monotonic() < end:
-                begin = time.monotonic()
-                daemon.get("/status")
-                slowest = max(slowest, time.monotonic() - begin)
-        finally:
-            over.set()
-        leaving.result()
-    assert slowest < STATUS_SECONDS
+    watched(daemon, "checks that nobody waits for", ask_and_leave)
     target.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import select
 import socket
 import ssl
 import time
@@ -11,10 +12,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from genvm_manager import own_command
-
 from ..integration.conftest import Start
 from ..integration.support import (
+    WAIT,
     Daemon,
     Root,
     eventually,
@@ -160,13 +160,9 @@ def test_who_reads_a_large_answer_slowly_and_sends_nothing_more(root: Root, star
 
 def test_who_asks_for_much_and_never_reads_it(root: Root) -> None:
     root.add_shell()
-    command = own_command("serve", "--root", str(root.path), "--port", "0")
-    shorter = "import genvm_manager as g; g.RECEIVE_SECONDS = g.HTTPChannel.abortTimeout = 1.0; "
-    at = command.index("-c") + 1
-    command[at] = command[at].replace("from genvm_manager", f"{shorter}from genvm_manager")
-    daemon = Daemon(command)
+    shorter = {"RECEIVE_SECONDS": 1.0, "HTTPChannel.abortTimeout": 1.0}
+    daemon = Daemon.serve(root, constants=shorter)
     try:
-        daemon.wait_until_listening()
         genvm_id = daemon.run(**shell(f"head -c {LARGE} /dev/zero | tr '\\0' x"))
         assert len(daemon.result(genvm_id)["stdout"]) == LARGE
         before = sockets_of(daemon.pid)
@@ -183,8 +179,12 @@ def test_who_asks_for_much_and_never_reads_it(root: Root) -> None:
             strict=True,
         ):
             peer.sendall(asked)
-        eventually(lambda: sockets_of(daemon.pid) > before, what="they are connected")
-        eventually(lambda: sockets_of(daemon.pid) <= before, what="they are disconnected")
+        hung_up = select.poll()
+        for peer in peers:
+            hung_up.register(peer, select.POLLRDHUP)  # and what is always told
+            assert hung_up.poll(WAIT * 1000), "they are disconnected"
+            hung_up.unregister(peer)
+        eventually(lambda: sockets_of(daemon.pid) <= before, what="and closed")
         for peer in peers:
             peer.close()
         assert daemon.stop() == 0

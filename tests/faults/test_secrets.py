@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import secrets
 import socket
@@ -20,13 +19,11 @@ from ..integration.support import (
     Daemon,
     Root,
     eventually,
-    report,
     shell,
+    watched,
 )
 from .support import troubles
 
-#: What ``GET /status`` may take while a long line is looked at, on a busy machine too, in seconds.
-STATUS_SECONDS = 1.5
 LINE_CHARACTERS = 4_000_000
 
 
@@ -51,20 +48,6 @@ def llm(*keys: str, **changes: Any) -> dict[str, Any]:
     return {"bind_address": "127.0.0.1:0", "backends": backends, **changes}
 
 
-def worst_status(daemon: Daemon, genvm_id: int) -> float:
-    """Return the seconds of the slowest ``GET /status`` until an execution has ended."""
-    connection = http.client.HTTPConnection(daemon.address, timeout=WAIT)
-    found: list[float] = []
-    with contextlib.closing(connection):
-        while daemon.get(f"/genvm/{genvm_id}")["status"] is None:
-            begin = time.monotonic()
-            connection.request("GET", "/status")
-            connection.getresponse().read()
-            found.append(time.monotonic() - begin)
-    report(f"/status beside a long line: max {max(found) * 1000:.1f} ms, n {len(found)}")
-    return max(found)
-
-
 @pytest.mark.parametrize("character", ["x", "k"])
 def test_a_long_line_beside_a_thousand_made_up_secrets(daemon: Daemon, character: str) -> None:
     """They are alike, as keys are, and of the very letter that the line is of."""
@@ -83,9 +66,8 @@ def test_a_long_line_beside_a_thousand_made_up_secrets(daemon: Daemon, character
             assert time.monotonic() < time_limit
             daemon.text = ""
             daemon.result(daemon.run(**quiet))
-        assert (
-            worst_status(daemon, daemon.run(**shell(said, capture_output=False))) < STATUS_SECONDS
-        )
+        said_it = daemon.run(**shell(said, capture_output=False))
+        watched(daemon, "long lines", lambda: daemon.result(said_it))
         eventually(lambda: daemon.text.count(character * LINE_CHARACTERS) == 3, what="whole lines")
         assert keys[917] not in daemon.text
         assert keys[918] not in daemon.text

@@ -413,9 +413,6 @@ class Asked:
         # The only one that must be asked without a key.
         self.echo()
 
-    def late(self) -> None:
-        self.later(float(self.parameter), self.echo)
-
     def _at_gate(self, answer: Callable[[], None]) -> None:
         def opened(_: object) -> None:
             if not self.over:

@@ -405,7 +405,7 @@ def test_events_through_a_restart(root: Root, start: Start) -> None:
     path = root.path / "manager.sock"
     daemon = start(listen=("--socket", str(path)))
     daemon.post("/permits", {"permits": 4})
-    with started(daemon, "events", "--after", "0", "--json", "--reconnect", "45s") as events:
+    with started(daemon, "events", "--after", "0", "--json", "--reconnect", "10m") as events:
         assert json.loads(read_line(events))["event"] == "missed"
         first = json.loads(read_line(events))
         assert (first["event"], first["data"]["permits"]) == ("permits", 4)

@@ -8,7 +8,6 @@ import http.client
 import json
 import signal
 import socket
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ import pytest
 from .conftest import Start
 from .support import (
     Daemon,
-    Pending,
     Reply,
     Root,
     eventually,
@@ -26,6 +24,7 @@ from .support import (
     report,
     run_body,
     timed,
+    watched,
 )
 
 MIB = 1 << 20
@@ -60,16 +59,6 @@ def receive_all(peer: socket.socket) -> bytes:
         while data := peer.recv(65536):
             answer += data
     return answer
-
-
-def latency(daemon: Daemon, count: int = 100) -> float:
-    """Return the 99th percentile of the time that GET /status takes, in seconds."""
-    times = []
-    for _ in range(count):
-        begin = time.perf_counter()
-        daemon.get("/status")
-        times.append(time.perf_counter() - begin)
-    return statistics.quantiles(times, n=100)[-1]
 
 
 # --- HTTP that is not well-formed ---
@@ -273,26 +262,28 @@ def test_a_body_at_the_limit(start: Start) -> None:
 
 
 def test_large_bodies_do_not_hold_up_others(start: Start) -> None:
-    """Four requests of 30 MB of JSON each, while others ask for the status; goal 50 ms."""
+    """Four requests of 30 MB of JSON each, while others ask for the status."""
     daemon = start()
     body = json.dumps({"permits": "x", "rest": ["some text"] * 2_500_000}).encode()
     assert len(body) > 30_000_000
-    pending = [Pending(daemon.address, "POST", "/permits", body, timeout=60) for _ in range(4)]
-    worst = latency(daemon, 50)
-    assert {one.reply().json["code"] for one in pending} == {"invalid_request"}
-    timed("GET /status p99 beside JSON bodies of 30 MB", worst, 0.05)
+
+    def ask() -> None:
+        pending = [daemon.send("POST", "/permits", body) for _ in range(4)]
+        assert {one.reply().json["code"] for one in pending} == {"invalid_request"}
+
+    watched(daemon, "JSON bodies of 30 MB", ask, least=50)
 
 
 # --- slow and idle connections ---
 
 
 def test_a_burst_of_connections(daemon: Daemon) -> None:
-    """300 clients connect while the manager is busy: none has to try again a second later."""
+    """300 clients connect while the manager is stopped: there is room for all of them."""
     peers = []
     daemon.signal(signal.SIGSTOP)
     try:
         for _ in range(300):
-            peers.append(daemon.connect(0.5))
+            peers.append(daemon.connect())
     finally:
         daemon.signal(signal.SIGCONT)
         for peer in peers:
@@ -303,7 +294,6 @@ def test_slow_loris_and_idle_connections(start: Start) -> None:
     """1500 connections that do nothing or trickle; the others do not notice."""
     daemon = start()
     before = memory_of(daemon.pid, "VmRSS")
-    quiet = latency(daemon)
     idle = [daemon.connect() for _ in range(1000)]
     trickling = [daemon.connect() for _ in range(500)]
     slow_body = [daemon.connect() for _ in range(50)]
@@ -319,17 +309,15 @@ def test_slow_loris_and_idle_connections(start: Start) -> None:
                 peer.sendall(b"X-%d: y\r\n" % number)
             for peer in slow_body:
                 peer.sendall(b"x" * 1000)
-        busy = latency(daemon)
+        watched(daemon, "1550 bad connections", least=100)
         grown = memory_of(daemon.pid, "VmRSS") - before
-        timed("GET /status p99 on a quiet manager", quiet, 0.05)
-        timed("GET /status p99 with 1550 bad connections", busy, 0.05)
         report(f"1550 idle and slow connections cost {grown / MIB:.1f} MiB")
         assert grown < 64 * MIB
         daemon.result(daemon.run("exit 0"))
     finally:
         for peer in (*idle, *trickling, *slow_body):
             peer.close()
-    eventually(lambda: latency(daemon, 2) < 1)
+    watched(daemon, "1550 connections that hang up", least=10)
 
 
 def test_a_client_that_does_not_read_its_answer(start: Start) -> None:
@@ -341,16 +329,15 @@ def test_a_client_that_does_not_read_its_answer(start: Start) -> None:
     peers = [daemon.connect() for _ in range(40)]
     for peer in peers:
         peer.sendall(b"GET /genvm/%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % genvm_id)
-    worst = latency(daemon, 30)
+    watched(daemon, "40 clients that do not read", least=30)
     grown = daemon.peak_memory() - before
-    report(f"40 clients that do not read 8 MB each: {grown / MIB:.1f} MiB, {worst * 1e3:.1f} ms")
+    report(f"40 clients that do not read 8 MB each: {grown / MIB:.1f} MiB")
     assert grown < 120 * MIB, "320 MB were asked for"
     for peer in peers:
         peer.close()
     assert daemon.result(genvm_id)["exit_code"] == 0
 
 
-@pytest.mark.timeout(600)
 def test_a_log_that_nobody_reads(start: Start) -> None:
     """A full pipe on stdout neither stops the manager nor keeps it from ending."""
     daemon = start("--log-level", "trace", read_log=False)
@@ -358,7 +345,7 @@ def test_a_log_that_nobody_reads(start: Start) -> None:
     for genvm_id in spam:
         # Three million bytes of log lines: on a busy machine they may take a minute.
         eventually(functools.partial(daemon.ended, genvm_id), 300.0, "it ends")
-    timed("GET /status p99 while the log is stuck", latency(daemon), 0.05)
+    watched(daemon, "a log that is stuck", least=30)
     begin = time.monotonic()
     daemon.signal(signal.SIGTERM)
     assert daemon.wait() == 0

@@ -68,7 +68,7 @@ def test_another_way_to_start_it(made_root: Root, way: str) -> None:
         assert daemon.get("/status")["permits"] == limits
         result = daemon.result(daemon.run("print hello", "exit 3"))
         assert (result["stdout"], result["exit_code"], result["cause"]) == ("hello\n", 3, "exited")
-        second = daemon.run("sleep 60", is_sync=False)
+        second = daemon.run("sleep 600", is_sync=False)
         assert daemon.request("DELETE", f"/genvm/{second}").status == 200
         assert daemon.post("/module/start", MODULE) == {"result": "module_started"}
         assert daemon.post("/module/stop", MODULE) == {"result": "module_stopped"}
@@ -88,7 +88,7 @@ def test_successes(daemon: Daemon) -> None:
     genvm_id = daemon.run("print hello", "exit 3")
     result = daemon.result(genvm_id)
     assert (result["stdout"], result["exit_code"], result["cause"]) == ("hello\n", 3, "exited")
-    second = daemon.run("sleep 60", is_sync=False)
+    second = daemon.run("sleep 600", is_sync=False)
     assert daemon.get(f"/genvm/{second}") == {"genvm_id": second, "status": None}
     reply = daemon.request("DELETE", f"/genvm/{second}")
     assert reply.json == {"result": "shutdown_completed", "genvm_id": second}
@@ -179,7 +179,7 @@ def test_failures_that_depend_on_what_goes_on(daemon: Daemon, made_root: Root) -
     assert (reply.status, reply.json["code"]) == (500, "manifest_invalid")
     # An executor that has to be killed, and one that was asked for in a wrong way.
     up = made_root.path / "up"
-    genvm_id = daemon.run("ignore-sigterm", f"touch {up}", "sleep 60")
+    genvm_id = daemon.run("ignore-sigterm", f"touch {up}", "sleep 600")
     eventually(up.exists)
     up.unlink()
     reply = daemon.request("DELETE", f"/genvm/{genvm_id}?wait_timeout_ms=soon")

@@ -70,7 +70,7 @@ def strictly(data: bytes, kind: Any) -> Any:
 def test_every_answer_is_of_its_class(root: Root, start: Start) -> None:
     daemon = start("--permits", "4")
     genvm_id = daemon.run("print hello", "log info text", "exit 3")
-    daemon.run("sleep 60")
+    daemon.run("sleep 600")
     check = {"host": "http://127.0.0.1:9", "provider": "ollama", "model": "m"}
     checks = {"configs": [check, {}], "test_prompts": [{"user_message": "OK"}]}
     requests: list[tuple[str, str, Any, Any]] = [
@@ -137,7 +137,7 @@ def test_every_event_is_of_its_class(root: Root, start: Start) -> None:
     daemon = start("--permits", "1", "--capture-max-bytes", "100000")
     seen = set()
     with following(daemon, "/events", {"Last-Event-ID": "other-1"}) as events:
-        genvm_id = daemon.run("spam stdout 300000", "print-err x", "log info x", "sleep 60")
+        genvm_id = daemon.run("spam stdout 300000", "print-err x", "log info x", "sleep 600")
         with following(daemon, f"/genvm/{genvm_id}/events") as written:
             written.until("log")
         waiting = daemon.send("POST", "/genvm/run", run_body("exit 0", host_data="{}"))

@@ -165,10 +165,10 @@ class Queue(NamedTuple):
 
 
 @pytest.fixture
-def queue(daemon: Daemon, shared_root: Root) -> Iterator[Queue]:
+def queue(daemon: Daemon, tmp_path: Path) -> Iterator[Queue]:
     """A heavy run that waits, and a light one behind it."""
     daemon.post("/permits", {"permits": 2})
-    go = shared_root.path / "go"
+    go = tmp_path / "go"
     first = daemon.run(f"wait-file {go}", "exit 0")
     heavy = daemon.send("POST", "/genvm/run", run_body("exit 0", is_sync=False))
     daemon.waiting(1)
@@ -176,7 +176,6 @@ def queue(daemon: Daemon, shared_root: Root) -> Iterator[Queue]:
     daemon.waiting(2)
     yield Queue(go, first, heavy, light)
     daemon.post("/permits", {"permits": 8})
-    go.unlink()
 
 
 def test_a_heavy_run_is_not_overtaken(daemon: Daemon, queue: Queue) -> None:
@@ -280,15 +279,14 @@ def test_a_hundred_clients_that_leave(start: Start) -> None:
 
 
 def test_a_client_that_leaves_a_running_execution_does_not_end_it(
-    daemon: Daemon, shared_root: Root
+    daemon: Daemon, tmp_path: Path
 ) -> None:
-    go = shared_root.path / "go"
+    go = tmp_path / "go"
     genvm_id = daemon.run(f"wait-file {go}", "exit 6")
     daemon.send("GET", f"/genvm/{genvm_id}?wait=10s").close()
     assert daemon.get(f"/genvm/{genvm_id}?wait=100ms")["status"] is None
     go.touch()
     assert daemon.result(genvm_id)["exit_code"] == 6
-    go.unlink()
 
 
 # --- the limit of the queue ---
@@ -324,7 +322,7 @@ def no_permit(reply: Reply, seconds: int) -> None:
 
 def test_a_client_that_waits_for_so_long(start: Start) -> None:
     daemon = start("--permits", "1")
-    long = daemon.run("sleep 60")
+    long = daemon.run("sleep 600")
     begin = time.monotonic()
     pending = daemon.send("POST", "/genvm/run", run_body("exit 0"), {"Prefer": "wait=1"})
     at_once = daemon.request("POST", "/genvm/run", run_body("exit 0"), {"Prefer": "wait=0"})

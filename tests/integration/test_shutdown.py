@@ -33,7 +33,7 @@ def start_runs(daemon: Daemon, root: Root, count: int = RUNS, stubborn: int = 0)
     ids = []
     for number in range(count):
         trap = 'trap "" TERM; ' if number < stubborn else ""
-        command = f"{trap}touch {root.path}/up-{number}; exec sleep 60"
+        command = f"{trap}touch {root.path}/up-{number}; exec sleep 600"
         ids.append(daemon.run(host_data=command))
     ups = [root.path / f"up-{number}" for number in range(count)]
     eventually(lambda: all(up.exists() for up in ups), what="all executors run")
@@ -66,7 +66,7 @@ def test_killed_with_twenty_executors_and_their_grandchildren(root: Root, start:
     daemon = start("--permits", "50")
     for number in range(RUNS):
         step = "grandchild-session 300" if number % 2 else "grandchild 300"
-        daemon.run(step, "ignore-sigterm", "sleep 60", capture_output=number % 3 != 0)
+        daemon.run(step, "ignore-sigterm", "sleep 600", capture_output=number % 3 != 0)
     eventually(lambda: len(daemon.descendants()) == 2 * RUNS)
     daemon.process.kill()
     assert_nothing_left(daemon, "kill -9 with 20 executors and 20 grandchildren")
@@ -97,7 +97,10 @@ def test_asked_to_end_with_twenty_executors(root: Root, start: Start, number: in
     ends = [r for r in daemon.records if r["message"] == "execution finished"]
     assert sorted(r["genvm_id"] for r in ends) == ids, "each ends exactly once"
     assert {r["cause"] for r in ends} == {"shutdown"}
-    assert sum(r["signal"] == 9 for r in ends) == 5
+    by_id = {r["genvm_id"]: r["signal"] for r in ends}
+    assert [by_id[one] for one in ids[:5]] == [signal.SIGKILL] * 5
+    # On a busy machine one may die of SIGTERM too late.
+    assert signal.SIGTERM in [by_id[one] for one in ids[5:]]
     assert daemon.records[-1]["message"] == "stopped"
     assert daemon.errors == ""
 
@@ -142,7 +145,7 @@ def test_two_signals_in_one_moment(root: Root, start: Start) -> None:
 
 def test_grace_is_configurable(root: Root, start: Start) -> None:
     """An executor that needs its time to end has it."""
-    root.script(f"trap 'sleep 1.2; touch {root.path}/ended; exit 0' TERM; sleep 60 & wait")
+    root.script(f"trap 'sleep 1.2; touch {root.path}/ended; exit 0' TERM; sleep 600 & wait")
     daemon = start("--shutdown-grace", "10s")
     daemon.run()
     eventually(lambda: len(daemon.descendants()) == 2)
@@ -250,7 +253,7 @@ def test_it_ends_although_clients_stay_connected(start: Start) -> None:
 
 def test_a_large_result_is_sent_whole_before_it_ends(root: Root, start: Start) -> None:
     daemon = start()
-    (genvm_id,) = [daemon.run("spam stdout 4000000", f"touch {root.path}/up", "sleep 60")]
+    (genvm_id,) = [daemon.run("spam stdout 4000000", f"touch {root.path}/up", "sleep 600")]
     eventually((root.path / "up").exists)
     poll = daemon.send("GET", f"/genvm/{genvm_id}?wait=60s")
     daemon.get("/status")
@@ -276,7 +279,7 @@ def test_the_guardian_leaves_others_alone(root: Root, start: Start) -> None:
     """Two managers of the same root: the death of one is nothing to the other."""
     one, other = start(), start()
     start_runs(one, root, 3)
-    staying = other.run(host_data="exec sleep 60")
+    staying = other.run(host_data="exec sleep 600")
     bystander = subprocess.Popen(["sleep", "60"])
     try:
         one.process.kill()

@@ -89,7 +89,7 @@ def test_a_client_of_an_earlier_start_never_meets_the_run_of_another(
             for method in ("GET", "DELETE"):
                 reply = daemon.request(method, f"/genvm/{old}")
                 assert (reply.status, reply.json["code"]) == (404, "execution_not_found")
-        ids = [daemon.run("sleep 60") for _ in range(3)]
+        ids = [daemon.run("sleep 600") for _ in range(3)]
         assert ids == sorted(ids)
         assert not seen or ids[0] > seen[-1], "they grow"
         assert ids[-1] < 2**53
@@ -207,7 +207,7 @@ def test_twistd(root: Root, listener: str) -> None:
         assert daemon.address.startswith("127.0.0.1:" if listener == "tcp" else "unix://")
         assert daemon.get("/permits")["permits"] == 3
         runs_an_execution(daemon)
-        daemon.run("sleep 60")
+        daemon.run("sleep 600")
         daemon.signal(signal.SIGINT if listener == "tcp" else signal.SIGTERM)
         assert daemon.wait() == 0
         assert daemon.descendants() == []
@@ -233,7 +233,7 @@ def test_twistd_in_the_background(root: Root) -> None:
         eventually(lambda: log.exists() and '"listening"' in log.read_text(), what="it listens")
         pid = int(pidfile.read_text())
         up = root.path / "up"
-        body = run_body("ignore-sigterm", f"touch {up}", "sleep 60")
+        body = run_body("ignore-sigterm", f"touch {up}", "sleep 600")
         reply = Pending(f"unix://{settings['SOCKET']}", "POST", "/genvm/run", body).reply()
         assert reply.json["result"] == "started"
         eventually(up.exists)
@@ -352,7 +352,7 @@ def test_die_with_parent(root: Root, step: str) -> None:
         guardians = [pid for pid in children_of(manager) if "guard_desc" in command_of(pid)]
         guardian = guardians[0]
         for number in range(5):
-            parent.run(step, f"touch {root.path}/{number}", "sleep 60")
+            parent.run(step, f"touch {root.path}/{number}", "sleep 600")
         eventually(lambda: all((root.path / str(number)).exists() for number in range(5)))
         parent.process.kill()
         within(1.0, lambda: not parent.descendants(), f"die-with-parent ({step}): all are gone")

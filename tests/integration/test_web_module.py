@@ -58,7 +58,7 @@ def web() -> Iterator[WebServer]:
 @pytest.fixture(scope="module")
 def module(authority: tuple[Path, ssl.SSLContext]) -> Iterator[WebModule]:
     made = WebModule(
-        {"always_allow_hosts": TRUSTED, "extra_tld": ["test"]},
+        {"always_allow_hosts": TRUSTED, "extra_tld": ["test"], "timeout": "100s"},
         names=NAMES,
         environment={"SSL_CERT_FILE": str(authority[0])},
     )
@@ -348,10 +348,10 @@ def test_a_client_that_vanishes_cancels_its_request(module: WebModule, web: WebS
 
 
 def test_a_server_that_keeps_its_connections(
-    start: Start, web: WebServer, authority: tuple[Path, ssl.SSLContext]
+    start: Start, authority: tuple[Path, ssl.SSLContext]
 ) -> None:
     """The end of TLS needs two, and so does a body: who does not take part is left."""
-    module = start(timeout="2s")
+    modules = module, hasty = start(timeout="100s"), start(timeout="1s")
     secure = WebServer(authority[1])
     over = threading.Event()
 
@@ -367,7 +367,11 @@ def test_a_server_that_keeps_its_connections(
     secure.answers["/stall"] = stall
     impolite = socket.create_server(("127.0.0.1", 0))
     place = "http://{}:{}".format(*impolite.getsockname())
-    before = sockets_of(module.process.pid)
+
+    def sockets() -> list[int]:
+        return [sockets_of(one.process.pid) for one in modules]
+
+    before = sockets()
     try:
         with impolite:
             client = module.client()
@@ -379,8 +383,8 @@ def test_a_server_that_keeps_its_connections(
             client.close()
             base = f"https://secure.test:{secure.port}"
             assert response(module.get(base))["body"] == b"ok"
-            assert causes(module.get(f"{base}/stall")) == ["TIMEOUT"]
-            eventually(lambda: sockets_of(module.process.pid) == before, what="all are closed")
+            assert causes(hasty.get(f"{base}/stall")) == ["TIMEOUT"]
+            eventually(lambda: sockets() == before, what="all are closed")
             peer.close()
     finally:
         over.set()
@@ -597,7 +601,7 @@ def test_a_name_server_that_is_silent(tmp_path: Path) -> None:
     steps += ' && ip link set lo up && shift 2 && exec "$@"'
     hand_out = [sys.executable, "-ISc", _HAND_OUT, str(tmp_path / "names")]
     module = WebModule(
-        {"timeout": "100s"},
+        {"timeout": "600s"},
         prefix=[*_WITH_FILES_OF_ITS_OWN, steps, "sh", str(resolver), str(switch), *hand_out],
     )
     try:

@@ -18,6 +18,7 @@ from genvm_manager import own_command
 
 from .executor_client import Client
 from .module_support import ModuleProcess
+from .support import WAIT
 
 HELLO = {"cookie": "w1", "host_data": {"node_address": "0xaa", "tx_id": "0xbb", "zone": "eu"}}
 
@@ -85,7 +86,7 @@ class WebModule(ModuleProcess):
     def render(self, url: str, **changes: Any) -> Any:
         """Render one page over a connection of its own."""
         client = self.client()
-        client.socket.settimeout(90)
+        client.socket.settimeout(2 * WAIT)
         try:
             return client.ask(render(url, **changes))
         finally:

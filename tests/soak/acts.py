@@ -298,7 +298,7 @@ async def ask_module(soak: Soak, rng: random.Random, name: str) -> None:
 async def contract(soak: Soak, rng: random.Random, name: str) -> None:
     """Let a host's contract return, or be ended; its host hears of either."""
     ended = rng.choice(("", "", "cancelled", "deadline"))
-    code = "on method m\n" + ("sleep 60\n" if ended else "") + 'return "$args.0"\n'
+    code = "on method m\n" + ("sleep 600\n" if ended else "") + 'return "$args.0"\n'
     place = soak.root.path / name.replace(" ", "-")
     with serving(Host(place, code)) as host:
         host.calls({"method": "m", "args": [name], "kwargs": {}})
