@@ -38,6 +38,8 @@ from genvm_manager import (
     read_token,
 )
 
+from .support import PATIENCE
+
 PROJECT = Path(genvm_manager.__file__).parent
 SOURCE = Path(genvm_manager.__file__)
 
@@ -792,7 +794,7 @@ def test_the_file_alone_needs_nothing_but_the_listed_packages(tmp_path: Path) ->
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=2 * PATIENCE,
     )
     loaded = set(json.loads(run.stdout)) - sys.stdlib_module_names - {"genvm_manager"}
     packages = importlib.metadata.packages_distributions()
@@ -826,7 +828,7 @@ def test_the_file_runs_whatever_its_name_is(
         capture_output=True,
         check=False,
         text=True,
-        timeout=60,
+        timeout=2 * PATIENCE,
     )
     assert (run.returncode, run.stdout) == (1, "")
     assert run.stderr.startswith("genvm-manager: flag --host: expected a string that is not empty")

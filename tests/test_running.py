@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .support import PATIENCE
+
 TESTS = """
 import time
 from pathlib import Path
@@ -46,7 +48,7 @@ def test_one_that_is_to_run_alone_runs_alone(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=2 * PATIENCE,
     )
     assert "2 failed, 90 passed" in run.stdout, run.stdout + run.stderr
     notes = (folder / "notes").read_text().splitlines()

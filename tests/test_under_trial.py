@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .support import PATIENCE
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -17,7 +19,7 @@ def test_the_service_passes_under_trial(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=100,
+        timeout=2 * PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stdout

@@ -64,7 +64,7 @@ from genvm_manager import (
     signature_base,
 )
 
-from .support import ThreadlessReactor, exit_reason, http_client, outcome
+from .support import PATIENCE, ThreadlessReactor, exit_reason, http_client, outcome
 
 RULES = UrlRules()
 SUFFIXES = PublicSuffixList(only_icann=True, accept_unknown=False)
@@ -603,14 +603,18 @@ names = Names(reactor, resolve=lambda name: (hangs.release(), threading.Event().
 for name in "ab":
     Deferred.fromCoroutine(names.look_up_for(name)(name))
 for _ in range(2):
-    assert hangs.acquire(timeout=60)
+    assert hangs.acquire(timeout=2 * PATIENCE)
 print("the end")
 """
 
 
 def test_a_lookup_that_hangs_keeps_nothing_from_ending() -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", _HANGING], capture_output=True, check=True, timeout=100, text=True
+        [sys.executable, "-c", _HANGING],
+        capture_output=True,
+        check=True,
+        timeout=2 * PATIENCE,
+        text=True,
     )
     assert ended.stdout == "the end\n"
 

@@ -30,7 +30,7 @@ MESSAGE = {
 class ServiceTests(TestCase):
     """Trial itself checks that the service leaves no timer, connection or process behind."""
 
-    timeout = 60
+    timeout = 120
 
     def setUp(self) -> None:
         root = Path(self.mktemp()).absolute()

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from ..integration.conftest import Start
-from ..integration.support import Root, eventually, run_body, shell, watched
+from ..integration.support import Root, eventually, received, run_body, shell, watched
 from .support import stopped
 
 PERMITS = "64"
@@ -167,9 +167,3 @@ def test_the_status_beside_checks_that_nobody_waits_for(root: Root, start: Start
 
     watched(daemon, "checks that nobody waits for", ask_and_leave)
     target.close()
-
-
-def received(connection: socket.socket) -> bytes:
-    """Return everything that comes until the other side closes."""
-    with connection, connection.makefile("rb") as file:
-        return file.read()

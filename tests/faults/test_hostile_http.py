@@ -21,6 +21,7 @@ from ..integration.support import (
     Root,
     eventually,
     memory_of,
+    received,
     report,
     run_body,
     timed,
@@ -53,15 +54,6 @@ def daemon(start: Start) -> Daemon:
     made = start()
     made.result(made.run("exit 0"))
     return made
-
-
-def received(peer: socket.socket, most: int = 1 << 30) -> bytes:
-    """Return what comes until the other side closes, or until there is enough."""
-    found = b""
-    with contextlib.suppress(ConnectionResetError):
-        while len(found) < most and (data := peer.recv(65536)):
-            found += data
-    return found
 
 
 def test_two_thousand_connections_that_do_nothing(daemon: Daemon) -> None:

@@ -24,7 +24,7 @@ from twisted.internet.protocol import Factory, Protocol
 from genvm_manager import ResourcesExhausted, SpareResolver, SpareThreads, own_command
 
 from ..integration.conftest import Start
-from ..integration.support import SOURCE, Daemon, Root, eventually, timed, with_constants
+from ..integration.support import SOURCE, WAIT, Daemon, Root, eventually, timed, with_constants
 from ..support import async_test, real_reactor
 
 FACTORY: Any = Factory.forProtocol(Protocol)
@@ -162,7 +162,7 @@ def test_a_manifest_that_is_a_pipe_is_refused(root: Root, start: Start) -> None:
     with ThreadPoolExecutor() as pool:
         replies = [pool.submit(daemon.request, "POST", "/manifest/reload") for _ in range(3)]
         for reply in replies:
-            assert reply.result(30).json["code"] == "manifest_invalid"
+            assert reply.result(WAIT).json["code"] == "manifest_invalid"
     assert "not a file" in daemon.get("/status")["manifest"]["problem"]
     assert daemon.result(daemon.run("exit 0"))["exit_code"] == 0, "the old one stays"
     assert daemon.stop() == 0
@@ -171,7 +171,7 @@ def test_a_manifest_that_is_a_pipe_is_refused(root: Root, start: Start) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=2 * WAIT,
     )
     assert (run.returncode, "not a file" in run.stderr) == (1, True)
 

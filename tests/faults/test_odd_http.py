@@ -18,6 +18,7 @@ from ..integration.support import (
     Daemon,
     Root,
     eventually,
+    received,
     run_body,
     shell,
     sockets_of,
@@ -39,14 +40,12 @@ def exchange(
     daemon: Daemon, data: bytes, *, half_close: bool = False
 ) -> tuple[int, dict[str, object]]:
     """Return status and JSON of the answer to bytes; the connection is closed by the manager."""
-    with daemon.connect(timeout=30) as peer:
+    with daemon.connect() as peer:
         peer.sendall(data)
         if half_close:
             peer.shutdown(socket.SHUT_WR)
-        answer = bytearray()
-        while piece := peer.recv(65536):
-            answer += piece
-    head, _, body = bytes(answer).partition(b"\r\n\r\n")
+        answer = received(peer)
+    head, _, body = answer.partition(b"\r\n\r\n")
     return int(head.split()[1]), json.loads(body)
 
 
@@ -128,7 +127,7 @@ def ask_for(daemon: Daemon, path: str) -> socket.socket:
     """Ask for something, with little room for what comes, and send nothing more."""
     peer = socket.socket()
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    peer.settimeout(30)
+    peer.settimeout(WAIT)
     host, _, port = daemon.address.rpartition(":")
     peer.connect((host, int(port)))
     peer.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
@@ -138,11 +137,11 @@ def ask_for(daemon: Daemon, path: str) -> socket.socket:
 
 def test_who_reads_a_large_answer_slowly_and_sends_nothing_more(root: Root, start: Start) -> None:
     root.add_shell()
-    daemon = start()
+    daemon = start(constants={"HALF_CLOSED_SECONDS": 0.3})
     genvm_id = daemon.run(**shell(f"head -c {LARGE} /dev/zero | tr '\\0' x"))
     assert len(daemon.result(genvm_id)["stdout"]) == LARGE
     peers = [ask_for(daemon, f"/genvm/{genvm_id}") for _ in range(4)]
-    slowly = time.monotonic() + 1.5  # more than HALF_CLOSED_SECONDS
+    slowly = time.monotonic() + 0.6  # more than HALF_CLOSED_SECONDS
     reader, *leaving = peers
     answer = bytearray()
     while piece := reader.recv(4096 if time.monotonic() < slowly else 1 << 20):
@@ -193,37 +192,34 @@ def test_who_asks_for_much_and_never_reads_it(root: Root) -> None:
 
 
 def test_requests_in_one_packet_and_nothing_more(daemon: Daemon) -> None:
-    with daemon.connect(timeout=30) as peer:
+    with daemon.connect() as peer:
         peer.sendall(b"GET /permits HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10)
         peer.shutdown(socket.SHUT_WR)
-        answers = b""
-        while piece := peer.recv(65536):
-            answers += piece
+        answers = received(peer)
     assert answers.count(b"HTTP/1.1 200 OK") == 10
 
 
 def test_two_hosts_and_a_body_that_waits_to_be_wanted(daemon: Daemon) -> None:
     head = b"POST /permits HTTP/1.1\r\nHost: localhost\r\nHost: b\r\nExpect: 100-continue\r\n"
-    with daemon.connect(timeout=30) as peer:
+    with daemon.connect() as peer:
         peer.sendall(head + b"Content-Length: 14\r\n\r\n")
         peer.shutdown(socket.SHUT_WR)
-        answer = b""
-        while piece := peer.recv(65536):
-            answer += piece
+        answer = received(peer)
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert b"100 Continue" not in answer
 
 
 def test_who_follows_events_and_sends_nothing_more(start: Start) -> None:
-    daemon = start()
+    # No heartbeat comes meanwhile.
+    daemon = start(constants={"HALF_CLOSED_SECONDS": 0.3, "HEARTBEAT_SECONDS": 600})
     with ask_for(daemon, "/events") as peer:
         seen = bytearray()
         while b": events" not in seen:
             seen += peer.recv(4096)
-        peer.settimeout(2.5)  # more than HALF_CLOSED_SECONDS, less than until a heartbeat
+        peer.settimeout(0.6)  # more than HALF_CLOSED_SECONDS
         with pytest.raises(TimeoutError):
             assert peer.recv(4096)
-        peer.settimeout(30)
+        peer.settimeout(WAIT)
         daemon.post("/permits", {"permits": 7})
         while b"event: permits" not in seen:
             piece = peer.recv(4096)
@@ -238,7 +234,7 @@ def test_a_tls_handshake_is_answered_at_once_by_the_end(daemon: Daemon) -> None:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     begin = time.monotonic()
-    with daemon.connect(timeout=30) as peer, pytest.raises((ssl.SSLError, OSError)):
+    with daemon.connect() as peer, pytest.raises((ssl.SSLError, OSError)):
         context.wrap_socket(peer, server_hostname="localhost")
     timed("a TLS handshake at the plain port", time.monotonic() - begin, 0.5)
     assert daemon.get("/permits")["in_use"] == 0

@@ -14,7 +14,7 @@ import pytest
 
 from genvm_manager import own_command
 
-from ..integration.support import SOURCE, Daemon, Root, eventually
+from ..integration.support import SOURCE, WAIT, Daemon, Root, eventually
 from .support import times
 
 MANAGERS = 6
@@ -68,7 +68,7 @@ def test_a_start_that_fails_on_its_port_leaves_no_socket(root: Root) -> None:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=2 * WAIT,
         )
     assert run.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}" in run.stderr

@@ -343,6 +343,15 @@ class Pending:
         self._connection.close()
 
 
+def received(peer: socket.socket, most: int = 1 << 30) -> bytes:
+    """Return what comes until the other side closes, or until there is enough."""
+    found = bytearray()
+    with contextlib.suppress(ConnectionResetError):
+        while len(found) < most and (data := peer.recv(65536)):
+            found += data
+    return bytes(found)
+
+
 # --- the daemon ---
 
 

@@ -414,7 +414,7 @@ def test_five_at_once(module: WebModule, web: WebServer, folder: Path) -> None:
     gate = Gate(web, "/gated")
     clients = [module.client() for _ in range(5)]
     for client in clients:
-        client.socket.settimeout(200)
+        client.socket.settimeout(2 * WAIT)
         client.send(render(f"{web.url}/gated"))
     for _ in range(2):
         assert gate.held.acquire(timeout=WAIT)

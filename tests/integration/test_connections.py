@@ -21,6 +21,7 @@ from .support import (
     Root,
     eventually,
     memory_of,
+    received,
     report,
     run_body,
     timed,
@@ -50,15 +51,6 @@ def response_on(peer: socket.socket) -> Reply:
         headers = {name.lower(): value for name, value in response.getheaders()}
     assert headers["content-type"] == "application/json; charset=utf-8", body[:500]
     return Reply(response.status, headers, json.loads(body), body)
-
-
-def receive_all(peer: socket.socket) -> bytes:
-    """Return what arrives until the other side closes."""
-    answer = b""
-    with contextlib.suppress(ConnectionResetError):
-        while data := peer.recv(65536):
-            answer += data
-    return answer
 
 
 # --- HTTP that is not well-formed ---
@@ -118,7 +110,7 @@ def test_a_head_that_is_too_large_is_told_the_limits(daemon: Daemon, head: bytes
 def test_malformed_http_closes_the_connection(daemon: Daemon) -> None:
     with daemon.connect() as peer:
         peer.sendall(DRAIN + b"no colon here\r\n\r\n")
-        assert receive_all(peer).count(b"HTTP/1.1") == 1
+        assert received(peer).count(b"HTTP/1.1") == 1
 
 
 @pytest.mark.parametrize(
@@ -157,7 +149,7 @@ def test_two_requests_in_one_packet(daemon: Daemon) -> None:
     last = b"GET /permits HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     with daemon.connect() as peer:
         peer.sendall(one * 3 + last)
-        answer = receive_all(peer)
+        answer = received(peer)
     assert answer.count(b"HTTP/1.1 200 OK") == 4
     assert answer.count(b'"permits":8') == 4
 
@@ -178,7 +170,7 @@ def test_http_1_0(daemon: Daemon) -> None:
 def test_head(daemon: Daemon) -> None:
     with daemon.connect() as peer:
         peer.sendall(b"HEAD /status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        answer = receive_all(peer)
+        answer = received(peer)
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200")
     assert body == b""

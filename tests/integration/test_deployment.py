@@ -29,7 +29,7 @@ import pytest
 from genvm_manager import __version__, own_command
 
 from .conftest import Start, write_certificate
-from .support import PROJECT, SOURCE, Daemon, Root, eventually, run_body, shell
+from .support import PROJECT, SOURCE, WAIT, Daemon, Root, eventually, run_body, shell
 
 TEXT = (PROJECT / "README.md").read_text(encoding="utf-8")
 LOOPBACK = ":interface=127.0.0.1"
@@ -113,7 +113,7 @@ def test_a_place_that_cannot_be(root: Root, endpoint: str, said: str) -> None:
             command(root, "--listen", f"unix:{root.path}/first,{endpoint.format(**names)}"),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=2 * WAIT,
             check=False,
         )
     assert done.returncode == 1
@@ -166,7 +166,7 @@ def test_sockets_of_systemd_outlive_the_manager(root: Root) -> None:
         for _ in range(2):
             with activated(root, sockets, "--listen", places) as daemon:
                 with waiting:
-                    waiting.settimeout(45)
+                    waiting.settimeout(2 * WAIT)
                     assert waiting.recv(15) == b"HTTP/1.1 200 OK"
                 expected = {f"unix://{path}", f"127.0.0.1:{tcp.getsockname()[1]}"}
                 daemon.wait_log(lambda record: record.get("address", "").startswith("unix"))
@@ -197,7 +197,7 @@ def test_a_socket_of_systemd_that_others_reach_needs_a_token(root: Root) -> None
 
 
 def served_certificate(port: int) -> str:
-    return ssl.get_server_certificate(("127.0.0.1", port), timeout=45)
+    return ssl.get_server_certificate(("127.0.0.1", port), timeout=2 * WAIT)
 
 
 def test_tls(start: Start, tmp_path: Path) -> None:
@@ -209,7 +209,9 @@ def test_tls(start: Start, tmp_path: Path) -> None:
     daemon = start(listen=("--listen", f"ssl:0:privateKey={pair}{LOOPBACK}"))
     assert daemon.address.startswith("https://127.0.0.1:")
     port = daemon.address.rpartition(":")[2]
-    connection = http.client.HTTPSConnection("127.0.0.1", int(port), context=trusting, timeout=45)
+    connection = http.client.HTTPSConnection(
+        "127.0.0.1", int(port), context=trusting, timeout=2 * WAIT
+    )
     for _ in range(2):
         connection.request("POST", "/genvm/run", json.dumps(run_body("print fine")))
         answer = json.load(connection.getresponse())
@@ -280,7 +282,7 @@ class Ear:
         self.socket.bind("\0" + address[1:] if address.startswith("@") else address)
         self.heard: list[dict[str, str]] = []
 
-    def next(self, timeout: float = 45) -> dict[str, str]:
+    def next(self, timeout: float = WAIT) -> dict[str, str]:
         """Return the next datagram."""
         self.socket.settimeout(timeout)
         lines = self.socket.recv(4096).decode().splitlines()
@@ -450,7 +452,7 @@ def test_logrotate(root: Root, how: str) -> None:
             daemon.result(ids[-1])
             eventually(lambda: f'"genvm_id": {ids[-1]}' in text_of(path), what="its line")
             words = [logrotate, "--force", "--state", f"{root.path}/state", str(rules)]
-            subprocess.run(words, check=True, timeout=60)
+            subprocess.run(words, check=True, timeout=2 * WAIT)
         assert daemon.stop() == 0
         files = [path, *(root.path / f"m.log.{number}" for number in (1, 2, 3))]
         records = [
@@ -491,7 +493,7 @@ def test_the_units_are_what_systemd_understands(tmp_path: Path) -> None:
 
     def judged(*words: str) -> str:
         done = subprocess.run(
-            [analyze, *words], capture_output=True, text=True, timeout=60, check=False
+            [analyze, *words], capture_output=True, text=True, timeout=2 * WAIT, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "genvm-manager" not in done.stderr, done.stderr
@@ -517,7 +519,7 @@ def test_the_commands_of_the_unit(root: Root, start: Start) -> None:
         word.replace("${CREDENTIALS_DIRECTORY}", str(root.path)) for word in commands["ExecStop"]
     ]
     draining = [sys.executable, str(SOURCE), *words, "--server", f"http://{daemon.address}"]
-    subprocess.run(draining, check=True, timeout=90, stdout=subprocess.DEVNULL)
+    subprocess.run(draining, check=True, timeout=2 * WAIT, stdout=subprocess.DEVNULL)
     reply = daemon.request("GET", "/status", headers={"Authorization": f"Bearer {TOKEN}"})
     assert reply.json["draining"] is True
 
@@ -536,7 +538,7 @@ def test_the_container_has_what_it_needs(root: Root, tmp_path: Path) -> None:
     )
     compiling = steps["RUN"].partition("&&")[2].split()
     assert compiling[:3] == ["python", "-m", "compileall"]
-    subprocess.run([sys.executable, *compiling[1:]], cwd=tmp_path, check=True, timeout=60)
+    subprocess.run([sys.executable, *compiling[1:]], cwd=tmp_path, check=True, timeout=2 * WAIT)
     assert list(tmp_path.glob("__pycache__/genvm_manager.*.pyc"))
 
     token = tmp_path / "token"
@@ -553,9 +555,9 @@ def test_the_container_has_what_it_needs(root: Root, tmp_path: Path) -> None:
         daemon.wait_until_listening()
         port = daemon.address.rpartition(":")[2]
         probe = [sys.executable, *(word.replace("3999", port) for word in probing)]
-        assert subprocess.run(probe, timeout=60, check=False).returncode == 0
+        assert subprocess.run(probe, timeout=2 * WAIT, check=False).returncode == 0
         assert daemon.stop() == 0
-        gone = subprocess.run(probe, timeout=60, check=False, stderr=subprocess.DEVNULL)
+        gone = subprocess.run(probe, timeout=2 * WAIT, check=False, stderr=subprocess.DEVNULL)
         assert gone.returncode != 0
     finally:
         daemon.close()

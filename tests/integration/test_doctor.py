@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .conftest import Start
-from .support import MARKER, SOURCE, VERSION, Root, processes_with
+from .support import MARKER, SOURCE, VERSION, WAIT, Root, processes_with
 
 SECRET = "sk-that-nobody-must-see"
 
@@ -30,7 +30,7 @@ def doctor(
         [sys.executable, str(source), "doctor", *words],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=2 * WAIT,
         env={**clean, MARKER: marker, **environ},
         preexec_fn=prepare,
         check=False,
@@ -228,6 +228,6 @@ def test_each_place_to_listen_at(root: Root, start: Start) -> None:
 def test_what_others_wrote_does_not_steer_a_terminal(root: Root) -> None:
     """Names of files and commands of other processes may hold anything."""
     command = [sys.executable, str(SOURCE), "doctor", "--root", f"{root.path}/\x1b[2J"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=2 * WAIT)
     assert r"\x1b[2J" in done.stdout
     assert "\x1b" not in done.stdout

@@ -67,7 +67,7 @@ def test_status(daemon: Daemon) -> None:
 
 
 def test_status_lists_executions(daemon: Daemon) -> None:
-    running = daemon.run("sleep 600", is_sync=False, max_execution_minutes=0.5)
+    running = daemon.run("sleep 600", is_sync=False, max_execution_minutes=20)
     finished = daemon.run("exit 4")
     name = str(finished)
     eventually(lambda: daemon.get("/status")["executions"][name]["has_result"])

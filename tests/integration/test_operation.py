@@ -241,7 +241,7 @@ def test_metrics(root: Root, start: Start) -> None:
         assert not os.environ.get("GENVM_REQUIRE_PROMTOOL"), "promtool is not installed"
         pytest.skip("promtool, of the package prometheus, is not installed")
     command = [promtool, "check", "metrics"]
-    done = subprocess.run(command, input=text, capture_output=True, timeout=60, check=False)
+    done = subprocess.run(command, input=text, capture_output=True, timeout=2 * WAIT, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
 
 

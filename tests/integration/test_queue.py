@@ -14,7 +14,7 @@ import pytest
 from genvm_manager import ID_STEP
 
 from .conftest import Start
-from .support import Daemon, Pending, Reply, Root, eventually, report, run_body, timed
+from .support import WAIT, Daemon, Pending, Reply, Root, eventually, report, run_body, timed
 
 # Each run appends a line when it starts and one when it ends; one write each, in order.
 RECORDER = """
@@ -72,7 +72,7 @@ def test_two_hundred_at_once_on_three_permits(root: Root, start: Start) -> None:
     daemon = start("--permits", "3")
     begin = time.monotonic()
     pending = [
-        daemon.send("POST", "/genvm/run", run_body(is_sync=number % 3 != 0), timeout=60)
+        daemon.send("POST", "/genvm/run", run_body(is_sync=number % 3 != 0), timeout=2 * WAIT)
         for number in range(200)
     ]
     ids = [one.reply().json["id"] for one in pending]
@@ -90,7 +90,7 @@ def test_two_hundred_while_permits_change(root: Root, start: Start) -> None:
     events = record_runs(root)
     daemon = start("--permits", "3")
     pending = [
-        daemon.send("POST", "/genvm/run", run_body(is_sync=number % 3 != 0), timeout=100)
+        daemon.send("POST", "/genvm/run", run_body(is_sync=number % 3 != 0), timeout=2 * WAIT)
         for number in range(200)
     ]
 

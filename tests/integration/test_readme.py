@@ -25,7 +25,7 @@ from genvm_manager import (
     parse_manifest,
 )
 
-from .support import PROJECT, SOURCE, Daemon, Root
+from .support import PROJECT, SOURCE, WAIT, Daemon, Root
 
 README = PROJECT / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ def readme_daemon() -> Iterator[Daemon]:
     root = Root()
     folder = root.path / "practice"
     argv = [sys.executable, str(SOURCE)]
-    subprocess.run([*argv, "practice-root", str(folder)], check=True, timeout=30)
+    subprocess.run([*argv, "practice-root", str(folder)], check=True, timeout=2 * WAIT)
     daemon = Daemon([*argv, "serve", "--root", str(folder), "--port", "0"])
     daemon.wait_until_listening()
     yield daemon
@@ -118,7 +118,7 @@ def test_example(readme_daemon: Daemon, run_ids: list[str], example: Example) ->
         ["bash", "-c", command],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=2 * WAIT,
         check=False,
         env={**os.environ, **({"id": run_ids[0]} if run_ids else {})},
     )

@@ -53,7 +53,7 @@ def command(*words: str, cwd: Path = PROJECT, **environ: str) -> subprocess.Comp
         own_command(*words) if is_ours else [sys.executable, str(cwd / SOURCE.name), *words],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=2 * WAIT,
         cwd=cwd,
         env={**clean, **environ},
         check=False,
@@ -226,7 +226,7 @@ def test_twistd_in_the_background(root: Root) -> None:
         subprocess.run(
             [str(TWISTD), f"--pidfile={pidfile}", "-y", "twistd.tac"],
             check=True,
-            timeout=100,
+            timeout=2 * WAIT,
             cwd=PROJECT,
             env={**os.environ, **environ, **dict((marker.split("=", 1),))},
         )
@@ -301,7 +301,7 @@ def in_the_background(
         [str(TWISTD), f"--pidfile={root.path}/m.pid", *options, "-y", "twistd.tac"],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=2 * WAIT,
         check=False,
         cwd=PROJECT,
         env={**os.environ, **environ},
@@ -462,7 +462,7 @@ def test_nobody_reads_what_is_printed(root: Root, words: tuple[str, ...]) -> Non
             stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=100,
+            timeout=2 * WAIT,
             cwd=root.path,
             env={**os.environ, "PYTHONUNBUFFERED": unbuffered, "TMPDIR": str(root.path)},
             check=False,
@@ -748,7 +748,7 @@ def test_an_older_python_is_told_in_one_sentence(tmp_path: Path, name: str) -> N
         [sys.executable, str(program)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=2 * WAIT,
         cwd=tmp_path,
         check=False,
     )
@@ -760,7 +760,7 @@ def test_an_older_python_is_told_in_one_sentence(tmp_path: Path, name: str) -> N
 
 def test_a_python_without_the_packages_is_told_in_one_sentence() -> None:
     argv = [sys.executable, "-I", "-S", str(SOURCE), "check-config"]
-    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=100)
+    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=2 * WAIT)
     done = run(argv, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert "needs OpenSSL, attrs, klein, " in done.stderr
@@ -811,7 +811,7 @@ def test_on_a_terminal_serve_says_where_it_listens_and_how_to_try_that(
                 ["sh", "-c", advice.strip()],
                 capture_output=True,
                 text=True,
-                timeout=100,
+                timeout=2 * WAIT,
                 check=False,
             )
             assert json.loads(done.stdout)["executions"] == {}, done.stderr

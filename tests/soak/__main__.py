@@ -25,7 +25,7 @@ from .latency import figures
 from .operating import OPERATOR
 
 LATE_MS = 250.0
-"""For the 99th percentile of ``GET /status``, whose goal is 50 ms: no slow machine gets there."""
+"""For the 99th percentile of ``GET /status``, whose goal is 50 ms, where nothing else runs."""
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def busy_loops(count: int) -> Iterator[None]:
             process.wait()
 
 
-def soak(options: Options, busy: int = 0) -> tuple[Soak, dict[str, Any]]:
+def soak(options: Options, busy: int = 0, late_ms: float = LATE_MS) -> tuple[Soak, dict[str, Any]]:
     """Run a soak; returns it with its figures. The log stays if there is a problem."""
     begin = time.monotonic()
     one = Soak(options, CLIENT, OPERATOR)
@@ -49,7 +49,7 @@ def soak(options: Options, busy: int = 0) -> tuple[Soak, dict[str, Any]]:
         folder = Path(place)
         asyncio.run(one.run(folder))
         status, yardstick = figures(one.latencies, one.model.pauses)
-        if status.p99 > LATE_MS + 10 * yardstick.p99:
+        if status.p99 > late_ms + 10 * yardstick.p99:
             one.problems.append(
                 f"GET /status: p99 {status.p99} ms; a bare exchange: {yardstick.p99}"
             )
