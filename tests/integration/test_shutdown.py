@@ -25,6 +25,8 @@ from .support import (
 )
 
 RUNS = 20
+#: How long the end may take for those who read slowly, and after a second signal.
+PATIENT = {"SHUTDOWN_SECONDS": 60, "LAST_SECONDS": 60}
 
 
 def start_runs(daemon: Daemon, root: Root, count: int = RUNS, stubborn: int = 0) -> list[int]:
@@ -123,7 +125,7 @@ def test_the_group_is_signalled(root: Root, start: Start) -> None:
 
 
 def test_a_second_signal_kills_at_once(root: Root, start: Start) -> None:
-    daemon = start("--permits", "50", "--shutdown-grace", "60s")
+    daemon = start("--permits", "50", "--shutdown-grace", "60s", constants=PATIENT)
     start_runs(daemon, root, 5, stubborn=3)
     daemon.signal(signal.SIGTERM)
     daemon.wait_log(lambda r: r["message"] == "shutting down")
@@ -133,7 +135,7 @@ def test_a_second_signal_kills_at_once(root: Root, start: Start) -> None:
 
 
 def test_two_signals_in_one_moment(root: Root, start: Start) -> None:
-    daemon = start("--permits", "50", "--shutdown-grace", "60s")
+    daemon = start("--permits", "50", "--shutdown-grace", "60s", constants=PATIENT)
     start_runs(daemon, root, 5, stubborn=3)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
         daemon.signal(number)
@@ -252,7 +254,7 @@ def test_it_ends_although_clients_stay_connected(start: Start) -> None:
 
 
 def test_a_large_result_is_sent_whole_before_it_ends(root: Root, start: Start) -> None:
-    daemon = start()
+    daemon = start(constants=PATIENT)
     (genvm_id,) = [daemon.run("spam stdout 4000000", f"touch {root.path}/up", "sleep 600")]
     eventually((root.path / "up").exists)
     poll = daemon.send("GET", f"/genvm/{genvm_id}?wait=60s")
