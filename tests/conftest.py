@@ -38,7 +38,9 @@ GATE = os.open(TESTS, os.O_RDONLY)
 
 def pytest_configure(config: pytest.Config) -> None:
     """Add our marker, and show failures as they come."""
-    config.addinivalue_line("markers", "alone: no other test runs meanwhile; it measures time")
+    config.addinivalue_line(
+        "markers", "alone: no other test runs meanwhile, which it would hold up"
+    )
     config.pluginmanager.register(_Failures(config))
 
 

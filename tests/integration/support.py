@@ -190,11 +190,11 @@ def with_constants(command: Iterable[str], constants: Mapping[str, object]) -> l
     for name in constants:
         operator.attrgetter(name)(genvm_manager)  # it must exist
     words = [*command]
-    code = words.index("-c") + 1
+    at = words.index("-c") + 1
+    before, begin, after = words[at].partition("from genvm_manager import")
+    assert begin, words
     changes = "".join(f"genvm_manager.{name} = {value}; " for name, value in constants.items())
-    words[code] = words[code].replace(
-        "from genvm_manager import", f"import genvm_manager; {changes}from genvm_manager import"
-    )
+    words[at] = f"{before}import genvm_manager; {changes}{begin}{after}"
     return words
 
 
@@ -405,7 +405,9 @@ class Daemon:
         before that: 0.3 s of processor time for each of hundreds of daemons.
         """
         argv = own_command(command, "--root", str(root.path), *listen, *flags)
-        daemon = cls(with_constants(argv, constants or {}), environ=environ, read_log=read_log)
+        if constants:
+            argv = with_constants(argv, constants)
+        daemon = cls(argv, environ=environ, read_log=read_log)
         daemon.wait_until_listening()
         return daemon
 
