@@ -27,7 +27,7 @@ settings.load_profile("patient")
 gc.disable()
 
 WORKERS = 4
-LONGEST = "test_chromium.py"
+LONGEST = ("test_chromium.py", "test_modules.py", "test_soak.py")
 TESTS = Path(__file__).parent
 
 # Locks of all workers, and of another run beside this one, that need no file of their own: who
@@ -38,9 +38,7 @@ GATE = os.open(TESTS, os.O_RDONLY)
 
 def pytest_configure(config: pytest.Config) -> None:
     """Add our marker, and show failures as they come."""
-    config.addinivalue_line(
-        "markers", "alone: no other test runs meanwhile, which it would hold up"
-    )
+    config.addinivalue_line("markers", "alone: no other test runs meanwhile: it takes all there is")
     config.pluginmanager.register(_Failures(config))
 
 
@@ -63,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def order(item: pytest.Item) -> tuple[bool, bool, bool]:
         path = item.path
-        return path in alone, path.parent == TESTS, path.name != LONGEST
+        return path in alone, path.parent == TESTS, path.name not in LONGEST
 
     items.sort(key=order)
 
