@@ -9048,9 +9048,8 @@ class MissedOutput(Reply, frozen=True, kw_only=True):
 
 @define(eq=False)
 class ManagerEvent:
-    """Something that happened: its number, counted from 1, and what it is."""
+    """Something that happened, and its id."""
 
-    number: int
     told: Happening
     id: str
     _wire: bytes = b""
@@ -9063,48 +9062,42 @@ class ManagerEvent:
         return self._wire
 
 
+@define(eq=False)
 class EventFeed:
     """What happens in the manager, in order, for all who follow it; the last ones are kept.
 
     A follower is called with each event, at once, and must not raise.
     """
 
-    def __init__(self, boot_id: str, now: Callable[[], float] = time.time) -> None:
-        self.boot_id = boot_id
-        self._now = now
-        self._kept: deque[ManagerEvent] = deque(maxlen=EVENTS_KEPT)
-        self.count = 0
-        self.followers: dict[Callable[[ManagerEvent], object], None] = {}
+    boot_id: str
+    _now: Callable[[], float] = time.time
+    _kept: deque[ManagerEvent] = field(init=False, factory=lambda: deque(maxlen=EVENTS_KEPT))
+    count: int = field(init=False, default=0)
+    followers: dict[Callable[[ManagerEvent], object], None] = field(init=False, factory=dict)
 
     def tell(self, kind: type[Happening], /, **fields: Any) -> None:
         """Something happened now."""
         self.count += 1
         told = kind(time=timestamp_of(self._now()), **fields)
-        event = ManagerEvent(self.count, told, f"{self.boot_id[:8]}-{self.count}")
+        event = ManagerEvent(told, f"{self.boot_id[:8]}-{self.count}")
         self._kept.append(event)
         for follower in [*self.followers]:
             follower(event)
 
     @property
     def oldest(self) -> int:
-        """The number of the oldest event that is kept, or would be."""
+        """The number of the oldest event that is kept, or would be; they count from 1."""
         return self.count - len(self._kept) + 1
 
-    def get(self, number: int) -> ManagerEvent | None:
-        """Return a kept event; nothing if it did not happen yet."""
-        return self._kept[number - self.oldest] if number <= self.count else None
+    def get(self, number: int) -> ManagerEvent:
+        """Return an event that is kept."""
+        return self._kept[number - self.oldest]
 
-    def place_of(self, last_id: str) -> tuple[int, bool]:
-        """Return the number in an event's id, and whether events after it were missed.
-
-        They were if it is of another start of the manager, which is read from its first event on.
-        """
-        boot, _, digits = last_id.partition("-")
-        known = (
-            boot == self.boot_id[:8] and digits.isascii() and digits.isdigit() and len(digits) < 20
-        )
-        number = int(digits) if known else 0
-        return (number, False) if known and number <= self.count else (0, True)
+    def number_of(self, event_id: str) -> int:
+        """Return the number in an event's id; -1 if it is not of this start of the manager."""
+        boot, _, digits = event_id.partition("-")
+        known = boot == self.boot_id[:8] and re.fullmatch("[0-9]{1,19}", digits)
+        return int(digits) if known and int(digits) <= self.count else -1
 
 
 class FeedReader:
@@ -9112,23 +9105,19 @@ class FeedReader:
 
     def __init__(self, feed: EventFeed, last_id: str | None) -> None:
         self._feed = feed
-        self._last = feed.count
-        self._missed = False
-        if last_id is not None:
-            self._last, self._missed = feed.place_of(last_id)
+        self._last = feed.count if last_id is None else feed.number_of(last_id)
 
     def next(self) -> bytes | None:
         """Return the next event as it goes over the wire, if there is one."""
         feed = self._feed
-        if self._missed or self._last < feed.oldest - 1:
-            self._missed, self._last = False, max(self._last, feed.oldest - 1)
+        if self._last < feed.oldest - 1:
+            self._last = feed.oldest - 1
             missed = MissedEvents(reason="earlier events are not kept any more; ask GET /status")
             return event_text("missed", json_of(missed))
-        event = feed.get(self._last + 1)
-        if event is None:
+        if self._last == feed.count:
             return None
-        self._last = event.number
-        return event.text
+        self._last += 1
+        return feed.get(self._last).text
 
 
 class OutputReader:
@@ -9191,6 +9180,7 @@ class OutputReader:
         return "log", record
 
 
+@define(eq=False, slots=False)
 class Metrics:
     """The figures of one manager, in a registry of its own.
 
@@ -9198,33 +9188,26 @@ class Metrics:
     versions of the manifest, backends of the configuration, names of ours.
     """
 
-    def __init__(
-        self,
-        reactor: Any,
-        observer: LogObserver,
-        gate: PermitGate,
-        executions: Executions,
-        modules: Mapping[str, Module],
-        instance: int = 0,
-    ) -> None:
-        self._reactor = reactor
-        self._about = {"version": __version__, "instance": str(instance)}
-        self._observer = observer
-        self._gate = gate
-        self._executions = executions
-        self._modules = modules
-        self._looking: DelayedCall | None = None
+    _reactor: Any
+    _observer: LogObserver
+    _gate: PermitGate
+    _executions: Executions
+    _modules: Mapping[str, Module]
+    _instance: int = 0
+    _looking: DelayedCall | None = field(init=False, default=None)
+
+    def __attrs_post_init__(self) -> None:
         # They would double what is sent, and nobody asks for them.
         prometheus_client.disable_created_metrics()
         self.registry = registry = prometheus_client.CollectorRegistry()
-        histogram = functools.partial(prometheus_client.Histogram, registry=registry)
         counter = functools.partial(prometheus_client.Counter, registry=registry)
+        histogram = functools.partial(
+            prometheus_client.Histogram, registry=registry, buckets=_WAITS
+        )
         self._waits = histogram(
-            "genvm_queue_wait_seconds", "Time that executions waited for permits.", buckets=_WAITS
+            "genvm_queue_wait_seconds", "Time that executions waited for permits."
         )
-        self._spawns = histogram(
-            "genvm_spawn_seconds", "Time to start an executor's process.", buckets=_WAITS
-        )
+        self._spawns = histogram("genvm_spawn_seconds", "Time to start an executor's process.")
         self._runs = histogram(
             "genvm_execution_seconds",
             "Time from the start of an executor to the end of its output.",
@@ -9242,12 +9225,9 @@ class Metrics:
             "genvm_http_request_seconds",
             "Time from a request to the end of its answer.",
             ("route", "method", "status"),
-            buckets=_WAITS,
         )
         self._lag = histogram(
-            "genvm_reactor_lag_seconds",
-            "How late the event loop is, looked at once a second.",
-            buckets=_WAITS,
+            "genvm_reactor_lag_seconds", "How late the event loop is, looked at once a second."
         )
         # To find what belongs to some labels takes longer than to count.
         self._requests_of = functools.cache(self._requests.labels)
@@ -9296,37 +9276,37 @@ class Metrics:
 
     def collect(self) -> Iterator[prometheus_client.core.Metric]:
         """Yield what is read when it is asked for; see ``Collector``."""
-        gate, executions = self._gate, self._executions
-        yield prometheus_client.core.InfoMetricFamily(
-            "genvm_manager", "Which manager this is.", self._about
-        )
-        yield _gauge("genvm_permits", "Permits in all.", gate.limit)
-        yield _gauge("genvm_permits_in_use", "Permits that executions hold.", gate.in_use)
-        yield _gauge("genvm_queue_length", "Executions that wait for permits.", gate.queue_length)
-        yield _gauge("genvm_draining", "Whether new executions are refused.", executions.draining)
-        yield _gauge("genvm_kept_bytes", "What finished executions hold.", executions.kept_bytes)
-        states = prometheus_client.core.GaugeMetricFamily(
-            "genvm_executions", "Executions that are known, by state.", labels=["state"]
-        )
+        core, gate, executions = prometheus_client.core, self._gate, self._executions
+        gauge = core.GaugeMetricFamily
+        about = {"version": __version__, "instance": str(self._instance)}
+        yield core.InfoMetricFamily("genvm_manager", "Which manager this is.", about)
+        yield gauge("genvm_permits", "Permits in all.", gate.limit)
+        yield gauge("genvm_permits_in_use", "Permits that executions hold.", gate.in_use)
+        yield gauge("genvm_queue_length", "Executions that wait for permits.", gate.queue_length)
+        yield gauge("genvm_draining", "Whether new executions are refused.", executions.draining)
+        yield gauge("genvm_kept_bytes", "What finished executions hold.", executions.kept_bytes)
+        states = gauge("genvm_executions", "Executions that are known, by state.", labels=["state"])
         counts = executions.count_by_state()
         for state in State:
             states.add_metric([state.value], counts[state])
         yield states
-        lost = prometheus_client.core.CounterMetricFamily(
-            "genvm_log_lines_dropped", "Lines that the log has not taken."
+        lost = self._observer.writer.dropped
+        yield core.CounterMetricFamily(
+            "genvm_log_lines_dropped", "Lines that the log has not taken.", lost
         )
-        lost.add_metric([], self._observer.writer.dropped)
-        yield lost
         yield from self._of_modules()
+        yield from self._of_requests()
 
     def _of_modules(self) -> Iterator[prometheus_client.core.Metric]:
-        state = prometheus_client.core.GaugeMetricFamily(
+        core = prometheus_client.core
+        gauge = core.GaugeMetricFamily
+        state = gauge(
             "genvm_module_state", "1 for the state that a module is in.", labels=["module", "state"]
         )
-        generation = prometheus_client.core.GaugeMetricFamily(
+        generation = gauge(
             "genvm_module_generation", "The process that serves, counted.", labels=["module"]
         )
-        restarts = prometheus_client.core.CounterMetricFamily(
+        restarts = core.CounterMetricFamily(
             "genvm_module_restarts", "Processes that died and were replaced.", labels=["module"]
         )
         for kind, module in self._modules.items():
@@ -9335,55 +9315,45 @@ class Metrics:
             generation.add_metric([kind], module.generation)
             restarts.add_metric([kind], module.restarts)
         yield from (state, generation, restarts)
-        yield from _llm_metrics(self._modules["llm"].statistics)
-        yield from _web_metrics(self._modules["web"].statistics)
+
+    def _of_requests(self) -> Iterator[prometheus_client.core.Metric]:
+        tokens = prometheus_client.core.CounterMetricFamily(
+            "genvm_llm_tokens",
+            "Tokens that a provider counted.",
+            labels=["backend", "model", "kind"],
+        )
+        models: dict[tuple[str, ...], Any] = {}
+        for backend, counted in self._modules["llm"].statistics.get("backends", {}).items():
+            for model, counts in counted.items():
+                models[backend, model] = counts
+                tokens.add_metric([backend, model, "prompt"], counts["prompt_tokens"])
+                tokens.add_metric([backend, model, "completion"], counts["completion_tokens"])
+        pages: dict[tuple[str, ...], Any] = {
+            (kind,): counts
+            for kind, counts in self._modules["web"].statistics.items()
+            if isinstance(counts, dict)
+        }
+        texts = "Requests to a model, by outcome.", "Time of a model's answers."
+        yield tokens
+        yield from _request_metrics("genvm_llm", texts, ["backend", "model"], models)
+        texts = "Requests for pages, by outcome.", "Time that such a request took."
+        yield from _request_metrics("genvm_web", texts, ["kind"], pages)
 
 
-def _gauge(name: str, text: str, value: float) -> prometheus_client.core.Metric:
-    return prometheus_client.core.GaugeMetricFamily(name, text, value=value)
-
-
-def _llm_metrics(statistics: Mapping[str, Any]) -> Iterator[prometheus_client.core.Metric]:
-    """Yield what the LLM module counts, by backend and model."""
-    labels = ["backend", "model"]
-    requests = prometheus_client.core.CounterMetricFamily(
-        "genvm_llm_requests", "Requests to a model, by outcome.", labels=[*labels, "outcome"]
-    )
-    tokens = prometheus_client.core.CounterMetricFamily(
-        "genvm_llm_tokens", "Tokens that a provider counted.", labels=[*labels, "kind"]
-    )
-    seconds = prometheus_client.core.SummaryMetricFamily(
-        "genvm_llm_request_seconds", "Time of a model's answers.", labels=labels
-    )
-    for backend, models in statistics.get("backends", {}).items():
-        for model, counts in models.items():
-            names = [backend, model]
-            _add_requests(requests, seconds, names, counts)
-            tokens.add_metric([*names, "prompt"], counts["prompt_tokens"])
-            tokens.add_metric([*names, "completion"], counts["completion_tokens"])
-    yield from (requests, tokens, seconds)
-
-
-def _web_metrics(statistics: Mapping[str, Any]) -> Iterator[prometheus_client.core.Metric]:
-    """Yield what the Web module counts, by the kind of request."""
-    requests = prometheus_client.core.CounterMetricFamily(
-        "genvm_web_requests", "Requests for pages, by outcome.", labels=["kind", "outcome"]
-    )
-    seconds = prometheus_client.core.SummaryMetricFamily(
-        "genvm_web_request_seconds", "Time that such a request took.", labels=["kind"]
-    )
-    for kind, counts in statistics.items():
-        if isinstance(counts, dict):
-            _add_requests(requests, seconds, [kind], counts)
+def _request_metrics(
+    name: str, texts: tuple[str, str], labels: list[str], counted: Mapping[tuple[str, ...], Any]
+) -> Iterator[prometheus_client.core.Metric]:
+    """Yield what each ``RequestStatistics`` of a module has counted."""
+    core, (text, text_of_seconds) = prometheus_client.core, texts
+    requests = core.CounterMetricFamily(f"{name}_requests", text, labels=[*labels, "outcome"])
+    seconds = core.SummaryMetricFamily(f"{name}_request_seconds", text_of_seconds, labels=labels)
+    for names, counts in counted.items():
+        failed = sum(counts["errors"].values())
+        outcomes = {"success": counts["requests"] - failed, **counts["errors"]}
+        for outcome, count in outcomes.items():
+            requests.add_metric([*names, outcome], count)
+        seconds.add_metric(names, counts["latency_count"], counts["latency_sum_ms"] / 1000)
     yield from (requests, seconds)
-
-
-def _add_requests(requests: Any, seconds: Any, names: list[str], counts: Any) -> None:
-    """Add what ``RequestStatistics`` of a module has counted to its metrics."""
-    failed = sum(counts["errors"].values())
-    for outcome, count in {"success": counts["requests"] - failed, **counts["errors"]}.items():
-        requests.add_metric([*names, outcome], count)
-    seconds.add_metric(names, counts["latency_count"], counts["latency_sum_ms"] / 1000)
 
 
 # =============================================================================
