@@ -9593,24 +9593,6 @@ class PieceProducer:
         self._request.unregisterProducer()
 
 
-@frozen
-class AnsweredRequest:
-    """A request that is answered.
-
-    ``route`` is the path of its route, ``none`` where it has none; ``size`` and ``seconds`` are
-    those of the answer.
-    """
-
-    route: str
-    method: str
-    target: str
-    status: int
-    size: int
-    seconds: float
-    peer: str
-    request_id: str
-
-
 # =============================================================================
 # 2.22 HTTP connections
 # =============================================================================
@@ -9660,16 +9642,14 @@ class ApiChannel(HTTPChannel):
     _refused = False
     _linger: DelayedCall | None = None
     _next: DelayedCall | None = None
-    _receiving = False
     _is_half_closed = False
-    _rest = b""
     _is_silent = True
     _is_overdue = False
-    _peer: Any = None
-    _our_end: Any = None
+    _peer: Any
+    _our_end: Any
     _timer: DelayedCall | None = None
     #: When the connection is closed; ``_timer`` may come earlier.
-    _due: float | None = None
+    _due = math.inf
 
     def dataReceived(self, data: bytes) -> None:
         """Parse bytes; only the first ones of a request restart the clock: trickling is in vain."""
@@ -9683,18 +9663,9 @@ class ApiChannel(HTTPChannel):
         if self._fresh:
             self._fresh = False
             self.resetTimeout()
-        if self._next is not None:
-            self._rest += data
-        elif self._receiving:
-            LineReceiver.dataReceived(self, data)
-        else:
-            self._receiving = True
-            LineReceiver.dataReceived(self, data)
-            self._receiving = False
-            if self.paused:
-                self.paused = False
-                self._rest = self.clearLineBuffer()
-                self._next = self.callLater(0, self._parse_on) if self._rest else None
+        LineReceiver.dataReceived(self, data)  # which only keeps it while paused
+        if self.paused and self._next is None and not self._busyReceiving:
+            self._next = self.callLater(0, self._parse_on)
 
     def setTimeout(self, period: int | None) -> int | None:
         """Close the connection after some seconds, or never; return what was set before.
@@ -9702,28 +9673,28 @@ class ApiChannel(HTTPChannel):
         Each request sets it three times: the timer stays, and is moved on if it comes too early.
         """
         before, self.timeOut = self.timeOut, period
-        self._due = None
+        self._due = math.inf
         if period is not None:
-            self._due = due = self.site.clock() + period
+            self._due = self.site.clock() + period
             if self._timer is None:
                 self._timer = self.callLater(period, self._look_at_time)
-            elif self._timer.getTime() > due:
+            elif self._timer.getTime() > self._due:
                 self._timer.reset(period)
         return before
 
     def resetTimeout(self) -> None:
         """Count its seconds from now on."""
-        if self._due is not None:
+        if self._due < math.inf:
             self.setTimeout(self.timeOut)
 
     def _look_at_time(self) -> None:
         self._timer = None
-        left = 0.0 if self._due is None else self._due - self.site.clock()
-        if left > 0:
-            self._timer = self.callLater(left, self._look_at_time)
-        elif self._due is not None:
-            self._due = None
+        left = self._due - self.site.clock()
+        if left <= 0:
+            self._due = math.inf
             self.timeoutConnection()
+        elif left < math.inf:
+            self._timer = self.callLater(left, self._look_at_time)
 
     def timeoutConnection(self) -> None:
         """Close the connection, but where we are late, what has arrived is read before."""
@@ -9733,26 +9704,23 @@ class ApiChannel(HTTPChannel):
             self._is_overdue = True
             self.setTimeout(0)
 
+    def connectionMade(self) -> None:
+        """A client is there; both ends are looked up once, not for each request."""
+        self._peer, self._our_end = self.transport.getPeer(), self.transport.getHost()
+        HTTPChannel.connectionMade(self)
+
     def getPeer(self) -> Any:
-        """Return the other end of the connection: looked for once, not for each request."""
-        if self._peer is None:
-            self._peer = HTTPChannel.getPeer(self)
+        """Return the other end of the connection."""
         return self._peer
 
     def getHost(self) -> Any:
-        """Return our end of it, in the same way."""
-        if self._our_end is None:
-            self._our_end = HTTPChannel.getHost(self)
+        """Return our end of it."""
         return self._our_end
-
-    def admit(self) -> None:
-        """Who asks may do so: a body may follow, and other requests."""
-        self.setTimeout(RECEIVE_SECONDS)
 
     def _parse_on(self) -> None:
         self._next = None
-        rest, self._rest = self._rest, b""
-        self.dataReceived(rest)
+        self.paused = False
+        self.dataReceived(b"")
         if self._is_half_closed and self._next is None:
             self.readConnectionLost()
 
@@ -9817,7 +9785,8 @@ class ApiChannel(HTTPChannel):
         self.answering = self._is_overdue = False
         self._fresh = True
         # A thousand requests may have come in one packet: others get their turn in between.
-        self.paused = self._receiving and bool(self.persistent)
+        follows = self.persistent and (self._buffer or any(self._dataBuffer))
+        self.paused = self._busyReceiving and bool(follows)
         HTTPChannel.requestDone(self, request)
         if not self.persistent:
             self.setTimeout(RECEIVE_SECONDS)  # to read it, and with TLS to close its side
@@ -9830,20 +9799,19 @@ class ApiChannel(HTTPChannel):
         peer = self.host or "unix socket"
         self.site.note_refusal(status, error.code, peer, request_id)
         body = json_of(error_answer(error, request_id))
-        given = {**error_headers(error), "X-Request-Id": request_id}
-        headers = "".join(f"{name}: {value}\r\n" for name, value in given.items())
-        head = (
-            f"HTTP/1.1 {status} {RESPONSES[status].decode()}\r\nContent-Type: {JSON_TYPE}\r\n"
-            f"{headers}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
-        self.site.answered(
-            AnsweredRequest(
-                "none", "any", "refused at its head", status, len(body), 0.0, peer, request_id
-            )
-        )
+        fields = {
+            **error_headers(error),
+            "X-Request-Id": request_id,
+            "Content-Type": JSON_TYPE,
+            "Content-Length": str(len(body)),
+            "Connection": "close",
+        }
+        head = Headers({name: [value] for name, value in fields.items()})
+        self.site.note_answer("refused at its head", status, len(body), peer, request_id)
         self._refused = self.paused = True  # nothing more of what is here is parsed
         self.setTimeout(None)
-        self.transport.writeSequence([head.encode(), body])
+        self.writeHeaders(b"HTTP/1.1", b"%d" % status, RESPONSES[status], head)
+        self.transport.write(body)
         self._linger = self.callLater(LINGER_SECONDS, self._close)
 
     def _close(self) -> None:
@@ -9870,11 +9838,6 @@ class ApiChannel(HTTPChannel):
         self.site.forget(self)
         self.stopProducing()  # the transport has done it, but not where it was told to close
         HTTPChannel.connectionLost(self, reason)
-
-
-def _spooled_file() -> IO[bytes]:
-    """Return a file for a body, in memory at first; the request closes it."""
-    return tempfile.SpooledTemporaryFile(SPOOL_BYTES)
 
 
 class ApiRequest(Request):
@@ -9907,8 +9870,10 @@ class ApiRequest(Request):
 
     def gotLength(self, length: int | None) -> None:
         """Prepare for a body; ``None`` means that its length is not known."""
-        small = length is not None and length <= INLINE_BODY_BYTES
-        self.content = io.BytesIO() if small else _spooled_file()
+        self.content = io.BytesIO()
+        if length is None or length > INLINE_BODY_BYTES:
+            spool: Any = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115  # closed by us
+            self.content = spool
         self._hosts = len(self.requestHeaders.getRawHeaders(b"host") or ())
         try:
             self.channel.site.policy.check(self)
@@ -9919,7 +9884,7 @@ class ApiRequest(Request):
                 self._refuse(error)
         else:
             self.is_admitted = True
-            self.channel.admit()
+            self.channel.setTimeout(RECEIVE_SECONDS)  # for the body, and for requests that follow
         if length != 0 and self._hosts > 1:
             self._refuse_hosts()
         if length is not None and length > self.channel.site.max_body_bytes:
@@ -9941,16 +9906,15 @@ class ApiRequest(Request):
         reason = f"body: larger than {limit} bytes; send less, or raise max_body_bytes"
         self._refuse(BodyTooLarge(reason))
 
-    def _refuse(self, error: ManagerError) -> None:
+    def _refuse(self, error: ManagerError, status: int | None = None) -> None:
         # Without this, Twisted would ask a client that waits for "100 Continue" to go on.
         self.requestHeaders.removeHeader(b"expect")
-        status = status_of_error(type(error), self.channel.site.error_status)
-        self.channel.refuse(status, error, self.request_id)
+        usual = status_of_error(type(error), self.channel.site.error_status)
+        self.channel.refuse(status or usual, error, self.request_id)
 
     def _refuse_hosts(self) -> None:
-        self.requestHeaders.removeHeader(b"expect")  # see _refuse
         reason = f"expected one Host header, got {self._hosts or 'none'}"
-        self.channel.refuse(400, InvalidRequest(reason), self.request_id)
+        self._refuse(InvalidRequest(reason), 400)
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         """Process a whole request; a URI with a host counts as its path and the header ``Host``."""
@@ -9974,18 +9938,16 @@ class ApiRequest(Request):
         site = self.channel.site
         Request.finish(self)
         del self.requestHeaders, self.responseHeaders
-        has_route = self.route != "none"  # else it may have any method
-        site.answered(
-            AnsweredRequest(
-                self.route,
-                self.method.decode() if has_route else "any",
-                (self.method + b" " + self.path).decode("ascii", "replace"),
-                self.code,
-                self.sentLength,
-                site.clock() - self._began,
-                self.peer,
-                self.request_id,
-            )
+        site.note_answer(
+            (self.method + b" " + self.path).decode("ascii", "replace"),
+            self.code,
+            self.sentLength,
+            self.peer,
+            self.request_id,
+            self.route,
+            # Without a route, it may have any method.
+            self.method.decode() if self.route != "none" else "any",
+            site.clock() - self._began,
         )
 
     def isSecure(self) -> bool:
@@ -10007,14 +9969,17 @@ class ApiSite(Site):
     logger: ClassVar = Logger()
 
     def __init__(
-        self, resource: Resource, reactor: Any, config: Config, policy: AccessPolicy
+        self,
+        resource: Resource,
+        reactor: Any,
+        config: Config,
+        policy: AccessPolicy,
+        observer: LogObserver,
+        metrics: Metrics,
     ) -> None:
-        Site.__init__(
-            self,
-            resource,
-            reactor=reactor,
-            parsePOSTFormSubmission=False,
-        )
+        Site.__init__(self, resource, reactor=reactor, parsePOSTFormSubmission=False)
+        self._observer = observer
+        self._metrics = metrics
         self.timeOut = RECEIVE_SECONDS if policy.token is None else STRANGER_SECONDS
         self.max_body_bytes = config.max_body_bytes
         self.error_status = config.error_status
@@ -10027,7 +9992,6 @@ class ApiSite(Site):
         self._requests = itertools.count(1)
         self.closing = False
         self.clock: Callable[[], float] = reactor.seconds
-        self.answered: Callable[[AnsweredRequest], object] = do_nothing
         self._emptied: Event[None] = Event()
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
@@ -10063,6 +10027,34 @@ class ApiSite(Site):
         """Return an id for a request that has none."""
         return f"{self._name}-{next(self._requests)}"
 
+    def note_answer(
+        self,
+        target: str,
+        status: int,
+        size: int,
+        peer: str,
+        request_id: str,
+        route: str = "none",
+        method: str = "any",
+        seconds: float = 0.0,
+    ) -> None:
+        """Count a request that is answered, and write its line in the log.
+
+        ``route`` is the path of its route; ``size`` and ``seconds`` are those of the answer.
+        """
+        self._metrics.note_request(route, method, status, seconds)
+        if self._observer.enabled("debug"):
+            self.logger.debug(
+                "{text}",
+                text=target,
+                route=route,
+                status=status,
+                ms=round(seconds * 1000, 3),
+                bytes=size,
+                peer=peer,
+                request_id=request_id,
+            )
+
     def note_refusal(self, status: int, code: str, peer: str, request_id: str) -> None:
         """Log that a request was refused, if that is worth a warning."""
         if status in REFUSALS and (count := self._seldom.count(code)):
@@ -10084,7 +10076,7 @@ class ApiSite(Site):
             )
 
     def log(self, request: object) -> None:
-        """Write no access log here; the API logs each request once, with its outcome."""
+        """Write no access log: see ``note_answer``."""
 
     def close(self) -> Deferred[None]:
         """Close idle connections now, others once they are answered; fires when none is left."""
@@ -11414,23 +11406,6 @@ class OperatorApi(Api):
         super().__attrs_post_init__()
         self._disks = SharedWork(self._reactor, LOOK_SECONDS, self._disk_reasons)
         self._installed = SharedWork(self._reactor, FILE_SECONDS, self._installed_versions)
-
-    def note_answer(self, answered: AnsweredRequest) -> None:
-        """Count an answered request, and log it at ``debug``."""
-        self._metrics.note_request(
-            answered.route, answered.method, answered.status, answered.seconds
-        )
-        if self._observer.enabled("debug"):
-            self.log.debug(
-                "{text}",
-                text=answered.target,
-                route=answered.route,
-                status=answered.status,
-                ms=round(answered.seconds * 1000, 3),
-                bytes=answered.size,
-                peer=answered.peer,
-                request_id=answered.request_id,
-            )
 
     def end_streams(self) -> None:
         """End the answers that would otherwise never end, at shutdown."""
@@ -16748,8 +16723,9 @@ class ManagerService(Service):
         self._policy = policy = AccessPolicy(None, hosts)
         if config.auth_token_file is not None:
             self._use_token(read_token(config.auth_token_file))
-        self.site = ApiSite(RootResource(self.api, policy), reactor, config, policy)
-        self.site.answered = self.api.note_answer
+        policy = self._policy
+        root = RootResource(self.api, policy)
+        self.site = ApiSite(root, reactor, config, policy, observer, self.metrics)
         self._listeners: list[Listener] = []
         self._watchdog = LoopingCall(self._show_life)
         self._watchdog.clock = reactor
