@@ -8172,14 +8172,12 @@ def module_command(config: Config, kind: str) -> tuple[str, ...] | None:
     if kind in config.modules:
         return config.modules[kind] or None
     program = config.root / "bin" / "genvm-modules"
-    try:
-        if not stat.S_ISREG(program.stat().st_mode):
-            return None
-        with program.open("rb") as file:
-            is_program = file.read(4) == ELF_MARK
-    except OSError:
-        return None
-    if not is_program:
+    mark = b""
+    with contextlib.suppress(OSError):
+        if program.is_file():
+            with program.open("rb") as file:
+                mark = file.read(4)
+    if mark != ELF_MARK:
         return None
     flags = [ALLOW_EMPTY] if kind == "llm" else []
     return (str(program), kind, "--config", "{config_file}", *flags)
@@ -8266,11 +8264,6 @@ class ModuleSetup:
             ) from None
         return cls(config, host, port, allow_empty_backends, [*inserted])
 
-    @property
-    def external(self) -> dict[str, Any]:
-        """The configuration for a command of others, which has no default for the address."""
-        return {"bind_address": f"{self.host}:{self.port}", **self.config}
-
 
 def expand_module_config(
     kind: str,
@@ -8322,21 +8315,19 @@ def bind_listener(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-    except (OSError, ValueError) as error:  # the latter for what cannot be a name
-        raise ModuleFailed(f"the address {host}:{port} cannot be used: {error}") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setblocking(False)
-        listener.bind(address)
-        listener.listen(MODULE_BACKLOG)
+        has_both = family == socket.AF_INET6
+        listener = socket.create_server(
+            address, family=family, backlog=MODULE_BACKLOG, dualstack_ipv6=has_both
+        )
+    except (socket.gaierror, ValueError) as error:  # the latter for what cannot be a name
+        reason = str(error)
     except OSError as error:
-        listener.close()
-        raise ModuleFailed(
-            f"the address {host}:{port} cannot be used: {error.strerror}; "
-            "stop what uses it, or set another bind_address"
-        ) from None
-    return listener
+        reason = os.strerror(error.errno or 0)
+        reason += "; stop what uses it, or set another bind_address"
+    else:
+        listener.setblocking(False)
+        return listener
+    raise ModuleFailed(f"the address {host}:{port} cannot be used: {reason}")
 
 
 def listener_address(listener: socket.socket) -> str:
@@ -8378,7 +8369,9 @@ def external_start(
     with contextlib.ExitStack() as files:
         try:
             file = files.enter_context(tempfile.TemporaryFile())
-            file.write(json.dumps(setup.external).encode())  # JSON is YAML too
+            # A command of others has no default for the address. JSON is YAML, too.
+            config = {"bind_address": f"{setup.host}:{setup.port}", **setup.config}
+            file.write(json.dumps(config).encode())
             file.seek(0)
         except OSError as error:
             raise SpawnFailed(f"its configuration cannot be stored: {error}") from None
@@ -8433,7 +8426,7 @@ class Generation:
     _gone: Callable[[Generation], None]
     _scrub: Callable[[str], str]
     _built_in: bool
-    child: Child | None = field(init=False, default=None)
+    child: Child = field(init=False)
     status: ExitStatus | None = field(init=False, default=None)
     stats: dict[str, Any] = field(init=False, factory=dict)
     ready: Event[None] = field(init=False, factory=Event)
@@ -8457,11 +8450,11 @@ class Generation:
     @property
     def pid(self) -> int | None:
         """The process id, while there is one."""
-        return None if self.child is None or self.child.exited else self.child.pid
+        return None if self.child.exited else self.child.pid
 
     def say(self, message: dict[str, Any]) -> None:
         """Send a line to the process."""
-        if self.child is not None and not self.child.exited:
+        if not self.child.exited:
             self.child.write(json.dumps(message).encode() + b"\n")
 
     def child_data(self, fd: int, data: bytes) -> None:
@@ -8478,6 +8471,7 @@ class Generation:
             lines.end()
         self.released.fire(None)
         self.ended.fire(None)
+        self.ready.fail(ModuleFailed(f"it ended ({self.status})"))
         self._gone(self)
 
     def _control(self, line: bytes, _cut: bool) -> None:
@@ -8596,7 +8590,7 @@ class Module:
         if is_off and not self._lock.locked:  # else a restart may be about to start it
             self._move(ModuleState.STOPPED)
             return succeed(False)
-        if self._starting is not None and self._starting.child is not None:
+        if self._starting is not None:
             self._starting.child.kill()
         self._stops_waiting += 1
         return detached(self._lock.run(self._stop_as_asked))
@@ -8706,16 +8700,16 @@ class Module:
     async def _let_finish(self) -> None:
         """Let every process end with its last connection, and wait until none accepts another."""
         self._current = None
-        alive = [g for g in self._alive if g.child is not None and not g.released.happened]
+        alive = [generation for generation in self._alive if not generation.released.happened]
         for generation in alive:
-            cast(Child, generation.child).terminate(MODULE_DRAIN_SECONDS)
+            generation.child.terminate(MODULE_DRAIN_SECONDS)
         until = self._reactor.seconds() + MODULE_STOP_SECONDS
         for generation in alive:
             left = max(0.0, until - self._reactor.seconds())
             try:
                 await generation.released.wait().addTimeout(left, self._reactor)
             except DeferredTimeout:
-                cast(Child, generation.child).kill()
+                generation.child.kill()
                 await generation.ended.wait()
 
     async def _restart(self, config: dict[str, Any] | None, allow_empty: bool) -> bool:
@@ -8745,8 +8739,7 @@ class Module:
         self._listener = listener
         if old_listener is not None and not same_place:
             old_listener.close()
-        if old.child is not None:
-            old.child.terminate(MODULE_DRAIN_SECONDS)
+        old.child.terminate(MODULE_DRAIN_SECONDS)
         return True
 
     async def _replace_external(self, setup: ModuleSetup, previous: ModuleSetup) -> None:
@@ -8819,7 +8812,7 @@ class Module:
             await self._until_ready(generation, setup)
             self._check_open()
         except Exception:
-            if generation.child is not None:
+            if generation in self._alive:
                 generation.child.kill()
                 await generation.ended.wait()
             self._observer.redactor.drop(generation)
@@ -8881,9 +8874,6 @@ class Module:
             probe = LoopingCall(see_if_ready, self._reactor, generation, setup)
             probe.clock = self._reactor
             probe.start(MODULE_PROBE_SECONDS)
-        generation.ended.wait().addCallback(
-            lambda _: generation.ready.fail(ModuleFailed(f"it ended ({generation.status})"))
-        )
         try:
             await generation.ready.wait().addTimeout(MODULE_READY_SECONDS, self._reactor)
         except (ModuleFailed, DeferredTimeout) as error:
@@ -8973,8 +8963,7 @@ class Module:
     async def _end_all(self, grace: float) -> None:
         ending = list(self._alive)
         for generation in ending:
-            if generation.child is not None:
-                generation.child.terminate(grace)
+            generation.child.terminate(grace)
         for generation in ending:
             await generation.ended.wait()
 
@@ -12228,8 +12217,6 @@ BACKLOG = 1024
 #: Where Twisted's defaults are not ours: a unix socket would let everybody in, and its lock is not
 #: safe against others of us.
 DEFAULTS = {"backlog": BACKLOG, "mode": 600, "lockfile": 0}
-#: Seconds to wait for another manager that starts on the same unix socket.
-LOCK_SECONDS = 10.0
 #: Seconds to wait for room in the socket of systemd.
 NOTIFY_SECONDS = 0.1
 
@@ -12279,8 +12266,7 @@ class Listener:
         if isinstance(place, UNIXAddress):
             return f"unix://{os.fsdecode(place.name or b'')}"
         secure = "https://" if self._secured is not None else ""
-        host = f"[{place.host}]" if ":" in place.host else place.host
-        return f"{secure}{host}:{place.port}"
+        return secure + listener_address(self.port.socket)
 
     def read_certificate(self) -> None:
         """Read key and certificate anew, for connections to come; raises ``ConfigError``."""
@@ -12354,33 +12340,22 @@ def _listen(reactor: Any, endpoint: Endpoint, site: Site) -> Any:
 
 @contextlib.contextmanager
 def _alone_at(path: Path) -> Iterator[None]:
-    """Make a socket that only our user can reach at first; a dead one is replaced."""
+    """Make a socket that only our user can reach at first; a dead one is replaced.
+
+    Of several managers that start at once, one looks and replaces at a time: it holds the lock of
+    the folder. Raises ``OSError``, also where that takes too long.
+    """
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     previous = os.umask(0o177)
     try:
-        # Of several managers that start at once, one looks and replaces at a time.
-        with _folder_lock(path.parent):
-            _remove_dead_socket(path)
-            yield
-    finally:
-        os.umask(previous)
-
-
-@contextlib.contextmanager
-def _folder_lock(folder: Path) -> Iterator[None]:
-    """Be the only one who holds the lock of a folder; raises ``OSError``, also after a while."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    deadline = time.monotonic() + LOCK_SECONDS
-    try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise OSError(errno.EBUSY, "its folder is locked by another process") from None
-                time.sleep(0.01)  # there is no reactor yet
+        try:
+            in_time(path, lambda: fcntl.flock(fd, fcntl.LOCK_EX))
+        except TimeoutError:
+            raise OSError(errno.EBUSY, "its folder is locked by another process") from None
+        _remove_dead_socket(path)
         yield
     finally:
+        os.umask(previous)
         os.close(fd)
 
 
