@@ -8287,10 +8287,10 @@ def expand_module_config(
 
 def split_address(text: object) -> tuple[str, int]:
     """Return host and port of ``host:port``; raises ``ValueError``."""
-    host, separator, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
-    if not host or not separator or not port.isascii() or not port.isdigit():
+    match = re.fullmatch("(.+):([0-9]+)", text) if isinstance(text, str) else None
+    if match is None:
         raise ValueError(f"expected host:port, got {shown(text)}")
-    return host.strip("[]"), setting(int(port), Port)
+    return match[1].strip("[]"), setting(int(match[2]), Port)
 
 
 def read_module_file(path: Path) -> dict[str, Any]:
@@ -8927,7 +8927,6 @@ class Module:
             self._move(ModuleState.FAILED)
             self.log.error("module has failed: it keeps dying", module=self.kind)
             return
-        self._move(ModuleState.STARTING)
         shortest, longest = MODULE_BACKOFF_SECONDS
         delay = min(longest, shortest * 2 ** max(0, self._quick_deaths - 1))
         delay *= random.uniform(0.9, 1.1)  # so that modules of many managers do not march in step
@@ -9733,7 +9732,6 @@ class ApiChannel(HTTPChannel):
             self.loseConnection()
 
     def _close_unless_read(self) -> None:
-        self._linger = None
         # Who has left is found out by what is sent.
         if self.requests and not self.requests[0].producer:
             self.loseConnection()
@@ -9804,8 +9802,7 @@ class ApiChannel(HTTPChannel):
         self._linger = self.callLater(LINGER_SECONDS, self._close)
 
     def _close(self) -> None:
-        self._linger = None
-        if self._refused and self.isSecure():
+        if self.isSecure():
             self.transport.abortConnection()  # TLS would wait for the client to close its side
         else:
             self.loseConnection()
@@ -9821,7 +9818,7 @@ class ApiChannel(HTTPChannel):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The connection is gone."""
         for call in (self._linger, self._next, self._timer):
-            if call is not None:
+            if call is not None and call.active():
                 call.cancel()
         self._linger = self._next = self._timer = None
         self.site.forget(self)
@@ -9842,7 +9839,6 @@ class ApiRequest(Request):
     _id = ""
     _received = 0
     _began = 0.0
-    _hosts = 0
 
     @property
     def request_id(self) -> str:
@@ -9863,19 +9859,20 @@ class ApiRequest(Request):
         if length is None or length > INLINE_BODY_BYTES:
             spool: Any = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115  # closed by us
             self.content = spool
-        self._hosts = len(self.requestHeaders.getRawHeaders(b"host") or ())
+        hosts = len(self.requestHeaders.getRawHeaders(b"host") or ())
+        if hosts > 1 or (not hosts and self.channel._version == b"HTTP/1.1"):
+            error = InvalidRequest(f"expected one Host header, got {hosts or 'none'}")
+            self._refuse(error, 400)
         try:
             self.channel.site.policy.check(self)
         except ManagerError as error:
             # Who may not make the request is not let fill memory or disk first; without a body it
             # is here as a whole.
-            if length != 0 and self._hosts < 2:
+            if length != 0:
                 self._refuse(error)
         else:
             self.is_admitted = True
             self.channel.setTimeout(RECEIVE_SECONDS)  # for the body, and for requests that follow
-        if length != 0 and self._hosts > 1:
-            self._refuse_hosts()
         if length is not None and length > self.channel.site.max_body_bytes:
             self._refuse_body()
 
@@ -9901,10 +9898,6 @@ class ApiRequest(Request):
         usual = status_of_error(type(error), self.channel.site.error_status)
         self.channel.refuse(status or usual, error, self.request_id)
 
-    def _refuse_hosts(self) -> None:
-        reason = f"expected one Host header, got {self._hosts or 'none'}"
-        self._refuse(InvalidRequest(reason), 400)
-
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         """Process a whole request; a URI with a host counts as its path and the header ``Host``."""
         self._began = self.channel.site.clock()
@@ -9913,10 +9906,7 @@ class ApiRequest(Request):
             host, path = absolute[1], absolute[2] if absolute[2][:1] == b"/" else b"/" + absolute[2]
             self.requestHeaders.setRawHeaders(b"host", [host])
             self.is_admitted = False
-        if self._hosts > 1 or (not self._hosts and version == b"HTTP/1.1"):
-            self._refuse_hosts()
-        else:
-            Request.requestReceived(self, command, path, version)
+        Request.requestReceived(self, command, path, version)
 
     def finish(self) -> None:
         """Everything is answered.
