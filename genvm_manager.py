@@ -8585,11 +8585,6 @@ class Module:
         Connections that are open end by themselves, but those of a command end with its process.
         """
         self.stop_was_asked = True
-        all_released = all(generation.released.happened for generation in self._alive)
-        is_off = self.state in (ModuleState.STOPPED, ModuleState.FAILED) and all_released
-        if is_off and not self._lock.locked:  # else a restart may be about to start it
-            self._move(ModuleState.STOPPED)
-            return succeed(False)
         if self._starting is not None:
             self._starting.child.kill()
         self._stops_waiting += 1
@@ -8686,6 +8681,10 @@ class Module:
         return await self._stop()
 
     async def _stop(self) -> bool:
+        all_released = all(generation.released.happened for generation in self._alive)
+        if self.state in (ModuleState.STOPPED, ModuleState.FAILED) and all_released:
+            self._move(ModuleState.STOPPED)
+            return False
         self._cancel_restart()
         was_running = self.state in (ModuleState.STARTING, ModuleState.RUNNING)
         self._move(ModuleState.STOPPING)
