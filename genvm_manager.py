@@ -8132,19 +8132,18 @@ def _failed_check(
 # 2.18 Module processes
 # =============================================================================
 #
-# Owns what one process of a module is: its setup, its address, what it says.
-# Uses children, text and configuration. Never knows what a module does inside.
+# Owns one process of a module: its setup, its address, its output. Uses
+# children, text and configuration. Never knows what a module does inside.
 
 MODULE_ADDRESSES = {"llm": "127.0.0.1:3031", "web": "127.0.0.1:3032"}
-#: Seconds for a module to accept connections; and for one that is told to stop to free its address,
-#: or as a command of others to end. The first is long: a busy machine may take many times the half
-#: second that it takes an idle one.
+#: Seconds for a module to accept connections; and, once told to stop, to free its address, or for
+#: an external command to exit. The first is long: what takes an idle machine half a second may take
+#: a busy one many times that.
 MODULE_READY_SECONDS = 60.0
 MODULE_STOP_SECONDS = 5.0
-#: Seconds for the connections of a generation that is replaced or stopped to end: longer than any
-#: run may last.
+#: Seconds that a generation may keep its connections once replaced or stopped: longer than any run.
 MODULE_DRAIN_SECONDS = 25 * 3600.0
-#: A module that lives shorter has died quickly; after so many quick deaths it has failed.
+#: A process that lives for less has died quickly; after so many quick deaths the module has failed.
 MODULE_QUICK_SECONDS = 10.0
 MODULE_QUICK_DEATHS = 5
 MODULE_BACKOFF_SECONDS = (1.0, 60.0)
@@ -8152,13 +8151,13 @@ MODULE_PROBE_SECONDS = 0.05
 MODULE_CONNECT_SECONDS = 5.0
 MODULE_STDERR_BYTES = 4 * KIB
 MODULE_LINE_BYTES = 256 * KIB
-#: Of a line that is cut, the end may be half a secret.
+#: How much a line that was too long loses at its end, which may be half a secret.
 MODULE_LINE_END = 1 * KIB
 MODULE_BACKLOG = 1024
 #: The child's descriptor that ``{config_file}`` of an external command names.
 CONFIG_FD = 3
 CONFIG_FILE = f"/proc/self/fd/{CONFIG_FD}" if sys.platform == "linux" else f"/dev/fd/{CONFIG_FD}"
-#: Of a command: becomes the flag of that name, or nothing.
+#: In a command: replaced by the flag of that name, or dropped.
 ALLOW_EMPTY = "{allow_empty_backends}"
 ELF_MARK = b"\x7fELF"
 
@@ -8166,8 +8165,8 @@ ELF_MARK = b"\x7fELF"
 def module_command(config: Config, kind: str) -> tuple[str, ...] | None:
     """Return the command of an external module; None for the built-in one.
 
-    Without a setting, GenVM's own program is used where the root has it. Only an ELF file is that:
-    ours may stand in its place.
+    Without a setting, GenVM's own program is used if the root has it. That is an ELF file; a script
+    in its place is our own stand-in.
     """
     if kind in config.modules:
         return config.modules[kind] or None
@@ -8184,7 +8183,7 @@ def module_command(config: Config, kind: str) -> tuple[str, ...] | None:
 
 
 class ModuleState(enum.Enum):
-    """Where a module stands."""
+    """The state of a module."""
 
     STOPPED = "stopped"
     STARTING = "starting"
@@ -8193,8 +8192,8 @@ class ModuleState(enum.Enum):
     FAILED = "failed"
 
 
-#: What may follow a state of a module. One that dies is starting again; a start that fails at once
-#: leaves it stopped; the end of the manager may come at any time.
+#: What may follow each state of a module. One that dies goes back to starting; a first start that
+#: fails leaves it stopped; the manager may shut down at any time.
 MODULE_TRANSITIONS: dict[ModuleState, frozenset[ModuleState]] = {
     ModuleState.STOPPED: frozenset((ModuleState.STARTING, ModuleState.STOPPING)),
     ModuleState.STARTING: frozenset(ModuleState) - {ModuleState.STARTING},
@@ -8205,24 +8204,24 @@ MODULE_TRANSITIONS: dict[ModuleState, frozenset[ModuleState]] = {
 
 
 class ModuleStatus(Reply, frozen=True, kw_only=True):
-    """Where a module stands, and its process."""
+    """The state of a module and of its process."""
 
     state: ModuleState
     pid: Annotated[int | None, about("The process that serves.")]
-    generation: Annotated[Count, about("The process that serves, counted; 0 while none does.")]
+    generation: Annotated[Count, about("Number of the process that serves; 0 while there is none.")]
     address: Annotated[str | None, about("Where it listens.", "127.0.0.1:3031")]
     restarts: Annotated[Count, about("Processes that died and were replaced.")]
-    since: Annotated[Instant | None, about("Since when it is in this state.")]
-    last_error: Annotated[str | None, about("Why it does not run, or died.", None)]
-    waits_for: Annotated[str | None, about("How a start or restart goes on.", None)]
-    draining: Annotated[Count, about("Earlier processes that still end their connections.")]
+    since: Annotated[Instant | None, about("When it entered this state.")]
+    last_error: Annotated[str | None, about("Why it is not running, or why it died.", None)]
+    waits_for: Annotated[str | None, about("What a start or restart is waiting for.", None)]
+    draining: Annotated[Count, about("Earlier processes that still have connections.")]
     stats: Annotated[
-        dict[str, Any], about("What the process that serves has counted; times in milliseconds.")
+        dict[str, Any], about("Counters of the process that serves; times in milliseconds.")
     ]
 
 
 class ModuleEvent(Happening, frozen=True, kw_only=True):
-    """A module is in another state."""
+    """A module has changed its state."""
 
     kind = "module"
     module: Literal["llm", "web"]
@@ -8234,7 +8233,7 @@ class ModuleEvent(Happening, frozen=True, kw_only=True):
 class ModuleSetup:
     """How a module is to run: its configuration with templates expanded, and its address.
 
-    ``inserted`` is what a request's templates inserted.
+    ``inserted`` are the values that templates in a request inserted.
     """
 
     config: dict[str, Any]
@@ -8260,7 +8259,7 @@ class ModuleSetup:
                 port = setting(config.get("port"), Port)
         except ValueError as error:
             raise ModuleFailed(
-                f"the {kind} module's address is wrong: {error}; set bind_address, or host and port"
+                f"invalid address of the {kind} module: {error}; set bind_address, or host and port"
             ) from None
         return cls(config, host, port, allow_empty_backends, [*inserted])
 
@@ -8274,12 +8273,12 @@ def expand_module_config(
     """Return a configuration with its templates expanded; raises ``ModuleFailed``."""
     try:
         expanded = expand_templates(config, texts, variable)
-        json.dumps(expanded)  # so it is passed on
+        json.dumps(expanded)  # as it will be passed on
         return cast(dict[str, Any], expanded)
     except ConfigError as error:
         problem = error.message
     except TypeError:
-        problem = "it has a value that JSON does not have; put a date in quotes"
+        problem = "it contains a value that JSON cannot represent; put a date in quotes"
     except RecursionError:
         problem = "nested too deeply"
     raise ModuleFailed(f"the {kind} module's configuration: {problem}")
@@ -8299,8 +8298,8 @@ def read_module_file(path: Path) -> dict[str, Any]:
         data = in_time(path, lambda: read_yaml(path))
     except OSError as error:
         raise ModuleFailed(
-            f"no configuration: give one in the request, or write {path.name} into the folder "
-            f"config of the root ({error.strerror})"
+            f"no configuration: send one in the request, or put {path.name} into the config folder "
+            f"of the root ({error.strerror})"
         ) from None
     except ConfigError as error:
         raise ModuleFailed(f"{path.name}: {error.message}") from None
@@ -8310,7 +8309,7 @@ def read_module_file(path: Path) -> dict[str, Any]:
 
 
 def bind_listener(host: str, port: int) -> socket.socket:
-    """Return a listening socket; raises ``ModuleFailed`` with what is in the way."""
+    """Return a listening socket; raises ``ModuleFailed`` with the reason if there can be none."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -8319,7 +8318,7 @@ def bind_listener(host: str, port: int) -> socket.socket:
         listener = socket.create_server(
             address, family=family, backlog=MODULE_BACKLOG, dualstack_ipv6=has_both
         )
-    except (socket.gaierror, ValueError) as error:  # the latter for what cannot be a name
+    except (socket.gaierror, ValueError) as error:  # ValueError: not even a possible name
         reason = str(error)
     except OSError as error:
         reason = os.strerror(error.errno or 0)
@@ -8337,7 +8336,7 @@ def listener_address(listener: socket.socket) -> str:
 
 
 def secrets_in(value: object, *, named: bool = False) -> Iterator[str]:
-    """Yield the texts in a configuration that look like secrets by the names they stand under."""
+    """Yield the strings in a configuration that are secrets, judging by the names of their keys."""
     if isinstance(value, dict):
         for name, member in value.items():
             yield from secrets_in(member, named=named or bool(SECRET_NAMES.search(str(name))))
@@ -8352,10 +8351,10 @@ def secrets_in(value: object, *, named: bool = False) -> Iterator[str]:
 def external_start(
     command: Sequence[str], setup: ModuleSetup
 ) -> Iterator[tuple[list[str], dict[int, int]]]:
-    """Give the words of a configured command, and the descriptors that it inherits.
+    """Give the arguments of a configured command, and the descriptors that it inherits.
 
-    ``{config_file}`` becomes a file that has no name. It holds secrets: so it is gone with the last
-    process that has it open, however that ends. Raises ``SpawnFailed``.
+    ``{config_file}`` becomes a file without a name. It holds secrets, and so it disappears with the
+    last process that has it open, however that ends. Raises ``SpawnFailed``.
     """
     flag = "--allow-empty-backends" if setup.allow_empty_backends else ""
     words = [
@@ -8369,7 +8368,7 @@ def external_start(
     with contextlib.ExitStack() as files:
         try:
             file = files.enter_context(tempfile.TemporaryFile())
-            # A command of others has no default for the address. JSON is YAML, too.
+            # An external command has no default for the address. JSON is YAML, too.
             config = {"bind_address": f"{setup.host}:{setup.port}", **setup.config}
             file.write(json.dumps(config).encode())
             file.seek(0)
@@ -8380,9 +8379,9 @@ def external_start(
 
 @define(eq=False)
 class Greeting(Protocol):
-    """Opens a WebSocket conversation and takes leave: modules log an error for less.
+    """Opens a WebSocket connection and closes it properly: modules log an error for less.
 
-    ``over`` fires at the end of the connection.
+    ``over`` fires once the connection is closed.
     """
 
     transport: Any = field(init=False, default=None)
@@ -8437,13 +8436,13 @@ class Generation:
     _lines: dict[int, LineSplitter] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        # A command of others may print anything on its stdout: that is log.
+        # Whatever an external command prints on its stdout is log.
         takers = {STDOUT: self._control if self._built_in else self._forward, STDERR: self._forward}
         self._lines = {fd: LineSplitter(MODULE_LINE_BYTES, take) for fd, take in takers.items()}
 
     @property
     def stderr(self) -> str:
-        """The end of what the process said on stderr, the messages of log lines only."""
+        """The end of the process's stderr; of log lines, only the messages."""
         text = self._errors.content.decode("utf-8", "replace").strip()
         return text or "(nothing)"
 
@@ -8452,7 +8451,7 @@ class Generation:
         """The process id, while there is one."""
         return None if self.child.exited else self.child.pid
 
-    def say(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any]) -> None:
         """Send a line to the process."""
         if not self.child.exited:
             self.child.write(json.dumps(message).encode() + b"\n")
@@ -8461,7 +8460,9 @@ class Generation:
         self._lines[fd].add(data)
 
     def child_cut(self, fd: int) -> None:
-        self.log.warn("the end of a module's log is cut", module=self._kind, generation=self.number)
+        self.log.warn(
+            "the end of a module's log is lost", module=self._kind, generation=self.number
+        )
 
     def child_exited(self, status: ExitStatus) -> None:
         self.status = status
@@ -8475,7 +8476,7 @@ class Generation:
         self._gone(self)
 
     def _control(self, line: bytes, _cut: bool) -> None:
-        """Take a line of the control channel."""
+        """Handle a line of the control channel."""
         message = parse_log_line(line) or {}
         if message.get("event") == "ready":
             self.ready.fire(None)
@@ -8489,7 +8490,7 @@ class Generation:
             return
         level, record = forwarded_line(line, "message")
         record.pop("time", None)
-        # Masked before it is cut: half a secret would not be known as one.
+        # Masked before it is cut: half a secret would not be recognized.
         text = self._scrub(str(record.pop("message", "")))
         if cut:
             text = text[:-MODULE_LINE_END]
@@ -8502,11 +8503,11 @@ class Generation:
 
 
 async def see_if_ready(reactor: Any, generation: Generation, setup: ModuleSetup) -> None:
-    """Let a generation be ready if it accepts connections by now."""
+    """Declare a generation ready if it accepts connections by now."""
     endpoint = HostnameEndpoint(reactor, setup.host, setup.port, MODULE_CONNECT_SECONDS)
     try:
         greeting = await connectProtocol(endpoint, Greeting(f"{setup.host}:{setup.port}"))
-    except Exception:  # not yet, for whatever reason; a time limit is set elsewhere
+    except Exception:  # not yet, for whatever reason; the caller limits the time
         return
     generation.ready.fire(None)
     try:
@@ -8519,15 +8520,15 @@ async def see_if_ready(reactor: Any, generation: Generation, setup: ModuleSetup)
 # 2.19 Modules
 # =============================================================================
 #
-# Owns the LLM and Web modules over time: states, generations, readiness,
-# restarts, what may fail. Uses module processes. Never knows HTTP.
+# Owns the life of the LLM and Web modules: states, generations, readiness,
+# restarts, failures. Uses module processes. Never knows HTTP.
 
 
 @define(eq=False)
 class Module:
-    """One module: at most one generation serves, older ones may still end their connections.
+    """One module: at most one generation serves; older ones may still have connections.
 
-    Operations run one after the other, and to their end even if whoever asked for them is gone.
+    Operations run one at a time, and to completion even if the client that asked has gone.
     """
 
     log = Logger()
@@ -8582,7 +8583,7 @@ class Module:
     def stop(self) -> Deferred[bool]:
         """Stop the module; fires once its port is free. The result tells whether it was running.
 
-        Connections that are open end by themselves, but those of a command end with its process.
+        Open connections may go on until they end; those of a command end with its process.
         """
         self.stop_was_asked = True
         if self._starting is not None:
@@ -8591,28 +8592,28 @@ class Module:
         return detached(self._lock.run(self._stop_as_asked))
 
     def restart(self, config: dict[str, Any] | None, allow_empty: bool) -> Deferred[bool]:
-        """Replace the running generation by one with another configuration, or start the module.
+        """Replace the running generation with one that has another configuration, or start one.
 
         The result tells whether anything changed. A built-in module refuses no connection
-        meanwhile, and a new configuration that does not work leaves the old one running. Raises
+        meanwhile, and if the new configuration does not work, the old one keeps running. Raises
         ``ModuleFailed``.
         """
         return detached(self._lock.run(self._asked, self._restart, config, allow_empty))
 
     def set_log_level(self, level: str) -> None:
-        """Let the processes log at another level."""
+        """Change the log level of the processes."""
         for generation in self._alive:
             if self._command is None:
-                generation.say({"log_level": level})
+                generation.send({"log_level": level})
 
     @property
     def statistics(self) -> dict[str, Any]:
-        """What the process that serves has counted."""
+        """The counters of the process that serves."""
         return {} if self._current is None else self._current.stats
 
     @property
     def generation(self) -> int:
-        """The number of the process that serves; 0 while none does."""
+        """The number of the process that serves; 0 while there is none."""
         return 0 if self._current is None else self._current.number
 
     def status(self) -> ModuleStatus:
@@ -8631,7 +8632,7 @@ class Module:
         )
 
     def _progress(self) -> str | None:
-        """Return what a start or restart waits for."""
+        """Return what a start or restart is waiting for."""
         if self._starting is not None:
             seconds = self._reactor.seconds() - self._starting.started_at
             said = self._starting.stderr.rpartition("\n")[2]
@@ -8645,7 +8646,7 @@ class Module:
         return None
 
     async def close(self, grace: float) -> None:
-        """End every process, at shutdown."""
+        """End every process and start no more: the manager shuts down."""
         self._closed = True
         self._cancel_restart()
         self._move(ModuleState.STOPPING)
@@ -8656,7 +8657,7 @@ class Module:
     # --- operations, one at a time ---
 
     async def _asked(self, work: Callable[..., Awaitable[Value]], *arguments: Any) -> Value:
-        """Do what a client asks for; what is secret in it is known until that is done."""
+        """Run an operation for a client; secrets in its request are masked until it is done."""
         with self._observer.redactor.keeping(self):
             return await work(*arguments)
 
@@ -8697,7 +8698,7 @@ class Module:
         return was_running
 
     async def _let_finish(self) -> None:
-        """Let every process end with its last connection, and wait until none accepts another."""
+        """Let every process end with its last connection; return once none accepts new ones."""
         self._current = None
         alive = [generation for generation in self._alive if not generation.released.happened]
         for generation in alive:
@@ -8725,7 +8726,7 @@ class Module:
             return True
         same_place = (setup.host, setup.port) == (self._setup.host, self._setup.port)
         listener = old_listener if same_place else await self._bind(setup)
-        if cast(ModuleState, self.state) is ModuleState.FAILED:  # the old one died meanwhile
+        if cast(ModuleState, self.state) is ModuleState.FAILED:  # the old one has died meanwhile
             self._move(ModuleState.STARTING)
         try:
             await self._launch(setup, listener)
@@ -8773,15 +8774,15 @@ class Module:
     async def _soon(
         self, seconds: float, what: str, work: Callable[..., Value], *arguments: Any
     ) -> Value:
-        """Do what may hang; raises ``ModuleFailed`` if it does."""
+        """Do something that may hang; raises ``ModuleFailed`` if it does."""
         try:
             return await FILE_THREADS.run(self._reactor, seconds, work, *arguments)
         except DeferredTimeout:
-            reason = f"{what} takes longer than {seconds:g} s"
+            reason = f"{what} took longer than {seconds:g} s"
             raise ModuleFailed(f"the {self.kind} module: {reason}") from None
 
     async def _bind(self, setup: ModuleSetup) -> socket.socket | None:
-        """Bind the address for a built-in module; see at least that it is free for a command."""
+        """Bind the address for a built-in module; for a command, only check that it is free."""
         listener = await self._soon(
             LOOKUP_SECONDS, f"binding {setup.host}", bind_listener, setup.host, setup.port
         )
@@ -8794,7 +8795,7 @@ class Module:
         """Start a process and make it the current generation once it accepts connections."""
         self._check_open()
         if self._stops_waiting:
-            raise ModuleFailed(f"the {self.kind} module was stopped before it was started")
+            raise ModuleFailed(f"the {self.kind} module was stopped before it had started")
         self._number += 1
         generation = self._starting = Generation(
             self.kind,
@@ -8858,7 +8859,7 @@ class Module:
             ) from None
         self._alive.add(generation)
         if listener is not None:
-            generation.say(
+            generation.send(
                 {
                     "config": setup.config,
                     "allow_empty_backends": setup.allow_empty_backends,
@@ -8889,7 +8890,7 @@ class Module:
     # --- ends ---
 
     def _tidy_up(self) -> None:
-        """Remove what a process that was killed had no time to remove; the guardian looks again."""
+        """Remove what a killed process left behind; the guardian will check again."""
         folder = tempfile.gettempdir()
         working = FILE_THREADS.run(self._reactor, FILE_SECONDS, remove_profiles, folder)
         working.addErrback(lambda failure: self.log.failure("cannot tidy up", failure))
@@ -8913,7 +8914,7 @@ class Module:
         self._quick_deaths = self._quick_deaths + 1 if lived < MODULE_QUICK_SECONDS else 0
         self.last_error = f"it died ({generation.status}); its stderr ends: {generation.stderr}"
         self._move(ModuleState.STARTING)
-        if self._starting is None:  # else it is for the successor to begin or to fail
+        if self._starting is None:  # otherwise the outcome of that start decides
             self._restart_later()
 
     def _restart_later(self) -> None:
@@ -8928,7 +8929,7 @@ class Module:
             return
         shortest, longest = MODULE_BACKOFF_SECONDS
         delay = min(longest, shortest * 2 ** max(0, self._quick_deaths - 1))
-        delay *= random.uniform(0.9, 1.1)  # so that modules of many managers do not march in step
+        delay *= random.uniform(0.9, 1.1)  # so that many managers do not retry in lockstep
         self._restart_timer = self._reactor.callLater(delay, self._restart_now)
 
     def _restart_now(self) -> None:
@@ -8941,13 +8942,13 @@ class Module:
         self.restarts += 1
         try:
             if self._listener is None:
-                await self._bind(self._setup)  # else another's listener would pass for the module's
+                await self._bind(self._setup)  # or another program's would pass for it
             await self._launch(self._setup, self._listener)
         except ManagerError as error:
             self._launch_failed(error)
 
     def _launch_failed(self, error: BaseException) -> None:
-        """Note why a generation did not get ready; where no older one serves, try again later."""
+        """Note why a generation did not get ready; if no older one serves, try again later."""
         self._note_failure(error)
         if self.state is ModuleState.STARTING:
             self._quick_deaths += 1
@@ -8977,7 +8978,7 @@ class Module:
         self.address = None
 
     def _move(self, state: ModuleState) -> None:
-        """Go to another state; only what ``MODULE_TRANSITIONS`` allows happens."""
+        """Change the state, as ``MODULE_TRANSITIONS`` allows."""
         if state is ModuleState.STOPPED:
             self._quick_deaths = 0
         if state is not self.state:
@@ -8994,13 +8995,13 @@ class Module:
 # 2.20 Events and metrics
 # =============================================================================
 #
-# Owns what the manager tells of itself as it goes: numbered events for those
-# who follow them, and figures for Prometheus. Reads permits, executions and
-# modules. Never changes what it tells of.
+# Owns what the manager reports about itself: numbered events for clients that
+# follow them, and metrics for Prometheus. Reads permits, executions and
+# modules. Never changes what it reports on.
 
-#: Events that are kept for a client that comes back.
+#: Events that are kept for clients that reconnect.
 EVENTS_KEPT = 1000
-#: Seconds between two looks at how late the reactor is.
+#: Seconds between measurements of how late the reactor is.
 LAG_SECONDS = 1.0
 #: Upper bounds of histograms, in seconds.
 _WAITS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600)
@@ -9008,13 +9009,13 @@ _RUNS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 600, 1200, 3600)
 
 
 def event_text(kind: str, data: bytes, event_id: str | None = None) -> bytes:
-    """Return an event as it goes over the wire; ``data`` is JSON without line feeds."""
+    """Return an event in wire format; ``data`` is JSON without line feeds."""
     head = b"" if event_id is None else b"id: %s\n" % event_id.encode()
     return b"%sevent: %s\ndata: %s\n\n" % (head, kind.encode(), data.replace(b"\r", b" "))
 
 
 class MissedEvents(Reply, frozen=True, kw_only=True):
-    """The data of ``missed`` in ``GET /events``: events between are not kept any more."""
+    """The data of ``missed`` in ``GET /events``: the events in between are no longer kept."""
 
     reason: str
 
@@ -9026,7 +9027,7 @@ class OutputText(Reply, frozen=True, kw_only=True):
 
 
 class MissedOutput(Reply, frozen=True, kw_only=True):
-    """The data of ``missed`` in the events of an execution: what is not kept any more."""
+    """The data of ``missed`` in the events of an execution: what is no longer kept."""
 
     stream: Literal["stdout", "stderr", "log"]
     bytes: Annotated[Count | UnsetType, about("How much of a stream is missing.")] = UNSET
@@ -9043,7 +9044,7 @@ class ManagerEvent:
 
     @property
     def text(self) -> bytes:
-        """How it goes over the wire: encoded for the first who follows, the same for all others."""
+        """The event in wire format, encoded once for all followers."""
         if not self._wire:
             self._wire = event_text(self.told.kind, json_of(self.told), self.id)
         return self._wire
@@ -9051,7 +9052,7 @@ class ManagerEvent:
 
 @define(eq=False)
 class EventFeed:
-    """What happens in the manager, in order, for all who follow it; the last ones are kept.
+    """The events of the manager, in order, for all that follow them; the latest are kept.
 
     A follower is called with each event, at once, and must not raise.
     """
@@ -9063,7 +9064,7 @@ class EventFeed:
     followers: dict[Callable[[ManagerEvent], object], None] = field(init=False, factory=dict)
 
     def tell(self, kind: type[Happening], /, **fields: Any) -> None:
-        """Something happened now."""
+        """Tell all followers that something has just happened."""
         self.count += 1
         told = kind(time=timestamp_of(self._now()), **fields)
         event = ManagerEvent(told, f"{self.boot_id[:8]}-{self.count}")
@@ -9095,11 +9096,11 @@ class FeedReader:
         self._last = feed.count if last_id is None else feed.number_of(last_id)
 
     def next(self) -> bytes | None:
-        """Return the next event as it goes over the wire, if there is one."""
+        """Return the next event in wire format, if there is one."""
         feed = self._feed
         if self._last < feed.oldest - 1:
             self._last = feed.oldest - 1
-            missed = MissedEvents(reason="earlier events are not kept any more; ask GET /status")
+            missed = MissedEvents(reason="earlier events are no longer kept; ask GET /status")
             return event_text("missed", json_of(missed))
         if self._last == feed.count:
             return None
@@ -9108,11 +9109,11 @@ class FeedReader:
 
 
 class OutputReader:
-    """Reads what an execution writes as it comes, from its start as far as that is kept.
+    """Reads the output of an execution as it comes, from the oldest that is kept.
 
     ``next`` returns one event after the other: ``stdout`` and ``stderr`` with ``text``, ``log``
-    with a record, ``missed`` where something is not kept any more, and ``finished`` with the
-    outcome at the end; nothing if there is nothing yet.
+    with a record, ``missed`` where something is no longer kept, and ``finished`` with the outcome
+    at the end; ``None`` while there is nothing new.
     """
 
     def __init__(self, execution: Execution) -> None:
@@ -9169,10 +9170,10 @@ class OutputReader:
 
 @define(eq=False, slots=False)
 class Metrics:
-    """The figures of one manager, in a registry of its own.
+    """The metrics of one manager, in a registry of its own.
 
-    Some are read when they are asked for, the others follow the events. Labels take few values:
-    versions of the manifest, backends of the configuration, names of ours.
+    Some are read on demand, the others follow the events. Labels have few values: versions in the
+    manifest, backends in the configuration, names that we define.
     """
 
     _reactor: Any
@@ -9184,7 +9185,7 @@ class Metrics:
     _looking: DelayedCall | None = field(init=False, default=None)
 
     def __attrs_post_init__(self) -> None:
-        # They would double what is sent, and nobody asks for them.
+        # They would double the output, and nobody needs them.
         prometheus_client.disable_created_metrics()
         self.registry = registry = prometheus_client.CollectorRegistry()
         counter = functools.partial(prometheus_client.Counter, registry=registry)
@@ -9216,19 +9217,19 @@ class Metrics:
         self._lag = histogram(
             "genvm_reactor_lag_seconds", "How late the event loop is, looked at once a second."
         )
-        # To find what belongs to some labels takes longer than to count.
+        # Looking up a metric by its labels takes longer than counting.
         self._requests_of = functools.cache(self._requests.labels)
         self._ends_of = functools.cache(self._ends.labels)
         prometheus_client.ProcessCollector(registry=registry)
         registry.register(self)
 
     def start(self) -> None:
-        """Look at the reactor from now on."""
+        """Begin to measure how late the reactor is."""
         due = self._reactor.seconds() + LAG_SECONDS
         self._looking = self._reactor.callLater(LAG_SECONDS, self._look, due)
 
     def stop(self) -> None:
-        """Look no more."""
+        """Measure no more."""
         if self._looking is not None:
             self._looking.cancel()
             self._looking = None
@@ -9242,11 +9243,11 @@ class Metrics:
         return prometheus_client.generate_latest(self.registry)
 
     def note_request(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count a request that is answered; one without a route may have any method."""
+        """Count a request that was answered."""
         self._requests_of(route, method, status).observe(seconds)
 
     def note_event(self, event: ManagerEvent) -> None:
-        """Count what happened; a follower of the events."""
+        """Count an event; this is a follower of the feed."""
         told = event.told
         if isinstance(told, StartedEvent):
             self._waits.observe(told.waited_ms / 1000)
@@ -9262,7 +9263,7 @@ class Metrics:
                 self._runs.observe(told.ran_ms / 1000)
 
     def collect(self) -> Iterator[prometheus_client.core.Metric]:
-        """Yield what is read when it is asked for; see ``Collector``."""
+        """Yield the metrics that are read on demand; see ``Collector``."""
         core, gate, executions = prometheus_client.core, self._gate, self._executions
         gauge = core.GaugeMetricFamily
         about = {"version": __version__, "instance": str(self._instance)}
@@ -9347,13 +9348,13 @@ def _request_metrics(
 # 2.21 HTTP answers and access
 # =============================================================================
 #
-# Owns how answers leave, and to whom: status codes, errors as JSON, large
-# answers piece by piece, who may make a request. Uses errors and text. Never
-# knows what a request is about.
+# Owns how answers are sent, and who may ask: status codes, errors as JSON, large
+# answers piece by piece, tokens and hosts. Uses errors and text. Never knows
+# what a request is about.
 
 JSON_TYPE = "application/json; charset=utf-8"
 LINES_TYPE = "application/x-ndjson"
-#: What an error means in HTTP; everything else is 500, as the API reference has it.
+#: The HTTP status of an error; all others are 500, as in the API reference.
 STATUS_CODES: dict[type[ManagerError], int] = {
     EndpointNotFound: 404,
     ExecutionNotFound: 404,
@@ -9368,7 +9369,7 @@ STATUS_CODES: dict[type[ManagerError], int] = {
     NoPermit: 503,
     ResourcesExhausted: 503,
 }
-#: What an error means with the setting ``error_status: http``, where that is something else.
+#: The HTTP status of an error with the setting ``error_status: http``.
 HTTP_STATUS_CODES: dict[type[ManagerError], int] = {
     **STATUS_CODES,
     InvalidRequest: 400,
@@ -9390,7 +9391,7 @@ STREAMED_RESULT_BYTES = 256 * KIB
 MAX_WAIT_SECONDS = 120.0
 MAX_GRACE_MS = 24 * 3600 * 1000
 DEFAULT_GRACE_MS = 30_000
-#: What anybody may ask: those who watch machines have no token, and the answer tells little.
+#: Open to everybody: monitoring has no token, and the answers reveal little.
 PROBES = (b"/livez", b"/readyz")
 LEAST_GRACE_MS = 100
 LONGEST_PREFERRED_SECONDS = 24 * 3600
@@ -9404,14 +9405,14 @@ class ErrorAnswer(Reply, frozen=True, kw_only=True):
     code: Annotated[str, about("Stable, for programs.")]
     retryable: Annotated[bool, about("Whether the same request can succeed later.", False)]
     advice: Annotated[str | UnsetType, about("What to do, where `error` is just the code.")] = UNSET
-    genvm_id: Annotated[int | UnsetType, about("The execution that is concerned.")] = UNSET
-    status: Annotated[UnsetType | None, about("Of an execution that is not known.")] = UNSET
+    genvm_id: Annotated[int | UnsetType, about("The execution concerned.")] = UNSET
+    status: Annotated[UnsetType | None, about("Of an unknown execution.")] = UNSET
     reasons: Annotated[list[str] | UnsetType, about("What is missing: `not_ready`.")] = UNSET
     request_id: Annotated[str, about("As in `X-Request-Id` and in the log.", "a4a282cf-10")]
 
 
 def error_answer(error: ManagerError, request_id: str) -> ErrorAnswer:
-    """Return what describes an error to a client."""
+    """Return an error as it is shown to a client."""
     return ErrorAnswer(
         error=error.prefix + error.message,
         code=error.code,
@@ -9425,13 +9426,13 @@ def error_answer(error: ManagerError, request_id: str) -> ErrorAnswer:
 
 
 def status_of_error(error: type[ManagerError], style: str) -> int:
-    """Return the HTTP status of a class of errors, as the setting ``error_status`` has it."""
+    """Return the HTTP status of a class of errors; ``style`` is the setting ``error_status``."""
     codes = HTTP_STATUS_CODES if style == "http" else STATUS_CODES
     return next((codes[kind] for kind in error.__mro__ if kind in codes), 500)
 
 
 def error_headers(error: ManagerError) -> dict[str, str]:
-    """Return the headers that an error needs beside its body."""
+    """Return the headers that an error needs in addition to its body."""
     headers = {}
     if isinstance(error, MethodNotAllowed):
         headers["Allow"] = ", ".join(error.allowed)
@@ -9487,7 +9488,7 @@ class AccessPolicy:
         )
 
     def _is_allowed(self, name: str) -> bool:
-        # Not for "*": a manager of any name is meant by that, not one that any page may use.
+        # "*" does not count: it lets the manager have any name, not any page use the manager.
         _, dot, parent = name.partition(".")
         while dot and f"*.{parent}" not in self.allowed_hosts:
             _, dot, parent = parent.partition(".")
@@ -9500,7 +9501,7 @@ class AccessPolicy:
 
 
 def header_text(request: Request, name: bytes) -> str | None:
-    """Return a header, byte by byte: what is not ASCII is still comparable."""
+    """Return a header, a character for each byte, so that any bytes can be compared."""
     values = request.requestHeaders.getRawHeaders(name)
     return None if values is None else values[-1].decode("latin-1")
 
@@ -9511,8 +9512,8 @@ _QUALITY = re.compile(r"q\s*=\s*(0(?:\.\d*)?|1(?:\.0*)?)\s*", re.IGNORECASE)
 def prefers(request: Request, media: str) -> bool:
     """Tell whether a request prefers a media type to JSON, by ``Accept`` (RFC 9110, 12.5.1).
 
-    The most specific range that covers a type gives its quality. Where both have the same quality,
-    the one that is named more exactly is preferred, then the one that is named first.
+    The most specific range that covers a type gives its quality. If both have the same quality, the
+    one that is named more specifically wins, then the one that is named first.
     """
     headers = request.requestHeaders.getRawHeaders(b"accept") or []
     best = {media: (0.0, -1, 0), "application/json": (0.0, -1, 0)}
@@ -9528,9 +9529,9 @@ def prefers(request: Request, media: str) -> bool:
 
 
 def preferred_seconds(text: str) -> int | None:
-    """Return what a header ``Prefer`` says of ``wait``, if that is a number (RFC 7240).
+    """Return the ``wait`` of a header ``Prefer`` in seconds, if it is a number (RFC 7240).
 
-    What is not understood there counts as not being there; of two the first counts.
+    Anything else is ignored; of two, the first counts.
     """
     for preference in re.findall(r'(?:[^,"]|"(?:[^"\\]|\\.)*(?:"|\\?$))+', text):
         name, _, value = preference.partition(";")[0].partition("=")
@@ -9544,7 +9545,7 @@ def preferred_seconds(text: str) -> int | None:
 
 
 def wants_page(request: Request) -> bool:
-    """Tell whether a request is a browser's for the manager's page."""
+    """Tell whether a request is a browser asking for the manager's page."""
     is_read = request.path == b"/" and request.method in {b"GET", b"HEAD"}
     return is_read and prefers(request, "text/html")
 
@@ -9576,7 +9577,7 @@ class PieceProducer:
         self._request.write(bytes(batch))
 
     def stopProducing(self) -> None:
-        """The client is gone, which cancels who waits for us."""
+        """The client is gone, which cancels the handler that waits for us."""
         self._request.unregisterProducer()
 
 
@@ -9587,28 +9588,28 @@ class PieceProducer:
 # Owns how requests arrive: connections, and their limits of size, time and
 # number. Uses answers and access. Never knows what a request is about.
 
-#: Seconds for a request to arrive whole, and for a connection to stay idle.
+#: Seconds for a request to arrive completely, and for which a connection may be idle.
 RECEIVE_SECONDS = 60
-#: Seconds for the first head of a connection to arrive with the token, where there is one.
+#: Seconds for a connection to send a head with the token, if one is required.
 STRANGER_SECONDS = 5
-#: Connections that may be open beside twice as many as may wait for permits; and of each four
-#: descriptors that a process may have, one is not for connections: children need some.
+#: Connections that may be open beyond twice the length of the queue; and how many may be open even
+#: if there are few descriptors, of which otherwise a quarter is left for children.
 SPARE_CONNECTIONS, FEW_CONNECTIONS = 4 * KIB, 64
-#: Seconds between two lines of the log about requests of a kind that were refused, or about
-#: connections that found no room.
+#: Seconds between two log lines about refused requests of one kind, or about connections for which
+#: there was no room.
 REFUSED_SECONDS = 60.0
-#: Seconds in which a client that sends too much may still read why it was refused.
+#: Seconds for a client that sends too much to read why it was refused.
 LINGER_SECONDS = 2.0
-#: Seconds until the answer begins to a client that has shut down its sending side. One that has
-#: left looks the same, and what it waits for is to be cancelled.
+#: Seconds in which the answer must begin once a client has shut down its sending side. One that has
+#: left looks the same, and its request is to be cancelled.
 HALF_CLOSED_SECONDS = 1.0
-#: A length of more digits is not a length of anything.
+#: No ``Content-Length`` has more digits.
 LENGTH_DIGITS = 18
 #: A URI with a host, which stands for the header ``Host``; and the rest of it.
 ABSOLUTE_URI = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 #: What a proxy may send as ``X-Request-Id``; anything else is replaced by an id of ours.
 REQUEST_ID = re.compile(r"[0-9A-Za-z._:=@/+-]{1,128}")
-#: Statuses of which the log tells as warnings.
+#: Statuses that are logged as warnings.
 REFUSALS = (401, 403, 413, 429, 503)
 #: The first byte of a TLS handshake.
 TLS_HANDSHAKE = b"\x16"
@@ -9639,7 +9640,7 @@ class ApiChannel(HTTPChannel):
     _due = math.inf
 
     def dataReceived(self, data: bytes) -> None:
-        """Parse bytes; only the first ones of a request restart the clock: trickling is in vain."""
+        """Parse bytes; only the first ones of a request restart the timeout, not each trickle."""
         if self._refused:
             return
         if self._is_silent:
@@ -9657,7 +9658,7 @@ class ApiChannel(HTTPChannel):
     def setTimeout(self, period: int | None) -> int | None:
         """Close the connection after some seconds, or never; return what was set before.
 
-        Each request sets it three times: the timer stays, and is moved on if it comes too early.
+        Each request sets it three times: the timer stays, and is set again if it fires too early.
         """
         before, self.timeOut = self.timeOut, period
         self._due = math.inf
@@ -9670,7 +9671,7 @@ class ApiChannel(HTTPChannel):
         return before
 
     def resetTimeout(self) -> None:
-        """Count its seconds from now on."""
+        """Count the timeout from now on."""
         if self._due < math.inf:
             self.setTimeout(self.timeOut)
 
@@ -9684,7 +9685,7 @@ class ApiChannel(HTTPChannel):
             self._timer = self.callLater(left, self._look_at_time)
 
     def timeoutConnection(self) -> None:
-        """Close the connection, but where we are late, what has arrived is read before."""
+        """Close the connection; if we are late, first read what has arrived in time."""
         if self._is_overdue:
             HTTPChannel.timeoutConnection(self)
         else:
@@ -9692,16 +9693,16 @@ class ApiChannel(HTTPChannel):
             self.setTimeout(0)
 
     def connectionMade(self) -> None:
-        """A client is there; both ends are looked up once, not for each request."""
+        """A client has connected; both addresses are looked up once, not for each request."""
         self._peer, self._our_end = self.transport.getPeer(), self.transport.getHost()
         HTTPChannel.connectionMade(self)
 
     def getPeer(self) -> Any:
-        """Return the other end of the connection."""
+        """Return the client's address."""
         return self._peer
 
     def getHost(self) -> Any:
-        """Return our end of it."""
+        """Return our own address."""
         return self._our_end
 
     def _parse_on(self) -> None:
@@ -9712,7 +9713,7 @@ class ApiChannel(HTTPChannel):
             self.readConnectionLost()
 
     def headerReceived(self, line: bytes) -> bool:
-        """Take a header; a length that cannot be a number of Python's is refused."""
+        """Take a header; refuse a length that Python would not convert to a number."""
         if len(line) > LENGTH_DIGITS:
             name, _, value = line.partition(b":")
             if name.strip().lower() == b"content-length" and len(value.strip()) > LENGTH_DIGITS:
@@ -9721,7 +9722,7 @@ class ApiChannel(HTTPChannel):
         return bool(HTTPChannel.headerReceived(self, line))
 
     def readConnectionLost(self) -> None:
-        """The client sends nothing more; what it has asked for may still be answered."""
+        """The client will send nothing more; what it has asked for may still be answered."""
         if self._next is not None and not self._refused:
             self._is_half_closed = True  # what has arrived is answered first
         elif self.answering and not self._refused:
@@ -9731,7 +9732,7 @@ class ApiChannel(HTTPChannel):
             self.loseConnection()
 
     def _close_unless_read(self) -> None:
-        # Who has left is found out by what is sent.
+        # What an answer sends shows whether the client has left.
         if self.requests and not self.requests[0].producer:
             self.loseConnection()
 
@@ -9739,11 +9740,11 @@ class ApiChannel(HTTPChannel):
         """See ``IHalfCloseableProtocol``; we close as a whole only."""
 
     def lineLengthExceeded(self, line: bytes) -> None:
-        """Refuse a line of a head that is longer than any may be."""
+        """Refuse a line of a head that is too long."""
         self._respondToBadRequestAndDisconnect()
 
     def allContentReceived(self) -> None:
-        """A request is here as a whole; it may have been refused by what came with its end."""
+        """A request is complete, unless its last part has made us refuse it."""
         if not self._refused:
             self.answering = True
             HTTPChannel.allContentReceived(self)
@@ -9755,7 +9756,7 @@ class ApiChannel(HTTPChannel):
         self.transport.write(b"\r\n".join((*lines, b"", b"")))
 
     def pauseProducing(self) -> None:
-        """The client does not read what it has asked for; that has its time, too."""
+        """The client does not read what it has asked for; this is limited in time, too."""
         HTTPChannel.pauseProducing(self)
         if self.answering:
             self.setTimeout(RECEIVE_SECONDS)
@@ -9770,7 +9771,7 @@ class ApiChannel(HTTPChannel):
         """A response is complete: the connection may carry another request."""
         self.answering = self._is_overdue = False
         self._fresh = True
-        # A thousand requests may have come in one packet: others get their turn in between.
+        # A thousand requests may have come in one packet: let others have their turn in between.
         follows = self.persistent and (self._buffer or any(self._dataBuffer))
         self.paused = self._busyReceiving and bool(follows)
         HTTPChannel.requestDone(self, request)
@@ -9778,7 +9779,7 @@ class ApiChannel(HTTPChannel):
             self.setTimeout(RECEIVE_SECONDS)  # to read it, and with TLS to close its side
 
     def refuse(self, status: int, error: ManagerError, request_id: str = "") -> None:
-        """Answer before the request is complete, read and forget the rest for a while, close."""
+        """Answer before the request is complete, discard the rest for a while, then close."""
         if self._refused:
             return
         request_id = request_id or self.site.new_request_id()
@@ -9809,7 +9810,7 @@ class ApiChannel(HTTPChannel):
     def _respondToBadRequestAndDisconnect(self) -> None:
         # Twisted's own answer has no body, which clients that parse every body cannot read.
         error = InvalidRequest(
-            "malformed HTTP request; its head can have "
+            "malformed HTTP request; note that its head may have at most "
             f"{self.maxHeaders} headers and {self.totalHeadersSize} bytes"
         )
         self.refuse(400, error)
@@ -9826,15 +9827,15 @@ class ApiChannel(HTTPChannel):
 
 
 class ApiRequest(Request):
-    """A request whose body is bounded while it is read, and kept on disk if it is large."""
+    """A request whose body is limited while it arrives, and goes to disk if it is large."""
 
     channel: ApiChannel
     content: IO[bytes] | None
     #: The path of its route, once that is known.
     route = "none"
-    #: Whether the policy allows it, as far as its head tells that.
+    #: Whether its head has satisfied the access policy.
     is_admitted = False
-    phrase: bytes | None = None  # what follows the number of the status, if not the usual text
+    phrase: bytes | None = None  # if not the usual one of the status
     _id = ""
     _received = 0
     _began = 0.0
@@ -9849,7 +9850,7 @@ class ApiRequest(Request):
 
     @property
     def peer(self) -> str:
-        """Who made it: an address, or a socket's client."""
+        """The client's address; one on a unix socket has none."""
         return getattr(self.getClientAddress(), "host", None) or "unix socket"
 
     def gotLength(self, length: int | None) -> None:
@@ -9865,8 +9866,8 @@ class ApiRequest(Request):
         try:
             self.channel.site.policy.check(self)
         except ManagerError as error:
-            # Who may not make the request is not let fill memory or disk first; without a body it
-            # is here as a whole.
+            # Whoever may not ask must not fill memory or disk first; without a body, the request is
+            # complete and is answered in the usual way.
             if length != 0:
                 self._refuse(error)
         else:
@@ -9908,10 +9909,10 @@ class ApiRequest(Request):
         Request.requestReceived(self, command, path, version)
 
     def finish(self) -> None:
-        """Everything is answered.
+        """The answer is complete.
 
-        Klein's functions for a request refer to each other and to it, so it is kept until the next
-        collection of garbage, which takes the longer the more there is: the headers go at once.
+        Klein's functions for a request refer to each other and to it, so that only the garbage
+        collector frees it, which takes longer the more there is: the headers go at once.
         """
         site = self.channel.site
         Request.finish(self)
@@ -9929,7 +9930,7 @@ class ApiRequest(Request):
         )
 
     def isSecure(self) -> bool:
-        """Return a constant: routes do not depend on TLS, which Twisted looks for each time."""
+        """Return a constant: routes do not depend on TLS, and Twisted would check each time."""
         return False
 
     def getRequestHostname(self) -> bytes:
@@ -9973,7 +9974,7 @@ class ApiSite(Site):
         self._emptied: Event[None] = Event()
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
-        """Return the protocol for a new connection; none if its address has half of all."""
+        """Return the protocol for a new connection; none if its client has half of all."""
         host = getattr(addr, "host", "")  # a unix socket is for our own account
         if host and self._from[host] >= self.most // 2:
             self._tell_crowded(f"{self._from[host]} from {host}")
@@ -9986,7 +9987,7 @@ class ApiSite(Site):
 
     @property
     def most(self) -> int:
-        """How many connections there may be in all."""
+        """The limit for all connections together."""
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return min(self._most, max(FEW_CONNECTIONS, descriptors * 3 // 4))
 
@@ -10016,7 +10017,7 @@ class ApiSite(Site):
         method: str = "any",
         seconds: float = 0.0,
     ) -> None:
-        """Count a request that is answered, and write its line in the log.
+        """Count a request that was answered, and log it.
 
         ``route`` is the path of its route; ``size`` and ``seconds`` are those of the answer.
         """
@@ -10057,7 +10058,7 @@ class ApiSite(Site):
         """Write no access log: see ``note_answer``."""
 
     def close(self) -> Deferred[None]:
-        """Close idle connections now, others once they are answered; fires when none is left."""
+        """Close idle connections now, others after their answer; fires when none is left."""
         self.closing = True
         for channel in list(self.channels):
             if channel.answering:
@@ -12198,20 +12199,20 @@ class RootResource(Resource):
 # 2.29 Listeners
 # =============================================================================
 #
-# Owns where requests come in, and what systemd hears of us where it has
-# started us. Uses settings. Never knows what is served.
+# Owns the sockets at which requests arrive, and the messages to systemd if it
+# has started us. Uses settings. Never knows what is served.
 
 #: Connections that may wait to be accepted.
 BACKLOG = 1024
-#: Where Twisted's defaults are not ours: a unix socket would let everybody in, and its lock is not
-#: safe against others of us.
+#: Where our defaults differ from Twisted's: a unix socket would let everybody in, and its lock is
+#: not safe where several managers start at once.
 DEFAULTS = {"backlog": BACKLOG, "mode": 600, "lockfile": 0}
-#: Seconds to wait for room in the socket of systemd.
+#: Seconds to wait for room in systemd's socket.
 NOTIFY_SECONDS = 0.1
 
 
 class LentUnixPort(unix.Port):
-    """A unix socket of systemd's: who may use its file, and its end, are none of our business."""
+    """A unix socket from systemd, which sets the mode of its file and removes it."""
 
     _shouldShutdown = False
 
@@ -12221,7 +12222,7 @@ class LentUnixPort(unix.Port):
 
 @define(eq=False)
 class Listener:
-    """A place where requests come in, as long as it is open."""
+    """A socket at which requests arrive."""
 
     port: Any
     _secured: Callable[[], tuple[Any, ...]] | None = None
@@ -12250,7 +12251,7 @@ class Listener:
 
     @property
     def address(self) -> str:
-        """Where it is: ``host:port``, ``https://host:port`` or ``unix://path``."""
+        """Its address: ``host:port``, ``https://host:port`` or ``unix://path``."""
         place = self.port.getHost()
         if isinstance(place, UNIXAddress):
             return f"unix://{os.fsdecode(place.name or b'')}"
@@ -12258,14 +12259,14 @@ class Listener:
         return secure + listener_address(self.port.socket)
 
     def read_certificate(self) -> None:
-        """Read key and certificate anew, for connections to come; raises ``ConfigError``."""
+        """Read key and certificate again, for new connections; raises ``ConfigError``."""
         if self._secured is not None:
             _, self.port.factory, *_ = self._secured()
 
 
 @contextlib.contextmanager
 def _explaining(endpoint: Endpoint) -> Iterator[None]:
-    """Make a ``ConfigError`` of what Twisted raises about an endpoint."""
+    """Turn what Twisted raises about an endpoint into a ``ConfigError``."""
     try:
         yield
         return
@@ -12276,8 +12277,8 @@ def _explaining(endpoint: Endpoint) -> Iterator[None]:
         )
     except OSError as error:
         reason = f"{error.filename} cannot be read: {error.strerror}"
-    except Exception as error:  # whatever Twisted and OpenSSL meet in a text and its files
-        reason = f"{error or type(error).__name__}; check its words, and that keys are PEM files"
+    except Exception as error:  # of many kinds, from Twisted and OpenSSL
+        reason = f"{error or type(error).__name__}; check its syntax, and that keys are PEM files"
     raise ConfigError(f"listen: {endpoint}: {reason}")
 
 
@@ -12286,7 +12287,7 @@ _TLS_FILES = ("certKey", "privateKey", "extraCertChain", "dhParameters")
 
 def secured(endpoint: Endpoint, site: Site) -> tuple[Any, ...]:
     """Return how to listen with TLS: the arguments of ``listenTCP``; raises ``ConfigError``."""
-    load_http()  # ours is a reactor that may know nothing of TLS
+    load_http()  # the reactor may have been made without TLS and its listenSSL
     from twisted.protocols.tls import TLSMemoryBIOFactory
 
     (_, *places), options = endpoint_parts(str(endpoint))
@@ -12329,10 +12330,10 @@ def _listen(reactor: Any, endpoint: Endpoint, site: Site) -> Any:
 
 @contextlib.contextmanager
 def _alone_at(path: Path) -> Iterator[None]:
-    """Make a socket that only our user can reach at first; a dead one is replaced.
+    """Let a unix socket be made that only our user can reach at first; a dead one is removed.
 
-    Of several managers that start at once, one looks and replaces at a time: it holds the lock of
-    the folder. Raises ``OSError``, also where that takes too long.
+    If several managers start at once, each does this while it holds the lock of the folder. Raises
+    ``OSError``, also if another process holds that for too long.
     """
     fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     previous = os.umask(0o177)
@@ -12349,7 +12350,7 @@ def _alone_at(path: Path) -> Iterator[None]:
 
 
 def _remove_dead_socket(path: Path) -> None:
-    """Remove a socket at which nobody listens; raises ``OSError``."""
+    """Remove a socket on which nobody listens; raises ``OSError``."""
     if path.is_socket():
         with socket.socket(socket.AF_UNIX) as probe:
             try:
@@ -12360,9 +12361,9 @@ def _remove_dead_socket(path: Path) -> None:
 
 @frozen
 class Systemd:
-    """Tells what has started us how we are (sd_notify(3)); nobody needs to listen.
+    """Reports our state to systemd, or whatever else has started us (sd_notify(3)).
 
-    ``watchdog`` is how many seconds may lie between two signs of life; 0 if none is expected.
+    ``watchdog`` is the longest time in seconds between two signs of life; 0 if none is expected.
     """
 
     _address: str = ""
@@ -12370,7 +12371,7 @@ class Systemd:
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str]) -> Self:
-        """Take what it left in the environment, which children are not to have."""
+        """Take its variables out of the environment, which children inherit."""
         names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDNAMES")
         address, microseconds, pid, _ = (environ.pop(name, "") for name in names)
         ours = pid in ("", str(os.getpid())) and microseconds.isdecimal()

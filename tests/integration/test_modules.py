@@ -232,7 +232,7 @@ def test_two_starts_while_it_stops(manager: Daemon, provider: Provider) -> None:
 def bad_configs() -> Iterator[tuple[Any, str, str]]:
     able = {"supports_json": True, "supports_image": True}
     good = {"host": "http://x", "provider": "openai-compatible", "key": KEY, "models": {"m": able}}
-    failed, wrong = "module_failed", "the llm module's address is wrong"
+    failed, wrong = "module_failed", "invalid address of the llm module"
     yield {"bind_address": ANY_PORT}, failed, "backends: none can be used"
     unknown = {"backends": {"a": {**good, "provider": "oracle"}}, "bind_address": ANY_PORT}
     yield unknown, failed, 'unknown "oracle"'
@@ -599,7 +599,7 @@ def test_a_restart_that_fails_changes_nothing(manager: Daemon, provider: Provide
         for config, reason in (
             (no_model, "backends: none can be used"),
             (provider.config("echo", bind_address=taken), "in use"),
-            (provider.config("echo", bind_address="x"), "address is wrong"),
+            (provider.config("echo", bind_address="x"), "invalid address of the"),
             (None, "genvm-module-llm.yaml"),
         ):
             body = {"module_type": "llm", "config": config}
