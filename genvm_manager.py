@@ -8153,13 +8153,13 @@ MODULE_STDERR_BYTES = 4 * KIB
 MODULE_LINE_BYTES = 256 * KIB
 #: How much a line that was too long loses at its end, which may be half a secret.
 MODULE_LINE_END = 1 * KIB
-MODULE_BACKLOG = 1024
+#: Connections that may wait to be accepted.
+BACKLOG = 1024
 #: The child's descriptor that ``{config_file}`` of an external command names.
 CONFIG_FD = 3
 CONFIG_FILE = f"/proc/self/fd/{CONFIG_FD}" if sys.platform == "linux" else f"/dev/fd/{CONFIG_FD}"
 #: In a command: replaced by the flag of that name, or dropped.
 ALLOW_EMPTY = "{allow_empty_backends}"
-ELF_MARK = b"\x7fELF"
 
 
 def module_command(config: Config, kind: str) -> tuple[str, ...] | None:
@@ -8176,7 +8176,7 @@ def module_command(config: Config, kind: str) -> tuple[str, ...] | None:
         if program.is_file():
             with program.open("rb") as file:
                 mark = file.read(4)
-    if mark != ELF_MARK:
+    if mark != b"\x7fELF":
         return None
     flags = [ALLOW_EMPTY] if kind == "llm" else []
     return (str(program), kind, "--config", "{config_file}", *flags)
@@ -8316,7 +8316,7 @@ def bind_listener(host: str, port: int) -> socket.socket:
         )[0]
         has_both = family == socket.AF_INET6
         listener = socket.create_server(
-            address, family=family, backlog=MODULE_BACKLOG, dualstack_ipv6=has_both
+            address, family=family, backlog=BACKLOG, dualstack_ipv6=has_both
         )
     except (socket.gaierror, ValueError) as error:  # ValueError: not even a possible name
         reason = str(error)
@@ -8460,9 +8460,7 @@ class Generation:
         self._lines[fd].add(data)
 
     def child_cut(self, fd: int) -> None:
-        self.log.warn(
-            "the end of a module's log is lost", module=self._kind, generation=self.number
-        )
+        self.log.warn("part of a module's log is lost", module=self._kind, generation=self.number)
 
     def child_exited(self, status: ExitStatus) -> None:
         self.status = status
@@ -9059,7 +9057,7 @@ class EventFeed:
 
     boot_id: str
     _now: Callable[[], float] = time.time
-    _kept: deque[ManagerEvent] = field(init=False, factory=lambda: deque(maxlen=EVENTS_KEPT))
+    kept: deque[ManagerEvent] = field(init=False, factory=lambda: deque(maxlen=EVENTS_KEPT))
     count: int = field(init=False, default=0)
     followers: dict[Callable[[ManagerEvent], object], None] = field(init=False, factory=dict)
 
@@ -9068,18 +9066,14 @@ class EventFeed:
         self.count += 1
         told = kind(time=timestamp_of(self._now()), **fields)
         event = ManagerEvent(told, f"{self.boot_id[:8]}-{self.count}")
-        self._kept.append(event)
+        self.kept.append(event)
         for follower in [*self.followers]:
             follower(event)
 
     @property
     def oldest(self) -> int:
         """The number of the oldest event that is kept, or would be; they count from 1."""
-        return self.count - len(self._kept) + 1
-
-    def get(self, number: int) -> ManagerEvent:
-        """Return an event that is kept."""
-        return self._kept[number - self.oldest]
+        return self.count - len(self.kept) + 1
 
     def number_of(self, event_id: str) -> int:
         """Return the number in an event's id; -1 if it is not of this start of the manager."""
@@ -9105,7 +9099,7 @@ class FeedReader:
         if self._last == feed.count:
             return None
         self._last += 1
-        return feed.get(self._last).text
+        return feed.kept[self._last - feed.oldest].text
 
 
 class OutputReader:
@@ -9489,10 +9483,7 @@ class AccessPolicy:
 
     def _is_allowed(self, name: str) -> bool:
         # "*" does not count: it lets the manager have any name, not any page use the manager.
-        _, dot, parent = name.partition(".")
-        while dot and f"*.{parent}" not in self.allowed_hosts:
-            _, dot, parent = parent.partition(".")
-        return bool(dot) or name in self.allowed_hosts
+        return any(fnmatchcase(name, allowed) for allowed in self.allowed_hosts - {"*"})
 
     def _same_site(self, origin: str, host: str | None) -> bool:
         scheme, _, place = origin.lower().partition("://")
@@ -9566,15 +9557,14 @@ class PieceProducer:
     def resumeProducing(self) -> None:
         """Send one piece."""
         batch = bytearray()
-        while len(batch) < PIECE_BYTES:
-            piece = next(self._pieces, None)
-            if piece is None:
-                self._request.write(bytes(batch))
-                self._request.unregisterProducer()
-                self._done.callback(None)
-                return
+        for piece in self._pieces:
             batch += piece
+            if len(batch) >= PIECE_BYTES:
+                self._request.write(bytes(batch))
+                return
         self._request.write(bytes(batch))
+        self._request.unregisterProducer()
+        self._done.callback(None)
 
     def stopProducing(self) -> None:
         """The client is gone, which cancels the handler that waits for us."""
@@ -9794,7 +9784,9 @@ class ApiChannel(HTTPChannel):
             "Connection": "close",
         }
         head = Headers({name: [value] for name, value in fields.items()})
-        self.site.note_answer("refused at its head", status, len(body), peer, request_id)
+        self.site.note_answer(
+            "refused at its head", status, bytes=len(body), peer=peer, request_id=request_id
+        )
         self._refused = self.paused = True  # nothing more of what is here is parsed
         self.setTimeout(None)
         self.writeHeaders(b"HTTP/1.1", b"%d" % status, RESPONSES[status], head)
@@ -9917,16 +9909,16 @@ class ApiRequest(Request):
         site = self.channel.site
         Request.finish(self)
         del self.requestHeaders, self.responseHeaders
+        has_route = self.route != "none"  # else it may have any method
         site.note_answer(
             (self.method + b" " + self.path).decode("ascii", "replace"),
             self.code,
-            self.sentLength,
-            self.peer,
-            self.request_id,
-            self.route,
-            # Without a route, it may have any method.
-            self.method.decode() if self.route != "none" else "any",
             site.clock() - self._began,
+            self.route,
+            self.method.decode() if has_route else "any",
+            bytes=self.sentLength,
+            peer=self.peer,
+            request_id=self.request_id,
         )
 
     def isSecure(self) -> bool:
@@ -10008,31 +10000,18 @@ class ApiSite(Site):
 
     def note_answer(
         self,
-        target: str,
+        text: str,
         status: int,
-        size: int,
-        peer: str,
-        request_id: str,
+        seconds: float = 0.0,
         route: str = "none",
         method: str = "any",
-        seconds: float = 0.0,
+        **fields: object,
     ) -> None:
-        """Count a request that was answered, and log it.
-
-        ``route`` is the path of its route; ``size`` and ``seconds`` are those of the answer.
-        """
+        """Count a request that was answered, and log it; ``route`` is the path of its route."""
         self._metrics.note_request(route, method, status, seconds)
         if self._observer.enabled("debug"):
-            self.logger.debug(
-                "{text}",
-                text=target,
-                route=route,
-                status=status,
-                ms=round(seconds * 1000, 3),
-                bytes=size,
-                peer=peer,
-                request_id=request_id,
-            )
+            ms = round(seconds * 1000, 3)
+            self.logger.debug("{text}", text=text, route=route, status=status, ms=ms, **fields)
 
     def note_refusal(self, status: int, code: str, peer: str, request_id: str) -> None:
         """Log that a request was refused, if that is worth a warning."""
@@ -10065,7 +10044,8 @@ class ApiSite(Site):
                 channel.persistent = 0
             elif channel.transport is not None:
                 channel.loseConnection()
-        self._check_empty()
+        if not self.channels:
+            self._emptied.fire(None)
         return self._emptied.wait()
 
     def forget(self, channel: ApiChannel) -> None:
@@ -10075,9 +10055,6 @@ class ApiSite(Site):
             self._from[channel.host] -= 1
             if not self._from[channel.host]:
                 del self._from[channel.host]
-        self._check_empty()
-
-    def _check_empty(self) -> None:
         if self.closing and not self.channels:
             self._emptied.fire(None)
 
@@ -12202,8 +12179,6 @@ class RootResource(Resource):
 # Owns the sockets at which requests arrive, and the messages to systemd if it
 # has started us. Uses settings. Never knows what is served.
 
-#: Connections that may wait to be accepted.
-BACKLOG = 1024
 #: Where our defaults differ from Twisted's: a unix socket would let everybody in, and its lock is
 #: not safe where several managers start at once.
 DEFAULTS = {"backlog": BACKLOG, "mode": 600, "lockfile": 0}
