@@ -9852,19 +9852,19 @@ class ApiRequest(Request):
             spool: Any = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115  # closed by us
             self.content = spool
         hosts = len(self.requestHeaders.getRawHeaders(b"host") or ())
-        if hosts > 1 or (not hosts and self.channel._version == b"HTTP/1.1"):
-            error = InvalidRequest(f"expected one Host header, got {hosts or 'none'}")
-            self._refuse(error, 400)
         try:
             self.channel.site.policy.check(self)
         except ManagerError as error:
             # Whoever may not ask must not fill memory or disk first; without a body, the request is
             # complete and is answered in the usual way.
-            if length != 0:
+            if length != 0 and hosts < 2:
                 self._refuse(error)
         else:
             self.is_admitted = True
             self.channel.setTimeout(RECEIVE_SECONDS)  # for the body, and for requests that follow
+        if hosts > 1 or (not hosts and self.channel._version == b"HTTP/1.1"):
+            reason = f"expected one Host header, got {hosts or 'none'}"
+            self._refuse(InvalidRequest(reason), 400)
         if length is not None and length > self.channel.site.max_body_bytes:
             self._refuse_body()
 
