@@ -8244,11 +8244,7 @@ class ModuleSetup:
 
     @classmethod
     def of(
-        cls,
-        kind: str,
-        config: dict[str, Any],
-        allow_empty_backends: bool,
-        inserted: Iterable[str] = (),
+        cls, kind: str, config: dict[str, Any], allow_empty: bool, inserted: Iterable[str] = ()
     ) -> ModuleSetup:
         """Return the setup that a configuration asks for; raises ``ModuleFailed``."""
         try:
@@ -8261,14 +8257,11 @@ class ModuleSetup:
             raise ModuleFailed(
                 f"invalid address of the {kind} module: {error}; set bind_address, or host and port"
             ) from None
-        return cls(config, host, port, allow_empty_backends, [*inserted])
+        return cls(config, host, port, allow_empty, [*inserted])
 
 
 def expand_module_config(
-    kind: str,
-    config: dict[str, Any],
-    texts: Mapping[str, str],
-    variable: Callable[[str], str],
+    kind: str, config: dict[str, Any], texts: Mapping[str, str], variable: Callable[[str], str]
 ) -> dict[str, Any]:
     """Return a configuration with its templates expanded; raises ``ModuleFailed``."""
     try:
@@ -8569,8 +8562,6 @@ class Module:
         """
         if self.state in (ModuleState.STARTING, ModuleState.RUNNING):
             return fail(self._already_running())
-        if self.state is not ModuleState.STOPPING:
-            self._move(ModuleState.STARTING)
         return detached(self._lock.run(self._asked, self._start, config, allow_empty))
 
     def _already_running(self) -> ModuleAlreadyRunning:
@@ -9638,9 +9629,9 @@ class ApiChannel(HTTPChannel):
             if data.startswith(TLS_HANDSHAKE):
                 self._respondToBadRequestAndDisconnect()
                 return
-        if self._fresh:
-            self._fresh = False
-            self.resetTimeout()
+        if self._fresh and self._due < math.inf:
+            self.setTimeout(self.timeOut)
+        self._fresh = False
         LineReceiver.dataReceived(self, data)  # which only keeps it while paused
         if self.paused and self._next is None and not self._busyReceiving:
             self._next = self.callLater(0, self._parse_on)
@@ -9659,11 +9650,6 @@ class ApiChannel(HTTPChannel):
             elif self._timer.getTime() > self._due:
                 self._timer.reset(period)
         return before
-
-    def resetTimeout(self) -> None:
-        """Count the timeout from now on."""
-        if self._due < math.inf:
-            self.setTimeout(self.timeOut)
 
     def _look_at_time(self) -> None:
         self._timer = None
