@@ -9061,13 +9061,8 @@ class EventFeed:
         for follower in [*self.followers]:
             follower(event)
 
-    @property
-    def oldest(self) -> int:
-        """The number of the oldest event that is kept, or would be; they count from 1."""
-        return self.count - len(self.kept) + 1
-
     def number_of(self, event_id: str) -> int:
-        """Return the number in an event's id; -1 if it is not of this start of the manager."""
+        """Return the number in an event's id, from 1 on; -1 if no event of this start has it."""
         boot, _, digits = event_id.partition("-")
         known = boot == self.boot_id[:8] and re.fullmatch("[0-9]{1,19}", digits)
         return int(digits) if known and int(digits) <= self.count else -1
@@ -9082,15 +9077,15 @@ class FeedReader:
 
     def next(self) -> bytes | None:
         """Return the next event in wire format, if there is one."""
-        feed = self._feed
-        if self._last < feed.oldest - 1:
-            self._last = feed.oldest - 1
+        kept, behind = self._feed.kept, self._feed.count - self._last
+        if behind > len(kept):
+            self._last = self._feed.count - len(kept)
             missed = MissedEvents(reason="earlier events are no longer kept; ask GET /status")
             return event_text("missed", json_of(missed))
-        if self._last == feed.count:
+        if behind == 0:
             return None
         self._last += 1
-        return feed.kept[self._last - feed.oldest].text
+        return kept[-behind].text
 
 
 class OutputReader:
@@ -9759,8 +9754,8 @@ class ApiChannel(HTTPChannel):
         if self._refused:
             return
         request_id = request_id or self.site.new_request_id()
-        peer = self.host or "unix socket"
-        self.site.note_refusal(status, error.code, peer, request_id)
+        origin: dict[str, Any] = {"peer": self.host or "unix socket", "request_id": request_id}
+        self.site.note_refusal(status, error.code, **origin)
         body = json_of(error_answer(error, request_id))
         fields = {
             **error_headers(error),
@@ -9770,9 +9765,7 @@ class ApiChannel(HTTPChannel):
             "Connection": "close",
         }
         head = Headers({name: [value] for name, value in fields.items()})
-        self.site.note_answer(
-            "refused at its head", status, bytes=len(body), peer=peer, request_id=request_id
-        )
+        self.site.note_answer("refused at its head", status, bytes=len(body), **origin)
         self._refused = self.paused = True  # nothing more of what is here is parsed
         self.setTimeout(None)
         self.writeHeaders(b"HTTP/1.1", b"%d" % status, RESPONSES[status], head)
@@ -9999,17 +9992,11 @@ class ApiSite(Site):
             ms = round(seconds * 1000, 3)
             self.logger.debug("{text}", text=text, route=route, status=status, ms=ms, **fields)
 
-    def note_refusal(self, status: int, code: str, peer: str, request_id: str) -> None:
+    def note_refusal(self, status: int, code: str, **fields: object) -> None:
         """Log that a request was refused, if that is worth a warning."""
         if status in REFUSALS and (count := self._seldom.count(code)):
-            self.logger.warn(
-                "request refused",
-                status=status,
-                code=code,
-                peer=peer,
-                request_id=request_id,
-                since_the_last_line=count,
-            )
+            fields = {"status": status, "code": code, **fields, "since_the_last_line": count}
+            self.logger.warn("request refused", **fields)
 
     def _tell_crowded(self, figure: str) -> None:
         if self._seldom.count("no room"):
@@ -11142,7 +11129,8 @@ class Api:
             request.setHeader(name, value)
         error.message = self._observer.redactor.scrub(error.message)
         status = status_of_error(type(error), self._config.error_status)
-        request.channel.site.note_refusal(status, error.code, request.peer, request_id)
+        origin = {"peer": request.peer, "request_id": request_id}
+        request.channel.site.note_refusal(status, error.code, **origin)
         return self.reply(request, status, error_answer(error, request_id))
 
     def note_change(self, request: ApiRequest, text: str, **fields: object) -> None:
