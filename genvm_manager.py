@@ -8493,18 +8493,20 @@ class Generation:
         self.log.info("{text}", text=text, level_name=level, **origin)
 
 
-async def see_if_ready(reactor: Any, generation: Generation, setup: ModuleSetup) -> None:
-    """Declare a generation ready if it accepts connections by now."""
+async def await_connections(reactor: Any, generation: Generation, setup: ModuleSetup) -> None:
+    """Declare a generation ready once it accepts connections."""
     endpoint = HostnameEndpoint(reactor, setup.host, setup.port, MODULE_CONNECT_SECONDS)
-    try:
-        greeting = await connectProtocol(endpoint, Greeting(f"{setup.host}:{setup.port}"))
-    except Exception:  # not yet, for whatever reason; the caller limits the time
-        return
-    generation.ready.fire(None)
-    try:
-        await greeting.over.wait().addTimeout(MODULE_CONNECT_SECONDS, reactor)
-    except DeferredTimeout:
-        greeting.transport.abortConnection()
+    while not generation.ready.happened:
+        try:
+            greeting = await connectProtocol(endpoint, Greeting(f"{setup.host}:{setup.port}"))
+        except Exception:  # not yet, for whatever reason; the caller limits the time
+            await deferLater(reactor, MODULE_PROBE_SECONDS)
+            continue
+        generation.ready.fire(None)
+        try:
+            await greeting.over.wait().addTimeout(MODULE_CONNECT_SECONDS, reactor)
+        except DeferredTimeout:
+            greeting.transport.abortConnection()
 
 
 # =============================================================================
@@ -8703,7 +8705,7 @@ class Module:
 
     async def _restart(self, config: dict[str, Any] | None, allow_empty: bool) -> bool:
         setup = await self._read_setup(config, allow_empty)
-        old, old_listener = self._current, self._listener
+        old = self._current
         if self.state is not ModuleState.RUNNING or old is None or self._setup is None:
             await self._stop()
             await self._start(config, allow_empty)
@@ -8714,20 +8716,20 @@ class Module:
             await self._replace_external(setup, self._setup)
             return True
         same_place = (setup.host, setup.port) == (self._setup.host, self._setup.port)
-        listener = old_listener if same_place else await self._bind(setup)
+        listener = self._listener if same_place else await self._bind(setup)
         if cast(ModuleState, self.state) is ModuleState.FAILED:  # the old one has died meanwhile
             self._move(ModuleState.STARTING)
         try:
             await self._launch(setup, listener)
         except Exception as error:
-            if listener is not old_listener and listener is not None:
+            if listener is not None and not same_place:
                 listener.close()
             self._launch_failed(error)
             raise
         self._quick_deaths = 0
+        if self._listener is not None and not same_place:
+            self._listener.close()
         self._listener = listener
-        if old_listener is not None and not same_place:
-            old_listener.close()
         old.child.terminate(MODULE_DRAIN_SECONDS)
         return True
 
@@ -8858,11 +8860,8 @@ class Module:
             )
 
     async def _until_ready(self, generation: Generation, setup: ModuleSetup) -> None:
-        probe = None
         if self._command is not None:
-            probe = LoopingCall(see_if_ready, self._reactor, generation, setup)
-            probe.clock = self._reactor
-            probe.start(MODULE_PROBE_SECONDS)
+            Deferred.fromCoroutine(await_connections(self._reactor, generation, setup))
         try:
             await generation.ready.wait().addTimeout(MODULE_READY_SECONDS, self._reactor)
         except (ModuleFailed, DeferredTimeout) as error:
@@ -8872,9 +8871,6 @@ class Module:
                 f"the {self.kind} module did not start: {reason}; "
                 f"its stderr ends: {generation.stderr}"
             ) from None
-        finally:
-            if probe is not None and probe.running:
-                probe.stop()
 
     # --- ends ---
 
@@ -9612,7 +9608,7 @@ class ApiChannel(HTTPChannel):
     _peer: Any
     _our_end: Any
     _timer: DelayedCall | None = None
-    #: When the connection is closed; ``_timer`` may come earlier.
+    #: When the connection is closed; ``_timer`` may fire earlier.
     _due = math.inf
 
     def dataReceived(self, data: bytes) -> None:
