@@ -267,6 +267,7 @@ from typing import (
     get_origin,
 )
 from urllib.parse import quote, quote_plus, unquote, unquote_to_bytes, urlencode, urljoin, urlsplit
+from urllib.request import parse_http_list
 from weakref import WeakValueDictionary
 
 import attrs
@@ -9330,7 +9331,7 @@ def _request_metrics(
 
 JSON_TYPE = "application/json; charset=utf-8"
 LINES_TYPE = "application/x-ndjson"
-#: The HTTP status of an error; all others are 500, as in the API reference.
+#: The HTTP status of an error; all others are 500, as in the API reference, or 503 if retryable.
 STATUS_CODES: dict[type[ManagerError], int] = {
     EndpointNotFound: 404,
     ExecutionNotFound: 404,
@@ -9339,11 +9340,6 @@ STATUS_CODES: dict[type[ManagerError], int] = {
     UnsupportedEncoding: 415,
     Unauthorized: 401,
     CrossSiteRequest: 403,
-    Draining: 503,
-    NotReady: 503,
-    QueueFull: 503,
-    NoPermit: 503,
-    ResourcesExhausted: 503,
 }
 #: The HTTP status of an error with the setting ``error_status: http``.
 HTTP_STATUS_CODES: dict[type[ManagerError], int] = {
@@ -9404,7 +9400,7 @@ def error_answer(error: ManagerError, request_id: str) -> ErrorAnswer:
 def status_of_error(error: type[ManagerError], style: str) -> int:
     """Return the HTTP status of a class of errors; ``style`` is the setting ``error_status``."""
     codes = HTTP_STATUS_CODES if style == "http" else STATUS_CODES
-    return next((codes[kind] for kind in error.__mro__ if kind in codes), 500)
+    return codes.get(error, 503 if error.retryable else 500)
 
 
 def error_headers(error: ManagerError) -> dict[str, str]:
@@ -9506,14 +9502,11 @@ def preferred_seconds(text: str) -> int | None:
 
     Anything else is ignored; of two, the first counts.
     """
-    for preference in re.findall(r'(?:[^,"]|"(?:[^"\\]|\\.)*(?:"|\\?$))+', text):
+    for preference in parse_http_list(text):
         name, _, value = preference.partition(";")[0].partition("=")
         if name.strip().lower() == "wait":
-            digits = value.strip().strip('"')
-            if not re.fullmatch("[0-9]+", digits):
-                return None
-            digits = digits.lstrip("0") or "0"
-            return min(int(digits[:9]), LONGEST_PREFERRED_SECONDS)
+            digits = re.fullmatch("0*([0-9]{1,9})[0-9]*", value.strip().strip('"'))
+            return min(int(digits[1]), LONGEST_PREFERRED_SECONDS) if digits else None
     return None
 
 
