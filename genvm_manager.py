@@ -16626,7 +16626,6 @@ class ManagerService(Service):
         self._policy = policy = AccessPolicy(None, hosts)
         if config.auth_token_file is not None:
             self._use_token(read_token(config.auth_token_file))
-        policy = self._policy
         root = RootResource(self.api, policy)
         self.site = ApiSite(root, reactor, config, policy, observer, self.metrics)
         self._listeners: list[Listener] = []
