@@ -5232,21 +5232,18 @@ class Capture:
 
 
 def _tail_json(tail: BoundedTail) -> Iterator[bytes]:
-    """Yield what goes between the quotes of a JSON string."""
+    """Yield what goes between the quotes of a JSON string, from the first whole character on."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    skipped = _first_character(tail.blocks) if tail.truncated else 0
+    head = bytes(itertools.islice(itertools.chain.from_iterable(tail.blocks), 3))
+    skipped = len(head) - len(head.lstrip(_CONTINUATION)) if tail.truncated else 0
     for block in tail.blocks:
         yield json_of(decoder.decode(block[skipped:]))[1:-1]
         skipped = max(0, skipped - len(block))
     yield json_of(decoder.decode(b"", True))[1:-1]
 
 
-def _first_character(blocks: Iterable[bytes | bytearray]) -> int:
-    """Return where the first whole UTF-8 character of a cut stream starts."""
-    head = bytes(itertools.islice(itertools.chain.from_iterable(blocks), 3))
-    return next((i for i, byte in enumerate(head) if byte & 0xC0 != 0x80), len(head))
-
-
+#: Bytes of UTF-8 that start no character.
+_CONTINUATION = bytes(range(0x80, 0xC0))
 NO_CAPTURE = b'"stdout":"","stderr":"","genvm_log":[]'
 
 
@@ -5309,13 +5306,6 @@ class Execution:
         )
 
     @property
-    def deadline(self) -> float | None:
-        """When it is told to end, once it runs; seconds since the epoch."""
-        if self.started_at is None:
-            return None
-        return self.started_at + self.max_minutes * 60
-
-    @property
     def permits(self) -> int:
         """How many permits it needs."""
         return 1 if self.is_sync else 2
@@ -5339,7 +5329,9 @@ class Execution:
                 version=self.version,
                 is_sync=self.is_sync,
                 started_at=None if self.started_at is None else timestamp_of(self.started_at),
-                strict_deadline=None if self.deadline is None else timestamp_of(self.deadline),
+                strict_deadline=None
+                if self.started_at is None
+                else timestamp_of(self.started_at + 60 * self.max_minutes),
                 has_result=self.state is State.FINISHED,
                 result=self.outcome() if self.state is State.FINISHED else None,
             )
@@ -5463,7 +5455,7 @@ class _RunListener:
     def child_closed(self) -> None:
         self.sink.end()
         unread = self.sink.stderr if isinstance(self.sink, LogForwarder) else ""
-        self.owner.process_closed(self.execution, unread)
+        self.owner.finish(self.execution, self.execution.cause or Cause.EXITED, unread)
 
 
 @define(eq=False)
@@ -5753,7 +5745,6 @@ class Executions:
                 whole=(STDOUT, STDERR),
             )
         except ManagerError as error:
-            self._stop_deadline(execution)
             self._forget(execution)
             self._release(execution)
             reason = f"executor {execution.version} cannot be started: {error.message}"
@@ -5783,7 +5774,7 @@ class Executions:
         """End an execution; if it is waiting, its clients get ``reason`` as their error."""
         if execution.state is State.WAITING:
             self._withdraw(execution)
-            self._finish(execution, cause)
+            self.finish(execution, cause)
             execution.started.fail(reason)
         elif execution.state is not State.FINISHED:
             self._terminate(execution, cause, grace)
@@ -5807,17 +5798,13 @@ class Executions:
         execution.exit = status
         execution.was_forced = execution.child is not None and execution.child.force_killed
         self._move(execution, State.EXITED)
-        self._stop_deadline(execution)
         self._release(execution)
 
-    def process_closed(self, execution: Execution, unread: str) -> None:
+    def finish(self, execution: Execution, cause: Cause, unread: str = "") -> None:
         """Finish an execution whose output is complete: its result can be read.
 
         ``unread`` is the end of stderr if nobody asked for it.
         """
-        self._finish(execution, execution.cause or Cause.EXITED, unread)
-
-    def _finish(self, execution: Execution, cause: Cause, unread: str = "") -> None:
         self._move(execution, State.FINISHED)
         execution.cause = cause
         execution.finished_at, execution.over = self._now(), self._reactor.seconds()
@@ -5859,14 +5846,13 @@ class Executions:
         )
 
     def _release(self, execution: Execution) -> None:
+        """Cancel the deadline, and give the permits back."""
+        timer, execution.deadline_timer = execution.deadline_timer, None
+        if timer is not None:
+            timer.cancel()
         lease, execution.lease = execution.lease, None
         if lease is not None:
             lease.release()
-
-    def _stop_deadline(self, execution: Execution) -> None:
-        if execution.deadline_timer is not None:
-            execution.deadline_timer.cancel()
-            execution.deadline_timer = None
 
     # --- retention ---
 
