@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import ssl
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,34 @@ def test_providers(
     else:
         assert (asked.method, asked.path) == ("POST", f"{web.url}/v1/chat/completions")
     assert asked.headers["proxy-authorization"] == b"Basic bWU6cEBzcy93MHJk"
+
+
+def test_a_connection_through_a_proxy_is_kept(
+    start: Start, proxy: ProxyServer, authority: tuple[Path, ssl.SSLContext]
+) -> None:
+    class Provider(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            body = json.dumps(answer_of("ollama", "OK")).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Provider)
+    server.socket = authority[1].wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    daemon = start(environ={"SSL_CERT_FILE": str(authority[0]), **variables(proxy)})
+    host = f"https://secure.test:{server.server_port}"
+    config = {"host": host, "provider": "ollama", "model": "m"}
+    for _ in range(2):
+        (result,) = daemon.post("/llm/check", {"configs": [config], "test_prompts": [prompt()]})
+        assert result["available"]
+    assert [asked.method for asked in proxy.requests] == ["CONNECT"]
+    server.shutdown()
+    server.server_close()
 
 
 def test_exceptions_are_asked_directly(start: Start, web: WebServer, proxy: ProxyServer) -> None:
