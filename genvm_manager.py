@@ -6129,8 +6129,7 @@ class HostSession:
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the executor."""
-        if self.outcome is None:
-            self._buffer += data
+        self._buffer += data
 
     def step(self) -> bytes | None:
         """Return the next piece of an answer, which may be empty; None if more bytes are needed.
@@ -7253,30 +7252,23 @@ class ErrorKind(enum.Enum):
     """Why a model gave no answer."""
 
     CONFIG = "config"
-    DNS = "dns"
-    CONNECT = "connect"
-    TLS = "tls"
-    TIMEOUT = "timeout"
-    AUTH = "auth"
-    NOT_FOUND = "not_found"
-    RATE_LIMITED = "rate_limited"
-    OVERLOADED = "overloaded"
-    BAD_RESPONSE = "bad_response"
-    HTTP = "http"
+    DNS = "dns", "the provider's name cannot be resolved; check host"
+    CONNECT = "connect", "the connection to the provider failed; check host and network"
+    TLS = "tls", "the provider's certificate or TLS is not acceptable; check host"
+    TIMEOUT = "timeout", "the provider did not answer in time"
+    AUTH = "auth", "the provider refused the key; check key and its rights"
+    NOT_FOUND = "not_found", "the provider does not know this; check model and host"
+    RATE_LIMITED = "rate_limited", "the provider limits the rate or the quota is used up; try later"
+    OVERLOADED = "overloaded", "the provider is overloaded; try later"
+    BAD_RESPONSE = "bad_response", "the provider's answer is not what its API documents"
+    HTTP = "http", "the provider refused the request"
 
+    advice: str  # stands before the detail in a message
 
-ADVICE = {
-    ErrorKind.DNS: "the provider's name cannot be resolved; check host",
-    ErrorKind.CONNECT: "the connection to the provider failed; check host and network",
-    ErrorKind.TLS: "the provider's certificate or TLS is not acceptable; check host",
-    ErrorKind.TIMEOUT: "the provider did not answer in time",
-    ErrorKind.AUTH: "the provider refused the key; check key and its rights",
-    ErrorKind.NOT_FOUND: "the provider does not know this; check model and host",
-    ErrorKind.RATE_LIMITED: "the provider limits the rate or the quota is used up; try later",
-    ErrorKind.OVERLOADED: "the provider is overloaded; try later",
-    ErrorKind.BAD_RESPONSE: "the provider's answer is not what its API documents",
-    ErrorKind.HTTP: "the provider refused the request",
-}
+    def __new__(cls, value: str, advice: str = "") -> Self:
+        member = object.__new__(cls)
+        member._value_, member.advice = value, advice
+        return member
 
 
 #: The kinds of errors by status; any other is ``HTTP``.
@@ -7303,8 +7295,7 @@ class ProviderError(ManagerError, code="provider_error"):
         status: int | None = None,
         body: str = "",
     ) -> None:
-        advice = ADVICE.get(kind)
-        super().__init__(f"{advice}: {detail}" if advice and detail else advice or detail)
+        super().__init__(": ".join(filter(None, (kind.advice, detail))))
         self.kind = kind
         self.url = url
         self.status = status
@@ -7389,8 +7380,9 @@ class Provider:
     #: The header for the key, and the key's prefix there; then the other headers.
     key_header: ClassVar[tuple[str, str]] = ("Authorization", "Bearer ")
     headers: ClassVar[Mapping[str, str]] = {}
-    #: Where an answer has its token counts: prompt, completion, total.
-    usage_paths: ClassVar[tuple[tuple[str, ...], ...]]
+    #: Where an answer has its token counts, and their names: prompt, completion, total.
+    usage_key: ClassVar[str | None] = "usage"
+    usage_names: ClassVar[tuple[str, ...]]
 
     def path(self, backend: Backend) -> str:
         """Return the path of the endpoint for a backend."""
@@ -7413,13 +7405,9 @@ class Provider:
 
     def usage(self, data: dict[str, Any]) -> Usage:
         """Return the token counts in an answer."""
-        return Usage(*(_count_at(data, path) for path in self.usage_paths))
-
-
-def _count_at(data: Any, path: Sequence[str]) -> int | None:
-    for name in path:
-        data = data.get(name) if isinstance(data, dict) else None
-    return data if isinstance(data, int) and not isinstance(data, bool) else None
+        usage = data if self.usage_key is None else data.get(self.usage_key)
+        counts = [usage.get(name) if isinstance(usage, dict) else None for name in self.usage_names]
+        return Usage(*(count if type(count) is int else None for count in counts))
 
 
 def _without_none(**members: Any) -> dict[str, Any]:
@@ -7448,11 +7436,7 @@ class OpenAiCompatible(Provider):
     """Chat completions, as offered by OpenAI and many others."""
 
     path_form = "/v1/chat/completions"
-    usage_paths = (
-        ("usage", "prompt_tokens"),
-        ("usage", "completion_tokens"),
-        ("usage", "total_tokens"),
-    )
+    usage_names = ("prompt_tokens", "completion_tokens", "total_tokens")
 
     def body(self, model: str, prompt: Prompt, mode: AnswerMode) -> dict[str, Any]:
         content: list[dict[str, Any]] = [{"type": "text", "text": prompt.user_message}]
@@ -7493,7 +7477,7 @@ class Anthropic(Provider):
     path_form = "/v1/messages"
     key_header = ("x-api-key", "")
     headers: ClassVar = {"anthropic-version": ANTHROPIC_VERSION}
-    usage_paths = (("usage", "input_tokens"), ("usage", "output_tokens"))
+    usage_names = ("input_tokens", "output_tokens")
 
     def body(self, model: str, prompt: Prompt, mode: AnswerMode) -> dict[str, Any]:
         content: list[dict[str, Any]] = []
@@ -7533,11 +7517,8 @@ class Google(Provider):
 
     path_form = "/v1beta/models/{model}:generateContent"
     key_header = ("x-goog-api-key", "")
-    usage_paths = (
-        ("usageMetadata", "promptTokenCount"),
-        ("usageMetadata", "candidatesTokenCount"),
-        ("usageMetadata", "totalTokenCount"),
-    )
+    usage_key = "usageMetadata"
+    usage_names = ("promptTokenCount", "candidatesTokenCount", "totalTokenCount")
 
     def body(self, model: str, prompt: Prompt, mode: AnswerMode) -> dict[str, Any]:
         parts: list[dict[str, Any]] = [
@@ -7568,7 +7549,8 @@ class Ollama(Provider):
     """Ollama's generate."""
 
     path_form = "/api/generate"
-    usage_paths = (("prompt_eval_count",), ("eval_count",))
+    usage_key = None
+    usage_names = ("prompt_eval_count", "eval_count")
 
     def body(self, model: str, prompt: Prompt, mode: AnswerMode) -> dict[str, Any]:
         return _without_none(
@@ -8105,7 +8087,7 @@ def _failed_check(
 ) -> CheckResult:
     # Masked before it is cut: half a key is a secret too.
     text = scrub(problem.message)
-    limit = PROVIDER_MESSAGE_CHARACTERS + len(ADVICE.get(problem.kind, "")) + 20
+    limit = PROVIDER_MESSAGE_CHARACTERS + len(problem.kind.advice) + 20
     return msgspec.structs.replace(
         _NO_RESULT,
         error=text if len(text) <= limit else text[:limit] + "…",
@@ -13407,27 +13389,22 @@ _SHORT_PIECES = re.compile(r"[\x00-\x7f]?[^\x00-\x7f]{1,1000}")
 _BLANKS = re.compile(r"\s{2,}+|[^\S \n]")
 REPORTED_REASON_CHARACTERS = 500
 #: Kinds of errors that say nothing about the prompt: another backend may well answer.
-OVERLOAD_KINDS = frozenset(
-    map(ErrorKind, ("rate_limited", "overloaded", "dns", "connect", "timeout"))
-)
+_OVERLOADS = ("rate_limited", "overloaded", "dns", "connect", "timeout")
+OVERLOAD_KINDS = frozenset(ErrorKind(name) for name in _OVERLOADS)
 
 
 @frozen
 class Question:
     """What an executor asks of any model that can answer it."""
 
-    user: str
-    system: str | None
+    prompt: Prompt
     mode: AnswerMode
-    images: tuple[Image, ...] = ()
 
     def prompt_for(self, model: LlmModel) -> Prompt:
-        """Return the prompt for a model."""
-        return Prompt(
-            self.user,
-            self.system,
+        """Return the prompt for a model, with the model's settings."""
+        return attrs.evolve(
+            self.prompt,
             temperature=model.entry.temperature,
-            images=self.images,
             max_tokens=model.entry.max_tokens,
             use_max_completion_tokens=model.entry.use_max_completion_tokens,
         )
@@ -13528,7 +13505,7 @@ class LlmService(ModuleService):
             except ProviderError:
                 raise RequestFailure("INVALID_IMAGE", fatal=False, index=index) from None
         system = ASK_JSON if mode is AnswerMode.JSON else None
-        return Question(user, system, mode, tuple(images))
+        return Question(Prompt(user, system, images=tuple(images)), mode)
 
     def _read_template(self, members: dict[str, CalldataValue]) -> Question:
         name = text_member(members, "template")
@@ -13536,7 +13513,7 @@ class LlmService(ModuleService):
         if kind is None:
             raise bad_request(f"template: unknown {shown(name)}")
         variables = {variable: text_member(members, variable) for variable in kind.variables}
-        return Question(*self._settings.templates[name].fill(variables), kind.mode)
+        return Question(Prompt(*self._settings.templates[name].fill(variables)), kind.mode)
 
     async def _ask(self, question: Question, caller: Caller) -> CalldataValue:
         """Return the first answer that a backend gives; raises ``RequestFailure``.
@@ -13547,7 +13524,7 @@ class LlmService(ModuleService):
         errors: list[tuple[LlmModel, ProviderError]] = []
         for models in self._settings.backends:
             for model in models:
-                if not model.suits(question.mode, images=bool(question.images)):
+                if not model.suits(question.mode, images=bool(question.prompt.images)):
                     continue
                 try:
                     return await self._ask_model(model, question, caller)
@@ -13597,7 +13574,7 @@ class LlmService(ModuleService):
         """Return the failure to report: why no model answered, with the most telling error."""
         if not errors:
             wanted = f"{question.mode.value} answers"
-            wanted += " and images" if question.images else ""
+            wanted += " and images" if question.prompt.images else ""
             reason = f"no backend has a model for {wanted}"
             return RequestFailure("NO_PROVIDER_FOR_PROMPT", reason=reason)
         told = next((e for _, e in errors if e.kind not in OVERLOAD_KINDS), errors[0][1])
