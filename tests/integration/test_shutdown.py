@@ -295,7 +295,7 @@ def test_the_guardian_leaves_others_alone(root: Root, start: Start) -> None:
 
 
 def test_executors_of_a_twistd_that_is_killed(root: Root) -> None:
-    daemon = Daemon.twistd(root)
+    daemon = Daemon.twistd(root, PERMITS="10")  # not what memory allows
     try:
         daemon.wait_until_listening()
         start_runs(daemon, root, 5, stubborn=2)
