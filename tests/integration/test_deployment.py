@@ -403,7 +403,7 @@ def test_what_a_reload_takes(root: Root, start: Start) -> None:
     assert answer("/log/level") == {"level": "debug"}
     assert answer("/log/level", TOKEN)["code"] == "unauthorized"
     assert len(answer("/versions")["versions"]) == 2
-    daemon.wait_log(lambda record: record["message"].endswith("next start on: permits"))
+    daemon.wait_log(lambda record: record["message"].endswith("after a restart: permits"))
 
     assert answer(f"/{TOKEN}/{NEXT_TOKEN}")["code"] == "endpoint_not_found"
     daemon.wait_log(lambda record: "[redacted]/[redacted]" in json.dumps(record))
