@@ -60,9 +60,9 @@ def clock(root: Root, monkeypatch: pytest.MonkeyPatch) -> WallClock:
 def daemon(root: Root, clock: WallClock, request: pytest.FixtureRequest) -> Iterator[Daemon]:
     """A daemon that goes by the clock."""
     if request.param == "serve":
-        started = Daemon.serve(root)
+        started = Daemon.serve(root, "--permits", "10")  # not what memory allows
     else:
-        started = Daemon.twistd(root)
+        started = Daemon.twistd(root, PERMITS="10")
         started.wait_until_listening()
     yield started
     started.close()

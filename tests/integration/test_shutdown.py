@@ -279,7 +279,7 @@ def test_the_guardian_is_started_again(root: Root, start: Start) -> None:
 
 def test_the_guardian_leaves_others_alone(root: Root, start: Start) -> None:
     """Two managers of the same root: the death of one is nothing to the other."""
-    one, other = start(), start()
+    one, other = start("--permits", "10"), start()
     start_runs(one, root, 3)
     staying = other.run(host_data="exec sleep 600")
     bystander = subprocess.Popen(["sleep", "60"])
