@@ -163,7 +163,7 @@ def test_a_manifest_that_is_a_pipe_is_refused(root: Root, start: Start) -> None:
         replies = [pool.submit(daemon.request, "POST", "/manifest/reload") for _ in range(3)]
         for reply in replies:
             assert reply.result(WAIT).json["code"] == "manifest_invalid"
-    assert "not a file" in daemon.get("/status")["manifest"]["problem"]
+    assert "not a regular file" in daemon.get("/status")["manifest"]["problem"]
     assert daemon.result(daemon.run("exit 0"))["exit_code"] == 0, "the old one stays"
     assert daemon.stop() == 0
     run = subprocess.run(
@@ -173,7 +173,7 @@ def test_a_manifest_that_is_a_pipe_is_refused(root: Root, start: Start) -> None:
         check=False,
         timeout=2 * WAIT,
     )
-    assert (run.returncode, "not a file" in run.stderr) == (1, True)
+    assert (run.returncode, "not a regular file" in run.stderr) == (1, True)
 
 
 def test_a_bad_manifest_at_sighup_is_shown_until_a_good_one_comes(root: Root, start: Start) -> None:
