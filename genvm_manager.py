@@ -15639,22 +15639,28 @@ def _result_frame(outcome: Outcome) -> bytes:
 def connect_to_host(uri: str, cancellation: Cancellation) -> socket.socket:
     """Return a non-blocking socket connected to ``unix://path`` or ``host:port``."""
     if uri.startswith("unix://"):
-        peer, path = socket.socket(socket.AF_UNIX), uri.removeprefix("unix://")
+        places: list[tuple[int, Any]] = [(socket.AF_UNIX, uri.removeprefix("unix://"))]
+    else:
+        name, _, port = uri.rpartition(":")
+        if not name or not port.isdigit():
+            raise ValueError("expected unix://path or host:port")
+        name = name.removeprefix("[").removesuffix("]")
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+        places = [(family, address) for family, *_, address in found]
+    status, deadline = 0, time.monotonic() + _CONNECT_S
+    for family, address in places:
+        peer = socket.socket(family)
         peer.setblocking(False)
-        deadline = time.monotonic() + _CONNECT_S
         # While its backlog is full, a unix socket says "try again" and gives nothing to wait for.
-        while (status := peer.connect_ex(path)) == errno.EAGAIN and time.monotonic() < deadline:
+        while (status := peer.connect_ex(address)) == errno.EAGAIN and time.monotonic() < deadline:
             cancellation.wait(deadline=time.monotonic() + PRACTICE_POLL_S)
-        if status:
-            raise OSError(status, os.strerror(status))
-        return peer
-    name, _, port = uri.rpartition(":")
-    if not name or not port.isdigit():
-        raise ValueError("expected unix://path or host:port")
-    name = name.removeprefix("[").removesuffix("]")
-    peer = socket.create_connection((name, int(port)), _CONNECT_S)
-    peer.setblocking(False)
-    return peer
+        if status == errno.EINPROGRESS:
+            status = errno.ETIMEDOUT
+            if cancellation.wait(peer.fileno(), select.POLLOUT, deadline):
+                status = peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if not status:
+            return peer
+    raise OSError(status, os.strerror(status))
 
 
 class ModuleConnection:

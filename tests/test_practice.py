@@ -744,6 +744,22 @@ def test_a_signal_while_the_acknowledgement_is_due_does_not_report_twice(
     assert run.host.after_result == b""
 
 
+def test_a_signal_while_a_module_accepts_no_connection_reports_a_timeout(
+    make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        host, port = listener.getsockname()
+        with socket.create_connection((host, port)):  # which takes the only place there is
+            monkeypatch.setenv("GENVM_LLM_MODULE", f"ws://{host}:{port}")
+            run = make("touch D/flag", "ask-llm x")
+            run.script = run.script.replace("D/", f"{run.directory}/")
+            process = run.start()
+            eventually((run.directory / "flag").exists, what="it is about to connect")
+            process.send_signal(signal.SIGTERM)
+            run.finish()
+    assert (run.status, run.outcome) == (0, vm_error("timeout"))
+
+
 def test_a_signal_while_flooding_a_host_that_does_not_read(
     make: Callable[..., Run], tmp_path: Path
 ) -> None:
