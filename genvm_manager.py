@@ -12934,8 +12934,8 @@ def run_module_service(kind: str, alone: Standalone | None = None) -> int:
     globalLogBeginner.beginLoggingTo([cast(ILogObserver, observer)], redirectStandardIO=False)
     line = b""
     if alone is None:
-        # Unbuffered: the reactor reads what follows the line.
-        line = open(0, "rb", buffering=0, closefd=False).readline()  # noqa: SIM115
+        stdin = open(0, "rb", closefd=False)  # noqa: SIM115
+        line = stdin.readline()
         if not line.endswith(b"\n"):
             return 0
 
@@ -12965,7 +12965,8 @@ def run_module_service(kind: str, alone: Standalone | None = None) -> int:
     reactor.suggestThreadPoolSize(SERVICE_THREADS)
     signal.signal(signal.SIGTERM, lambda *_: reactor.callFromThread(runtime.drain))
     if alone is None:
-        StandardIO(runtime.control, reactor=reactor)
+        StandardIO(runtime.control, reactor=reactor)  # from now on, reading does not block
+        runtime.control.dataReceived(stdin.peek())  # what arrived together with the setup
         reactor.callWhenRunning(runtime.control.tell, {"event": "ready"})
     else:
         signal.signal(signal.SIGINT, lambda *_: reactor.callFromThread(end, 0))

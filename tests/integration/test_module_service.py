@@ -585,6 +585,22 @@ def test_log_level(echo: ModuleProcess) -> None:
     echo.logged("the manager sent a line that is not a JSON object")
 
 
+@pytest.mark.parametrize("size", [0, 16 << 20])
+def test_an_order_right_behind_the_setup(provider: Provider, size: int) -> None:
+    """Even if both are read at once; byte by byte, the larger setup would take 7 s."""
+    module = ModuleProcess({**provider.config("echo"), "padding": "x" * size})
+    try:
+        module.tell({"log_level": "debug"})
+        module.event("ready")
+        used = cpu_of(module.process.pid)
+        report(f"a module with a setup of {size >> 20} MiB: {used:.2f} s of a processor")
+        assert used < 4
+        assert module.connect().prompt("x") == ok("x")
+        module.logged("an executor connected")
+    finally:
+        module.close()
+
+
 def test_ipv6(start: Start, provider: Provider) -> None:
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
         module = start(provider.config("echo"), listener=listener)
