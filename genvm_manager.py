@@ -1810,7 +1810,8 @@ class AllowedHost(str):
         with contextlib.suppress(ValueError):
             return cls(ipaddress.ip_address(text).compressed)
         name = host_name(text.rpartition("://")[2].partition("/")[0])
-        if not name or "*" in name.removeprefix("*.").removeprefix("*"):
+        parent = name.removeprefix("*.")
+        if name != "*" and (not parent or "*" in parent):
             raise ValueError(f"expected a name, *.name or *, got {shown(value)}")
         if text not in (name, f"[{name}]"):
             raise ValueError(f"expected a host alone, got {shown(value)}; write {name}")
@@ -9473,8 +9474,10 @@ def preferred_seconds(text: str) -> int | None:
     for preference in parse_http_list(text):
         name, _, value = preference.partition(";")[0].partition("=")
         if name.strip().lower() == "wait":
-            digits = re.fullmatch("0*([0-9]{1,9})[0-9]*", value.strip().strip('"'))
-            return min(int(digits[1]), LONGEST_PREFERRED_SECONDS) if digits else None
+            digits = value.strip().strip('"')
+            if not re.fullmatch("[0-9]+", digits):
+                return None
+            return min(int(digits.lstrip("0")[:9] or 0), LONGEST_PREFERRED_SECONDS)
     return None
 
 

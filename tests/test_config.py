@@ -175,6 +175,9 @@ def test_an_unknown_variable_of_ours_is_said_and_ignored(tmp_path: Path) -> None
         ("allowed_hosts: ['https://my.node/x']", "write my.node"),
         ("allowed_hosts: ['[::1]:80']", "write ::1"),
         ("allowed_hosts: ['a*.node']", "expected a name, *.name or *"),
+        ("allowed_hosts: ['*node.example']", "expected a name, *.name or *"),
+        ("allowed_hosts: ['*.*']", "expected a name, *.name or *"),
+        ("allowed_hosts: ['*.']", "expected a name, *.name or *"),
     ],
 )
 def test_a_wrong_line_stops_the_start_naming_file_key_and_reason(

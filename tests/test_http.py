@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +40,7 @@ from genvm_manager import (
     QueueFull,
     Spawner,
     parse_manifest,
+    preferred_seconds,
     status_of_error,
 )
 
@@ -398,6 +400,13 @@ def test_requests_in_one_packet_let_others_have_their_turn(manager: Manager) -> 
     connection.send(one * 3)
     connection.lose()
     manager.reactor.advance(0)
+
+
+def test_a_hostile_preference_does_not_take_long() -> None:
+    start = time.process_time()
+    assert preferred_seconds("wait=" + "0" * 15_000 + "x") is None
+    assert preferred_seconds("wait=" + "0" * 15_000 + "7") == 7
+    assert time.process_time() - start < 1  # 20 s when digits were looked for in three parts
 
 
 # --- routes ---
