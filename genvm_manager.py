@@ -9566,7 +9566,6 @@ class ApiChannel(HTTPChannel):
     _refused = False
     _linger: DelayedCall | None = None
     _next: DelayedCall | None = None
-    _is_half_closed = False
     _is_silent = True
     _is_overdue = False
     _peer: Any
@@ -9588,8 +9587,10 @@ class ApiChannel(HTTPChannel):
             self.setTimeout(self.timeOut)
         self._fresh = False
         LineReceiver.dataReceived(self, data)  # which only keeps it while paused
-        if self.paused and self._next is None and not self._busyReceiving:
-            self._next = self.callLater(0, self._parse_on)
+        if self.paused and not (self._busyReceiving or self._refused):
+            self.transport.pauseProducing()  # or what waits here would grow without limit
+            if self._next is None:
+                self._next = self.callLater(0, self._parse_on)
 
     def setTimeout(self, period: int | None) -> int | None:
         """Close the connection after some seconds, or never; return what was set before.
@@ -9638,10 +9639,10 @@ class ApiChannel(HTTPChannel):
 
     def _parse_on(self) -> None:
         self._next = None
-        self.paused = False
-        self.dataReceived(b"")
-        if self._is_half_closed and self._next is None:
-            self.readConnectionLost()
+        if not self._waitingForTransport:  # else resumeProducing will call this
+            self.paused = False
+            self.transport.resumeProducing()
+            self.dataReceived(b"")
 
     def headerReceived(self, line: bytes) -> bool:
         """Take a header; refuse a length that Python would not convert to a number."""
@@ -9654,9 +9655,7 @@ class ApiChannel(HTTPChannel):
 
     def readConnectionLost(self) -> None:
         """The client will send nothing more; what it has asked for may still be answered."""
-        if self._next is not None and not self._refused:
-            self._is_half_closed = True  # what has arrived is answered first
-        elif self.answering and not self._refused:
+        if self.answering and not self._refused:
             self.persistent = 0
             self._linger = self.callLater(HALF_CLOSED_SECONDS, self._close_unless_read)
         else:
@@ -9697,6 +9696,8 @@ class ApiChannel(HTTPChannel):
         if self.answering:
             self.setTimeout(None)
         HTTPChannel.resumeProducing(self)
+        if self.paused:
+            self.dataReceived(b"")  # which sees to what waits
 
     def requestDone(self, request: Request) -> None:
         """A response is complete: the connection may carry another request."""

@@ -402,6 +402,25 @@ def test_requests_in_one_packet_let_others_have_their_turn(manager: Manager) -> 
     manager.reactor.advance(0)
 
 
+def test_requests_in_one_packet_are_not_read_faster_than_answered(manager: Manager) -> None:
+    connection = manager.connect()
+    transport = connection.transport
+    one = f"GET /permits HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode()
+    connection.send(one * 1000)
+    assert transport.producerState == "paused", "what the client sends now stays in the network"
+    manager.reactor.advance(0)
+    written = len(transport.value())
+    assert transport.BUFFER < written < 2 * transport.BUFFER, "the client does not read"
+    assert transport.producerState == "paused"
+    answers = b""
+    while more := transport.read():
+        answers += more
+        manager.reactor.advance(0)
+    assert transport.producerState == "producing"
+    assert answers.count(b"HTTP/1.1 200 OK") == 1000
+    connection.lose()
+
+
 def test_a_hostile_preference_does_not_take_long() -> None:
     start = time.process_time()
     assert preferred_seconds("wait=" + "0" * 15_000 + "x") is None

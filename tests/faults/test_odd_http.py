@@ -7,6 +7,7 @@ import json
 import select
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 
@@ -107,6 +108,21 @@ def test_a_client_that_shuts_down_its_sending_side_gets_its_answer(daemon: Daemo
         daemon, b"GET /permits HTTP/1.1\r\nHost: localhost\r\n\r\n", half_close=True
     )
     assert status == 200
+
+
+@pytest.mark.parametrize("count", [2, 5000])
+def test_all_that_came_before_a_shutdown_is_answered(daemon: Daemon, count: int) -> None:
+    requests = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n" * count
+    with daemon.connect() as peer:
+
+        def send() -> None:
+            peer.sendall(requests)
+            peer.shutdown(socket.SHUT_WR)
+
+        sending = threading.Thread(target=send)
+        sending.start()
+        assert received(peer).count(b"HTTP/1.1 200 OK") == count
+        sending.join()
 
 
 def test_a_client_that_leaves_the_queue_by_shutting_down_is_gone_soon(start: Start) -> None:
