@@ -8277,7 +8277,7 @@ def bind_listener(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        has_both = family == socket.AF_INET6
+        has_both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         listener = socket.create_server(
             address, family=family, backlog=BACKLOG, dualstack_ipv6=has_both
         )

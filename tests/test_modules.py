@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,8 @@ from genvm_manager import (
     ModuleFailed,
     ModuleState,
     Variables,
+    bind_listener,
+    listener_address,
 )
 
 from .support import (
@@ -415,3 +418,13 @@ def test_a_configuration_that_cannot_be_stored(
         assert "cannot be stored" in failure_of(result)
         assert supervised.state == "stopped"
     assert supervised.spawner.processes == []
+
+
+@pytest.mark.parametrize("has_both", [True, False])
+def test_an_ipv6_address_is_bound_wherever_there_is_ipv6(
+    has_both: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_both:  # as on a system whose sockets take connections of one kind only
+        monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    with bind_listener("::1", 0) as listener:
+        assert listener_address(listener).startswith("[::1]:")
