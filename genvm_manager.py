@@ -935,12 +935,15 @@ class SpareResolver:
         resolution = _Resolution(hostName)
         resolutionReceiver.resolutionBegan(resolution)
         wanted = addressTypes or (IPv4Address, IPv6Address)
+        numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
 
         def found(places: Any) -> None:
             for family, _, _, _, place in () if isinstance(places, Failure) else places:
                 kind: Any = IPv6Address if family == socket.AF_INET6 else IPv4Address
                 if kind in wanted:
-                    address = kind(transportSemantics, place[0], portNumber)
+                    # With the interface of a link-local address, which ``place`` has as a number.
+                    host, _ = socket.getnameinfo(place, numeric)
+                    address = kind(transportSemantics, host, portNumber)
                     resolutionReceiver.addressResolved(address)
             resolutionReceiver.resolutionComplete()
 
@@ -948,10 +951,12 @@ class SpareResolver:
         look_up = functools.partial(socket.getaddrinfo, port=None, type=socket.SOCK_STREAM)
         try:
             literal = functools.partial(look_up, flags=socket.AI_NUMERICHOST)
-            found(itertools.chain(*map(literal, names)))
+            places = itertools.chain(*map(literal, names))
         except (OSError, ValueError):
             resolution.lookup = self._threads.run(self._reactor, LOOKUP_SECONDS, look_up, hostName)
             resolution.lookup.addBoth(found)
+        else:
+            found(places)
         return resolution
 
 

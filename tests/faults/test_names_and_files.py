@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from twisted.internet.address import IPv6Address
 from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.internet.endpoints import HostnameEndpoint
 from twisted.internet.error import DNSLookupError
@@ -78,6 +79,23 @@ async def test_the_resolver_finds_names_and_literals() -> None:
             await endpoint.connect(FACTORY)
     finally:
         await port.stopListening()
+
+
+def test_a_link_local_address_keeps_its_interface() -> None:
+    class Receiver:
+        found: ClassVar[list[object]] = []
+
+        def resolutionBegan(self, resolution: object) -> None:
+            pass
+
+        def addressResolved(self, address: object) -> None:
+            self.found.append(address)
+
+        def resolutionComplete(self) -> None:
+            self.found.append("complete")
+
+    SpareResolver(real_reactor()).resolveHostName(Receiver(), "fe80::1%lo", 80)
+    assert Receiver.found == [IPv6Address("TCP", "fe80::1%lo", 80), "complete"]
 
 
 @contextlib.contextmanager
