@@ -2995,10 +2995,12 @@ def _encode(out: bytearray, value: CalldataValue, path: _Path) -> None:
         out.append(_HEADER_ADDRESS)
         out += value
     elif isinstance(value, bytes):
-        out += _header(len(value), _TAG_BYTES) + value
+        out += _header(len(value), _TAG_BYTES)
+        out += value  # apart, as below: it may be large
     elif isinstance(value, str):
         text = _utf8(value, path)
-        out += _header(len(text), _TAG_TEXT) + text
+        out += _header(len(text), _TAG_TEXT)
+        out += text
     elif isinstance(value, (list, dict)):
         if len(path) >= CALLDATA_MAX_DEPTH:
             raise _no_form(path, f"nested more than {CALLDATA_MAX_DEPTH} deep")
