@@ -1042,7 +1042,7 @@ def own_reactor() -> Any:
 def run_until_done(work: Callable[[], Coroutine[Any, Any, Value]], **options: bool) -> Value:
     """Run the reactor until ``work`` is done; return its result, or raise its exception.
 
-    Raises ``SystemExit`` where a signal ends the reactor before that.
+    Raises ``SystemExit`` if a signal ends the reactor before that.
     """
     reactor = own_reactor()
     outcomes: list[Value | Failure] = []
@@ -2401,7 +2401,7 @@ class Redactor:
     #: Shorter strings are too likely to be ordinary words.
     SHORTEST: ClassVar[int] = 4
     #: A longer secret is masked in pieces, and not in other spellings, which take long to make; nor
-    #: are those beyond the first so many characters of one owner.
+    #: are an owner's secrets beyond their first ``SPELLED`` characters.
     LONGEST: ClassVar[int] = 16 * KIB
     SPELLED: ClassVar[int] = 32 * KIB
     #: One candidate is expected in so many bytes; a text with many more either consists of secrets
@@ -2856,7 +2856,7 @@ def event_level(event: LogEvent) -> str:
 # under a bare Python.
 #
 # Calldata: each value starts with (n << 3) | tag as ULEB128, that is 7 bits per
-# byte, least significant first, without a zero byte at the end.
+# byte, least significant first, in as few bytes as possible.
 #
 #   tag 0  n = 0 null, 1 false, 2 true, 3 an address, whose 20 bytes follow
 #   tag 1  the integer n, of any size
@@ -3533,7 +3533,7 @@ def _zip_version(code: bytes) -> tuple[bool, str | None]:
         archive = zipfile.ZipFile(_ArchiveFile(code))
     except zipfile.LargeZipFile:
         return True, None
-    except Exception:  # zipfile raises many kinds for what is not an archive
+    except Exception:  # zipfile raises many types for what is not an archive
         return False, None
     members = archive.infolist()
     if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1 for m in members):
@@ -5172,7 +5172,7 @@ def parse_log_line(line: bytes, members: int = LOG_LINE_MAX_MEMBERS) -> dict[str
 
 
 def forwarded_line(line: bytes, unread: str) -> tuple[str, dict[str, Any]]:
-    """Return level and members of a child's log line; what is no record becomes ``unread``."""
+    """Return level and members of a child's log line; one that is no record becomes ``unread``."""
     record = parse_log_line(line, FORWARDED_MEMBERS)
     if record is None:
         record = {unread: line.decode("utf-8", "replace")}
@@ -5431,8 +5431,8 @@ LISTED_FINISHED = 1000
 DEADLINE_GRACE_SECONDS = 0.5
 #: Seconds after SIGKILL until a process has ended and its output was read, on any machine.
 KILL_SECONDS = 30.0
-#: Seconds until memory of dropped results goes back to the system: from so many bytes on, and
-#: of fewer.
+#: Seconds until the memory of dropped results goes back to the system: for at least so many
+#: bytes, and for fewer.
 TRIM_BYTES = 16 * MIB
 TRIM_SECONDS, TRIM_LITTLE_SECONDS = 1.0, 10.0
 
