@@ -2996,7 +2996,7 @@ def _encode(out: bytearray, value: CalldataValue, path: _Path) -> None:
         out += value
     elif isinstance(value, bytes):
         out += _header(len(value), _TAG_BYTES)
-        out += value  # apart, as below: it may be large
+        out += value  # not joined to the header: it may be large
     elif isinstance(value, str):
         text = _utf8(value, path)
         out += _header(len(text), _TAG_TEXT)
