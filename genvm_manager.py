@@ -18257,7 +18257,7 @@ class Doctor:
         if now < written - 86_400:
             yield "error", f"it says {timestamp_of(now)}, before this program was written: set it"
         if ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(KIB)) == _TIME_ERROR:
-            yield "note", "the kernel does not know it to be synchronized: see timedatectl"
+            yield "note", "as far as the kernel knows, it is not synchronized: see timedatectl"
 
 
 def run_doctor(flags: Mapping[str, str], *, as_json: bool) -> int:
