@@ -713,7 +713,7 @@ class SpareThreads:
 
         try:
             if self._busy >= self._most:
-                raise RuntimeError(f"{self._busy} threads are stuck already")
+                raise RuntimeError(f"threads stuck already: {self._busy}")
             threading.Thread(target=run, name="spare", daemon=True).start()
         except RuntimeError as error:
             return fail(_no_thread(error))
@@ -3380,7 +3380,7 @@ class ManifestStore:
             return None
         newest = "v" + ".".join(map(str, NEWEST_KNOWN))
         return (
-            f"{self.path.name} has {len(newer)} executors newer than {newest}, up to "
+            f"{self.path.name} has {counted(len(newer), 'executor')} newer than {newest}, up to "
             f"{newer[-1]}: this manager does not know their arguments, so runs with them will fail"
         )
 
@@ -5660,8 +5660,8 @@ class Executions:
         is_full = length >= config.queue_limit or self._queued + size > config.queue_max_bytes
         if is_full and self._gate.would_wait(weight):
             raise QueueFull(
-                f"{length} executions of {self._queued} bytes are waiting for permits already, and "
-                f"this one has {size}; try again later"
+                f"already waiting for permits: {counted(length, 'execution')} of {self._queued} "
+                f"bytes, and this one has {size}; try again later"
             )
         self._queued += size
         execution.asked = self._reactor.seconds()
@@ -6168,7 +6168,7 @@ class HostSession:
             where = f"inside a {HOST_METHODS[self._buffer[0]][0]} request"
         return HostProtocolError(
             f"the executor closed the host connection {where}, "
-            f"after {self.state.requests.total()} requests"
+            f"after {counted(self.state.requests.total(), 'request')}"
         )
 
     def _next_request(self) -> tuple[str, list[int | bytes]] | None:
@@ -11356,8 +11356,8 @@ class OperatorApi(Api):
         reasons = await self._reasons()
         if permits and self._gate.would_wait(permits):
             reasons.append(
-                f"{permits} permits are not free: {self._gate.available} of {self._gate.limit} "
-                f"are, and {self._gate.queue_length} executions wait"
+                f"{counted(permits, 'permit')} wanted, {self._gate.available} of "
+                f"{self._gate.limit} free, {counted(self._gate.queue_length, 'execution')} waiting"
             )
         if has_weight:
             is_free = not (reasons or self._gate.would_wait(1))
@@ -17840,7 +17840,7 @@ async def _llm_check(manager: RemoteManager) -> Ending:
             manager.write(one_line(text) + "\n")
         available.append(result.available)
 
-    manager.describe = lambda t: f"{len(available)} of {total} checks done, {t}"
+    manager.describe = lambda t: f"checks done: {len(available)} of {total}, {t}"
     for body, names in checks:
         take = functools.partial(show, names)
         await manager.follow("POST", "/llm/check", take, body, Accept=LINES_TYPE)

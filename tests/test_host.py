@@ -333,7 +333,7 @@ def test_outcome_closes_the_connection_and_fires_once() -> None:
     [
         (b"", "without a result, after 0 requests"),
         (b"\x00\x0d", "without a result, after 2 requests"),
-        (b"\x00" + storage_read(0, 1)[:30], "inside a storage_read request, after 1 requests"),
+        (b"\x00" + storage_read(0, 1)[:30], "inside a storage_read request, after 1 request"),
         (RESULT[:-1], "inside a consume_result request, after 0 requests"),
     ],
 )

@@ -142,7 +142,7 @@ def test_ready_for_executions_of_so_many_permits(start: Start) -> None:
     assert daemon.get("/readyz?permits=1") == {"result": "ready"}
     reply = daemon.request("GET", "/readyz?permits=2")
     assert (reply.status, reply.json["retryable"]) == (503, True)
-    assert reply.json["reasons"] == ["2 permits are not free: 1 of 3 are, and 0 executions wait"]
+    assert reply.json["reasons"] == ["2 permits wanted, 1 of 3 free, 0 executions waiting"]
     for path, line in (
         ("/readyz", "200 OK"),
         ("/readyz?weight=true", "200 1%"),
