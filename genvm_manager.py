@@ -12788,7 +12788,7 @@ class CallerSession(PeerConnection):
         except CalldataError as error:
             failure = bad_request(error.message)
         except RequestFailure as error:
-            failure = error.with_traceback(None)  # this frame is in it, and would refer to it
+            failure = error.with_traceback(None)  # it would keep this frame, which refers to it
         except CancelledError:
             raise
         except Exception:
@@ -14668,7 +14668,7 @@ class SocksGate(ServerFactory):
         return in_thread(self._reactor, has_connection, self.pid, near, far)
 
     def enter(self, connection: Any) -> bool:
-        """Count a connection; return False if there are too many, or none is let through."""
+        """Count a connection; return False if there are too many, or after ``cut``."""
         self._connections.add(connection)
         return len(self._connections) <= SOCKS_CONNECTIONS and not self._is_cut
 
@@ -16798,7 +16798,7 @@ class ManagerService(Service):
             self.observer.redactor.keep(("token", token), (token,))
 
     def _asked_to_reopen(self) -> None:
-        self.log.info("log file reopened")  # as before each line, where it was moved or removed
+        self.log.info("log file reopened")  # which each line does, if it was moved or removed
 
     def _asked_for_state(self) -> None:
         self.log.info(
