@@ -7168,7 +7168,7 @@ class HttpClient:
 
             tls, pool = HostnameCachingHTTPSPolicy(policy), HTTPConnectionPool(reactor)
             agent: Any = Agent(reactor, tls, connectTimeout=HTTP_CONNECT_SECONDS, pool=pool)
-            if use_proxy:
+            if use_proxy and any(_proxies().values()):
                 agent = _RoutedAgent(reactor, pool, tls, agent)
             refuse_all = DefaultCookiePolicy(allowed_domains=[])
             return HTTPClient(agent, IndexableCookieJar(refuse_all)), pool
@@ -7669,6 +7669,7 @@ def masked(body: bytes, key: str) -> str:
 
 
 @functools.lru_cache(maxsize=64)  # a module asks few, again and again
+@functools.lru_cache(maxsize=64)  # a module asks few, over and over
 def provider_url(host: str, path: str) -> str:
     """Return the URL of an endpoint; a trailing slash on ``host`` is tolerated.
 
