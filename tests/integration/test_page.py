@@ -236,7 +236,7 @@ async def test_modules_and_errors(root: Root, start: Start, shared_browser: Brow
         assert await page.text("#problem") == ""
         await page.click("Start the llm module")
         await page.click("Start the llm module")
-        await page.shows("#problem", "write genvm-module-llm.yaml into the folder config")
+        await page.shows("#problem", "put genvm-module-llm.yaml into the config folder")
         await page.shows("#modules", "Last error: ")
 
 
