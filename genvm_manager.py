@@ -12477,7 +12477,7 @@ class PeerConnection(Protocol, TimeoutMixin):
     def connectionMade(self) -> None:
         # A peer that does not read must not make us write more.
         self.transport.registerProducer(self.transport, True)
-        self.callLater = self._reactor.callLater  # type: ignore[method-assign]
+        self.callLater = self._reactor.callLater  # type: ignore[method-assign]  # as TimeoutMixin asks
         self.setTimeout(HANDSHAKE_SECONDS)
         self._connections.add(self)
         self._changed()
@@ -12946,7 +12946,7 @@ def run_module_service(kind: str, alone: Standalone | None = None) -> int:
     globalLogBeginner.beginLoggingTo([cast(ILogObserver, observer)], redirectStandardIO=False)
     line = b""
     if alone is None:
-        stdin = open(0, "rb", closefd=False)  # noqa: SIM115
+        stdin = open(0, "rb", closefd=False)  # noqa: SIM115  # the descriptor stays open
         line = stdin.readline()
         if not line.endswith(b"\n"):
             return 0
